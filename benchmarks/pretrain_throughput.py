@@ -1,0 +1,233 @@
+"""Pre-training throughput beside a hand-written compiled loop and the Hugging Face Trainer.
+
+    python benchmarks/pretrain_throughput.py [--models 17M 110M] [--profile]
+
+One process, two threads, bf16, AdamW, clipping, the same shapes and tokens for all. All of them
+run in this process and take turns (A B C, A B C, ...); compiling and warm-up are not counted. The
+hand-written loop exists in two forms, and the faster one is the peer. Speeds are also given as a
+fraction of the rate at which these threads multiply square bf16 matrices; model FLOPs are 6N plus
+causal attention (`shardwise.metrics.flops`).
+
+``--clock cpu`` counts processor seconds instead of the wall's. With ``--threads 1`` that compares
+fairly on a busy machine, apart from disturbed caches; it says nothing about scaling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import torch
+from common import (
+    Laps,
+    clock,
+    load,
+    profile,
+    stage_context,
+    table,
+    use_threads,
+    verdict,
+)
+from peers.handwritten import Loop, Shape
+
+from shardwise.data.packing import Row
+from shardwise.metrics.gemm import measure_gemm
+from shardwise.stages.loop import flops_per_token
+from shardwise.stages.supervised import SupervisedStage
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("tiny", 256, 64, 2, 4, 2, 128, 2, 32),
+        Shape("17M", 8192, 384, 8, 6, 6, 1024, 8, 256),
+        Shape("110M", 32000, 768, 12, 12, 12, 2048, 8, 512),
+    )
+}
+OURS, HAND, MASTERS, TRAINER = "shardwise", "hand-written", "hand-written, masters", "HF Trainer"
+TARGET_HAND, TARGET_TRAINER, TARGET_GEMM = 0.97, 1.3, 0.6
+NUM_ROWS = 64  # rows of random tokens that every contestant cycles through
+
+
+class RandomRows:
+    """Rows of random tokens, and their order: 0, 1, 2, ... again and again."""
+
+    num_rows = NUM_ROWS
+
+    def __init__(self, shape: Shape) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = (NUM_ROWS, shape.seq_len + 1)
+        self.tokens = torch.randint(shape.vocab_size, size, generator=generator)
+
+    def row(self, index: int) -> Row:
+        """One document that fills the row."""
+        tokens = self.tokens[index].numpy()
+        length = tokens.size - 1
+        valid, segment = np.ones(length, dtype=np.bool_), np.zeros(length, dtype=np.int64)
+        return Row(tokens[:-1], np.arange(length), tokens[1:], valid, segment, 1)
+
+    def batch(self, position: int, size: int) -> np.ndarray:
+        """Indices of the rows at ``position`` and after."""
+        return np.arange(position, position + size) % NUM_ROWS
+
+    def pairs(self, position: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same rows as (inputs, targets)."""
+        rows = self.tokens[torch.from_numpy(self.batch(position, size))]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def our_stage(shape: Shape, rows: RandomRows, compile: bool) -> SupervisedStage:
+    """What `train` builds for a pretrain stage, with these rows in place of a prepared corpus."""
+    model = {
+        "family": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_layers": shape.num_layers,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "ffn_size": shape.ffn_size,
+        "max_seq_len": shape.seq_len,
+    }
+    batch = {"global_batch": shape.batch, "micro_batch": shape.batch, "seq_len": shape.seq_len}
+    engine = {"precision": "bf16", "compile": compile, "device": "cpu"}
+    stage = {"kind": "pretrain", "steps": 1, "batch": batch, "engine": engine}
+    return SupervisedStage(stage_context(model, stage), rows, rows, None, "random")
+
+
+class Contest:
+    """Everyone takes ``steps`` steps a turn; the first ``warmup`` turns are not counted."""
+
+    def __init__(self, shape: Shape, compile: bool, steps: int, turns: int, warmup: int) -> None:
+        self.shape, self.compile, self.steps = shape, compile, steps
+        self.turns, self.left = turns, turns + warmup
+        self.laps = Laps()
+        self.rows = RandomRows(shape)
+        self.stage = our_stage(shape, self.rows, compile)
+        self.loops: dict[str, Loop] = {
+            HAND: Loop(shape, "autocast", compile),
+            MASTERS: Loop(shape, "masters", compile),
+        }
+        self.done = 0
+        self.turn_began = 0.0
+
+    def _lap(self, name: str, began: float) -> None:
+        if self.left <= self.turns:
+            self.laps.add(name, (clock.now() - began) / self.steps)
+
+    def turn(self) -> bool:
+        """A turn of everyone but the Trainer, whose turn has just ended; False when all is done."""
+        self._lap(TRAINER, self.turn_began)
+        steps = range(self.done, self.done + self.steps)
+        began = clock.now()
+        for step in steps:
+            self.stage.train_step(step, 3e-4)
+        self._lap(OURS, began)
+        for name, loop in self.loops.items():
+            began = clock.now()
+            for step in steps:
+                loop.step(*self.rows.pairs(step * self.shape.batch, self.shape.batch))
+            self._lap(name, began)
+        self.done += self.steps
+        self.left -= 1
+        self.turn_began = clock.now()
+        return self.left > 0
+
+    def run(self) -> None:
+        """All turns. The Trainer's loop cannot be stepped from outside, so it drives the rest."""
+        from peers import hf_trainer
+
+        self.turn_began = clock.now()
+        hf_trainer.train(
+            self.shape,
+            self.rows.tokens[:, :-1],
+            compile=self.compile,
+            steps_per_turn=self.steps,
+            turn=self.turn,
+        )
+
+
+def report(contest: Contest, gemm: float) -> dict[str, object]:
+    """Print the table and the ratios of one model; returns them."""
+    shape, laps = contest.shape, contest.laps
+    flops = flops_per_token(contest.stage.engine.model_config, shape.seq_len)
+    rows, speeds = [], {}
+    for name in (OURS, HAND, MASTERS, TRAINER):
+        speeds[name] = shape.tokens / laps.median(name)
+        rate = speeds[name] * flops
+        rows.append(
+            [
+                name,
+                f"{laps.median(name):.3f}",
+                f"{speeds[name]:.0f}",
+                f"{rate / 1e9:.0f}",
+                f"{rate / gemm:.2f}",
+                f"{laps.ratio(OURS, name):.2f}",
+            ]
+        )
+    print(table(["", "s/step", "tokens/s", "GFLOP/s", "of GEMM", "shardwise is"], rows))
+    hand = min((HAND, MASTERS), key=laps.median)
+    ratios = {"hand": laps.ratio(OURS, hand), "trainer": laps.ratio(OURS, TRAINER)}
+    fraction = speeds[OURS] * flops / gemm
+    print(f"against {hand} (the faster one): {verdict(ratios['hand'], TARGET_HAND)}")
+    print(f"against the HF Trainer: {verdict(ratios['trainer'], TARGET_TRAINER)}")
+    if shape.name == "110M":
+        print(f"fraction of the GEMM rate: {verdict(fraction, TARGET_GEMM)}")
+    return {"tokens_per_second": speeds, "ratios": ratios, "fraction_of_gemm": fraction}
+
+
+def profile_ours(shape: Shape) -> str:
+    """Where the time of our step goes. Compiled kernels name themselves, which costs a little."""
+    import torch._inductor.config as inductor
+
+    torch.compiler.reset()
+    with inductor.patch({"cpp.enable_kernel_profile": True, "fx_graph_cache": False}):
+        stage = our_stage(shape, RandomRows(shape), compile=True)
+        for step in range(2):
+            stage.train_step(step, 3e-4)
+        return profile(lambda: stage.train_step(2, 3e-4), repeats=3)
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    """Parse the command line and measure each model; returns what was printed, as data."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["17M", "110M"])
+    parser.add_argument("--turns", type=int, default=7, help="counted turns (default 7)")
+    parser.add_argument("--warmup", type=int, default=2, help="turns that are not counted")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--no-compile", action="store_true", help="compile nobody")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, too")
+    options = parser.parse_args(argv)
+    use_threads(options.threads)
+    clock.kind = options.clock
+    results: dict[str, object] = {}
+    for name in options.models:
+        shape = SHAPES[name]
+        before = load()
+        rates = [measure_gemm(budget_s=4.0)]
+        steps = max(1, round(2**21 / shape.tokens / shape.hidden_size))  # a turn of 1 to 3 s
+        contest = Contest(
+            shape, not options.no_compile, min(steps, 4), options.turns, options.warmup
+        )
+        contest.run()
+        rates.append(measure_gemm(budget_s=4.0))
+        best = max(rates, key=lambda r: r.flops)
+        gemm = best.flops
+        print(
+            f"\n{name}: {shape.batch} x {shape.seq_len} tokens, bf16, {options.threads} threads, "
+            f"{options.clock} clock, load {before} before and {load()} after; GEMM "
+            f"{gemm / 1e9:.0f} GFLOP/s at {best.size}"
+        )
+        results[name] = report(contest, gemm)
+        del contest
+        if options.profile:
+            print(profile_ours(shape))
+    if options.json:
+        print(json.dumps(results))
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

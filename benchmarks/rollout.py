@@ -1,0 +1,255 @@
+"""Generation speed beside transformers' `generate`, on SmolLM2-135M's shape.
+
+    python benchmarks/rollout.py [--weights HF_FOLDER] [--dtypes bf16 fp32] [--threads 2]
+
+The same prompts, greedy, a fixed number of new tokens, prefill included. transformers runs in each
+of the settings that its documentation gives for CPUs; the fastest of them is the peer. All take
+turns in one process; compiling and warm-up (minutes) are not counted. The last setting adds
+PyTorch's own option of freezing weights to what transformers documents. Without ``--weights`` the
+weights are random, which changes no speed. Greedy tokens are compared too (bf16 rounds differently
+in each implementation, so only fp32 is expected to agree).
+
+The limit is what memory allows: each decoding step must read all weights once, at the rate at
+which the same threads sum a large buffer. ``--clock cpu`` counts processor seconds instead of the
+wall's: with ``--threads 1`` that compares fairly on a busy machine.
+
+``--demo`` times the rollout of the quickstart's GRPO step instead (a 5M model, 16 prompts with 8
+samples of 10 tokens), for which every millisecond of overhead a token counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Laps, clock, load, table, use_threads, verdict
+
+from shardwise.models import registry
+from shardwise.models.common.init import init_weights
+from shardwise.rollout import Generator, Request, Sampling
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TARGET = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    rope_base: float = 1e5
+    max_seq_len: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How transformers generates."""
+
+    attention: str = "sdpa"
+    cache: str | None = None
+    compiled: bool = False
+    freezing: bool = False  # of the weights, by torch.compile
+
+
+SMOLLM2 = Shape(49152, 576, 30, 9, 3, 1536)
+TINY = Shape(512, 64, 2, 2, 1, 128)
+DEMO = Shape(4096, 256, 8, 8, 2, 688)
+PEERS = {
+    "dynamic cache": Setting(),
+    "dynamic cache, eager attention": Setting("eager"),
+    "static cache, torch.compile": Setting("sdpa", "static", True),
+    "static cache, torch.compile, freezing": Setting("sdpa", "static", True, True),
+}
+
+
+def hf_folder(shape: Shape) -> Path:
+    """Random weights of a shape as a Hugging Face folder."""
+    config = registry.config_class("llama")(**dataclasses.asdict(shape))
+    model = registry.build(config)
+    init_weights(model, 0)
+    folder = Path(tempfile.mkdtemp(prefix="shardwise-bench-"))
+    registry.to_hf(folder, config, model.named_parameters())
+    return folder
+
+
+def peer(folder: Path, dtype: torch.dtype, setting: Setting, new: int) -> Callable[..., Any]:
+    """transformers' `generate` in one setting: prompts (B, T) to new tokens (B, new)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=setting.attention
+    ).eval()
+    model.generation_config.eos_token_id = None  # every row runs to the end
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    if setting.cache:
+        options["cache_implementation"] = setting.cache
+    if setting.compiled:
+        model.forward = torch.compile(model.forward)
+
+    def run(prompts_BT: torch.Tensor) -> torch.Tensor:
+        torch._inductor.config.freezing = setting.freezing
+        with torch.no_grad():
+            mask = torch.ones_like(prompts_BT)
+            out = model.generate(prompts_BT, attention_mask=mask, **options)
+        return out[:, prompts_BT.shape[1] :]
+
+    return run
+
+
+def ours(folder: Path, dtype: torch.dtype, rows: int, new: int) -> tuple[Generator, Any]:
+    """Our generator, and the same call as `peer` returns."""
+    config, weights = registry.from_hf(folder)
+    generator = Generator(config, dtype, max_slots=rows)
+    generator.load(weights, hf_names=False)
+    sampling = Sampling(greedy=True, max_new_tokens=new)
+
+    def run(prompts_BT: torch.Tensor) -> torch.Tensor:
+        requests = [Request(i, p) for i, p in enumerate(prompts_BT.tolist())]
+        return torch.tensor([c.token_ids for c in generator.generate(requests, sampling)])
+
+    return generator, run
+
+
+def bandwidth() -> float:
+    """Bytes a second at which these threads read memory, best of five."""
+    buffer = torch.ones(1 << 28)  # 1 GiB, far beyond any cache
+    seconds = []
+    for _ in range(6):
+        start = clock.now()
+        buffer.sum()
+        seconds.append(clock.now() - start)
+    return buffer.nbytes / min(seconds[1:])
+
+
+def compare(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One dtype: a table, and its figures."""
+    dtype = DTYPES[name]
+    config, _ = registry.from_hf(folder)
+    generator = torch.Generator().manual_seed(1)
+    size = (args.rows, args.prompt)
+    prompts = torch.randint(10, config.vocab_size, size, generator=generator)
+    engine, run = ours(folder, dtype, args.rows, args.new)
+    contestants: dict[str, Callable[..., Any]] = {"shardwise": run}
+    for title in args.peers:
+        contestants[title] = peer(folder, dtype, PEERS[title], args.new)
+    found: dict[str, torch.Tensor] = {}
+    for title, call in list(contestants.items()):
+        try:
+            start = time.perf_counter()
+            found[title] = call(prompts)
+            call(prompts)
+            print(f"{name}, {title}: warm after {time.perf_counter() - start:.0f} s", flush=True)
+        except Exception as e:  # a peer that cannot run is named, not hidden
+            print(f"{title}: does not run here ({type(e).__name__}: {str(e)[:200]})")
+            if title == "shardwise":
+                raise
+            del contestants[title]
+    laps = Laps()
+    for _ in range(args.repeats):
+        for title, call in contestants.items():
+            start = clock.now()
+            call(prompts)
+            laps.add(title, clock.now() - start)
+    rate = bandwidth()
+    num_bytes = config.matmul_parameters() * dtype.itemsize
+    limit = args.rows * rate / num_bytes
+    total = args.rows * args.new
+    rows, figures = [], {}
+    for title in contestants:
+        speed = total / laps.median(title)
+        same = (found[title] == found["shardwise"]).float().mean().item()
+        figures[title] = {"tokens_per_second": speed, "same_tokens": same}
+        ratio = f"{laps.ratio('shardwise', title):.2f}"
+        rows.append([title, f"{speed:.0f}", f"{speed / limit:.2f}", ratio, f"{same:.3f}"])
+    print(f"\n{name}: {args.rows} rows, {args.prompt} prompt and {args.new} new tokens")
+    print(
+        f"our decoding: {engine.backend_note}; memory {rate / 1e9:.1f} GB/s, {limit:.0f} tokens/s"
+    )
+    print(table(["", "tokens/s", "of the limit", "we are faster by", "same tokens"], rows))
+    result: dict[str, Any] = {"dtype": name, "limit_tokens_per_second": limit, "speeds": figures}
+    if len(contestants) > 1:
+        others = [t for t in contestants if t != "shardwise"]
+        best = min(others, key=laps.median)
+        result |= {"peer": best, "ratio": laps.ratio("shardwise", best)}
+        print(f"against its best ({best}): {verdict(result['ratio'], TARGET)}")
+    return result
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """The quickstart's rollout, with the native step and without."""
+    config = registry.config_class("llama")(**dataclasses.asdict(DEMO))
+    model = registry.build(config)
+    init_weights(model, 0)
+    requests = [Request(i, [(i * 31 + j) % 4000 for j in range(30)], 8) for i in range(16)]
+    laps, rows, result = Laps(), [], {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name in args.dtypes:
+        for accelerate in (True, False):
+            engine = Generator(config, DTYPES[name], max_slots=128, accelerate=accelerate)
+            engine.load(model.named_parameters(), hf_names=False)
+            sampling = Sampling(max_new_tokens=10)
+            title = f"{name}, {engine.backend_note.split(':')[0]}"
+            calls[title] = lambda g=engine, s=sampling: g.generate(requests, s)  # type: ignore[misc]
+    for turn in range(args.repeats + 1):
+        for title, call in calls.items():
+            start = clock.now()
+            call()
+            if turn:
+                laps.add(title, clock.now() - start)
+    for title in calls:
+        result[title] = laps.median(title)
+        rows.append([title, f"{result[title]:.3f}", f"{16 * 8 * 10 / result[title]:.0f}"])
+    print(table(["16 prompts x 8 samples x 10 tokens", "seconds", "tokens/s"], rows))
+    return result
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--weights", type=Path, help="a Hugging Face folder; default: random")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the benchmark")
+    parser.add_argument("--demo", action="store_true", help="the quickstart's rollout instead")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    use_threads(args.threads)
+    clock.kind = args.clock
+    print(f"threads {args.threads}, clock {args.clock}, load {load()}")
+    if args.demo:
+        results: Any = demo(args)
+    else:
+        folder = args.weights or hf_folder(TINY if args.tiny else SMOLLM2)
+        results = [compare(folder, name, args) for name in args.dtypes]
+    print(f"load at the end {load()}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

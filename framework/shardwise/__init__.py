@@ -1,0 +1,46 @@
+"""shardwise: distributed LLM training you can prove before you pay for the cluster.
+
+The commands as functions, imported when first used:
+
+train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(checkpoint)
+convert(source, out, to)           load_config(recipe, overrides)   doctor()
+
+and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
+`shardwise.report.api.report`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardwise.checkpoint.convert import convert as convert
+    from shardwise.config.load import load_config as load_config
+    from shardwise.launch.doctor import doctor as doctor
+    from shardwise.launch.train import train as train
+    from shardwise.rollout.api import generate as generate
+    from shardwise.stages.evaluate import evaluate as evaluate
+
+__version__ = "0.1.0"
+
+# Not named like a room: importing `shardwise.report` makes that name the room.
+_PUBLIC = {
+    "train": "shardwise.launch.train",
+    "evaluate": "shardwise.stages.evaluate",
+    "generate": "shardwise.rollout.api",
+    "convert": "shardwise.checkpoint.convert",
+    "load_config": "shardwise.config.load",
+    "doctor": "shardwise.launch.doctor",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,151 @@
+"""`shardwise convert`: a model from one of the formats we read into one of those we write.
+
+Reads a native checkpoint, a Hugging Face folder or a GGUF file; writes a Hugging Face folder or a
+native checkpoint (fp32 masters, step 0), tokenizer and chat template included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shardwise.checkpoint import loading, manifest, saving, steps
+from shardwise.config import yaml12
+from shardwise.config.schema import ModelConfig
+from shardwise.data.tokenizer import load_tokenizer
+from shardwise.errors import CheckpointError, UserError
+from shardwise.models import registry as models
+
+Target = Literal["hf", "native"]
+MODEL_FILE = "model.json"  # the model section, in a native checkpoint that no run wrote
+RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A model on disk. ``tensors`` (full, under our names, CPU) can be iterated once."""
+
+    format: Literal["native", "hf", "gguf"]
+    config: ModelConfig
+    tensors: Iterator[tuple[str, Tensor]]
+    tokenizer_files: dict[str, bytes]  # empty when the model comes without one
+
+
+def open_model(path: Path | str) -> OpenModel:
+    """Open a native checkpoint (or a folder of them), a Hugging Face folder or a GGUF file.
+
+    Raises CheckpointError when it is damaged, UserError when it is none of these.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: {'not a GGUF file' if path.exists() else 'does not exist'}; give a "
+            "checkpoint folder, a Hugging Face folder or a .gguf file"
+        )
+    if (path / manifest.NAME).exists() or steps.latest(path) is not None:
+        return _open_native(steps.resolve(path))
+    config, tensors = models.from_hf(path)
+    files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()}
+    return OpenModel("hf", config, tensors, files)
+
+
+def _open_native(path: Path) -> OpenModel:
+    files = loading.read_files(path)
+    if RUN_FILE in files:
+        data = yaml12.parse(files[RUN_FILE].decode(), f"{path / RUN_FILE}").data
+        section = data.get("model") if isinstance(data, dict) else None
+    elif MODEL_FILE in files:
+        section = json.loads(files[MODEL_FILE])
+    else:
+        raise CheckpointError(f"{path}: holds neither {RUN_FILE} nor {MODEL_FILE}: which model?")
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path}: its {RUN_FILE} or {MODEL_FILE} describes no model")
+    cls = models.config_class(str(section.get("family")))
+    prefix = "model."
+    tensors = (
+        (name.removeprefix(prefix), tensor)
+        for name, tensor in loading.read_tensors(path, lambda n: n.startswith(prefix))
+    )
+    config = cls.model_validate_json(json.dumps(section), strict=True)
+    kept = {n: files[n] for n in TOKENIZER_FILES if n in files}
+    return OpenModel("native", config, tensors, kept)
+
+
+def _open_gguf(path: Path) -> OpenModel:
+    from shardwise.models.gguf import from_gguf
+    from shardwise.models.gguf_tokenizer import tokenizer_config
+
+    model = from_gguf(path)
+    names = {kind: model.tokens[i] for kind, i in model.special_ids.items()}
+    settings = tokenizer_config(names, model.chat_template, model.config)
+    files = {
+        "tokenizer.json": json.dumps(model.tokenizer_json, ensure_ascii=False).encode(),
+        "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
+    }
+    return OpenModel("gguf", model.config, model.tensors, files)
+
+
+def convert(
+    source: Path | str, out: Path | str, to: Target = "hf", dtype: str | None = None
+) -> dict[str, Any]:
+    """Write the model at ``source`` to the new or empty folder ``out``; returns what was written.
+
+    ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
+    is always fp32, ready for ``init_from``.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; give a new one")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: allowed: {', '.join(DTYPES)}")
+    if dtype not in (None, "fp32") and to == "native":
+        raise UserError(f"--dtype {dtype}: a native checkpoint holds fp32 weights")
+    model = open_model(source)
+    if to == "hf":
+        written = _write_hf(model, out, DTYPES[dtype] if dtype else None)
+    elif to == "native":
+        written = _write_native(model, out, str(source))
+    else:
+        raise UserError(f"--to {to}: allowed: hf, native")
+    return {
+        "source": str(source),
+        "source_format": model.format,
+        "out": str(written),
+        "format": to,
+        "family": model.config.family,
+        "tokenizer": bool(model.tokenizer_files),
+    }
+
+
+def _write_hf(model: OpenModel, out: Path, dtype: torch.dtype | None) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in model.tokenizer_files.items():
+        (out / name).write_bytes(data)
+    ids: dict[str, int | None] = {}
+    if model.tokenizer_files:
+        tokenizer = load_tokenizer(out)
+        ids = {
+            "eos_id": tokenizer.eos_id,
+            "bos_id": tokenizer.bos_id,
+            "pad_id": tokenizer.pad_id,
+        }
+    models.to_hf(out, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
+    return out
+
+
+def _write_native(model: OpenModel, out: Path, source: str) -> Path:
+    tensors = {f"model.{name}": tensor.float() for name, tensor in model.tensors}
+    section = model.config.model_dump_json().encode()
+    files = {MODEL_FILE: section, **model.tokenizer_files}
+    meta = {"converted_from": Path(source).name, "model": json.loads(section)}
+    return saving.save(out, 0, tensors, meta, files)

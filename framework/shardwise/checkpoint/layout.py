@@ -1,0 +1,95 @@
+"""Which boxes of a global tensor this rank holds: plain tensors and DTensors of any placement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwise.checkpoint.boxes import Box, Interval, product, strided_chunk, whole
+from shardwise.errors import CheckpointError
+
+
+class Piece(NamedTuple):
+    """A box of the global tensor and the view of this rank's memory that holds it."""
+
+    box: Box
+    view: Tensor
+
+
+def pieces(name: str, tensor: Tensor) -> list[Piece]:
+    """The parts of ``tensor`` in this rank's memory; views, so writing into them fills it.
+
+    Raises CheckpointError for tensors that are not a set of boxes (sparse, quantised, pending
+    reductions) or have no memory (meta device).
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"{name}: only dense tensors can be saved, not {tensor.layout}")
+    if tensor.device.type == "meta":
+        raise CheckpointError(f"{name}: is on the meta device, it has no values")
+    detached = tensor.detach()
+    if not isinstance(detached, DTensor):
+        box = whole(detached.shape)
+        return [Piece(box, detached)] if box.volume else []
+    mesh = detached.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank is outside of the tensor's mesh
+        return []
+    local = detached.to_local()
+    sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
+    try:
+        positions = local_positions(detached.shape, sizes, coordinate, detached.placements)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    held = tuple(sum(end - start for start, end in dim) for dim in positions)
+    if held != tuple(local.shape):
+        raise CheckpointError(
+            f"{name}: placements {detached.placements} over a mesh of {sizes} give a local shape "
+            f"of {list(held)} at {list(coordinate)}, but the local tensor is {list(local.shape)}"
+        )
+    origin = (0,) * local.ndim
+    return [Piece(box, local[inner.relative_to(origin)]) for box, inner in product(positions)]
+
+
+def local_positions(
+    shape: Sequence[int],
+    mesh_sizes: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Any],
+) -> list[list[Interval]]:
+    """For each tensor dimension, the global positions that a mesh coordinate holds, in order.
+
+    ``_StridedShard`` says that mesh axes further right cut the dimension first (FSDP2 over tensor
+    parallel); replaying the cuts in that order is exact for uneven sizes too, where reading the
+    placements from left to right would not be.
+    """
+    positions: list[list[Interval]] = [[(0, n)] if n else [] for n in shape]
+    for dim in range(len(shape)):
+        axes = [a for a, p in enumerate(placements) if getattr(p, "dim", None) == dim]
+        order = _cutting_order(axes, mesh_sizes, placements)
+        for axis in order if order is not None else axes:
+            count, index = mesh_sizes[axis], coordinate[axis]
+            factor = 1 if order is not None else int(getattr(placements[axis], "split_factor", 1))
+            positions[dim] = strided_chunk(positions[dim], count, index, factor)
+    for placement in placements:
+        if placement.is_partial():
+            raise ValueError("holds a pending reduction (Partial); reduce it before saving")
+    return positions
+
+
+def _cutting_order(
+    axes: Sequence[int], mesh_sizes: Sequence[int], placements: Sequence[Any]
+) -> list[int] | None:
+    """Mesh axes in the order in which they cut a dimension; None if no order explains them."""
+    order: list[int] = []
+    for axis in reversed(axes):
+        factor = int(getattr(placements[axis], "split_factor", 1))
+        cuts = [math.prod(mesh_sizes[a] for a in order[:n]) for n in range(len(order) + 1)]
+        if factor not in cuts:
+            return None
+        order.insert(cuts.index(factor), axis)
+    return order

@@ -1,0 +1,105 @@
+"""The safetensors format: eight bytes of header length, a JSON header, the raw values.
+
+Written and read here and not by the safetensors package, because each byte is hashed on its way
+from memory to the file, and because a read is bounded by the manifest before it is made. Files
+are ordinary safetensors files; any reader opens them.
+Format: https://github.com/huggingface/safetensors (README, section "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardwise.checkpoint.files import read_into
+from shardwise.checkpoint.manifest import DTYPE_NAMES, DTYPES, DamagedError
+
+MAX_HEADER_BYTES = 1 << 28
+
+
+class Stored(NamedTuple):
+    """Where a chunk lies in its file: the first byte and the number of bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """The bytes in front of the values of ``entries`` (key, dtype, shape), stored in order."""
+    table: dict[str, object] = {}
+    position = 0
+    for key, dtype, shape in entries:
+        end = position + torch.Size(shape).numel() * dtype.itemsize
+        table[key] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(file: int, name: str, *, complete: bool = True) -> dict[str, Stored]:
+    """The table of an open safetensors file. Raises DamagedError unless it is exactly sound.
+
+    ``complete=False`` reads the header of a truncated file too.
+    """
+    size = os.fstat(file).st_size
+    try:
+        prefix = bytearray(8)
+        read_into(file, memoryview(prefix), 0)
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        text = bytearray(length)
+        read_into(file, memoryview(text), 8)
+        table = json.loads(text.decode("utf-8"))
+        position = 0
+        stored = {}
+        for key, entry in table.items():
+            if key == "__metadata__":
+                continue
+            shape = tuple(int(n) for n in entry["shape"])
+            start, end = entry["data_offsets"]
+            num_bytes = torch.Size(shape).numel() * DTYPES[entry["dtype"]].itemsize
+            if start != position or end - start != num_bytes or min(shape, default=0) < 0:
+                raise ValueError(f"{key!r} is misplaced")
+            stored[key] = Stored(entry["dtype"], shape, 8 + length + start, num_bytes)
+            position = end
+        if complete and 8 + length + position != size:
+            raise ValueError(f"{8 + length + position} bytes are described, {size} are there")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise DamagedError(f"{name}: damaged safetensors header ({error})") from None
+    return stored
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy; writable if the tensor is."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def block_hashes(data: memoryview, block_bytes: int) -> list[str]:
+    """The xxh3-128 of each block of ``data``."""
+    return [
+        xxhash.xxh3_128_hexdigest(data[start : start + block_bytes])
+        for start in range(0, len(data), block_bytes)
+    ]

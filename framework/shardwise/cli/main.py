@@ -1,0 +1,220 @@
+"""The command line: each command is one public function of the package.
+
+Torch is imported only by the commands that need it, so that help and mistakes are instant.
+
+Exit codes: 0 done, 1 the check failed or training broke, 2 bad usage or config (nothing was
+started), 70 a bug in shardwise, 128 + n stopped by signal n; a rank that was lost gives its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardwise import __version__
+from shardwise.cli import checkpoint, data, launch
+from shardwise.cli.output import JsonOption, emit
+from shardwise.errors import ConfigError, ShardwiseError, UserError
+
+INTERNAL_ERROR = 70
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(data.app, name="data")
+app.add_typer(launch.app, name="launch")
+
+Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Over the recipe.")
+]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine.")
+]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="CKPT", help="A checkpoint, a Hugging Face folder or a GGUF file."),
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a folder of them.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shardwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks for every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Distributed LLM training you can prove before you pay for the cluster."""
+    del debug, version  # main() looks for --debug, which must hold before parsing too
+
+
+@app.command()
+def train(
+    config: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show each value and its source, then stop.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Run a recipe's stages; under torchrun, as one rank of it. Goes on where it was stopped."""
+    if print_config:
+        from shardwise.config.export import print_config as show
+        from shardwise.config.export import provenance_json
+        from shardwise.config.load import load_config
+
+        loaded = load_config(config, overrides or ())
+        emit(provenance_json(loaded), show(loaded), json)
+        return
+    launch.check_ranks(nproc)
+    # numpy's own thread pool would make a fork of this process unsafe; torch does the heavy work.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from shardwise.launch.train import train as run
+
+    summary = run(config, overrides or (), nproc)
+    if json is not None and os.environ.get("RANK", "0") == "0":
+        emit(summary, "", json)
+
+
+@app.command()
+def generate(
+    ckpt: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be given repeatedly.")],
+    system: Annotated[str | None, typer.Option(help="A system message before each.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0)] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    json: JsonOption = None,
+) -> None:
+    """Complete prompts; a chat model is asked, a base model continues the text."""
+    from shardwise.rollout.api import generate as run
+    from shardwise.rollout.sampling import Sampling
+
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision {precision}: allowed: fp32, bf16")
+    sampling = Sampling(
+        temperature=temperature or 1.0,
+        greedy=temperature == 0.0,
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )
+    done = run(
+        ckpt,
+        prompt,
+        sampling=sampling,
+        num_samples=samples,
+        raw=raw,
+        system=system,
+        precision=precision,  # type: ignore[arg-type]  # checked above
+        seed=seed,
+    )
+    texts = [completion.text for group in done for completion in group]
+    result = [{"prompt": p, "completions": group} for p, group in zip(prompt, done)]
+    emit(result, "\n---\n".join(texts), json)
+
+
+@app.command()
+def evaluate(ckpt: Checkpoint, json: JsonOption = None) -> None:
+    """Measure a checkpoint again: the figures its run reported, from the checkpoint alone."""
+    from shardwise.stages.evaluate import evaluate as run
+
+    found = run(ckpt)
+    text = "\n".join(f"{key}: {value}" for key, value in found.items())
+    emit(found, text, json)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A checkpoint, a Hugging Face folder or a .gguf.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[str, typer.Option(help="hf or native.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Convert a model, with its tokenizer and chat template."""
+    from shardwise.checkpoint.convert import convert as run
+
+    done = run(source, out, to, dtype)  # type: ignore[arg-type]  # checked there
+    emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}", json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Write a run's self-contained HTML report."""
+    from shardwise.report.api import report as write
+
+    page = write(run, out)
+    emit({"report": page}, str(page), json)
+
+
+@app.command()
+def schema(json: JsonOption = None) -> None:
+    """Print the JSON Schema of a recipe, for an editor."""
+    from shardwise.config.export import json_schema
+
+    emit(json_schema(), "", json or "-")
+
+
+@app.command()
+def doctor(json: JsonOption = None) -> None:
+    """What this machine has, which optional libraries are used, and why the others are not."""
+    from shardwise.launch.doctor import as_text
+    from shardwise.launch.doctor import doctor as run
+
+    found = run()
+    emit(found, as_text(found), json)
+
+
+def main() -> None:
+    """Entry point: one line for an error that is the user's, a traceback for one that is ours."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    debug = sys.argv[1:2] == ["--debug"]
+    try:
+        app(prog_name="shardwise")
+    except ShardwiseError as error:
+        if debug:
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):  # a bad recipe is bad on all ranks
+            print(f"error: {error}" if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in shardwise; please report the lines above", file=sys.stderr)
+        sys.exit(INTERNAL_ERROR)

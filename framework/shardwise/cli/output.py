@@ -1,0 +1,55 @@
+"""How results leave a command: sentences on the terminal, JSON in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardwise.errors import UserError
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="F", help="Write the result as JSON to F; - for stdout."),
+]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def emit(result: Any, text: str, json_file: str | None) -> None:
+    """Print ``text``, and write ``result`` where ``--json`` says. With ``-``, only the JSON."""
+    if json_file is None:
+        typer.echo(text)
+        return
+    document = json.dumps(plain(result), indent=1, ensure_ascii=False)
+    if json_file == "-":
+        typer.echo(document)
+        return
+    if text:
+        typer.echo(text)
+    try:
+        Path(json_file).write_text(document + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

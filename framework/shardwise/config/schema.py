@@ -1,0 +1,272 @@
+"""The sections that every run shares. Strict: an unknown key is an error, values never change type.
+
+Sections that belong to one room (a data source, a reward, a rollout) live in that room and derive
+from `Section`; models and stages register theirs in `shardwise.config.registry`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from shardwise.config import registry
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every config section: unknown keys are errors, instances are frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """What every model family has. Families derive from it and register themselves."""
+
+    family: str
+    vocab_size: NonNegativeInt = Field(0, description="0: take the tokenizer's size")
+    max_seq_len: PositiveInt = 2048
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer: trained here, read from a file, or plain bytes."""
+
+    kind: Literal["bytes", "bpe", "file", "tiktoken", "sentencepiece"] = "bytes"
+    path: Path | None = Field(None, description="tokenizer.json, a tiktoken or a .model file")
+    vocab_size: PositiveInt = Field(4096, description="size of a BPE vocabulary trained here")
+    sample_bytes: PositiveInt = Field(8_000_000, description="bytes of text that train a BPE")
+    chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
+
+
+class EngineConfig(Section):
+    """How a model is laid out and computed."""
+
+    kind: Literal["native"] = "native"
+    layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
+    timeout_s: PositiveFloat = Field(600.0, description="collective timeout in seconds")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class BatchConfig(Section):
+    """The arithmetic of one step, in sequences (or prompts, for reinforcement learning)."""
+
+    global_batch: PositiveInt = 8
+    micro_batch: PositiveInt = Field(8, description="sequences a rank computes at once")
+    seq_len: PositiveInt = 256
+    ramp_start: PositiveInt | None = Field(None, description="first global batch of a ramp")
+    ramp_steps: NonNegativeInt = Field(0, description="steps until the full global batch")
+
+
+class OptimizerConfig(Section):
+    """Optimizer and its decay groups."""
+
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    momentum: Fraction = Field(0.9, description="SGD only")
+    nesterov: bool = False
+    no_decay: list[str] = Field(
+        default_factory=lambda: ["*norm*", "*bias", "*embed*"],
+        description="name patterns without weight decay",
+    )
+
+
+class ScheduleConfig(Section):
+    """Learning-rate schedule over a stage's steps, as a factor of ``optimizer.lr``."""
+
+    kind: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    min_ratio: Fraction = Field(0.0, description="final learning rate over the peak")
+    decay_steps: NonNegativeInt = Field(0, description="WSD: steps of the final decay")
+    cycle_steps: NonNegativeInt = Field(0, description="cosine_restarts: steps of the first cycle")
+    cycle_factor: PositiveFloat = Field(1.0, description="cosine_restarts: growth of each cycle")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep. The last step of a stage is always saved."""
+
+    every: NonNegativeInt = Field(0, description="steps between saves; 0: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="also keep the best by validation")
+    asynchronous: bool = False
+
+
+class ValidationConfig(Section):
+    """Validation during a stage."""
+
+    every: NonNegativeInt = Field(0, description="steps between validations; 0: only at the end")
+    max_batches: NonNegativeInt = Field(0, description="0: the whole validation set")
+
+
+class LoggingConfig(Section):
+    """Who is told. metrics.jsonl is always written."""
+
+    every: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "shardwise"
+
+
+def _kind(data: dict[str, Any]) -> str:
+    return str(data.get("kind", ""))
+
+
+Name = Annotated[str, Field(min_length=1, default_factory=_kind, description="default: the kind")]
+
+
+class StageConfig(Section):
+    """What every stage has. Stages derive from it, fix ``kind`` and register themselves."""
+
+    kind: str
+    name: Name
+    steps: PositiveInt
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig,
+        description="top-level engine, overridden key by key",
+    )
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+
+
+class EvaluationConfig(Section):
+    """What every evaluation has. Evaluations derive from it, fix ``kind`` and register."""
+
+    kind: str
+    name: Name
+    stages: list[str] = Field(default=[], description="measured after these; none: after all")
+
+
+def _model(data: Any, info: ValidationInfo) -> Any:
+    return _by_registry(data, info, "family", registry.MODEL_CONFIGS, ModelConfig)
+
+
+def _stage(data: Any, info: ValidationInfo) -> Any:
+    return _by_registry(data, info, "kind", registry.STAGE_CONFIGS, StageConfig)
+
+
+def _evaluation(data: Any, info: ValidationInfo) -> Any:
+    return _by_registry(data, info, "kind", registry.EVALUATION_CONFIGS, EvaluationConfig)
+
+
+def _by_registry(
+    data: Any, info: ValidationInfo, key: str, table: dict[str, Any], base: type[Section]
+) -> Any:
+    """Validate a mapping against the class registered under ``data[key]``.
+
+    Its errors keep their own locations: pydantic unfolds a ValidationError that a validator raises.
+    """
+    if isinstance(data, base):
+        return data
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a mapping with the key {key!r}")
+    name = data.get(key)
+    if not isinstance(name, str) or name not in table:
+        known = ", ".join(sorted(table))
+        unknown = PydanticCustomError(
+            "unknown_name",
+            "unknown {key} {name}; known: {known}",
+            {"key": key, "name": repr(name), "known": known},
+        )
+        raise ValidationError.from_exception_data(
+            base.__name__, [InitErrorDetails(type=unknown, loc=(key,), input=name)]
+        )
+    if info.mode == "json":  # where strict mode takes a text for a path
+        return table[name].model_validate_json(json.dumps(data), strict=True)
+    return table[name].model_validate(data)
+
+
+class RunConfig(Section):
+    """A whole run: one model, one tokenizer, a list of stages."""
+
+    name: str = "run"
+    run_dir: Path | None = Field(None, description="default: runs/<name>")
+    seed: NonNegativeInt = 0
+    model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
+    init_from: Path | None = Field(
+        None, description="start weights: a shardwise checkpoint or a Hugging Face folder"
+    )
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
+        min_length=1
+    )
+    evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (
+        Field(default=[], description="measured on the model after each stage")
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_inherit_engine(cls, data: Any) -> Any:
+        """A stage's ``engine`` keys override the top-level ones, key by key."""
+        if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
+            return data
+        top = data.get("engine") or {}
+        if not isinstance(top, dict):
+            return data
+        stages = [
+            {**s, "engine": {**top, **(s.get("engine") or {})}}
+            if isinstance(s, dict) and isinstance(s.get("engine") or {}, dict)
+            else s
+            for s in data["stages"]
+        ]
+        return {**data, "stages": stages}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RunConfig:
+        lists: dict[str, list[str]] = {
+            "stages": [s.name for s in self.stages],
+            "evaluations": [e.name for e in self.evaluations],
+        }
+        for what, names in lists.items():
+            double = sorted({n for n in names if names.count(n) > 1})
+            if double:
+                raise ValueError(
+                    f"{what} share the name {', '.join(double)}; give each its own name"
+                )
+        for e in self.evaluations:
+            if unknown := sorted(set(e.stages) - set(lists["stages"])):
+                raise ValueError(
+                    f"evaluation {e.name} names the stages {', '.join(unknown)}; "
+                    f"there are {', '.join(lists['stages'])}"
+                )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where this run lives."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name

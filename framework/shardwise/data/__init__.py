@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, readers, indexed stores, packing, mixtures, the sampler, chat."""

@@ -1,0 +1,81 @@
+"""One source of documents or conversations, as a config names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import PositiveFloat, Section
+from shardwise.data import readers
+from shardwise.data.indexed import read_manifest, store_paths
+from shardwise.data.readers import Document
+from shardwise.data.stdlib import read_stdlib, stdlib_files
+from shardwise.errors import DataError, UserError
+
+_SUFFIXES = {"text": (), "jsonl": (".jsonl",), "parquet": (".parquet",), "chat-jsonl": (".jsonl",)}
+
+
+class DataSource(Section):
+    """One source of documents or conversations."""
+
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "indexed", "chat-jsonl"] = "stdlib"
+    path: Path | None = Field(
+        None, description="file, folder or glob; indexed: the prefix; stdlib: another Lib folder"
+    )
+    field: str | None = Field(None, description="default: text, or messages for chat-jsonl")
+    weight: PositiveFloat = Field(1.0, description="share of rows drawn, relative to the others")
+    split: Literal["train", "validation", "all"] = Field("train", description="stdlib only")
+    exclude: list[str] = Field(
+        default_factory=list,
+        description="name patterns of files to leave out (stdlib: before its split is drawn)",
+    )
+
+    @model_validator(mode="after")
+    def _path_given(self) -> DataSource:
+        if self.path is None and self.kind != "stdlib":
+            raise ValueError(f"a source of kind {self.kind} needs a path")
+        return self
+
+    @property
+    def label(self) -> str:
+        """For messages and reports."""
+        return f"{self.kind}:{self.path}" if self.path else f"{self.kind}:{self.split}"
+
+    def files(self) -> list[Path]:
+        """The files that hold this source, in order; DataError when there is none."""
+        if self.kind == "stdlib":
+            return stdlib_files(self.split, self.path, self.exclude)
+        assert self.path is not None
+        if self.kind == "indexed":
+            return list(store_paths(self.path))
+        found = readers.find_files(self.path, _SUFFIXES[self.kind])
+        kept = [f for f in found if not any(f.match(p) for p in self.exclude)]
+        if not kept:
+            raise DataError(f"{self.path}: exclude leaves none of its {len(found)} files")
+        return kept
+
+    def documents(self) -> Iterator[Document]:
+        """Read the documents, in a fixed order."""
+        if self.kind == "stdlib":
+            return read_stdlib(self.split, self.path, self.exclude)
+        if self.kind == "text":
+            return readers.read_text(self.files())
+        if self.kind == "jsonl":
+            return readers.read_jsonl(self.files(), self.field or "text")
+        if self.kind == "parquet":
+            return readers.read_parquet(self.files(), self.field or "text")
+        raise UserError(f"{self.label}: holds no plain documents")
+
+    def fingerprint(self) -> str:
+        """Hash of the contents: of every file, or what an indexed store's manifest recorded."""
+        if self.kind == "indexed":
+            assert self.path is not None
+            manifest = read_manifest(self.path)
+            if manifest is not None:
+                return str(manifest["content_hash"])
+        how = f"{self.kind}|{self.field}|"
+        return xxhash.xxh3_128_hexdigest((how + readers.fingerprint(self.files())).encode())

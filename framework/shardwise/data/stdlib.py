@@ -1,0 +1,77 @@
+"""The corpus that every machine has: the source of the running Python's standard library.
+
+All ``.py`` files outside test folders and installed packages, sorted by relative path. The 30
+modules with the lowest sha256 of their relative path (POSIX form) are the validation split; a hash
+of names, not of contents, so that the split hardly moves between Python versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sysconfig
+import tokenize
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from shardwise.data.readers import Document
+from shardwise.errors import DataError
+
+Split = Literal["train", "validation", "all"]
+NUM_HELD_OUT = 30
+_EXCLUDED = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+
+
+def stdlib_folder() -> Path:
+    """Where the running Python keeps its library (the base one, also inside a venv)."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_files(
+    split: Split = "all", folder: Path | None = None, exclude: Sequence[str] = ()
+) -> list[Path]:
+    """Absolute paths of a split's modules, sorted by relative path; DataError if there is none.
+
+    ``exclude``: patterns (`Path.match`) of modules to leave out before the split is drawn.
+    """
+    root = folder or stdlib_folder()
+    names = sorted(
+        relative.as_posix()
+        for relative in (p.relative_to(root) for p in root.rglob("*.py"))
+        if not _EXCLUDED & set(relative.parts[:-1])
+        and not any(relative.match(pattern) for pattern in exclude)
+        and (root / relative).is_file()
+    )
+    if not names:
+        raise DataError(f"{root}: no Python sources there; give the source a path or other data")
+    if split != "all":
+        by_hash = sorted(names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())
+        held_out = set(by_hash[:NUM_HELD_OUT])
+        names = [n for n in names if (n in held_out) == (split == "validation")]
+    return [root / n for n in names]
+
+
+def read_stdlib(
+    split: Split = "all", folder: Path | None = None, exclude: Sequence[str] = ()
+) -> Iterator[Document]:
+    """Each module is a document named by its relative path."""
+    root = folder or stdlib_folder()
+    for file in stdlib_files(split, root, exclude):
+        yield Document(file.relative_to(root).as_posix(), _source_text(file))
+
+
+def _source_text(file: Path) -> str:
+    """UTF-8, or what the module's coding line declares."""
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: byte {at}: not in its declared encoding: {error}") from error

@@ -1,0 +1,60 @@
+"""The engine contract (design decision 8). Stages talk to nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from shardwise.data.batch import MicroBatch
+from shardwise.losses.contract import Loss
+
+
+@dataclasses.dataclass
+class State:
+    """All that a resume needs: tensors (possibly DTensors, by name) and plain JSON."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+class Engine(Protocol):
+    """A model, its optimizer and its layout."""
+
+    data_rank: int  # which slice of a global batch this rank computes
+    data_size: int  # into how many slices a global batch is cut
+
+    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+        """Accumulate gradients of the global batch; returns reduced metrics, with `loss`."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip and update; returns the global gradient norm before clipping.
+
+        NaN or infinity in the norm means that every rank skipped the update.
+        """
+        ...
+
+    def forward(
+        self, microbatches: Sequence[MicroBatch], fn: Callable[[Tensor, MicroBatch], Any]
+    ) -> list[Any]:
+        """Without gradient: ``fn(logits_BTV, batch)`` for each micro-batch of this rank."""
+        ...
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """Sum a few numbers over the data ranks, in fp64."""
+        ...
+
+    def state_dict(self) -> State:
+        """Weights (``model.*``) and optimizer state (``optim.*``), fp32 masters."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
+        """Take over the JSON part of a state whose tensors were loaded in place."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under Hugging Face names, one at a time; a collective call."""
+        ...

@@ -1,0 +1,242 @@
+"""N ranks on this machine, under one supervisor.
+
+Ranks are forked from the launcher once it has imported everything: `import torch` costs seconds,
+and a fork shares it. That is safe only while the launcher is single-threaded, has run no tensor
+operation (OpenMP's threads do not survive a fork) and has no CUDA driver to lose; otherwise each
+rank is a fresh interpreter. Either way a rank runs `shardwise.launch.rank.run`.
+
+The rendezvous is a TCP store that the launcher itself holds on a port the kernel chose, so there
+is no port to collide with, and no rank's death takes the store away. The first rank that fails
+ends the run: the launcher finds the root cause (a rank that lost its peer is a consequence), stops
+the others, and prints one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shardwise.errors import ShardwiseError, UserError
+from shardwise.launch import rank as rank_room
+from shardwise.launch.failure import Failure, root_cause
+from shardwise.launch.rank import Job
+
+POLL_SECONDS = 0.05
+SETTLE_SECONDS = 1.0  # after the first failure: time for the true cause to report
+GRACE_SECONDS = 10.0  # between the request to stop and SIGKILL
+
+
+class LaunchError(ShardwiseError):
+    """A rank failed; the message names it, its error and its log."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclasses.dataclass
+class _Rank:
+    number: int
+    pid: int
+    code: int | None = None  # exit code; negative: the signal that killed it
+    ended: float = 0.0
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+                self.ended = time.time()
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        """Send a signal unless it has ended."""
+        if not self.poll():
+            os.kill(self.pid, number)
+
+
+def launch_local(target: str, args: Sequence[Any], nproc: int, logs: Path) -> None:
+    """Call ``target`` (``module:function``) with ``args`` (JSON) on ``nproc`` ranks; wait for all.
+
+    Each rank finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment,
+    as under torchrun. Rank 0 keeps this terminal; what the others write goes to
+    ``logs/rank_N.log``. SIGINT and SIGTERM are passed on to the ranks.
+
+    Raises LaunchError with the root cause's exit code (128 + n for signal n), after the last rank
+    has ended: no process and no port stays behind.
+    """
+    if nproc < 1:
+        raise UserError(f"--nproc {nproc}: at least one process is needed")
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("rank_*"):
+        old.unlink()
+    job = Job(target, tuple(args), str(logs))
+    listener = socket.create_server(("127.0.0.1", 0))
+    common = rank_environment(nproc, listener.getsockname()[1])
+    start = _fork if _fork_is_safe() else _execute
+    ranks: list[_Rank] = []
+    with _signals(ranks) as received:
+        try:
+            for number in range(nproc):
+                environment = {**common, "RANK": str(number), "LOCAL_RANK": str(number)}
+                ranks.append(start(number, job, environment, listener))
+            store = _serve(listener, nproc)
+            _supervise(ranks, job, received)
+            del store
+        finally:
+            _stop(ranks, signal.SIGKILL, 0)
+            listener.close()
+
+
+def rank_environment(nproc: int, port: int) -> dict[str, str]:
+    """What all ranks of a local launch share; each adds RANK and LOCAL_RANK."""
+    threads = str(max(1, (os.cpu_count() or 1) // nproc))
+    return {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch: the store is there, be its client
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", _loopback()),
+    }
+
+
+def _supervise(ranks: list[_Rank], job: Job, received: list[int]) -> None:
+    while not _all_ended(ranks):
+        if received:
+            _stop(ranks, None, GRACE_SECONDS)
+            break
+        if any(rank.code for rank in ranks):
+            _wait(ranks, SETTLE_SECONDS)
+            break
+        time.sleep(POLL_SECONDS)
+    if received and any(rank.code for rank in ranks):
+        name = signal.Signals(received[0]).name
+        raise LaunchError(f"stopped by {name}", 128 + received[0])
+    ended = [rank for rank in ranks if rank.poll()]
+    _stop(ranks, signal.SIGTERM, GRACE_SECONDS)
+    failures = [
+        Failure.read(rank.number, rank.code, rank.ended, job) for rank in ended if rank.code
+    ]
+    if failures:
+        cause = root_cause(failures)
+        raise LaunchError(cause.sentence(len(ranks)), cause.exit_code)
+
+
+def _all_ended(ranks: list[_Rank]) -> bool:
+    return [rank.poll() for rank in ranks].count(False) == 0  # asks every one
+
+
+def _wait(ranks: list[_Rank], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not _all_ended(ranks):
+        time.sleep(POLL_SECONDS)
+
+
+def _stop(ranks: list[_Rank], request: int | None, grace: float) -> None:
+    """Send ``request``, wait for at most ``grace`` seconds, then kill; returns when all ended."""
+    if request is not None:
+        for rank in ranks:
+            rank.signal(request)
+    _wait(ranks, grace)
+    for rank in ranks:
+        rank.signal(signal.SIGKILL)
+    while not _all_ended(ranks):
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _signals(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to the ranks; a second one kills them."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number if len(received) == 1 else signal.SIGKILL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _fork_is_safe() -> bool:
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return False
+    import torch
+
+    tasks = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    return tasks == 1 and torch.version.cuda is None and torch.version.hip is None
+
+
+def _fork(number: int, job: Job, environment: dict[str, str], listener: socket.socket) -> _Rank:
+    launcher = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return _Rank(number, pid)
+    code = 1
+    try:
+        os.setpgid(0, 0)  # Ctrl-C reaches the launcher alone, which passes it on once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        listener.close()
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        code = rank_room.run(job, environment, launcher)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _execute(number: int, job: Job, environment: dict[str, str], _: socket.socket) -> _Rank:
+    command = [sys.executable, "-m", rank_room.__name__, job.dumps(), str(os.getpid())]
+    process = subprocess.Popen(command, env={**os.environ, **environment}, process_group=0)
+    rank = _Rank(number, process.pid)
+    process.returncode = 0  # we wait for the pid ourselves
+    return rank
+
+
+def _serve(listener: socket.socket, nproc: int) -> Any:
+    """The rendezvous store, in this process; made after the forks since it starts a thread."""
+    import torch.distributed as dist
+
+    host, port = listener.getsockname()[:2]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        nproc,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=os.dup(listener.fileno()),
+    )
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0])

@@ -1,0 +1,48 @@
+"""`shardwise.train`: start the ranks if need be, run the recipe, write the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardwise.config.load import load_config
+from shardwise.launch.local import launch_local
+from shardwise.report.api import report
+from shardwise.report.summary import summary_lines
+from shardwise.stages.run import preflight, run_rank
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+) -> dict[str, Any]:
+    """Run every stage of a recipe; returns the summary that ``<run_dir>/summary.json`` holds.
+
+    Under torchrun this process is one rank. Otherwise ``nproc`` ranks are started on this machine
+    (None or 1: this process alone). Raises ConfigError before anything is started.
+    """
+    if (nproc or 1) == 1 or "RANK" in os.environ:
+        return train_rank(config, overrides)
+    run = load_config(config, overrides).config
+    preflight(run, nproc or 1)
+    recipe = str(config) if isinstance(config, str | Path) else dict(config)
+    target = f"{__name__}:{train_rank.__name__}"
+    launch_local(target, [recipe, list(overrides)], nproc or 1, run.directory / "logs")
+    summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
+    return summary
+
+
+def train_rank(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One rank of a run; rank 0 writes the report and prints the summary."""
+    loaded = load_config(config, overrides)
+    summary = run_rank(loaded)
+    if int(os.environ.get("RANK", "0")) == 0:
+        page = report(loaded.config.directory)
+        print("\n".join([*summary_lines(summary), f"report: {page}"]), flush=True)
+    return summary

@@ -1,0 +1,112 @@
+"""Published settings of the GRPO family, as data: what each source says, and where.
+
+Only what the loss and the advantage decide is here. Sampling (group size, dynamic sampling,
+overlong penalties) belongs to the stage, and ``length_constant`` to the user's response length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings of `PolicyLossConfig`, with their source."""
+
+    source: str
+    settings: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "grpo_deepseekmath": Preset(
+        "Shao et al. 2024, arXiv:2402.03300, equations 3 and 4, section 4.2 (beta 0.04; the clip "
+        "range is not stated, PPO's 0.2 is taken)",
+        {
+            "advantage": "group_std",
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": None,
+            "kl": "k3",
+            "kl_coef": 0.04,
+            "aggregation": "seq_mean_token_mean",
+        },
+    ),
+    "dapo_paper": Preset(
+        "Yu et al. 2025, arXiv:2503.14476, equations 8 to 10, section 4.1",
+        {
+            "advantage": "group_std",
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "dual_clip": None,
+            "kl": "none",
+            "kl_coef": 0.0,
+            "aggregation": "token_mean",
+        },
+    ),
+    "dr_grpo": Preset(
+        "Liu et al. 2025, arXiv:2503.20783, section 3.2 (needs length_constant)",
+        {
+            "advantage": "group",
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": None,
+            "kl": "none",
+            "kl_coef": 0.0,
+            "aggregation": "constant",
+        },
+    ),
+    "gspo": Preset(
+        "Zheng et al. 2025, arXiv:2507.18071, equations 5 to 7, section 5.1 (3e-4, 4e-4)",
+        {
+            "advantage": "group_std",
+            "ratio": "sequence",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "dual_clip": None,
+            "kl": "none",
+            "kl_coef": 0.0,
+            "aggregation": "seq_mean_token_mean",
+        },
+    ),
+    "trl_default": Preset(
+        "TRL 1.16 GRPOConfig: epsilon 0.2, beta 0, loss_type dapo, scale_rewards group (eps 1e-4)",
+        {
+            "advantage": "group_std",
+            "advantage_eps": 1e-4,
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": None,
+            "kl": "none",
+            "kl_coef": 0.0,
+            "aggregation": "token_mean",
+        },
+    ),
+    "verl_default": Preset(
+        "verl actor.yaml at 03d67c62: clip_ratio 0.2, clip_ratio_c 3, token-mean, no KL loss; "
+        "GRPO advantage with std + 1e-6",
+        {
+            "advantage": "group_std",
+            "advantage_eps": 1e-6,
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": 3.0,
+            "kl": "none",
+            "kl_coef": 0.0,
+            "aggregation": "token_mean",
+        },
+    ),
+}
+
+
+def preset_diff(a: str, b: str) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two presets differ, as ``{key: (value in a, value in b)}``."""
+    left, right = PRESETS[a].settings, PRESETS[b].settings
+    keys = sorted(set(left) | set(right))
+    return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}

@@ -1,0 +1,1 @@
+"""Pure formulas of what a model occupies."""

@@ -1,0 +1,1 @@
+"""Meters and writers: FLOPs, the machine's GEMM rate, throughput, memory, logs, progress."""

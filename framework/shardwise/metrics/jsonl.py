@@ -1,0 +1,155 @@
+"""metrics.jsonl: one JSON object a line, appended whole, rewound exactly on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardwise.errors import DataError
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: numbers of numpy and torch become Python's, paths text."""
+    if hasattr(value, "item") and getattr(value, "size", None) is not None:
+        numel = value.numel() if hasattr(value, "numel") else value.size
+        if numel == 1:
+            value = value.item()
+        else:
+            return [plain(v) for v in value.tolist()]
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(v) for v in value]
+    return str(value)
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` without NaN and infinities, which JSON has no word for.
+
+    Each becomes null beside ``<name>_nonfinite``, which says "nan", "inf" or "-inf".
+    """
+    out: dict[str, Any] = {}
+    for key, raw in record.items():
+        value = plain(raw)
+        if isinstance(value, float) and not math.isfinite(value):
+            out[key], out[f"{key}_nonfinite"] = None, str(value)
+        else:
+            out[key] = _no_nonfinite(value)
+    return out
+
+
+def _no_nonfinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return finite(value)
+    if isinstance(value, list):
+        return [_no_nonfinite(v) for v in value]
+    return value
+
+
+class JsonLines:
+    """An append-only file of JSON objects.
+
+    A line is handed to the kernel in one write on a descriptor opened for appending, so a
+    killed process leaves at most one torn line, at the end; it is cut off on opening.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_torn_tail()
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record; NaN and infinities become null and a flag (see `finite`)."""
+        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        data = line.encode("utf-8", errors="replace")
+        while data:  # a full disk may take a part of it; the next open cuts a torn line
+            data = data[os.write(self._fd, data) :]
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Keep the lines that ``wanted`` says yes to, bytes unchanged; returns how many went.
+
+        The file is replaced atomically, and only when a line goes.
+        """
+        kept, dropped = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if wanted(_parse(line, self.path)):
+                kept.append(line)
+            else:
+                dropped += 1
+        if dropped:
+            fresh = self.path.with_name(self.path.name + ".new")
+            with fresh.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.close(self._fd)
+            fresh.replace(self.path)
+            self._fd = self._open()
+        return dropped
+
+    def sync(self) -> None:
+        """Force what was appended to the disk; to be called before a checkpoint commits."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Sync and close; appending afterwards fails."""
+        if self._fd >= 0:
+            self.sync()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _cut_torn_tail(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+
+
+def _parse(line: bytes | str, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode() if isinstance(line, bytes) else line)
+    except ValueError as error:
+        raise DataError(f"{path}: a line is not JSON: {line[:80]!r} ({error})") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: a line is not a JSON object: {line[:80]!r}")
+    return record
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, in order; a torn last line is left out.
+
+    Raises DataError, with the line's number, when a whole line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            if line.strip():
+                try:
+                    yield _parse(line, path)
+                except DataError as error:
+                    raise DataError(f"line {number}: {error}") from error
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append ``records`` to ``path``, as `JsonLines` does."""
+    file = JsonLines(path)
+    for record in records:
+        file.append(record)
+    file.close()

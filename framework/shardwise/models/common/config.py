@@ -1,0 +1,44 @@
+"""What every decoder family's config answers, so that rooms above need not know the family."""
+
+from __future__ import annotations
+
+from shardwise.config.schema import ModelConfig, PositiveInt
+
+
+class DecoderConfig(ModelConfig):
+    """Sizes common to decoder-only families."""
+
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    tie_embeddings: bool = True
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.hidden_size // self.num_heads
+
+    def param_counts(self) -> dict[str, int]:
+        """Parameters by part: ``embedding``, ``layers`` (all), ``norm`` (the last), ``head``.
+
+        They add up to the model's parameters; a tied head counts as 0.
+        """
+        raise NotImplementedError
+
+    def num_parameters(self) -> int:
+        """All parameters."""
+        return sum(self.param_counts().values())
+
+    def matmul_parameters(self) -> int:
+        """Parameters that every token is multiplied with: no input embedding, the head always.
+
+        This is N in the 6N rule for FLOPs a token (norm weights and biases are counted too; they
+        are under 0.1 % of a model of any use).
+        """
+        counts = self.param_counts()
+        return counts["layers"] + counts["norm"] + self.vocab_size * self.hidden_size

@@ -1,0 +1,38 @@
+"""Tensor-parallel styles, as data: which modules are cut, and along what.
+
+A family's table is rows of (pattern of module path, style). Patterns are shell-style and match a
+whole path; ``*`` stands for one layer index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+from typing import Literal
+
+Style = Literal[
+    "vocab",  # embedding: rows (vocabulary) are cut, outputs summed
+    "column",  # linear: output features are cut, outputs stay cut
+    "row",  # linear: input features are cut, outputs summed
+    "sequence",  # norm on activations cut along the sequence; weight whole
+    "per_head",  # norm inside a head, on activations cut along the heads; weight whole
+    "replicate",  # whole on every rank
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRule:
+    """One row of the table."""
+
+    modules: str
+    style: Style
+
+
+def style_of(table: Iterable[ShardRule], parameter: str) -> Style | None:
+    """The style of the module that owns ``parameter`` (a full name), or None if no row matches."""
+    module = parameter.rpartition(".")[0]
+    for rule in table:
+        if fnmatch.fnmatchcase(module, rule.modules):
+            return rule.style
+    return None

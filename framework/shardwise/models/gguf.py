@@ -1,0 +1,212 @@
+"""Import of GGUF files (llama.cpp's format): weights, tokenizer and chat template.
+
+Quantised weights are expanded to fp32 by the `gguf` package. llama.cpp stores Q and K of the
+"llama" architecture with rotary pairs side by side; here the two halves of a head are the pairs,
+so their rows are put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardwise.errors import CheckpointError, UserError
+from shardwise.models.gguf_tokenizer import tokenizer_config, tokenizer_json
+from shardwise.models.hf_folder import to_hf
+from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
+from shardwise.ops import rope
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+_TOP = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
+_LAYER = {
+    "attn_norm": "attn_norm",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_output": "attn.o",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+}
+_SPECIAL = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown"}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufModel:
+    """What a GGUF file holds. ``tensors`` (our names, fp32, CPU) can be iterated once."""
+
+    config: LlamaConfig
+    tensors: Iterator[tuple[str, Tensor]]
+    tokenizer_json: dict[str, Any]
+    chat_template: str | None
+    tokens: list[str]
+    special_ids: dict[str, int]  # "eos", "bos", "pad", "unk", as far as the file names them
+
+
+def from_gguf(path: Path | str) -> GgufModel:
+    """Open a GGUF file of the Llama family (F32, F16, BF16, Q8_0, Q4_0 or Q4_1).
+
+    Raises CheckpointError naming the file when it is damaged or of a kind that is not supported,
+    and UserError when the `gguf` package is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("reading GGUF needs: pip install 'shardwise[gguf]'") from None
+    path = Path(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from None
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        config = _config(fields, tensors)
+        special = {
+            kind: int(fields[f"tokenizer.ggml.{key}_token_id"])
+            for kind, key in _SPECIAL.items()
+            if f"tokenizer.ggml.{key}_token_id" in fields
+        }
+        return GgufModel(
+            config=config,
+            tensors=_stream(path, config, fields["general.architecture"], tensors),
+            tokenizer_json=tokenizer_json(fields, special.get("bos")),
+            chat_template=fields.get("tokenizer.chat_template"),
+            tokens=fields["tokenizer.ggml.tokens"],
+            special_ids=special,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the metadata has no {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def gguf_to_hf(path: Path | str, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+    """Convert a GGUF file to a Hugging Face folder with tokenizer.json and chat template."""
+    model, folder = from_gguf(path), Path(folder)
+    ids = {f"{kind}_id": model.special_ids.get(kind) for kind in ("eos", "bos", "pad")}
+    to_hf(folder, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
+    names = {kind: model.tokens[i] for kind, i in model.special_ids.items()}
+    for name, value in (
+        ("tokenizer.json", model.tokenizer_json),
+        ("tokenizer_config.json", tokenizer_config(names, model.chat_template, model.config)),
+    ):
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfig:
+    arch = fields["general.architecture"]
+    if arch not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields.get(f"{arch}.{key}", default)
+
+    hidden, heads = fields[f"{arch}.embedding_length"], fields[f"{arch}.attention.head_count"]
+    head_dim = get("attention.key_length", get("rope.dimension_count", hidden // heads))
+    base = _shortest(get("rope.freq_base", 10_000.0))
+    return LlamaConfig(
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        max_seq_len=fields[f"{arch}.context_length"],
+        hidden_size=hidden,
+        num_layers=fields[f"{arch}.block_count"],
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=None if head_dim == hidden // heads else head_dim,
+        ffn_size=fields[f"{arch}.feed_forward_length"],
+        rope_base=base,
+        rope_scaling=_rope_scaling(get, tensors, head_dim, base),
+        norm_eps=_shortest(fields[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        sliding_window=get("attention.sliding_window"),
+    )
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of a number that was stored in fp32: 1e-05, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    get: Any, tensors: Mapping[str, Any], head_dim: int, base: float
+) -> RopeScalingConfig | None:
+    """Scaling from the metadata, or recognised from Llama 3's table of frequency divisors."""
+    if _ROPE_FACTORS in tensors:
+        divisors = np.asarray(tensors[_ROPE_FACTORS].data, dtype=np.float32).ravel()
+        found = RopeScalingConfig(kind="llama3", factor=float(divisors.max()))
+        plain, _ = rope.frequencies(head_dim, base, None)
+        scaled, _ = rope.frequencies(head_dim, base, rope.RopeScaling(**found.model_dump()))
+        if not np.allclose((plain / scaled).numpy(), divisors, rtol=1e-3):
+            raise CheckpointError(
+                f"{_ROPE_FACTORS} is not Llama 3's scaling with its published constants"
+            )
+        return found
+    kind = get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise CheckpointError(f"rope scaling {kind!r} is not supported; supported: linear, yarn")
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    factor = float(get("rope.scaling.factor", 1.0))
+    return RopeScalingConfig(kind=kind, factor=factor, original_max_seq_len=original)
+
+
+def _stream(
+    path: Path, config: LlamaConfig, arch: str, tensors: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    from gguf.quants import dequantize
+
+    for name, tensor in tensors.items():
+        if name == _ROPE_FACTORS:
+            continue
+        ours = _our_name(name)
+        kind = tensor.tensor_type.name
+        if ours is None or kind not in _TYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of type {kind} is not supported; types: "
+                f"{', '.join(_TYPES)} of the Llama family's tensors"
+            )
+        value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        value = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+        if arch == "llama" and ".attn.q." in ours:
+            value = _unpermute(value, config.num_heads)
+        if arch == "llama" and ".attn.k." in ours:
+            value = _unpermute(value, config.num_kv_heads)
+        yield ours, torch.from_numpy(value)
+
+
+def _our_name(name: str) -> str | None:
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    if not stem.startswith("blk."):
+        return None
+    _, layer, part = stem.split(".", 2)
+    return f"layers.{layer}.{_LAYER[part]}.{kind}" if part in _LAYER else None
+
+
+def _unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of a head from pair order (0, 0', 1, 1', ...) to halves (0, 1, ..., 0', 1', ...)."""
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

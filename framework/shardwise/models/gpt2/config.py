@@ -1,0 +1,51 @@
+"""Config of GPT-2."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shardwise.config.registry import register_model_config
+from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt
+from shardwise.models.common.config import DecoderConfig
+
+
+class GPT2Config(DecoderConfig):
+    """A decoder with layer norm, learned positions, biases and GELU."""
+
+    family: Literal["gpt2"] = "gpt2"
+    max_seq_len: PositiveInt = 1024
+    ffn_size: PositiveInt | None = Field(None, description="None: 4 * hidden_size")
+    norm_eps: PositiveFloat = 1e-5
+    embed_dropout: Fraction = 0.0
+    attn_dropout: Fraction = 0.0
+    dropout: Fraction = Field(0.0, description="after attention and after the feed-forward")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> GPT2Config:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_heads "
+                f"({self.num_heads})"
+            )
+        return self
+
+    @property
+    def ffn_width(self) -> int:
+        """Features of the feed-forward."""
+        return self.ffn_size or 4 * self.hidden_size
+
+    def param_counts(self) -> dict[str, int]:
+        """See `DecoderConfig.param_counts`; positions count as embedding."""
+        d, f = self.hidden_size, self.ffn_width
+        attention = 4 * (d * d + d)
+        return {
+            "embedding": (self.vocab_size + self.max_seq_len) * d,
+            "layers": self.num_layers * (attention + 2 * d * f + f + d + 4 * d),
+            "norm": 2 * d,
+            "head": 0 if self.tie_embeddings else self.vocab_size * d,
+        }
+
+
+register_model_config("gpt2", GPT2Config)

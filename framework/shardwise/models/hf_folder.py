@@ -1,0 +1,181 @@
+"""Hugging Face folders: config.json and (sharded) safetensors, read and written as streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shardwise.config.schema import ModelConfig
+from shardwise.errors import CheckpointError
+from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.hf import from_hf_stream, to_hf_stream
+from shardwise.models.families import FAMILIES, family_of
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def to_hf_tensors(
+    config: ModelConfig, named: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors under Hugging Face names, from a stream under ours, one at a time."""
+    return to_hf_stream(family_of(config).hf.rules(config), named, _tied(config))
+
+
+def from_hf_tensors(
+    config: ModelConfig, named: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under our names, from a stream under Hugging Face's."""
+    hf = family_of(config).hf
+    ignore = (*hf.IGNORE, *(["lm_head.weight"] if _tied(config) else []))
+    return from_hf_stream(hf.rules(config), named, hf.PREFIX, ignore)
+
+
+def _tied(config: ModelConfig) -> tuple[str, ...]:
+    return ("head.weight",) if getattr(config, "tie_embeddings", False) else ()
+
+
+def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tensor]]]:
+    """Config and weights (our names, stored dtype, CPU) of a Hugging Face folder.
+
+    The iterator reads one tensor at a time. Raises CheckpointError, naming the file, when
+    something is missing, unreadable or not expressible; no code and no pickle is ever loaded.
+    """
+    folder = Path(folder)
+    raw = _read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.hf.MODEL_TYPES:
+            try:
+                config: DecoderConfig = family.hf.config_from_hf(raw)
+            except KeyError as error:
+                raise CheckpointError(f"{folder / 'config.json'}: no key {error}") from None
+            except ValueError as error:
+                raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+            return config, from_hf_tensors(config, _read_tensors(folder))
+    known = ", ".join(t for f in FAMILIES.values() for t in f.hf.MODEL_TYPES)
+    raise CheckpointError(
+        f"{folder / 'config.json'}: model_type {kind!r} is not supported; supported: {known}"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return found
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or missing: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        names = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+        outside = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+        if outside or not names:
+            raise CheckpointError(
+                f"{folder / INDEX}: weight_map must name files of this folder, not {outside}"
+            )
+        return [folder / name for name in sorted(names)]
+    if not (folder / SINGLE).exists():
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}; pickled .bin weights are not loaded, "
+            "convert them to safetensors first"
+        )
+    return [folder / SINGLE]
+
+
+def to_hf(
+    folder: Path | str,
+    config: ModelConfig,
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5_000_000_000,
+    eos_id: int | None = None,
+    bos_id: int | None = None,
+    pad_id: int | None = None,
+) -> None:
+    """Write a folder that transformers loads.
+
+    ``named`` are full tensors under our names, converted to ``dtype`` if given. A file holds at
+    most ``max_shard_size`` bytes of tensors, or one tensor. The token ids go to config.json and
+    generation_config.json. config.json is written last, so a folder that has it is complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = family_of(config).hf.config_to_hf(config)
+    for stale in (folder / "config.json", folder / INDEX, *folder.glob("model*.safetensors")):
+        stale.unlink(missing_ok=True)
+    stored = _write_shards(folder, to_hf_tensors(config, named), dtype, max_shard_size)
+    tokens = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id}
+    tokens = {key: value for key, value in tokens.items() if value is not None}
+    if tokens:
+        _write_json(folder / "generation_config.json", tokens)
+    # An absent bos or eos would fall back to the class's own, which may be outside the vocabulary.
+    raw |= {"bos_token_id": None, "eos_token_id": None} | tokens
+    _write_json(folder / "config.json", raw | {"torch_dtype": stored})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_shards(
+    folder: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, limit: int
+) -> str:
+    """Write the weight files and their index; returns the name of the first tensor's dtype."""
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total = size = 0
+    stored = "float32"
+
+    def flush() -> None:
+        if waiting:
+            path = folder / f"model-{len(shards) + 1:05d}.safetensors"
+            save_file(waiting, path, metadata={"format": "pt"})
+            shards.append(list(waiting))
+            waiting.clear()
+
+    for name, tensor in named:
+        value = tensor.detach().to("cpu", dtype).contiguous()
+        stored = str(value.dtype).removeprefix("torch.")
+        if size + value.nbytes > limit:
+            flush()
+            size = 0
+        waiting[name] = value
+        size += value.nbytes
+        total += value.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "model-00001.safetensors").rename(folder / SINGLE)
+        return stored
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"model-{i:05d}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return stored

@@ -1,0 +1,95 @@
+"""Config of the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from shardwise.config.registry import register_model_config
+from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt, Section
+from shardwise.models.common.config import DecoderConfig
+from shardwise.ops.rope import RopeScaling
+
+
+class RopeScalingConfig(Section):
+    """Stretching of the rotary frequencies; see `shardwise.ops.rope.RopeScaling`."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1.0)]
+    original_max_seq_len: PositiveInt = 8192
+    low_freq_factor: PositiveFloat = Field(1.0, description="llama3")
+    high_freq_factor: PositiveFloat = Field(4.0, description="llama3")
+    beta_fast: PositiveFloat = Field(32.0, description="yarn")
+    beta_slow: PositiveFloat = Field(1.0, description="yarn")
+    attention_factor: PositiveFloat | None = Field(None, description="yarn; None: from factor")
+
+
+class LlamaConfig(DecoderConfig):
+    """A decoder with RMS norm, rotary positions, grouped-query attention and SwiGLU."""
+
+    family: Literal["llama"] = "llama"
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt | None = Field(None, description="None: hidden_size / num_heads")
+    ffn_size: PositiveInt
+    rope_base: PositiveFloat = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    norm_eps: PositiveFloat = 1e-5
+    qkv_bias: bool = Field(False, description="Qwen2: true")
+    o_bias: bool = False
+    qk_norm: bool = Field(False, description="Qwen3: true")
+    sliding_window: PositiveInt | None = Field(None, description="tokens seen, itself included")
+    window_start_layer: int = Field(0, ge=0, description="first layer that uses the window")
+    dropout: Fraction = Field(0.0, description="after attention and after the feed-forward")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> LlamaConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_heads "
+                f"({self.num_heads}), or set head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim ({self.head_width}) must be even for rotary positions")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def rope(self) -> RopeScaling | None:
+        """The scaling as the rotary op takes it."""
+        return RopeScaling(**self.rope_scaling.model_dump()) if self.rope_scaling else None
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of a layer, None for full attention."""
+        return self.sliding_window if layer >= self.window_start_layer else None
+
+    def param_counts(self) -> dict[str, int]:
+        """See `DecoderConfig.param_counts`."""
+        d, f = self.hidden_size, self.ffn_size
+        q, kv = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        attention = 2 * d * q + 2 * d * kv
+        attention += (q + 2 * kv) * self.qkv_bias + d * self.o_bias
+        attention += 2 * self.head_width * self.qk_norm
+        return {
+            "embedding": self.vocab_size * d,
+            "layers": self.num_layers * (attention + 3 * d * f + 2 * d),
+            "norm": d,
+            "head": 0 if self.tie_embeddings else self.vocab_size * d,
+        }
+
+
+register_model_config("llama", LlamaConfig)

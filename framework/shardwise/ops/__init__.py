@@ -1,0 +1,1 @@
+"""One file an op: PyTorch reference and dispatch by capability."""

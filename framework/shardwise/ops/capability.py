@@ -1,0 +1,83 @@
+"""Which optional kernels this machine can use, and why not the others; read by `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from shardwise.ops import flash
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """One optional library: whether it is used, and the reason or the version."""
+
+    library: str
+    purpose: str
+    used: bool
+    detail: str
+
+
+def capabilities() -> list[Capability]:
+    """The whole table, probed now. Never raises; a library that fails to import is a row."""
+    rows: list[tuple[str, str, Callable[[], str | None]]] = [
+        ("flash_attn", "attention", _flash_attn),
+        ("transformer_engine", "FP8 linear layers", _transformer_engine),
+        ("apex", "fused optimizers and norms", _apex),
+        ("triton", "our own kernels", _triton),
+    ]
+    found = []
+    for library, purpose, probe in rows:
+        reason = probe()
+        detail = reason if reason is not None else f"version {_version(library)}"
+        found.append(Capability(library, purpose, reason is None, detail))
+    return found
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _missing(library: str, mend: str) -> str | None:
+    """Why ``library`` cannot be used on this machine, from its absence or that of a GPU."""
+    if importlib.util.find_spec(library) is None:
+        return f"not installed; {mend}"
+    return None if torch.cuda.is_available() else "installed, but there is no CUDA device"
+
+
+def _flash_attn() -> str | None:
+    return flash.unusable(torch.device("cuda"), torch.bfloat16)
+
+
+def _transformer_engine() -> str | None:
+    return _missing("transformer_engine", "pip install 'shardwise[gpu]'")
+
+
+def _apex() -> str | None:
+    """NVIDIA's apex comes from its own source; PyPI's package of that name is a web toolkit."""
+    mend = "build NVIDIA's apex from github.com/NVIDIA/apex (never from PyPI)"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return f"not installed; {mend}"
+    # NVIDIA's has these subpackages; looking for them on disk runs none of the other's code.
+    folders = spec.submodule_search_locations or []
+    if not any(_has_module(folder, name) for folder in folders for name in ("optimizers", "amp")):
+        return f"the installed apex is not NVIDIA's but PyPI's web toolkit; uninstall it and {mend}"
+    return None if torch.cuda.is_available() else "installed, but there is no CUDA device"
+
+
+def _has_module(folder: str, name: str) -> bool:
+    finder = importlib.machinery.PathFinder()
+    return finder.find_spec(name, [folder]) is not None
+
+
+def _triton() -> str | None:
+    return _missing("triton", "it comes with CUDA builds of torch")

@@ -1,0 +1,1 @@
+"""Meshes, ZeRO over FSDP2, recompute, compile."""

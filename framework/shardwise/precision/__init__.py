@@ -1,0 +1,1 @@
+"""Precision policies and loss scaling."""

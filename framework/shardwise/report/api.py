@@ -1,0 +1,79 @@
+"""`report(run_dir)`: one HTML file that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import SandboxedEnvironment
+
+from shardwise.report import figures, page
+from shardwise.report.rundata import RunData, load_run
+
+REPORT_FILE = "report.html"
+
+
+def report(run_dir: Path | str, out: Path | None = None) -> Path:
+    """Write ``<run_dir>/report.html`` (or ``out``) from what the run has logged so far.
+
+    The file holds its script and its data and opens no connection. Runs that are not finished,
+    or whose summary lacks keys, give the sections they have data for. The file is replaced
+    atomically, so a reader never sees half of it.
+
+    Raises DataError when ``run_dir`` is not a run, or a file of it cannot be read.
+    """
+    target = out if out is not None else Path(run_dir) / REPORT_FILE
+    html = render(load_run(Path(run_dir)))
+    part = target.with_name(target.name + ".part")
+    part.write_text(html, encoding="utf-8", errors="replace")
+    part.replace(target)
+    return target
+
+
+def render(run: RunData) -> str:
+    """The page of a run as text."""
+    charts = figures.all_charts(run)
+    groups: dict[str, list[tuple[int, figures.Chart]]] = {}
+    for i, chart in enumerate(charts):
+        groups.setdefault(chart.group, []).append((i, chart))
+    plots = [{"data": c.traces, "layout": c.layout} for c in charts]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **page.view(run),
+            groups=groups,
+            sparks=figures.sparks(run),
+            plots_json=script_safe(plots),
+            plotly=_plotly() if charts else "",
+        )
+    )
+
+
+@functools.cache
+def _environment() -> SandboxedEnvironment:
+    return SandboxedEnvironment(
+        loader=jinja2.PackageLoader("shardwise.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def script_safe(data: Any) -> str:
+    """JSON that cannot end the ``<script>`` element it stands in, whatever text it holds."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _plotly() -> str:
+    """The source of plotly.js, as the plotly package ships it."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())

@@ -1,0 +1,383 @@
+"""What the curves of a run say is wrong: pure rules over series, each with its numbers.
+
+A rule takes curves and answers with a `Check`: ``clear``, ``found`` or ``too_short`` to say.
+Rules are tuned to be silent on healthy noise; thresholds are named constants, so that a reader
+can see what was looked for. "Robust sigma" is 1.4826 times the median absolute deviation, which
+equals the standard deviation for normal noise but ignores outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from shardwise.report.series import Floats, Series
+
+Status = Literal["clear", "found", "too_short"]
+
+MIN_POINTS = 30
+FALL_SHARE = 0.02  # a loss that falls by less than 2 % of its start has not fallen
+SPIKE_SIGMA, SPIKE_SHARE, SPIKE_WINDOW = 10.0, 0.10, 25
+PERIOD_CORRELATION, SWING_SHARE = 0.5, 0.02
+STALL_TAIL, STALL_SHARE, STALL_LR = 0.4, 0.005, 0.2
+OVERFIT_RISE, OVERFIT_POINTS = 0.02, 5
+REWARD_RISE, ACCURACY_DROP, LENGTH_FACTOR = 0.10, 0.02, 1.5
+SATURATED_REWARD = 0.9
+ENTROPY_SHARE = 0.1
+DEGENERATE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule's answer for one stage. ``message`` says what was found, or what was looked at."""
+
+    rule: str
+    status: Status
+    message: str
+    numbers: dict[str, float] = field(default_factory=dict)
+    advice: str = ""
+
+
+def robust_sigma(values: Floats) -> float:
+    """1.4826 * median absolute deviation from the median."""
+    return float(1.4826 * np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
+
+
+def noise_sigma(values: Floats) -> float:
+    """Noise of a curve from its neighbours' differences, so that a trend does not count."""
+    return robust_sigma(np.diff(values)) / float(np.sqrt(2)) if len(values) > 2 else 0.0
+
+
+def ends(values: Floats, share: float = 0.2) -> tuple[float, float, float]:
+    """Mean of the first and of the last ``share`` of a curve, and their difference's noise.
+
+    The noise is the standard error of the difference, from `noise_sigma`.
+    """
+    k = max(1, int(len(values) * share))
+    error = noise_sigma(values) * float(np.sqrt(2 / k))
+    return float(values[:k].mean()), float(values[-k:].mean()), error
+
+
+def _too_short(rule: str, n: int, need: int = MIN_POINTS) -> Check:
+    return Check(rule, "too_short", f"{n} points, the rule needs {need}", {"points": n})
+
+
+def never_falls(loss: Series) -> Check:
+    """Does the loss end at least 2 % (and three standard errors) below its start?"""
+    rule, values = "loss never falls", loss.values
+    if len(values) < MIN_POINTS:
+        return _too_short(rule, len(values))
+    start = float(np.median(values[: max(3, len(values) // 20)]))
+    _, end, error = ends(values)
+    numbers = {"start": start, "end": end, "standard_error": error}
+    if start - end > max(FALL_SHARE * abs(start), 3 * error):
+        return Check(rule, "clear", f"fell from {start:.4g} to {end:.4g}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"the loss started at {start:.4g} and ends at {end:.4g}: not even "
+        f"{FALL_SHARE:.0%} lower (standard error {error:.2g})",
+        numbers,
+        "Look at the learning rate first (ten times higher, ten times lower), then at a decoded "
+        "batch with its loss mask: are the targets what you think they are?",
+    )
+
+
+def _rolling_median(values: Floats, window: int) -> Floats:
+    """Median of the ``window`` values before each one (fewer at the start; itself at index 0)."""
+    out = np.empty_like(values)
+    if len(values) > window:
+        blocks = np.lib.stride_tricks.sliding_window_view(values, window)
+        out[window:] = np.median(blocks[: len(values) - window], axis=1)
+    for i in range(min(window, len(values))):
+        out[i] = np.median(values[:i]) if i else values[0]
+    return out
+
+
+def spikes(loss: Series) -> Check:
+    """Points far above the median of the 25 before: 10 robust sigma and 10 %.
+
+    Noise grows with the loss, so sigma is that of the excess over the median, in its share.
+    """
+    rule, values = "loss spikes", loss.values
+    if len(values) < MIN_POINTS:
+        return _too_short(rule, len(values))
+    before = _rolling_median(values, SPIKE_WINDOW)
+    scale = np.maximum(np.abs(before), 1e-12)
+    excess = (values - before) / scale
+    sigma = max(robust_sigma(excess[SPIKE_WINDOW:]), 1e-12)
+    limit = max(SPIKE_SIGMA * sigma, SPIKE_SHARE)
+    high = np.flatnonzero(excess > limit)
+    high = high[high >= 5]  # the first points have no past to compare with
+    starts = high[np.diff(high, prepend=-100) > 5]  # what is that close is one spike
+    numbers = {"spikes": float(len(starts)), "sigma": sigma}
+    if not len(starts):
+        return Check(rule, "clear", f"no point above {SPIKE_SIGMA:g} robust sigma", numbers)
+    worst = int(high[np.argmax(excess[high])])
+    _, end, _ = ends(values, 0.1)
+    recovered = end <= before[worst] + limit * scale[worst]
+    numbers |= {
+        "worst_step": float(loss.steps[worst]),
+        "worst_value": float(values[worst]),
+        "before": float(before[worst]),
+    }
+    count = "one spike" if len(starts) == 1 else f"{len(starts)} spikes"
+    at = "at" if len(starts) == 1 else "the worst at"
+    return Check(
+        rule,
+        "found",
+        f"{count}, {at} step {loss.steps[worst]}: {values[worst]:.4g} where the median of the "
+        f"{SPIKE_WINDOW} points before was {before[worst]:.4g} "
+        f"({excess[worst]:+.0%}, {excess[worst] / sigma:.0f} robust sigma); "
+        + ("the loss came back" if recovered else "the loss has not come back"),
+        numbers,
+        "Look at that step's samples. If the data are sound: a longer warm-up, a lower learning "
+        "rate, a smaller beta2, tighter clipping.",
+    )
+
+
+def oscillates(loss: Series) -> Check:
+    """A period in what is left of the loss when its trend is taken away.
+
+    Found when the autocorrelation has a peak of 0.5 or more and the swing is 2 % of the loss.
+    """
+    rule, n = "loss oscillates", len(loss)
+    if n < 2 * MIN_POINTS:
+        return _too_short(rule, n, 2 * MIN_POINTS)
+    window = max(11, n // 8) | 1
+    sums = np.cumsum(np.insert(loss.values - loss.values.mean(), 0, 0.0))
+    trend = (sums[window:] - sums[:-window]) / window + loss.values.mean()
+    rest = loss.values[window // 2 : n - window // 2] - trend
+    rest = rest[len(rest) // 5 :]  # the steep start is not a period
+    rest = rest - rest.mean()
+    level = float(np.median(np.abs(loss.values[n // 2 :])))
+    swing = float(rest.std())
+    power = np.abs(np.fft.rfft(rest, 2 * len(rest))) ** 2
+    correlation = np.fft.irfft(power)[: len(rest) // 3]
+    correlation = correlation / max(float(correlation[0]), 1e-30)
+    negative = np.flatnonzero(correlation < 0)
+    peak, lag = 0.0, 0
+    if len(negative) and negative[0] + 1 < len(correlation):
+        lag = int(negative[0] + np.argmax(correlation[negative[0] :]))
+        peak = float(correlation[lag])
+    pace = float(np.median(np.diff(loss.steps)))
+    numbers = {"correlation": peak, "period_steps": lag * pace, "swing": swing, "level": level}
+    if peak < PERIOD_CORRELATION or swing < SWING_SHARE * level:
+        return Check(rule, "clear", f"strongest period has correlation {peak:.2f}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"the loss swings by {swing / level:.1%} with a period of about {lag * pace:.0f} steps "
+        f"(autocorrelation {peak:.2f})",
+        numbers,
+        "If the period is that of the data (an epoch, a mixture's turn), shuffle better; else "
+        "lower the learning rate or raise the batch size.",
+    )
+
+
+def stalls(loss: Series, lr: Series) -> Check:
+    """Does the loss lie flat over its last 40 % although the learning rate is still high?"""
+    rule, values = "loss stalls", loss.values
+    need = 3 * MIN_POINTS
+    if len(values) < need:
+        return _too_short(rule, len(values), need)
+    tail = values[-int(len(values) * STALL_TAIL) :]
+    first, last, error = ends(tail, 0.3)
+    fall = first - last
+    rate = float(lr.values[-1] / max(lr.values.max(), 1e-30)) if len(lr) else 1.0
+    numbers = {"fall": fall, "standard_error": error, "lr_over_peak": rate, "level": last}
+    if fall > max(STALL_SHARE * abs(last), 2 * error):
+        return Check(rule, "clear", f"still falling: {fall:.3g} in the last 40 %", numbers)
+    if rate < STALL_LR:
+        return Check(rule, "clear", "flat, but the learning rate has been run down", numbers)
+    return Check(
+        rule,
+        "found",
+        f"over its last 40 % the loss fell by {fall:.2g} of {last:.4g} (standard error "
+        f"{error:.2g}) while the learning rate is at {rate:.0%} of its peak",
+        numbers,
+        "Decay the learning rate now, or, if the loss is far from what this size should reach, "
+        "look for frozen parameters and a clipped gradient norm that never leaves its limit.",
+    )
+
+
+def overfits(train: Series, validation: Series) -> Check:
+    """Is validation above its best by 2 % while training went on falling?"""
+    rule, values = "over-fitting", validation.values
+    if len(values) < OVERFIT_POINTS:
+        return _too_short(rule, len(values), OVERFIT_POINTS)
+    best = int(np.argmin(values))
+    last = float(values[-1])
+    rise = last / float(values[best]) - 1.0 if values[best] else 0.0
+    numbers = {
+        "best": float(values[best]),
+        "best_step": float(validation.steps[best]),
+        "last": last,
+        "rise": rise,
+    }
+    after = train.values[train.steps >= validation.steps[best]]
+    falling = True
+    if len(after) >= 6:
+        first_mean, last_mean, _ = ends(after, 0.3)
+        numbers |= {"train_then": first_mean, "train_now": last_mean}
+        falling = last_mean < first_mean
+    if rise <= OVERFIT_RISE or best >= len(values) - 2 or not falling:
+        return Check(rule, "clear", f"validation ends {rise:.1%} above its best", numbers)
+    return Check(
+        rule,
+        "found",
+        f"validation was best at step {validation.steps[best]} ({values[best]:.4g}) and ends "
+        f"{rise:.1%} above it ({last:.4g}), while the training loss went on falling",
+        numbers,
+        "Use the checkpoint that was best by validation; then more data, fewer epochs, more "
+        "weight decay or dropout.",
+    )
+
+
+def nonfinite(loss: Series, grad_norm: Series) -> Check:
+    """Were there steps whose loss or gradient norm was NaN or infinite?"""
+    rule = "non-finite values"
+    numbers = {"loss": float(loss.num_nonfinite), "grad_norm": float(grad_norm.num_nonfinite)}
+    if not any(numbers.values()):
+        return Check(rule, "clear", "every loss and gradient norm was finite", numbers)
+    return Check(
+        rule,
+        "found",
+        f"{loss.num_nonfinite} losses and {grad_norm.num_nonfinite} gradient norms were NaN or "
+        "infinite",
+        numbers,
+        "One or two skipped steps in fp16 are the loss scale finding its level. Otherwise: lower "
+        "the learning rate, and look at that step's samples.",
+    )
+
+
+def reward_never_rises(reward: Series) -> Check:
+    """Does the reward end above its start by three standard errors?"""
+    rule = "reward never rises"
+    if len(reward) < MIN_POINTS:
+        return _too_short(rule, len(reward))
+    first, last, error = ends(reward.values)
+    numbers = {"first": first, "last": last, "standard_error": error}
+    if last - first > 3 * error or first >= SATURATED_REWARD:
+        return Check(rule, "clear", f"from {first:.3f} to {last:.3f}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"the mean reward went from {first:.3f} to {last:.3f} (standard error {error:.2g})",
+        numbers,
+        "Is the start hopeless (reward near 0: no group has a winner) or done (near 1)? Choose "
+        "easier or harder problems; otherwise a higher learning rate or more samples a prompt.",
+    )
+
+
+def reward_hacking(reward: Series, accuracy: Series, length: Series) -> Check:
+    """Does the reward rise while held-out accuracy falls, or while the length runs away?"""
+    rule = "reward hacking"
+    if len(reward) < MIN_POINTS:
+        return _too_short(rule, len(reward))
+    first, last, error = ends(reward.values)
+    gain = last - first
+    numbers = {"reward_gain": gain, "standard_error": error}
+    if gain <= max(REWARD_RISE, 3 * error):
+        return Check(rule, "clear", f"the reward rose by {gain:.3f} only", numbers)
+    signs = []
+    if len(accuracy) >= 2:
+        change = float(accuracy.values[-1] - accuracy.values[0])
+        numbers["accuracy_change"] = change
+        if change < -ACCURACY_DROP:
+            signs.append(f"held-out accuracy fell by {-change:.3f}")
+    if len(length) >= MIN_POINTS:
+        short, long, _ = ends(length.values)
+        factor = long / short if short > 0 else 1.0
+        numbers["length_factor"] = factor
+        rewarded = len(accuracy) >= 2 and numbers["accuracy_change"] > ACCURACY_DROP
+        if not rewarded and not 1 / LENGTH_FACTOR < factor < LENGTH_FACTOR:
+            signs.append(f"completions became {factor:.1f} times as long")
+    if not signs:
+        return Check(rule, "clear", f"the reward rose by {gain:.3f}, nothing else ran", numbers)
+    return Check(
+        rule,
+        "found",
+        f"the reward rose by {gain:.3f} while {' and '.join(signs)}",
+        numbers,
+        "Read a dozen highly rewarded completions. Then tighten the verifier, or raise the KL "
+        "penalty.",
+    )
+
+
+def entropy_collapse(entropy: Series, reward: Series) -> Check:
+    """Is the policy's entropy below a tenth of its start before the reward is high?"""
+    rule = "entropy collapse"
+    if len(entropy) < MIN_POINTS:
+        return _too_short(rule, len(entropy))
+    first, last, _ = ends(entropy.values, 0.1)
+    level = ends(reward.values, 0.1)[1] if len(reward) else float("nan")
+    numbers = {"first": first, "last": last, "reward": level}
+    if last >= ENTROPY_SHARE * first:
+        return Check(rule, "clear", f"from {first:.3g} to {last:.3g} nats", numbers)
+    if level >= SATURATED_REWARD:
+        return Check(rule, "clear", f"low, but so is what is left: reward {level:.2f}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"entropy fell from {first:.3g} to {last:.3g} nats a token while the reward is only "
+        f"{level:.2f}: the policy has stopped exploring",
+        numbers,
+        "Lower the learning rate, sample at a higher temperature, clip higher upwards than "
+        "downwards, or take fewer updates a rollout.",
+    )
+
+
+def degenerate_groups(degenerate: Series, reward: Series) -> Check:
+    """Are most groups without contrast (all completions rewarded alike) at the end?"""
+    rule = "groups without contrast"
+    if len(degenerate) < MIN_POINTS:
+        return _too_short(rule, len(degenerate))
+    _, last, _ = ends(degenerate.values)
+    level = ends(reward.values)[1] if len(reward) else float("nan")
+    numbers = {"share": last, "reward": level}
+    if last <= DEGENERATE_SHARE:
+        return Check(rule, "clear", f"{last:.0%} of the groups at the end", numbers)
+    mend = "harder" if level > 0.5 else "easier"
+    return Check(
+        rule,
+        "found",
+        f"{last:.0%} of the groups had equal rewards at the end (mean reward {level:.2f}); they "
+        "teach nothing",
+        numbers,
+        f"Choose {mend} problems, or more completions a prompt.",
+    )
+
+
+REWARD = ("reward_mean", "reward")
+ENTROPY = ("entropy", "entropy_mean", "entropy_estimate", "policy_entropy")
+DEGENERATE = ("degenerate_fraction", "fraction_degenerate", "degenerate_groups")
+LENGTH = ("completion_length", "completion_tokens", "completion_length_mean")
+ACCURACY = ("accuracy", "val_accuracy")
+
+
+def diagnose(get: Callable[..., Series]) -> list[Check]:
+    """All rules that apply to one stage; ``get(*names)`` answers with its first known series.
+
+    A stage that logs a reward is judged by the rules of reinforcement learning: its loss need
+    not fall. Any other is judged by its loss.
+    """
+    loss, grad_norm, reward = get("loss"), get("grad_norm"), get(*REWARD)
+    checks = [nonfinite(loss, grad_norm)] if len(loss) or loss.num_nonfinite else []
+    if len(reward):
+        checks += [
+            reward_never_rises(reward),
+            reward_hacking(reward, get(*ACCURACY), get(*LENGTH)),
+        ]
+        if len(entropy := get(*ENTROPY)):
+            checks.append(entropy_collapse(entropy, reward))
+        if len(degenerate := get(*DEGENERATE)):
+            checks.append(degenerate_groups(degenerate, reward))
+    elif len(loss):
+        checks += [never_falls(loss), spikes(loss), oscillates(loss), stalls(loss, get("lr"))]
+        if len(validation := get("val_loss", "val_bits_per_byte")):
+            checks.append(overfits(loss, validation))
+    return checks

@@ -1,0 +1,308 @@
+"""What the page says, as plain values for the template: verdict, tiles, samples, lineage."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shardwise.config.redact import redact
+from shardwise.metrics.progress import duration, number
+from shardwise.report.diagnosis import Check, diagnose
+from shardwise.report.rundata import RunData, summary_stages
+from shardwise.report.series import wilson
+from shardwise.report.summary import accuracies, compared, gemm_rate, interval, num, sample_size
+
+MAX_EVENTS = 200
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure, with what it is to be compared with."""
+
+    label: str
+    value: str
+    notes: tuple[str, ...] = ()
+
+
+def is_finished(run: RunData) -> bool:
+    """Whether every stage of the config is in the summary."""
+    done = {s.get("name") for s in summary_stages(run.summary)}
+    return bool(done) and all(stage in done for stage in run.stages)
+
+
+def _steps(run: RunData, stage: str) -> tuple[int, int | None]:
+    """Steps done, and steps planned where the config says."""
+    done = [int(s.steps[-1]) for (name, _), s in run.series.items() if name == stage and len(s)]
+    planned = run.stage_config(stage).get("steps")
+    return max(done, default=0), planned if isinstance(planned, int) else None
+
+
+def _lift(run: RunData) -> str:
+    """What the last stage did to the accuracy, and whether chance could have done it."""
+    rows = accuracies(run.summary)
+    if len(rows) < 2:
+        return ""
+    (before_name, before), (name, after) = rows[-2:]
+    text = f"held-out accuracy went from {before:.2f} ({before_name}) to {after:.2f} ({name})"
+    problems = sample_size(run.summary)
+    if problems and after > before and 0 <= before <= 1 and 0 <= after <= 1:
+        apart = wilson(after, problems)[0] > wilson(before, problems)[1]
+        text += (
+            f" on {problems} problems; the 95% intervals "
+            f"{'do not overlap' if apart else 'overlap, so it may be chance'}"
+        )
+    return text
+
+
+def verdict(run: RunData) -> str:
+    """The run in one line."""
+    parts = []
+    if not is_finished(run):
+        reached = [s for s in run.stages if _steps(run, s)[0]]
+        if reached:
+            done, planned = _steps(run, reached[-1])
+            of = f" of {planned}" if planned else ""
+            parts.append(f"Not finished: {reached[-1]} at step {done}{of}")
+        else:
+            parts.append("Not started: no step is logged yet")
+    bits, gzip = (
+        num(run.summary.get("val_bits_per_byte")),
+        num(run.summary.get("gzip_bits_per_byte")),
+    )
+    if bits is not None:
+        text = f"{bits:.3f} bits per byte on held-out text"
+        parts.append(text + (f", {compared(bits, gzip)} gzip -9" if gzip else ""))
+    if lift := _lift(run):
+        parts.append(lift)
+    return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
+
+
+def _model_notes(run: RunData) -> tuple[str, ...]:
+    """Family and precision, as the config has them."""
+    notes = []
+    for section, key in (("model", "family"), ("engine", "precision")):
+        part = run.config.get(section)
+        if isinstance(part, dict) and part.get(key):
+            notes.append(f"{key} {part[key]}")
+    return tuple(notes)
+
+
+def tiles(run: RunData) -> list[Tile]:
+    """The figures at the head of the page; those that are not known are left out."""
+    s, out = run.summary, []
+    if (bits := num(s.get("val_bits_per_byte"))) is not None:
+        notes = []
+        for key, label in (("gzip_bits_per_byte", "gzip -9"), ("xz_bits_per_byte", "xz")):
+            if reference := num(s.get(key)):
+                notes.append(f"{compared(bits, reference)} {label} ({reference:.3f})")
+        out.append(Tile("Validation, bits per byte", f"{bits:.3f}", tuple(notes)))
+    if rows := accuracies(s):
+        n = sample_size(s)
+        notes = [f"{name} {value:.3f} {interval(value, n)}" for name, value in rows]
+        if (baseline := num(s.get("majority_baseline"))) is not None:
+            notes.append(f"majority answer {baseline:.3f}")
+        label = "Held-out accuracy" + (f", {n} problems" if n else "")
+        out.append(Tile(label, f"{rows[-1][1]:.1%}", tuple(notes)))
+    if (tokens := num(s.get("tokens_per_second"))) is not None:
+        pace = [(stage, run.get(stage, "tokens_per_second")) for stage in run.stages]
+        notes = [f"{st} {number(float(np.median(x.values)))}" for st, x in pace if len(x)]
+        out.append(Tile("Training speed", f"{number(tokens)} tok/s", tuple(notes)))
+    if (fraction := num(s.get("fraction_of_gemm"))) is not None:
+        rate = num(s.get("gemm_gflops"))
+        notes = [f"of {gemm_rate(rate)}, measured in this run"] if rate else []
+        out.append(Tile("Fraction of GEMM rate", f"{fraction:.0%}", tuple(notes)))
+    if s.get("layout"):
+        out.append(Tile("Layout", str(s["layout"]), _model_notes(run)))
+    wall = num(s.get("wall_seconds"))
+    if wall is None and run.first_time is not None and run.last_time is not None:
+        out.append(Tile("Time so far", duration(run.last_time - run.first_time)))
+    elif wall is not None:
+        total = sum(num(x.get("tokens")) or 0.0 for x in summary_stages(s))
+        notes = [f"{number(total)} tokens"] if total else []
+        out.append(Tile("Wall time", duration(wall), tuple(notes)))
+    return out
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one stage's model wrote."""
+
+    stage: str
+    completion: str
+    correct: bool | None
+
+
+@dataclass
+class SampleGroup:
+    """One prompt and what the model wrote after each stage."""
+
+    prompt: str
+    answer: str | None
+    samples: list[Sample]
+
+
+def sample_groups(run: RunData) -> tuple[list[SampleGroup], list[SampleGroup]]:
+    """Problems (with a known answer) and free continuations, grouped by prompt."""
+    groups: dict[tuple[str, str | None], SampleGroup] = {}
+    rows = run.summary.get("samples")
+    for row in rows if isinstance(rows, list) else []:
+        if not isinstance(row, dict):
+            continue
+        prompt = redact(str(row.get("prompt") or ""))
+        answer = None if row.get("answer") is None else str(row["answer"])
+        correct = row.get("correct")
+        sample = Sample(
+            str(row.get("stage") or "?"),
+            redact(str(row.get("completion") or "")),
+            correct if isinstance(correct, bool) else None,
+        )
+        groups.setdefault((prompt, answer), SampleGroup(prompt, answer, [])).samples.append(sample)
+    found = list(groups.values())
+    return [g for g in found if g.answer is not None], [g for g in found if g.answer is None]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage in the lineage. ``chained``: whether its parent is the stage before, if known."""
+
+    name: str
+    kind: str
+    done: bool
+    facts: tuple[tuple[str, str], ...]
+    hashes: tuple[tuple[str, str], ...]
+    checkpoint: str
+
+
+def lineage(run: RunData) -> list[Link]:
+    """Every stage with what made it: config, data and parent hashes, layout, steps."""
+    links = []
+    for stage in run.stages:
+        row, config = run.stage_summary(stage), run.stage_config(stage)
+        done, planned = _steps(run, stage)
+        facts = []
+        steps = num(row.get("steps"))
+        if steps is not None:
+            facts.append(("steps", f"{int(steps):,}"))
+        elif done or planned:
+            facts.append(("steps", f"{done:,} of {planned:,}" if planned else f"{done:,}"))
+        if (tokens := num(row.get("tokens"))) is not None:
+            facts.append(("tokens", number(tokens)))
+        if (seconds := num(row.get("seconds"))) is not None:
+            facts.append(("time", duration(seconds)))
+        if row.get("layout"):
+            facts.append(("layout", str(row["layout"])))
+        metrics = row.get("metrics")
+        for name, value in metrics.items() if isinstance(metrics, dict) else []:
+            if (figure := num(value)) is not None and len(facts) < 10:
+                facts.append((name.replace("_", " "), _figure(figure)))
+        hashes = [
+            (label, str(row[key]))
+            for label, key in (
+                ("parent", "parent_hash"),
+                ("config", "config_hash"),
+                ("data", "data_hash"),
+                ("checkpoint", "checkpoint_hash"),
+            )
+            if row.get(key)
+        ]
+        kind = str(row.get("kind") or config.get("kind") or stage)
+        path = str(row.get("checkpoint") or "")
+        path = path[max(path.find("stages/"), 0) :]  # within the run
+        links.append(Link(stage, kind, bool(row), tuple(facts), tuple(hashes), path))
+    return links
+
+
+def origin(run: RunData) -> str:
+    """What the first stage started from."""
+    if run.config.get("init_from"):
+        return redact(str(run.config["init_from"]))
+    seed = run.config.get("seed")
+    return "random weights" + (f", seed {seed}" if isinstance(seed, int) else "")
+
+
+def _figure(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the list of events."""
+
+    when: str
+    stage: str
+    step: str
+    event: str
+    message: str
+
+
+def events(run: RunData) -> tuple[list[Event], int]:
+    """The newest `MAX_EVENTS` events, oldest first, and how many there are in all."""
+    out = []
+    for row in run.events[-MAX_EVENTS:]:
+        when = num(row.get("time"))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when)) if when else ""
+        message = redact(str(row.get("message") or ""))
+        stage, step = str(row.get("stage") or ""), row.get("step")
+        shown = "" if step is None or not stage else str(step)
+        out.append(Event(stamp, stage, shown, str(row.get("event") or "event"), message))
+    return out, len(run.events)
+
+
+def machine(run: RunData) -> list[tuple[str, str]]:
+    """The machine, as (name, value) rows."""
+    info = run.summary.get("machine")
+    rows = []
+    for key, value in info.items() if isinstance(info, dict) else []:
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value not in (None, "", [], {}):
+            label = str(key).removeprefix("num_").replace("_gb", " (GB)").replace("_", " ")
+            rows.append((label, redact(text)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All rules' answers for one stage."""
+
+    stage: str
+    checks: list[Check]
+
+    @property
+    def found(self) -> list[Check]:
+        """The rules that found something."""
+        return [c for c in self.checks if c.status == "found"]
+
+
+def diagnoses(run: RunData) -> list[Diagnosis]:
+    """Every stage through every rule that applies to it."""
+    out = []
+    for stage in run.stages:
+        checks = diagnose(lambda *names, stage=stage: run.get(stage, *names))
+        if checks:
+            out.append(Diagnosis(stage, checks))
+    return out
+
+
+def view(run: RunData) -> dict[str, Any]:
+    """Everything the template shows except the charts."""
+    problems, texts = sample_groups(run)
+    shown, num_events = events(run)
+    return {
+        "name": run.name,
+        "finished": is_finished(run),
+        "verdict": verdict(run),
+        "tiles": tiles(run),
+        "problems": problems,
+        "texts": texts,
+        "origin": origin(run),
+        "lineage": lineage(run),
+        "events": shown,
+        "num_events": num_events,
+        "machine": machine(run),
+        "diagnoses": diagnoses(run),
+        "config": redact(run.config_text),
+        "num_lines": run.num_lines,
+    }

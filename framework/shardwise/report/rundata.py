@@ -1,0 +1,184 @@
+"""Reads a run's folder, whole or half done, into what the report is made of."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardwise.config import yaml12
+from shardwise.errors import DataError
+from shardwise.metrics.jsonl import read_jsonl
+from shardwise.metrics.writers import METRICS_FILE, NOTES_FILE
+from shardwise.report.series import EMPTY, Series
+
+_HEAD = frozenset({"time", "stage", "step", "kind"})
+
+
+@dataclass
+class RunData:
+    """What is known of a run. Everything may be missing, except the folder's name."""
+
+    name: str
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    stages: list[str] = field(default_factory=list)
+    series: dict[tuple[str, str], Series] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    num_lines: int = 0
+    first_time: float | None = None
+    last_time: float | None = None
+
+    def get(self, stage: str, *names: str) -> Series:
+        """The first of ``names`` that ``stage`` has logged, or an empty series."""
+        for name in names:
+            if (found := self.series.get((stage, name))) is not None and len(found):
+                return found
+        return EMPTY
+
+    def names(self, stage: str) -> list[str]:
+        """The metrics that ``stage`` has logged, in order of appearance."""
+        return [name for s, name in self.series if s == stage]
+
+    def stage_config(self, stage: str) -> dict[str, Any]:
+        """The config of ``stage``, or an empty mapping."""
+        stages = self.config.get("stages")
+        for item in stages if isinstance(stages, list) else []:
+            if isinstance(item, dict) and stage in (item.get("name"), item.get("kind")):
+                return item
+        return {}
+
+    def stage_summary(self, stage: str) -> dict[str, Any]:
+        """What summary.json says of ``stage``, or an empty mapping."""
+        for item in summary_stages(self.summary):
+            if item.get("name") == stage:
+                return item
+        return {}
+
+
+def summary_stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages that a summary lists; entries that are not mappings are left out."""
+    stages = summary.get("stages")
+    return [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read metrics.jsonl, notes.jsonl, summary.json and config.yaml, whichever exist.
+
+    Figures that the summary lacks are taken from the metrics where they hold them.
+
+    Raises DataError when there is neither metrics, summary nor config, or when one cannot be
+    read (ConfigError for config.yaml).
+    """
+    files = [run_dir / n for n in (METRICS_FILE, "summary.json", "config.yaml")]
+    if not any(f.exists() for f in files):
+        raise DataError(
+            f"{run_dir} is not a run: it holds none of metrics.jsonl, summary.json, config.yaml; "
+            "name a folder that `shardwise train` wrote, such as runs/quickstart"
+        )
+    run = RunData(name=run_dir.resolve().name)
+    if files[1].exists():
+        run.summary = _mapping(_json(files[1]), files[1])
+    if files[2].exists():
+        run.config_text = files[2].read_text(encoding="utf-8", errors="replace")
+        run.config = _mapping(yaml12.parse(run.config_text, str(files[2])).data or {}, files[2])
+    run.name = str(run.summary.get("name") or run.config.get("name") or run.name)
+    _collect(run, read_jsonl(files[0]))
+    run.events.extend(read_jsonl(run_dir / NOTES_FILE))
+    run.events.sort(key=lambda e: e["time"] if isinstance(e.get("time"), (int, float)) else 0.0)
+    for name in [*(s.get("name") for s in summary_stages(run.summary)), *_config_stages(run)]:
+        if isinstance(name, str) and name not in run.stages:
+            run.stages.append(name)
+    order = {n: i for i, n in enumerate(_config_stages(run))}
+    run.stages.sort(key=lambda n: order.get(n, len(order)))
+    _fill_gaps(run)
+    return run
+
+
+def _config_stages(run: RunData) -> list[str]:
+    stages = run.config.get("stages")
+    found = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+    return [str(s.get("name") or s.get("kind")) for s in found]
+
+
+def _collect(run: RunData, records: Iterable[dict[str, Any]]) -> None:
+    """Spread the lines of metrics.jsonl over series, without keeping the lines."""
+    columns: dict[str, dict[str, tuple[array[int], array[float]]]] = {}
+    nonfinite: dict[tuple[str, str], int] = {}
+    for record in records:
+        run.num_lines += 1
+        stage, step, when = str(record.get("stage", "")), record.get("step", 0), record.get("time")
+        if isinstance(when, (int, float)):
+            run.first_time = when if run.first_time is None else min(run.first_time, when)
+            run.last_time = when if run.last_time is None else max(run.last_time, when)
+        if record.get("kind") == "event":
+            run.events.append(record)
+            continue
+        table = columns.setdefault(stage, {})
+        for name, value in record.items():
+            if type(value) is float or type(value) is int:  # not a bool
+                if name in _HEAD or not isinstance(step, int):
+                    continue
+                column = table.get(name)
+                if column is None:
+                    column = table[name] = (array("q"), array("d"))
+                column[0].append(step)
+                column[1].append(value)
+            elif name.endswith("_nonfinite"):
+                plain_name = name.removesuffix("_nonfinite")
+                table.setdefault(plain_name, (array("q"), array("d")))
+                nonfinite[stage, plain_name] = nonfinite.get((stage, plain_name), 0) + 1
+    run.stages = list(columns)
+    for stage, table in columns.items():
+        for name, (steps, values) in table.items():
+            order = np.argsort(np.array(steps, np.int64), kind="stable")
+            run.series[stage, name] = Series(
+                np.array(steps, np.int64)[order],
+                np.array(values, np.float64)[order],
+                nonfinite.get((stage, name), 0),
+            )
+
+
+_ONE_FIGURE = (
+    "val_bits_per_byte",
+    "gzip_bits_per_byte",
+    "xz_bits_per_byte",
+    "majority_baseline",
+    "num_problems",
+)
+_SPEEDS = ("tokens_per_second", "fraction_of_gemm")
+
+
+def _fill_gaps(run: RunData) -> None:
+    """Take from the metrics what the summary does not say (yet): a run that still goes on."""
+    for name in (*_ONE_FIGURE, *_SPEEDS):
+        for stage in run.stages:
+            series = run.get(stage, name)
+            if name not in run.summary and len(series):
+                value = np.median(series.values) if name in _SPEEDS else series.values[-1]
+                run.summary[name] = float(value)
+    if "accuracy" not in run.summary:
+        last = {stage: run.get(stage, "accuracy").last for stage in run.stages}
+        run.summary["accuracy"] = {k: v for k, v in last.items() if v is not None}
+    engine = run.config.get("engine")
+    if "layout" not in run.summary and isinstance(engine, dict) and engine.get("layout"):
+        run.summary["layout"] = engine["layout"]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}; delete it or run the stage again") from error
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a mapping, not {type(value).__name__}")
+    return value

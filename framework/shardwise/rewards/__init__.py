@@ -1,0 +1,37 @@
+"""Verifiable tasks, verifiers and reward functions."""
+
+from shardwise.rewards.families import Problem
+from shardwise.rewards.scoring import (
+    RewardConfig,
+    RewardItem,
+    RewardResult,
+    Scorer,
+    build_reward,
+)
+from shardwise.rewards.tasks import (
+    ProblemSet,
+    TaskConfig,
+    majority_baseline,
+    messages,
+    prompt_messages,
+    solution_text,
+    split_of,
+)
+from shardwise.rewards.user import UserRewardConfig
+
+__all__ = [
+    "Problem",
+    "ProblemSet",
+    "RewardConfig",
+    "RewardItem",
+    "RewardResult",
+    "Scorer",
+    "TaskConfig",
+    "UserRewardConfig",
+    "build_reward",
+    "majority_baseline",
+    "messages",
+    "prompt_messages",
+    "solution_text",
+    "split_of",
+]

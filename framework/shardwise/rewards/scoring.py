@@ -1,0 +1,252 @@
+"""From a config to a scorer: verifiers and user functions, weighted and summed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section
+from shardwise.rewards import reasoning, verifiers
+from shardwise.rewards.user import Scored, UserReward, UserRewardConfig
+
+
+class ExactConfig(Section):
+    """1 when the extracted answer equals the reference."""
+
+    kind: Literal["exact"] = "exact"
+    weight: float = 1.0
+    extract: verifiers.Extract = "whole"
+    ignore_case: bool = False
+
+
+class NumericConfig(Section):
+    """1 when the extracted answer is the reference's number."""
+
+    kind: Literal["numeric"] = "numeric"
+    weight: float = 1.0
+    extract: verifiers.Extract = "last_number"
+    rel_tol: NonNegativeFloat = 1e-6
+    abs_tol: NonNegativeFloat = 0.0
+
+
+class FormatConfig(Section):
+    """1 when the completion has the template's form."""
+
+    kind: Literal["format"] = "format"
+    weight: float = 1.0
+    template: str = Field(
+        "<think>{}</think><answer>{}</answer>", description="fixed pieces, {} for any text"
+    )
+
+
+class LanguageConfig(Section):
+    """Share of the letters in the language's script."""
+
+    kind: Literal["language"] = "language"
+    weight: float = 1.0
+    language: str = Field("en", description="language code, e.g. en, zh, ru")
+
+    @model_validator(mode="after")
+    def _known(self) -> LanguageConfig:
+        if self.language not in verifiers.SCRIPTS:
+            known = ", ".join(sorted(verifiers.SCRIPTS))
+            raise ValueError(f"language {self.language!r} is not known; known: {known}")
+        return self
+
+
+class LengthConfig(Section):
+    """From 0 down to -1 as a completion nears ``max_tokens``."""
+
+    kind: Literal["length"] = "length"
+    weight: float = 1.0
+    max_tokens: PositiveInt
+    buffer_tokens: PositiveInt
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> LengthConfig:
+        if self.buffer_tokens > self.max_tokens:
+            raise ValueError("buffer_tokens must not exceed max_tokens")
+        return self
+
+
+class ReasoningGymConfig(Section):
+    """reasoning-gym's own score of the extracted answer, computed in the sandbox."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    weight: float = 1.0
+    extract: verifiers.Extract = "whole"
+
+
+PartConfig = Annotated[
+    ExactConfig
+    | NumericConfig
+    | FormatConfig
+    | LanguageConfig
+    | LengthConfig
+    | ReasoningGymConfig
+    | UserRewardConfig,
+    Field(discriminator="kind"),
+]
+
+
+class RewardConfig(Section):
+    """A reward is the weighted sum of its parts."""
+
+    parts: list[PartConfig] = Field([ExactConfig()], min_length=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardItem:
+    """One completion to score. ``num_tokens`` counts its tokens, for a length penalty."""
+
+    question: str
+    completion_text: str
+    answer: str
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """``value`` None: unscorable, for the ``reason`` given; ``parts`` are unweighted, by name."""
+
+    value: float | None
+    parts: Mapping[str, float | None]
+    reason: str = ""
+
+
+class _Part(Protocol):
+    def __call__(self, items: Sequence[RewardItem]) -> list[Scored]: ...
+
+
+def _pure(part: Any) -> _Part:
+    """The verifier of one part as a function of a batch."""
+
+    def one(item: RewardItem) -> float | None:
+        text = item.completion_text
+        match part:
+            case ExactConfig():
+                got = verifiers.extract_answer(text, part.extract)
+                return verifiers.exact_match(got, item.answer, ignore_case=part.ignore_case)
+            case NumericConfig():
+                got = verifiers.extract_answer(text, part.extract)
+                return verifiers.numeric_match(
+                    got, item.answer, rel_tol=part.rel_tol, abs_tol=part.abs_tol
+                )
+            case FormatConfig():
+                return verifiers.template_match(text, part.template)
+            case LanguageConfig():
+                return verifiers.language_consistency(text, verifiers.SCRIPTS[part.language])
+            case LengthConfig():
+                return verifiers.overlong_penalty(
+                    item.num_tokens, part.max_tokens, part.buffer_tokens
+                )
+        raise AssertionError(part)
+
+    why = {
+        "numeric": "the reference answer is not a number",
+        "length": "the completion's token count is not given",
+    }.get(part.kind, "")
+
+    def batch(items: Sequence[RewardItem]) -> list[Scored]:
+        return [Scored(value, "" if value is not None else why) for value in map(one, items)]
+
+    return batch
+
+
+def _sandboxed(reward: UserReward, extract: verifiers.Extract = "whole") -> _Part:
+    raw = extract == "whole"
+
+    def batch(items: Sequence[RewardItem]) -> list[Scored]:
+        return reward.score(
+            [
+                {
+                    "question": i.question,
+                    "completion": i.completion_text
+                    if raw
+                    else verifiers.extract_answer(i.completion_text, extract) or "",
+                    "answer": i.answer,
+                    "meta": dict(i.meta),
+                }
+                for i in items
+            ]
+        )
+
+    return batch
+
+
+class Scorer:
+    """Scores batches; owns the sandboxes of its parts. Close it, or use it in a ``with``."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.sandboxes: list[UserReward] = []
+        self.parts: list[tuple[str, float, _Part]] = []
+        for part in config.parts:
+            name: str = part.kind
+            n = sum(p.kind == part.kind for p in config.parts)
+            if isinstance(part, UserRewardConfig):
+                name = part.function.rpartition(":")[2]
+            if n > 1:
+                name = f"{name}_{len(self.parts)}"
+            self.parts.append((name, part.weight, self._open(part)))
+
+    def _open(self, part: Any) -> _Part:
+        if isinstance(part, UserRewardConfig):
+            self.sandboxes.append(UserReward(part))
+            return _sandboxed(self.sandboxes[-1])
+        if isinstance(part, ReasoningGymConfig):
+            function = UserRewardConfig(function=f"{reasoning.__file__}:score", timeout_s=20.0)
+            self.sandboxes.append(UserReward(function))
+            return _sandboxed(self.sandboxes[-1], part.extract)
+        return _pure(part)
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """One result an item, in order. A part without a value makes its item unscorable."""
+        columns = [(name, weight, part(items)) for name, weight, part in self.parts]
+        results = []
+        for row in range(len(items)):
+            scored = {name: column[row] for name, _, column in columns}
+            bad = [f"{k}: {s.reason}" for k, s in scored.items() if s.value is None]
+            total = sum(w * (c[row].value or 0.0) for _, w, c in columns)
+            if not bad and not math.isfinite(total):
+                bad = [f"the sum is {total}"]
+            results.append(
+                RewardResult(
+                    value=None if bad else total,
+                    parts={k: s.value for k, s in scored.items()},
+                    reason="; ".join(bad),
+                )
+            )
+        return results
+
+    @functools.cached_property
+    def maximum(self) -> float | None:
+        """The highest reward that can be earned; None when a user function has no bound."""
+        if any(isinstance(p, UserRewardConfig) for p in self.config.parts):
+            return None
+        return math.fsum(
+            max(p.weight * bound for bound in ((-1.0, 0.0) if p.kind == "length" else (0.0, 1.0)))
+            for p in self.config.parts
+        )
+
+    def close(self) -> None:
+        """End the sandboxes."""
+        for sandbox in self.sandboxes:
+            sandbox.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def build_reward(config: RewardConfig) -> Scorer:
+    """Make the scorer of a config; `ConfigError` when a user function cannot be loaded."""
+    return Scorer(config)

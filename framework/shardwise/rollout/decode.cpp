@@ -1,0 +1,479 @@
+// One forward pass of a decoder-only transformer over a few tokens on CPU, with a KV cache: all
+// layers in one parallel region.
+//
+// A row is a token with its slot of the cache and its position. Decoding has one row a sequence,
+// a prefill one row a prompt token; both are the same computation, and no row's result depends on
+// which other rows are there. Decoding is bound by reading the weights once, so they are packed in
+// the order in which they are read (native.py), and nothing leaves this file between layers. bf16
+// needs AMX tiles; fp32 uses the compiler's vector type, on any machine. Values are rounded to the
+// storage type T where the plain PyTorch model rounds them; sums are fp32.
+//
+// Letters: n rows, D model width, H query heads, G key/value heads, K head width, F feed-forward
+// width, V vocabulary. A "panel" is 32 outputs of a linear layer.
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#endif
+
+enum { MAX_HEAD_DIM = 256 };
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t bf16;
+
+static inline v16 load(const float* p) { return *(const v16*)p; }
+static inline v16 load(const bf16* p) {
+  return (v16)(__builtin_convertvector(*(const h16*)p, u16) << 16);
+}
+static inline void store(float* p, v16 x) { *(v16*)p = x; }
+static inline void store(bf16* p, v16 x) {  // round to nearest even
+  u16 u = (u16)x;
+  *(h16*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, h16);
+}
+template <class T> static inline v16 rounded(v16 x) {
+  T t[16];
+  store(t, x);
+  return load(t);
+}
+static inline v16 splat(float x) { return x - (v16){}; }  // x - 0 is x; x + 0 costs an add
+static inline float sum(v16 x) {
+  float s = 0;
+  for (int i = 0; i < 16; i++) s += x[i];
+  return s;
+}
+
+// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp.
+static inline v16 exp16(v16 x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  v16 t = x * 1.44269504f;
+  i16 k = __builtin_convertvector(t + (t < 0.0f ? splat(-0.5f) : splat(0.5f)), i16);
+  v16 kf = __builtin_convertvector(k, v16);
+  v16 r = x - kf * 0.693359375f + kf * 2.12194440e-4f;
+  v16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (v16)((k + 127) << 23);
+}
+static inline v16 silu(v16 x) { return x / (1.0f + exp16(-x)); }
+static inline v16 gelu_tanh(v16 x) {
+  v16 y = 0.7978845608f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exp16(-2.0f * y));  // 0.5 (1 + tanh y) = sigmoid(2 y)
+}
+
+// C = A W^T for up to 32 rows of A and one packed panel.
+static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
+                         float (*c)[32]) {
+  for (int top = 0; top < rows; top += 8) {
+    v16 acc[8][2] = {};
+    for (int64_t k = 0; k < depth; k++) {
+      v16 w0 = load(w + k * 32), w1 = load(w + k * 32 + 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; r++) {
+        v16 x = splat(a[(top + r) * lda + k]);
+        acc[r][0] += x * w0;
+        acc[r][1] += x * w1;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      store(c[top + r], acc[r][0]);
+      store(c[top + r] + 16, acc[r][1]);
+    }
+  }
+}
+
+#ifdef __AMX_BF16__
+struct TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                         float (*c)[32]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (rows <= 16) {
+    for (int64_t k = 0; k < depth; k += 32) {
+      // The hardware stops at each page; asking 4 KiB ahead is worth a sixth of the time.
+      for (int i = 0; i < 1024; i += 32) __builtin_prefetch(w + k * 32 + 2048 + i);
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_loadd(6, w + k * 32, 64);
+      _tile_loadd(7, w + k * 32 + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += 32) {
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_loadd(5, a + 16 * lda + k, lda * 2);
+      _tile_loadd(6, w + k * 32, 64);
+      _tile_loadd(7, w + k * 32 + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(2, c[16], 128);
+    _tile_stored(3, c[16] + 16, 128);
+  }
+  _tile_stored(0, c[0], 128);
+  _tile_stored(1, c[0] + 16, 128);
+}
+static void tiles_on() {
+  TileConfig config;
+  _tile_loadconfig(&config);
+}
+static void tiles_off() { _tile_release(); }
+#else
+static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
+static void tiles_on() {}
+static void tiles_off() {}
+#endif
+
+// This thread's share of the panels of a linear layer; `finish(row, output, low, high)` gets the
+// sums of outputs [output, output + 16) and the 16 after them.
+template <class T, class Finish>
+static void linear(int64_t n, const T* a, int64_t depth, const T* w, int64_t out, Finish finish) {
+  int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), panels = (out + 31) / 32;
+  float c[32][32] __attribute__((aligned(64)));
+  for (int64_t p = panels * me / threads; p < panels * (me + 1) / threads; p++)
+    for (int64_t top = 0; top < n; top += 32) {
+      int rows = n - top < 32 ? (int)(n - top) : 32;
+      block(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
+      for (int r = 0; r < rows; r++) finish(top + r, p * 32, load(c[r]), load(c[r] + 16));
+    }
+}
+
+static inline v16 bias_at(const float* b, int64_t i) { return b ? load(b + i) : v16{}; }
+
+template <class T>
+static void norm(const T* x, T* y, const float* weight, const float* bias, int64_t width,
+                 float eps, bool rms) {
+  v16 total = {}, squares = {};
+  float mean = 0;
+  if (!rms) {
+    for (int64_t i = 0; i < width; i += 16) total += load(x + i);
+    mean = sum(total) / width;
+  }
+  for (int64_t i = 0; i < width; i += 16) {
+    v16 d = load(x + i) - mean;
+    squares += d * d;
+  }
+  float scale = 1.0f / sqrtf(sum(squares) / width + eps);
+  for (int64_t i = 0; i < width; i += 16)
+    store(y + i, (load(x + i) - mean) * scale * load(weight + i) + bias_at(bias, i));
+}
+
+template <class T>
+static void rotate(T* x, const float* cosine, const float* sine, int64_t width) {
+  for (int64_t i = 0; i < width / 2; i += 16) {
+    v16 a = load(x + i), b = load(x + width / 2 + i), c = load(cosine + i), s = load(sine + i);
+    store(x + i, a * c - b * s);
+    store(x + width / 2 + i, b * c + a * s);
+  }
+}
+
+struct Layer {
+  const float *norm1, *norm1_bias;
+  const void* qkv;
+  const float *qkv_bias, *q_norm, *k_norm;
+  const void* o;
+  const float *o_bias, *norm2, *norm2_bias;
+  const void* up;
+  const float* up_bias;
+  const void* down;
+  const float* down_bias;
+  void *keys, *values;  // caches (slots, G, K, capacity) and (slots, G, capacity, K)
+  int64_t window;       // 0: none
+};
+
+struct Model {
+  int64_t layers, D, H, G, K, F, V, capacity, rms, gated;
+  const Layer* layer;
+  const float *norm, *norm_bias;
+  const void* head;
+  void *qkv, *attended, *hidden;  // shared buffers of `rows` rows
+  void* scratch;                  // one (rows, D) buffer a thread
+  float* scores;                  // 4 * capacity of them a thread
+  int64_t rows;                   // a multiple of 32, at least n
+};
+
+// One row's place in the query-key-value buffer and in the caches, for key/value head g.
+template <class T> struct Place {
+  T *q, *k, *v, *keys, *values;
+  Place(const Model& m, const Layer& l, int64_t row, int64_t g, int64_t slot) {
+    q = (T*)m.qkv + row * (((m.H + 2 * m.G) * m.K + 31) / 32 * 32);
+    k = q + (m.H + g) * m.K;
+    v = k + m.G * m.K;
+    q += g * (m.H / m.G) * m.K;
+    keys = (T*)l.keys + (slot * m.G + g) * m.K * m.capacity;
+    values = (T*)l.values + (slot * m.G + g) * m.K * m.capacity;
+  }
+};
+
+// Norms and rotates a row's queries and key of head g; puts its key and value into the cache.
+template <class T>
+static void remember(const Model& m, const Layer& l, const Place<T>& at, int64_t position,
+                     const float* cosine, const float* sine, float eps) {
+  const float* none = nullptr;
+  for (int64_t h = 0; h < m.H / m.G; h++) {
+    if (l.q_norm) norm(at.q + h * m.K, at.q + h * m.K, l.q_norm, none, m.K, eps, true);
+    if (cosine) rotate(at.q + h * m.K, cosine, sine, m.K);
+  }
+  if (l.k_norm) norm(at.k, at.k, l.k_norm, none, m.K, eps, true);
+  if (cosine) rotate(at.k, cosine, sine, m.K);
+  for (int64_t d = 0; d < m.K; d++) at.keys[d * m.capacity + position] = at.k[d];
+  memcpy(at.values + position * m.K, at.v, m.K * sizeof(T));
+}
+
+// NUM query heads that share a key/value head attend to positions [start, end) of the cache.
+template <int NUM, class T>
+static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start, int64_t end,
+                   T* out, float* scores) {
+  const int64_t K = m.K, cap = m.capacity;
+  const float scale = 1.0f / sqrtf((float)K);
+  float query[NUM][MAX_HEAD_DIM];
+  v16 top[NUM];
+  for (int h = 0; h < NUM; h++) {
+    top[h] = splat(-INFINITY);
+    for (int64_t d = 0; d < K; d += 16) store(query[h] + d, load(q + h * K + d) * scale);
+  }
+  // Positions are taken by sixteens (capacity is a multiple of 16), those out of sight masked.
+  const int64_t begin = start / 16 * 16;
+  for (int64_t i = begin; i < end; i += 16) {
+    v16 acc[NUM][2] = {};  // two chains of sums hide the latency of a fused multiply-add
+    for (int64_t d = 0; d < K; d += 2) {
+      v16 even = load(at.keys + d * cap + i), odd = load(at.keys + (d + 1) * cap + i);
+      for (int h = 0; h < NUM; h++) {
+        acc[h][0] += query[h][d] * even;
+        acc[h][1] += query[h][d + 1] * odd;
+      }
+    }
+    for (int h = 0; h < NUM; h++) {
+      float* s = scores + h * cap + i;
+      store(s, acc[h][0] + acc[h][1]);
+      for (int64_t j = i; j < start; j++) s[j - i] = -INFINITY;
+      for (int64_t j = end; j < i + 16; j++) s[j - i] = -INFINITY;
+      v16 z = load(s);
+      top[h] = z > top[h] ? z : top[h];
+    }
+  }
+  float inverse[NUM];
+  for (int h = 0; h < NUM; h++) {
+    float most = top[h][0];
+    for (int i = 1; i < 16; i++) most = top[h][i] > most ? top[h][i] : most;
+    v16 total = {};
+    for (int64_t i = begin; i < end; i += 16) {
+      v16 z = load(scores + h * cap + i), p = exp16(z - most);
+      p = z > -INFINITY ? p : splat(0.0f);
+      total += p;
+      store(scores + h * cap + i, p);
+    }
+    inverse[h] = 1.0f / sum(total);
+  }
+  for (int64_t d = 0; d < K; d += 32) {
+    v16 acc[NUM][2] = {};
+    for (int64_t i = start; i < end; i++) {
+      v16 low = load(at.values + i * K + d), high = load(at.values + i * K + d + 16);
+      for (int h = 0; h < NUM; h++) {
+        float p = scores[h * cap + i];
+        acc[h][0] += p * low;
+        acc[h][1] += p * high;
+      }
+    }
+    for (int h = 0; h < NUM; h++) {
+      store(out + h * K + d, acc[h][0] * inverse[h]);
+      store(out + h * K + d + 16, acc[h][1] * inverse[h]);
+    }
+  }
+}
+
+// All query heads of one key/value head, up to four at a time.
+template <class T>
+static void attend_group(const Model& m, const Layer& l, const Place<T>& at, int64_t position,
+                         T* out, float* scores) {
+  const int64_t end = position + 1, start = l.window && end > l.window ? end - l.window : 0;
+  const int64_t group = m.H / m.G;
+  for (int64_t h = 0; h < group; h += 4) {
+    const T* q = at.q + h * m.K;
+    T* o = out + h * m.K;
+    switch (group - h) {
+      case 1: attend<1>(m, at, q, start, end, o, scores); break;
+      case 2: attend<2>(m, at, q, start, end, o, scores); break;
+      case 3: attend<3>(m, at, q, start, end, o, scores); break;
+      default: attend<4>(m, at, q, start, end, o, scores);
+    }
+  }
+}
+
+template <class T>
+static void forward(const Model& m, int64_t n, T* x, const int64_t* slots,
+                    const int64_t* positions, const float* cosine, const float* sine, float eps,
+                    int64_t num_wanted, const int64_t* wanted, float* logits, int threads) {
+  const int64_t D = m.D, HK = m.H * m.K, width = (m.H + 2 * m.G) * m.K;
+  const int64_t pitch = (width + 31) / 32 * 32;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    T* normed = (T*)m.scratch + me * m.rows * D;
+    float* scores = m.scores + me * 4 * m.capacity;
+    if (sizeof(T) == 2) tiles_on();
+    auto norm_rows = [&](const float* weight, const float* bias) {
+      for (int64_t r = 0; r < n; r++)
+        norm(x + r * D, normed + r * D, weight, bias, D, eps, m.rms != 0);
+    };
+    for (int64_t i = 0; i < m.layers; i++) {
+      const Layer& l = m.layer[i];
+      auto keep = [&](T* out, int64_t pitch, const float* bias) {
+        return [=](int64_t r, int64_t o, v16 low, v16 high) {
+          store(out + r * pitch + o, low + bias_at(bias, o));
+          store(out + r * pitch + o + 16, high + bias_at(bias, o + 16));
+        };
+      };
+      auto add = [&](const float* bias) {
+        return [=](int64_t r, int64_t o, v16 low, v16 high) {
+          T* p = x + r * D + o;
+          store(p, load(p) + rounded<T>(low + bias_at(bias, o)));
+          store(p + 16, load(p + 16) + rounded<T>(high + bias_at(bias, o + 16)));
+        };
+      };
+      norm_rows(l.norm1, l.norm1_bias);
+      linear(n, normed, D, (const T*)l.qkv, width, keep((T*)m.qkv, pitch, l.qkv_bias));
+#pragma omp barrier
+      const int64_t half = m.K / 2, group = m.H / m.G;
+      for (int64_t task = me; task < n * m.G; task += team) {
+        const int64_t row = task / m.G, at = row * half;
+        remember(m, l, Place<T>(m, l, row, task % m.G, slots[row]), positions[row],
+                 cosine ? cosine + at : cosine, sine ? sine + at : sine, eps);
+      }
+#pragma omp barrier
+      for (int64_t task = me; task < n * m.G; task += team) {
+        const int64_t row = task / m.G, g = task % m.G;
+        attend_group(m, l, Place<T>(m, l, row, g, slots[row]), positions[row],
+               (T*)m.attended + row * HK + g * group * m.K, scores);
+      }
+#pragma omp barrier
+      linear(n, (const T*)m.attended, HK, (const T*)l.o, D, add(l.o_bias));
+#pragma omp barrier
+      norm_rows(l.norm2, l.norm2_bias);
+      T* hidden = (T*)m.hidden;
+      if (m.gated) {  // a panel holds 16 gates, then their 16 factors
+        linear(n, normed, D, (const T*)l.up, 2 * m.F, [&](int64_t r, int64_t o, v16 g, v16 u) {
+          v16 gate = rounded<T>(silu(rounded<T>(g)));
+          store(hidden + r * m.F + o / 2, gate * rounded<T>(u));
+        });
+      } else {
+        linear(n, normed, D, (const T*)l.up, m.F, [&](int64_t r, int64_t o, v16 low, v16 high) {
+          T* p = hidden + r * m.F + o;
+          store(p, gelu_tanh(rounded<T>(low + bias_at(l.up_bias, o))));
+          store(p + 16, gelu_tanh(rounded<T>(high + bias_at(l.up_bias, o + 16))));
+        });
+      }
+#pragma omp barrier
+      linear(n, (const T*)hidden, m.F, (const T*)l.down, D, add(l.down_bias));
+#pragma omp barrier
+    }
+    const int64_t vocab = (m.V + 31) / 32 * 32;
+    for (int64_t r = 0; r < num_wanted; r++)
+      norm(x + wanted[r] * D, normed + r * D, m.norm, m.norm_bias, D, eps, m.rms != 0);
+    linear(num_wanted, normed, D, (const T*)m.head, m.V, [&](int64_t r, int64_t o, v16 low, v16 high) {
+      store(logits + r * vocab + o, low);
+      store(logits + r * vocab + o + 16, high);
+    });
+    if (sizeof(T) == 2) tiles_off();
+  }
+}
+
+// The greedy choice, or the first token whose cumulated probability reaches u; and its log-prob.
+static void choose(const float* z, int64_t vocab, float inverse_temperature, bool greedy, double u,
+                   int64_t* token, float* logprob) {
+  const int64_t CHUNK = 512, whole = vocab / 16 * 16;
+  float top = -INFINITY;
+  v16 tops = splat(top);
+  for (int64_t i = 0; i < whole; i += 16) {
+    v16 x = load(z + i);
+    tops = x > tops ? x : tops;
+  }
+  for (int i = 0; i < 16; i++) top = tops[i] > top ? tops[i] : top;
+  for (int64_t i = whole; i < vocab; i++) top = z[i] > top ? z[i] : top;
+  auto weight = [&](int64_t i) {  // of 16 tokens from i; 0 beyond the vocabulary
+    v16 x;
+    if (i + 16 <= vocab) return exp16((load(z + i) - top) * inverse_temperature);
+    for (int j = 0; j < 16; j++) x[j] = i + j < vocab ? z[i + j] - top : -INFINITY;
+    v16 e = exp16(x * inverse_temperature);
+    return x > -INFINITY ? e : splat(0.0f);
+  };
+  auto chunk_weight = [&](int64_t begin) {
+    v16 part = {};
+    for (int64_t i = begin; i < begin + CHUNK && i < vocab; i += 16) part += weight(i);
+    return (double)sum(part);
+  };
+  double total = 0;
+  for (int64_t i = 0; i < vocab; i += CHUNK) total += chunk_weight(i);
+  int64_t pick = -1;
+  if (greedy) {
+    for (pick = 0; pick < vocab - 1 && z[pick] != top;) pick++;
+  } else {
+    double left = u * total;
+    int64_t begin = 0;
+    for (; begin + CHUNK < vocab; begin += CHUNK) {
+      double part = chunk_weight(begin);
+      if (left <= part) break;
+      left -= part;
+    }
+    for (int64_t i = begin; i < vocab; i += 16) {
+      v16 e = weight(i);
+      for (int j = 0; j < 16 && i + j < vocab; j++) {
+        if (e[j] > 0) pick = i + j;  // rounding may leave a rest: the last possible token
+        left -= e[j];
+        if (left <= 0 && pick >= 0) { i = vocab; break; }
+      }
+    }
+  }
+  pick = pick < 0 ? 0 : pick;  // all logits are NaN: the log-probability says so
+  *token = pick;
+  *logprob = (z[pick] - top) * inverse_temperature - (float)log(total);
+}
+
+extern "C" {
+int64_t has_bf16() {
+#ifdef __AMX_BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+void forward(const Model* m, int64_t is_bf16, int64_t n, void* x, const int64_t* slots,
+             const int64_t* positions, const float* cosine, const float* sine, float eps,
+             int64_t num_wanted, const int64_t* wanted, float* logits, int threads) {
+  if (is_bf16)
+    forward<bf16>(*m, n, (bf16*)x, slots, positions, cosine, sine, eps, num_wanted, wanted, logits,
+                  threads);
+  else
+    forward<float>(*m, n, (float*)x, slots, positions, cosine, sine, eps, num_wanted, wanted,
+                   logits, threads);
+}
+
+void choose_tokens(const float* logits, int64_t n, int64_t vocab, int64_t pitch,
+                   float inverse_temperature, int64_t greedy, const double* u, int64_t* tokens,
+                   float* logprobs, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < n; r++)
+    choose(logits + r * pitch, vocab, inverse_temperature, greedy != 0, u[r], tokens + r,
+           logprobs + r);
+}
+}

@@ -1,0 +1,369 @@
+"""The compiled forward pass for CPUs: builds, loads and feeds `decode.cpp`.
+
+The file is compiled once a machine with the C++ compiler that torch.compile needs too, into the
+user's cache folder, and called through ctypes. Where it cannot be used, `unavailable` says why
+and the plain model generates instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor
+
+from shardwise.models.common.blocks import Block, GeluMLP, RMSNorm, SwiGLU
+from shardwise.models.common.decoder import Decoder
+from shardwise.ops import rope
+from shardwise.rollout.backends import PlainBackend
+from shardwise.rollout.sampling import Sampling
+
+# Shape suffixes: N rows, V vocabulary, O outputs and I inputs of a linear layer, D model width.
+
+_FLAGS = (
+    "-O3 -march=native -mprefer-vector-width=512 -ffp-contract=fast -fno-math-errno -fopenmp "
+    "-fPIC -std=c++17"
+)
+_CHUNK = 256  # rows of one call: large enough to be efficient, small enough for the L2 cache
+_MAX_HEAD_DIM = 256  # as in decode.cpp
+
+
+class CannotBuildError(Exception):
+    """The step cannot be compiled or loaded here; the message says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled `decode.cpp`. Raises CannotBuildError."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if platform.system() != "Linux":
+        raise CannotBuildError("it is built on Linux only")
+    if compiler is None:
+        raise CannotBuildError("there is no C++ compiler")
+    source = Path(__file__).with_name("decode.cpp")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        machine = "".join(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line[:8]
+        )[:10_000]
+        key = xxhash.xxh3_128_hexdigest(
+            b"\0".join([source.read_bytes(), _FLAGS.encode(), version, machine.encode()])
+        )
+        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        target = Path(root) / "shardwise" / f"decode-{key}.so"
+        if not target.exists():
+            _compile(compiler, source, target)
+        # OpenMP's symbols come from PyTorch's own runtime, so that both share one thread pool.
+        found = ctypes.CDLL(str(target), mode=os.RTLD_NOW)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        raise CannotBuildError(f"building it failed: {e}") from e
+    found.has_bf16.restype = ctypes.c_int64
+    return found
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    """Compile to a temporary name and rename: several ranks may do so at once."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        compiled, linked = Path(folder) / "decode.o", Path(folder) / "decode.so"
+        for command in (
+            [compiler, *_FLAGS.split(), "-c", str(source), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],  # no -fopenmp: see above
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr.strip()[:500])
+        linked.replace(target)
+
+
+def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native step cannot serve this model here; None when it can."""
+    if device.type != "cpu":
+        return f"the device is {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the dtype is {dtype}"
+    config = model.config
+    if not all(isinstance(b, Block) for b in model.layers):
+        return f"it does not know the layers of {type(model).__name__}"
+    if not all(isinstance(b.mlp, SwiGLU | GeluMLP) for b in model.layers):
+        return f"it does not know the feed-forward of {type(model).__name__}"
+    if config.hidden_size % 32 or config.head_width % 32 or config.head_width > _MAX_HEAD_DIM:
+        return "hidden and head widths must be multiples of 32, the latter at most 256"
+    try:
+        found = library()
+    except CannotBuildError as e:
+        return str(e)
+    if dtype == torch.bfloat16 and not (found.has_bf16() and torch.cpu._is_amx_tile_supported()):
+        return "bf16 needs a CPU with AMX"
+    return None
+
+
+def _ffn_width(model: Any) -> int:
+    """As packed: features of the feed-forward, padded."""
+    return _up32(model.layers[0].mlp.down.in_features)
+
+
+def _up32(size: int) -> int:
+    return (size + 31) // 32 * 32
+
+
+def pack(weight_OI: Tensor) -> Tensor:
+    """A linear weight in the order in which `block` of decode.cpp reads it.
+
+    Panels of 32 outputs, both sizes padded with zeros to multiples of 32: fp32 (panel, I, 32);
+    bf16 in AMX tiles (panel, I / 32, half, 16 pairs, 16 outputs of 2).
+    """
+    num_out, num_in = weight_OI.shape
+    padded = weight_OI.new_zeros(_up32(num_out), _up32(num_in))
+    padded[:num_out, :num_in] = weight_OI
+    if weight_OI.dtype == torch.bfloat16:  # moved as pairs, as whole words
+        tiles = padded.view(torch.int32).view(-1, 2, 16, padded.shape[1] // 32, 16)
+        return tiles.permute(0, 3, 1, 4, 2).contiguous().view(torch.bfloat16)
+    return padded.view(-1, 32, padded.shape[1]).mT.contiguous()
+
+
+def unpack(packed: Tensor, num_out: int, num_in: int) -> Tensor:
+    """The inverse of `pack`."""
+    if packed.dtype == torch.bfloat16:
+        panels, tiles = packed.shape[:2]
+        words = packed.view(torch.int32).permute(0, 2, 4, 1, 3)
+        padded = words.reshape(panels * 32, tiles * 16).view(torch.bfloat16)
+    else:
+        padded = packed.mT.reshape(-1, packed.shape[1])
+    return padded[:num_out, :num_in]
+
+
+def _zip16(gate_FI: Tensor, up_FI: Tensor) -> Tensor:
+    """16 rows of one, then 16 rows of the other; both padded to multiples of 32."""
+    num_rows = len(gate_FI)
+    padded = [F.pad(t, (0, 0, 0, _up32(num_rows) - num_rows)) for t in (gate_FI, up_FI)]
+    return torch.stack([t.unflatten(0, (-1, 16)) for t in padded], dim=1).flatten(0, 2)
+
+
+def _unzip16(both: Tensor, num_rows: int) -> list[Tensor]:
+    """The inverse of `_zip16`."""
+    halves = both.unflatten(0, (-1, 2, 16)).unbind(1)
+    return [half.flatten(0, 1)[:num_rows] for half in halves]
+
+
+class NativeBackend(PlainBackend):
+    """Computes with `decode.cpp`; the plain model only holds the weights to be packed."""
+
+    transposed_keys = True
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.library = library()
+        self.layers: list[dict[str, Tensor | None]] = []
+        self.top: dict[str, Tensor | None] = {}
+        self.buffers: dict[str, Tensor] = {}
+        torch.cpu._init_amx()
+
+    def refresh(self) -> None:
+        """Pack the plain model's weights."""
+        m: Any = self.model
+        self.layers = [self._pack_layer(block) for block in m.layers]
+        self.top = {
+            "norm": m.norm.weight.float(),
+            "norm_bias": _bias(m.norm),
+            "head": pack(m.head.weight),
+        }
+        self.buffers = {}
+
+    def _pack_layer(self, block: Any) -> dict[str, Tensor | None]:
+        a, f = block.attn, block.mlp
+        qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight))
+        gated = isinstance(f, SwiGLU)
+        up = _zip16(f.gate.weight, f.up.weight) if gated else f.up.weight
+        biases = [_bias(linear) for linear in (a.q, a.k, a.v)]
+        qkv_bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        return {
+            "norm1": block.attn_norm.weight.float(),
+            "norm1_bias": _bias(block.attn_norm),
+            "qkv": pack(qkv),
+            "qkv_bias": _padded(qkv_bias),
+            "q_norm": None if a.q_norm is None else a.q_norm.weight.float(),
+            "k_norm": None if a.k_norm is None else a.k_norm.weight.float(),
+            "o": pack(a.o.weight),
+            "o_bias": _bias(a.o),
+            "norm2": block.mlp_norm.weight.float(),
+            "norm2_bias": _bias(block.mlp_norm),
+            "up": pack(up),
+            "up_bias": None if gated else _padded(_bias(f.up)),
+            "down": pack(f.down.weight),
+            "down_bias": _bias(f.down),
+        }
+
+    def served(self) -> dict[str, Tensor]:
+        """See `PlainBackend.served`; packed matrices are unpacked again."""
+        found = super().served()
+        c, blocks = self.config, cast(Any, self.model).layers
+        for i, (packed, block) in enumerate(zip(self.layers, blocks)):
+            width, ffn = c.hidden_size, block.mlp.down.in_features
+            sizes = [c.num_heads * c.head_width, *[c.kv_heads * c.head_width] * 2]
+            qkv = unpack(_known(packed["qkv"]), sum(sizes), width).split(sizes)
+            names = dict(zip(("attn.q", "attn.k", "attn.v"), qkv))
+            names["attn.o"] = unpack(_known(packed["o"]), width, sizes[0])
+            names["mlp.down"] = unpack(_known(packed["down"]), width, ffn)
+            if isinstance(block.mlp, SwiGLU):
+                both = unpack(_known(packed["up"]), 2 * _up32(ffn), width)
+                names |= zip(("mlp.gate", "mlp.up"), _unzip16(both, ffn))
+            else:
+                names["mlp.up"] = unpack(_known(packed["up"]), ffn, width)
+            found |= {f"layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
+        head = "embed.weight" if c.tie_embeddings else "head.weight"
+        return found | {head: unpack(_known(self.top["head"]), c.vocab_size, c.hidden_size)}
+
+    def allocate(self, num_slots: int, capacity: int) -> None:
+        """See `PlainBackend.allocate`; capacity is a multiple of 16."""
+        super().allocate(num_slots, capacity)
+        c, rows = self.config, _up32(max(num_slots, _CHUNK))
+        self.num_rows = rows
+        dtype, threads = self.cache.v.dtype, torch.get_num_threads()
+        width = (c.num_heads + 2 * c.kv_heads) * c.head_width
+        self.threads = threads
+        self.buffers = {
+            "qkv": torch.zeros(rows, _up32(width), dtype=dtype),
+            "attended": torch.zeros(rows, c.num_heads * c.head_width, dtype=dtype),
+            "hidden": torch.zeros(rows, _ffn_width(self.model), dtype=dtype),
+            "scratch": torch.zeros(threads, rows, c.hidden_size, dtype=dtype),
+            "scores": torch.zeros(threads, 4 * capacity),
+        }
+        layers = []
+        for i, packed in enumerate(self.layers):
+            window = c.window_of(i) if hasattr(c, "window_of") else None
+            pointers = [_pointer(t) for t in packed.values()]
+            caches = [self.cache.k[i].data_ptr(), self.cache.v[i].data_ptr()]
+            layers.append([*pointers, *caches, window or 0])
+        self.layer_table = torch.tensor(layers, dtype=torch.int64)
+        m: Any = self.model
+        self.model_table = torch.tensor(
+            [
+                *(c.num_layers, c.hidden_size, c.num_heads, c.kv_heads, c.head_width),
+                *(_ffn_width(m), c.vocab_size, capacity),
+                *(isinstance(m.norm, RMSNorm), isinstance(m.layers[0].mlp, SwiGLU)),
+                self.layer_table.data_ptr(),
+                *(_pointer(t) for t in self.top.values()),
+                *(self.buffers[k].data_ptr() for k in ("qkv", "attended", "hidden")),
+                *(self.buffers[k].data_ptr() for k in ("scratch", "scores")),
+                rows,
+            ],
+            dtype=torch.int64,
+        )
+
+    def prefill(self, ids_BT: Tensor, lengths_B: Tensor, slots: Tensor, source: Tensor) -> Tensor:
+        """See `PlainBackend.prefill`; padding is not computed."""
+        positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+        real_BT = positions_BT < lengths_B[:, None]
+        # Each prompt is computed in the first of its slots, then copied to the others.
+        home_B = slots[torch.searchsorted(source, torch.arange(len(ids_BT)))]
+        ends_B = lengths_B.cumsum(0) - 1
+        logits_BV = self._forward(
+            ids_BT[real_BT], home_B.repeat_interleave(lengths_B), positions_BT[real_BT], ends_B
+        )
+        copies = home_B[source] != slots
+        if copies.any():
+            self.cache.move(home_B[source][copies], slots[copies], ids_BT.shape[1])
+        return logits_BV
+
+    def decode(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+        """See `PlainBackend.decode`; the logits are fp32."""
+        rows_N = torch.arange(len(tokens_N))
+        return self._forward(tokens_N, rows_N, positions_N, rows_N)
+
+    def _forward(
+        self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, wanted_W: Tensor
+    ) -> Tensor:
+        """Logits (WV) after the rows ``wanted_W``, ascending; all rows are put into the cache."""
+        c: Any = self.config
+        logits_WV = torch.empty(len(wanted_W), _up32(c.vocab_size))
+        chunk = self.num_rows
+        done = 0
+        for start in range(0, len(tokens_N), chunk):
+            rows = slice(start, start + chunk)
+            here = wanted_W[(wanted_W >= start) & (wanted_W < start + chunk)] - start
+            self._call(tokens_N[rows], slots_N[rows], positions_N[rows], here, logits_WV[done:])
+            done += len(here)
+        return logits_WV[:, : c.vocab_size]
+
+    def _call(
+        self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, wanted: Tensor, logits: Tensor
+    ) -> None:
+        m: Any = self.model
+        c: Any = self.config
+        x_ND = m.embed.weight[tokens_N]
+        cosine = sine = None
+        if hasattr(c, "rope_base"):
+            tables = rope.tables(positions_N[:, None], c.head_width, c.rope_base, c.rope)
+            cosine, sine = (t.contiguous() for t in tables)
+        else:
+            x_ND = x_ND + m.pos_embed.weight[positions_N]
+        inputs = [t.contiguous() for t in (x_ND, slots_N, positions_N)]
+        self.library.forward(
+            ctypes.c_void_p(self.model_table.data_ptr()),
+            ctypes.c_int64(x_ND.dtype == torch.bfloat16),
+            ctypes.c_int64(len(x_ND)),
+            *(ctypes.c_void_p(_pointer(t)) for t in (*inputs, cosine, sine)),
+            ctypes.c_float(c.norm_eps),
+            ctypes.c_int64(len(wanted)),
+            ctypes.c_void_p(wanted.data_ptr()),
+            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_int(self.threads),
+        )
+
+    def choose(
+        self, logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PlainBackend.choose`; filters are left to it."""
+        if sampling.filters:
+            return super().choose(logits_NV, sampling, uniform_N)
+        logits_NV = logits_NV.float()
+        if logits_NV.stride(1) != 1:
+            logits_NV = logits_NV.contiguous()
+        n = len(logits_NV)
+        token_N = torch.empty(n, dtype=torch.int64)
+        logp_N = torch.empty(n)
+        self.library.choose_tokens(
+            ctypes.c_void_p(logits_NV.data_ptr()),
+            ctypes.c_int64(n),
+            ctypes.c_int64(logits_NV.shape[1]),
+            ctypes.c_int64(logits_NV.stride(0)),
+            ctypes.c_float(1.0 / sampling.temperature),
+            ctypes.c_int64(sampling.greedy),
+            ctypes.c_void_p(uniform_N.data_ptr()),
+            ctypes.c_void_p(token_N.data_ptr()),
+            ctypes.c_void_p(logp_N.data_ptr()),
+            ctypes.c_int(self.threads),
+        )
+        return token_N, logp_N, logp_N
+
+
+def _bias(module: Any) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach().float()
+
+
+def _padded(bias: Tensor | None) -> Tensor | None:
+    """A bias as long as its padded panels."""
+    if bias is None:
+        return None
+    return F.pad(bias, (0, -len(bias) % 32))
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,88 @@
+"""From logits to tokens, by inverting the cumulated distribution at a given uniform number.
+
+The uniforms are pure functions of (key, prompt id, sample id, token index), so a completion does
+not depend on what else is in the batch. Logits are divided by the temperature everywhere, and two
+log-probabilities are kept apart: of the whole distribution, and of the one that top-k and top-p
+left and renormalised (the behaviour policy). Without filters they are equal.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shardwise.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from shardwise.ops import dice
+
+# Shape suffixes: N rows, V vocabulary.
+
+
+class Sampling(Section):
+    """How tokens are chosen and when a completion ends."""
+
+    temperature: PositiveFloat = Field(1.0, description="divides the logits; also when greedy")
+    greedy: bool = Field(False, description="the most probable token; no randomness")
+    top_k: NonNegativeInt = Field(0, description="keep the k most probable tokens; 0: all")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass")
+    max_new_tokens: PositiveInt = 64
+    stop_ids: tuple[int, ...] = Field(
+        (), description="tokens that end a completion, besides the tokenizer's end of text"
+    )
+    stop_strings: tuple[str, ...] = Field((), description="texts that end a completion")
+
+    @property
+    def filters(self) -> bool:
+        """Whether the distribution is cut before sampling."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
+
+
+def row_keys(key: int, prompt_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:
+    """Dice keys (int64 N) of completions, by their global names alone."""
+    base_N = torch.full_like(prompt_ids_N, key)
+    return dice.fold(dice.fold(base_N, prompt_ids_N), sample_ids_N)
+
+
+def uniform_at(row_keys_N: Tensor, token_index_N: Tensor) -> Tensor:
+    """Float64 N in (0, 1): the number that decides token ``token_index_N[n]`` of row n."""
+    return dice.uniform(dice.fold(row_keys_N, token_index_N), torch.float64)
+
+
+def filtered(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits with everything outside the top k, then outside the nucleus, set to -inf.
+
+    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``
+    (Holtzman et al. 2020); of equal tokens at its edge, those of lower id are kept.
+    """
+    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
+    drop_NV = torch.zeros_like(sorted_NV, dtype=torch.bool)
+    if top_k > 0:
+        drop_NV[:, top_k:] = True
+    if top_p < 1.0:
+        kept_NV = sorted_NV.masked_fill(drop_NV, -math.inf)
+        before_NV = kept_NV.softmax(-1).cumsum(-1).roll(1, dims=-1)
+        before_NV[:, 0] = 0.0
+        drop_NV |= before_NV >= top_p
+    return logits_NV.masked_fill(drop_NV.gather(1, order_NV.argsort(dim=-1)), -math.inf)
+
+
+def choose(
+    logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (int64 N), their log-probabilities before filters, and after them (fp32 N)."""
+    z_NV = logits_NV.float() / sampling.temperature
+    logp_NV = z_NV.log_softmax(-1)
+    if sampling.greedy:
+        token_N = z_NV.argmax(-1)
+        logp_N = logp_NV.gather(1, token_N[:, None])[:, 0]
+        return token_N, logp_N, logp_N
+    kept_NV = logp_NV
+    if sampling.filters:
+        kept_NV = filtered(z_NV, sampling.top_k, sampling.top_p).log_softmax(-1)
+    cdf_NV = kept_NV.double().exp().cumsum(-1)
+    target_N1 = uniform_N[:, None] * cdf_NV[:, -1:]
+    token_N = torch.searchsorted(cdf_NV, target_N1)[:, 0].clamp_max(z_NV.shape[-1] - 1)
+    full_N, kept_N = (t.gather(1, token_N[:, None])[:, 0] for t in (logp_NV, kept_NV))
+    return token_N, full_N, kept_N

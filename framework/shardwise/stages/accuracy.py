@@ -1,0 +1,62 @@
+"""Evaluation: greedy accuracy on held-out problems, beside the majority-answer baseline."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from shardwise.config.schema import EvaluationConfig, NonNegativeInt, PositiveInt
+from shardwise.engines.base import Engine
+from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward, majority_baseline
+from shardwise.rollout.sampling import Sampling
+from shardwise.stages.base import StageContext, rank_share
+from shardwise.stages.play import Player
+
+
+class ProblemsConfig(EvaluationConfig):
+    """The first ``num_problems`` of the task's held-out split, which nothing trains on."""
+
+    kind: Literal["problems"]
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    num_problems: PositiveInt = 512
+    max_new_tokens: PositiveInt = 16
+    reward: RewardConfig = Field(
+        default_factory=RewardConfig, description="an answer is right when it earns the maximum"
+    )
+    num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
+
+
+def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
+    """``accuracy``, ``num_problems``, ``majority_baseline`` and some ``samples``.
+
+    Decoding is greedy and in fp32, so that the figure does not hang on how a batch was cut.
+    """
+    problems = ProblemSet(config.task, "held_out", config.num_problems)
+    sampling = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
+    mine, real = rank_share(len(problems), engine)
+    with build_reward(config.reward) as scorer:
+        player = Player(ctx, config.task, scorer, torch.float32)
+        player.sync(engine)
+        groups = player.play([problems[int(i)] for i in mine], sampling, 1, 0, mine)
+        best = scorer.maximum if scorer.maximum is not None else 1.0
+    right = [g.rewards[0] is not None and g.rewards[0] >= best - 1e-9 for g in groups]
+    lengths = [len(g.tokens[0]) for g in groups]
+    hits, tokens = engine.sum_over_data([float(sum(right[:real])), float(sum(lengths[:real]))])
+    return {
+        "accuracy": hits / len(problems),
+        "num_problems": len(problems),
+        "majority_baseline": majority_baseline(problems),
+        "answer_length": tokens / len(problems),
+        "samples": [
+            {
+                "stage": ctx.stage.name,
+                "prompt": g.problem.question,
+                "completion": g.texts[0],
+                "answer": g.problem.answer,
+                "correct": ok,
+            }
+            for g, ok in list(zip(groups, right, strict=True))[: config.num_samples_shown]
+        ],
+    }

@@ -1,0 +1,46 @@
+"""Evaluation: how the model goes on from given texts. Not a figure; something to read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from shardwise.config.schema import EvaluationConfig
+from shardwise.engines.base import Engine
+from shardwise.ops import dice
+from shardwise.rollout.generator import Generator
+from shardwise.rollout.sampling import Sampling
+from shardwise.rollout.scheduler import Request
+from shardwise.stages.base import StageContext
+
+
+class ContinuationsConfig(EvaluationConfig):
+    """Texts to go on from, as documents (no chat template)."""
+
+    kind: Literal["continuations"]
+    prompts: list[str] = Field(min_length=1)
+    sampling: Sampling = Field(default_factory=Sampling)
+
+
+def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
+    """``samples``: prompt and completion by this stage. Every rank must call it."""
+    tokenizer = ctx.tokenizer
+    generator = Generator(
+        ctx.run.model, torch.float32, ctx.mesh.device, decode_text=tokenizer.decode
+    )
+    generator.load(engine.weights())
+    if not ctx.is_main:
+        return {"samples": []}
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    requests = [Request(i, [start, *tokenizer.encode(p)]) for i, p in enumerate(config.prompts)]
+    sampling = config.sampling.model_copy(update={"stop_ids": tokenizer.stop_ids})
+    key = dice.key(ctx.run.seed, "continuations", config.name)
+    found = generator.generate(requests, sampling, key)
+    return {
+        "samples": [
+            {"stage": ctx.stage.name, "prompt": p, "completion": tokenizer.decode(c.token_ids)}
+            for p, c in zip(config.prompts, found, strict=True)
+        ]
+    }

@@ -1,0 +1,57 @@
+"""`shardwise.evaluate`: the figures of a run, again, from a checkpoint alone."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwise import checkpoint
+from shardwise.config.load import load_config
+from shardwise.config.yaml12 import parse
+from shardwise.data.tokenizer import load_tokenizer
+from shardwise.errors import CheckpointError
+from shardwise.metrics.progress import Progress
+from shardwise.metrics.writers import MetricsLogger
+from shardwise.parallel.mesh import pick_device, start
+from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.pipeline import evaluate_all
+from shardwise.stages.run import with_vocabulary
+
+
+def evaluate(ckpt: str | Path) -> dict[str, Any]:
+    """Run every evaluation of the recipe that a checkpoint carries, on its weights.
+
+    ``ckpt``: a checkpoint, or a folder of them (its latest). Recipe and tokenizer come from the
+    checkpoint; documents and problems from where the recipe says. The layout is data parallel
+    over the ranks at hand. Raises CheckpointError for a checkpoint that carries no recipe or no
+    evaluations.
+    """
+    path = checkpoint.resolve(Path(ckpt))
+    files = checkpoint.read_files(path)
+    if "config.yaml" not in files:
+        raise CheckpointError(f"{path}: carries no config.yaml; it was not saved by a stage")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        run = load_config(parse(files["config.yaml"].decode(), f"{path}/config.yaml").data).config
+        if not run.evaluations:
+            raise CheckpointError(f"{path}: its recipe has no evaluations; add some and retrain")
+        tokenizer = load_tokenizer(Path(folder))
+        run = with_vocabulary(run, tokenizer)
+        name = json.loads(files["stage.json"])["stage"]
+        stage = next(s for s in run.stages if s.name == name)
+        engine_config = stage.engine.model_copy(update={"layout": "auto"})
+        stage = stage.model_copy(update={"engine": engine_config})
+        start(pick_device(stage.engine.device), stage.engine.timeout_s)
+        mesh = stage_mesh(stage.engine, dist.get_world_size())
+        rank = dist.get_rank()
+        with Progress([], rank=rank) as progress:
+            logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
+            ctx = StageContext(run, stage, tokenizer, Path(folder), mesh, logger, path)
+            engine = ctx.engine(None)
+            ctx.load_start(engine)
+            return evaluate_all(ctx, engine, progress)

@@ -1,0 +1,206 @@
+"""The loop that every stage runs in: resume, train, watch, validate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from shardwise import checkpoint
+from shardwise.config.export import resolved_yaml
+from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.metrics.flops import FlopsShape, training_flops_per_token
+from shardwise.metrics.meters import Throughput, memory_metrics
+from shardwise.metrics.progress import Progress
+from shardwise.optim.schedules import lr_factor
+from shardwise.stages.base import Stage, StageContext
+
+# Updates in a row whose gradients were not finite before the run gives up.
+MAX_SKIPPED = 10
+
+
+class DivergedError(ShardwiseError):
+    """Gradients stayed non-finite; the weights are those of the last good update."""
+
+    exit_code = 3
+
+
+@dataclasses.dataclass
+class Lineage:
+    """Where a stage's weights come from, as hashes."""
+
+    config_hash: str
+    data_hash: str
+    parent_hash: str
+    parent: str = ""
+
+
+class Loop:
+    """Runs one stage from where its newest checkpoint stands to its last step."""
+
+    def __init__(
+        self,
+        ctx: StageContext,
+        stage: Stage,
+        lineage: Lineage,
+        progress: Progress,
+        gemm: float | None = None,
+    ) -> None:
+        self.ctx, self.stage, self.lineage, self.progress = ctx, stage, lineage, progress
+        self.config = ctx.stage
+        self.root = checkpoint_root(ctx.directory, self.config.name)
+        self.meter = Throughput(flops_per_token(ctx.run.model, self.config.batch.seq_len), gemm)
+        keep = self.config.checkpoint.keep
+        behind = self.config.checkpoint.asynchronous
+        self.saver = checkpoint.AsyncSaver(self.root, keep=keep) if behind else None
+        self.seconds = 0.0
+        self.tokens = 0.0
+        self.skipped = 0
+
+    def run(self) -> Path:
+        """Train to the end; returns the last checkpoint."""
+        start = self._resume()
+        if start is None:
+            self.ctx.load_start(self.stage.engine)
+            start = 0
+        self.ctx.logger.rewind(self.config.name, start)
+        for step in range(start, self.config.steps):
+            began = time.perf_counter()
+            metrics = self._train_step(step)
+            elapsed = time.perf_counter() - began
+            self._after_step(step + 1, metrics, elapsed)
+        if self.saver:
+            self.saver.close()
+        newest = checkpoint.latest(self.root)
+        assert newest is not None
+        return newest
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        lr = self.config.optimizer.lr * lr_factor(self.config.schedule, step, self.config.steps)
+        metrics = {"lr": lr} | self.stage.train_step(step, lr)
+        if math.isfinite(metrics.get("grad_norm", 0.0)):
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            self.ctx.logger.event(
+                self.config.name, step + 1, "skipped", "non-finite gradients; weights kept"
+            )
+        if self.skipped >= MAX_SKIPPED:
+            raise DivergedError(
+                f"stage {self.config.name}: {MAX_SKIPPED} updates in a row had non-finite "
+                f"gradients (last step {step + 1}); lower optimizer.lr, or look at the samples "
+                "of these steps"
+            )
+        return metrics
+
+    def _after_step(self, done: int, metrics: dict[str, float], elapsed: float) -> None:
+        """Log, validate and save, as the config asks; ``done`` steps are complete."""
+        name, last = self.config.name, done == self.config.steps
+        self.seconds += elapsed
+        self.tokens += metrics.get("tokens", 0.0)
+        metrics |= self.meter.update(int(metrics.get("tokens", 0)), elapsed)
+        metrics |= memory_metrics(self.ctx.mesh.device) | {"step_seconds": elapsed}
+        self.ctx.logger.log(name, done, metrics, force=last)
+        self.progress.update(name, done, metrics)
+        validated: dict[str, float] = {}
+        if last or _due(done, self.config.validation.every):
+            validated = self.stage.validate()
+            if validated:
+                self.ctx.logger.log(name, done, validated, "validation")
+                self.progress.update(name, done, metrics | validated)
+        if last or _due(done, self.config.checkpoint.every):
+            self._save(done, validated)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save(self, done: int, validated: dict[str, float]) -> None:
+        state = self.stage.engine.state_dict()
+        self.ctx.logger.sync()
+        meta: dict[str, Any] = {
+            "stage": self.config.name,
+            "kind": self.config.kind,
+            "finished": done == self.config.steps,
+            "lineage": dataclasses.asdict(self.lineage),
+            "engine": state.meta,
+            "layout": str(self.ctx.mesh.layout),
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        files = checkpoint_files(self.ctx)
+        metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
+        try:
+            if self.saver:
+                self.saver.save(done, state.tensors, meta, files, metric=metric)
+            else:
+                keep = self.config.checkpoint.keep
+                checkpoint.save(
+                    self.root, done, state.tensors, meta, files, keep=keep, metric=metric
+                )
+        except CheckpointError as error:
+            # A full disk must not cost the run: the previous checkpoint is intact. All ranks fail
+            # alike. Only the last one has to succeed.
+            if done == self.config.steps:
+                raise
+            self.ctx.logger.note("checkpoint_failed", str(error), self.config.name, done)
+            self.progress.message(f"checkpoint of step {done} failed, training goes on: {error}")
+
+    def _resume(self) -> int | None:
+        """Load the newest checkpoint of this stage; returns its step, None if there is none."""
+        state = self.stage.engine.state_dict()
+        found = checkpoint.load_latest(self.root, state.tensors)
+        if found is None:
+            return None
+        meta = found.meta
+        check_lineage(self.config.name, meta["lineage"], self.lineage)
+        self.stage.engine.load_state_dict(meta["engine"])
+        self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+        # The stage's own speed is over all its steps, whoever ran them.
+        self.meter.num_tokens, self.meter.seconds = int(self.tokens), self.seconds
+        if found.step < self.config.steps:
+            self.ctx.logger.note(
+                "resumed", f"continued from {found.path.name}", self.config.name, found.step
+            )
+        return int(found.step)
+
+
+def check_lineage(stage: str, stored: dict[str, Any], wanted: Lineage) -> None:
+    """Refuse to continue a stage under another config, other data or another parent."""
+    names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
+    changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
+    if changed:
+        raise CheckpointError(
+            f"stage {stage}: its checkpoints were made with another {' and '.join(changed)}. "
+            "Continue with the old recipe, or start afresh with another run_dir or stage name"
+        )
+
+
+def checkpoint_root(directory: Path, stage: str) -> Path:
+    """Where a stage's checkpoints live."""
+    return directory / "stages" / stage / "checkpoints"
+
+
+def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
+    """What makes a checkpoint complete: the recipe, the stage's name, the tokenizer."""
+    files = {p.name: p.read_bytes() for p in sorted((ctx.directory / "tokenizer").iterdir())}
+    files["config.yaml"] = resolved_yaml(ctx.run).encode()
+    files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
+    return files
+
+
+def flops_per_token(model: Any, seq_len: int) -> float:
+    """Training FLOPs a token, by the convention of `metrics.flops`."""
+    return training_flops_per_token(
+        FlopsShape(
+            num_params=model.matmul_parameters(),
+            num_layers=model.num_layers,
+            attention_width=model.num_heads * model.head_width,
+            seq_len=seq_len,
+        )
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,175 @@
+"""The pipeline of stages: each stage's checkpoint feeds the next, lineage is stored.
+
+A stage that is finished under the same config and parent is not run again; one that was killed
+goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from shardwise import checkpoint
+from shardwise.checkpoint import manifest
+from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.data.tokenizer import Tokenizer
+from shardwise.engines.base import Engine
+from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.progress import Progress
+from shardwise.metrics.writers import MetricsLogger
+from shardwise.parallel.collectives import sum_over
+from shardwise.precision.policy import PRECISIONS
+from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
+from shardwise.stages.registry import EVALUATIONS, STAGES
+from shardwise.stages.start import start_hash
+
+RESULT_FILE = "result.json"
+# Keys of a stage that may change without making it another computation.
+FREE_KEYS = ("checkpoint", "validation")
+FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
+
+
+def stage_hash(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> str:
+    """xxh3-128 of all that decides what a stage computes, but its data and its parent."""
+    body = stage.model_dump(mode="json", exclude=set(FREE_KEYS))
+    for key in FREE_ENGINE_KEYS:
+        body["engine"].pop(key)
+    said = [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+
+class Pipeline:
+    """Runs the stages of one config in one directory; every rank makes one."""
+
+    def __init__(
+        self, run: RunConfig, tokenizer: Tokenizer, logger: MetricsLogger, progress: Progress
+    ) -> None:
+        self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
+        self.gemm: dict[str, float] = {}
+
+    def run_all(self) -> list[dict[str, Any]]:
+        """All stages in order; their results, as stored in each stage's result.json."""
+        results: list[dict[str, Any]] = []
+        parent: Path | None = None
+        for stage in self.run.stages:
+            result = self._finished(stage, parent)
+            if result is None:
+                result = self._run_stage(stage, parent)
+            else:
+                self.progress.message(f"{stage.name}: finished before, nothing to do")
+            results.append(result)
+            parent = Path(self.run.directory, result["checkpoint"])
+        return results
+
+    # --- one stage ------------------------------------------------------------------------------
+
+    def _finished(self, stage: StageConfig, parent: Path | None) -> dict[str, Any] | None:
+        """The stored result of a stage that needs no work. All ranks read the same files."""
+        path = self._result_path(stage)
+        newest = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
+        if newest is None or not path.exists():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        wanted = self._lineage(stage, result["data_hash"], parent)
+        check_lineage(stage.name, result, wanted)
+        return result
+
+    def _run_stage(self, stage: StageConfig, parent: Path | None) -> dict[str, Any]:
+        torch.compiler.reset()  # graphs of an earlier stage's model serve nobody
+        began = time.perf_counter()
+        mesh = stage_mesh(stage.engine, dist.get_world_size())
+        ctx = StageContext(
+            self.run, stage, self.tokenizer, self.run.directory, mesh, self.logger, parent
+        )
+        live = STAGES[stage.kind](ctx)
+        lineage = self._lineage(stage, live.data_hash, parent)
+        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, mesh.device))
+        path = loop.run()
+        metrics = evaluate_all(ctx, live.engine, self.progress)
+        result = {
+            "name": stage.name,
+            "kind": stage.kind,
+            "steps": stage.steps,
+            "layout": str(mesh.layout),
+            "checkpoint": str(path.relative_to(self.run.directory)),
+            "checkpoint_hash": manifest.read(path).digest,
+            **dataclasses.asdict(lineage),
+            "seconds": loop.seconds,
+            "wall_seconds": time.perf_counter() - began,
+            "tokens": loop.tokens,
+            **loop.meter.total(),
+            "metrics": metrics,
+        }
+        if dist.get_rank() == 0:
+            write_atomically(self._result_path(stage), json.dumps(result, indent=1).encode())
+        dist.barrier()
+        del live, loop
+        gc.collect()
+        return result
+
+    def _lineage(self, stage: StageConfig, data_hash: str, parent: Path | None) -> Lineage:
+        parent_hash = manifest.read(parent).digest if parent else start_hash(self.run)
+        return Lineage(
+            config_hash=stage_hash(self.run, stage, self.tokenizer.hash),
+            data_hash=data_hash,
+            parent_hash=parent_hash,
+            parent=str(parent.relative_to(self.run.directory)) if parent else "",
+        )
+
+    def _result_path(self, stage: StageConfig) -> Path:
+        return self.run.directory / "stages" / stage.name / RESULT_FILE
+
+    def _gemm(self, stage: StageConfig, device: torch.device) -> float:
+        """The machine's GEMM rate (FLOP/s over all ranks, measured at once) for a stage's dtype."""
+        name = stage.engine.precision
+        if name not in self.gemm:
+            dist.barrier()
+            mine = measure_gemm(PRECISIONS[name].compute, device, budget_s=1.0).flops
+            total = torch.tensor(mine, dtype=torch.float64, device=device)
+            self.gemm[name] = float(sum_over(total, dist.group.WORLD))
+        return self.gemm[name]
+
+
+def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[str, Any]:
+    """Every evaluation of the run on the engine's weights; flat metrics."""
+    merged: dict[str, Any] = {}
+    for config in ctx.run.evaluations:
+        if config.stages and ctx.stage.name not in config.stages:
+            continue
+        began = time.perf_counter()
+        progress.message(f"{ctx.stage.name}: evaluating {config.name}")
+        result = EVALUATIONS[config.kind](config, ctx, engine)
+        result[f"{config.name}_seconds"] = time.perf_counter() - began
+        numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
+        ctx.logger.log(ctx.stage.name, ctx.stage.steps, numbers, "eval")
+        samples = [*merged.get("samples", []), *result.pop("samples", [])]
+        merged |= result | ({"samples": samples} if samples else {})
+    return merged
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one step; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.tmp")
+    with staged.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    staged.replace(path)
+
+
+def checkpoints_of(directory: Path) -> Iterator[Path]:
+    """The last checkpoint of each stage in a run's directory."""
+    for result in sorted((directory / "stages").glob(f"*/{RESULT_FILE}")):
+        yield directory / json.loads(result.read_text())["checkpoint"]

@@ -1,0 +1,134 @@
+"""One rank of a run: from a valid recipe to its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwise.config.export import provenance_json, resolved_yaml
+from shardwise.config.load import LoadedConfig
+from shardwise.config.schema import RunConfig
+from shardwise.data.chat import CHATML
+from shardwise.data.config import DataConfig, training_texts
+from shardwise.data.tokenizer import Tokenizer, load_tokenizer
+from shardwise.errors import ConfigError
+from shardwise.metrics.meters import host_info
+from shardwise.metrics.progress import Progress
+from shardwise.metrics.writers import MetricsLogger, check_listeners
+from shardwise.parallel import blocks
+from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.mesh import pick_device, start
+from shardwise.stages.pipeline import Pipeline, write_atomically
+from shardwise.stages.summary import summarize
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
+    """Run every stage in this process, as one rank of what torchrun started, or as the only one.
+
+    Returns the summary; rank 0 also writes it to ``<run_dir>/summary.json``. Raises ConfigError
+    before anything is started when the recipe cannot be.
+    """
+    run = loaded.config
+    preflight(run, int(os.environ.get("WORLD_SIZE", "1")))
+    start(pick_device(run.engine.device), run.engine.timeout_s)
+    rank = dist.get_rank()
+    began = time.perf_counter()
+    directory = run.directory
+    if rank == 0:
+        _claim(directory, loaded)
+    dist.barrier()
+    tokenizer = prepare_tokenizer(run, directory, rank)
+    run = with_vocabulary(run, tokenizer)
+    progress = Progress([(s.name, s.steps) for s in run.stages], rank=rank)
+    resolved = run.model_dump(mode="json")
+    logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)
+    pipeline = Pipeline(run, tokenizer, logger, progress)
+    try:
+        logger.note("started", f"{dist.get_world_size()} ranks")
+        results = pipeline.run_all()
+    finally:
+        logger.close()
+        progress.close()
+    summary = summarize(run, results, pipeline.gemm, host_info())
+    summary["wall_seconds"] = time.perf_counter() - began
+    if rank == 0:
+        text = json.dumps(summary, indent=1)
+        write_atomically(directory / "summary.json", text.encode())
+    dist.barrier()
+    return summary
+
+
+def preflight(run: RunConfig, world_size: int) -> None:
+    """Refuse what cannot work, before a process group, a file or a model exists."""
+    check_listeners(run.logging)
+    for stage in run.stages:
+        parse_layout(stage.engine.layout, world_size)
+        blocks.wants_compile(stage.engine.compile, pick_device(stage.engine.device))
+        if stage.batch.seq_len > run.model.max_seq_len:
+            raise ConfigError(
+                f"stages.{stage.name}.batch.seq_len: {stage.batch.seq_len} exceeds "
+                f"model.max_seq_len {run.model.max_seq_len}; lower one or raise the other"
+            )
+    if run.init_from is not None and not run.init_from.exists():
+        raise ConfigError(f"init_from: {run.init_from} does not exist")
+    if run.tokenizer.path is not None and not run.tokenizer.path.exists():
+        raise ConfigError(f"tokenizer.path: {run.tokenizer.path} does not exist")
+    if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
+        tokenizer_data(run)
+
+
+def tokenizer_data(run: RunConfig) -> DataConfig:
+    """Whose text trains a BPE: the first stage's that has documents."""
+    for stage in run.stages:
+        data = getattr(stage, "data", None)
+        if isinstance(data, DataConfig):
+            return data
+    raise ConfigError(
+        "tokenizer.kind: bpe is trained on the documents of a pretrain stage, and there is none; "
+        "add one, or give tokenizer.path"
+    )
+
+
+def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
+    """Make or copy the tokenizer once, on rank 0; every rank reads the saved one."""
+    folder = directory / TOKENIZER_FOLDER
+    if rank == 0 and not (folder / "ready").exists():
+        texts = None
+        if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
+            texts = training_texts(tokenizer_data(run), run.tokenizer.sample_bytes, run.seed)
+        tokenizer = load_tokenizer(run.tokenizer, texts)
+        if tokenizer.chat_template is None and any(s.kind != "pretrain" for s in run.stages):
+            tokenizer.chat_template = CHATML  # said aloud, so that whoever loads it talks alike
+        tokenizer.save(folder)
+        write_atomically(folder / "ready", b"")
+    dist.barrier()
+    return load_tokenizer(folder)
+
+
+def with_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Fill in ``model.vocab_size: 0``; refuse a model too small for its tokenizer."""
+    size = run.model.vocab_size
+    if size == 0:
+        model = run.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        return run.model_copy(update={"model": model})
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "use 0 to take the tokenizer's"
+        )
+    return run
+
+
+def _claim(directory: Path, loaded: LoadedConfig) -> None:
+    """Make the run's directory and store the resolved recipe with the source of each value."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "config.yaml", resolved_yaml(loaded.config).encode())
+    text = json.dumps(provenance_json(loaded), indent=1)
+    write_atomically(directory / "provenance.json", text.encode())

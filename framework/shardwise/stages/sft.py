@@ -1,0 +1,70 @@
+"""Supervised fine-tuning on conversations: from files, from a family of problems, or both."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import xxhash
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import PositiveInt, StageConfig
+from shardwise.data.chat import encode_chat
+from shardwise.data.config import ChatDataConfig, build_chat_examples, pack_examples
+from shardwise.data.packing import Example
+from shardwise.data.sampler import Sampler
+from shardwise.rewards.tasks import ProblemSet, TaskConfig, messages
+from shardwise.stages.base import StageContext
+from shardwise.stages.supervised import SupervisedStage
+
+
+class SftConfig(StageConfig):
+    """Loss on the assistant's turns, their end token included."""
+
+    kind: Literal["sft"]
+    data: ChatDataConfig = Field(default_factory=ChatDataConfig)
+    task: TaskConfig | None = Field(None, description="also learn solutions of these problems")
+    num_problems: PositiveInt = Field(2048, description="problems of the task's train_sft split")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> SftConfig:
+        if not self.data.sources and self.task is None:
+            raise ValueError("give data.sources, or a task, to learn from")
+        return self
+
+
+class SftStage(SupervisedStage):
+    """See `SftConfig`."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        config: SftConfig = ctx.stage
+        self.packed = config.data.pack
+        tokenizer = ctx.tokenizer
+        examples = build_chat_examples(config.data.sources, tokenizer)
+        if config.task is not None:
+            problems = ProblemSet(config.task, "train_sft", config.num_problems)
+            examples += [
+                Example(*encode_chat(tokenizer, messages(p, config.task))) for p in problems
+            ]
+        seq_len = config.batch.seq_len
+        train = pack_examples(examples, config.data, seq_len, tokenizer.pad_id)
+        held_out = build_chat_examples(config.data.validation, tokenizer)
+        validation = (
+            pack_examples(held_out, config.data, seq_len, tokenizer.pad_id) if held_out else None
+        )
+        super().__init__(
+            ctx,
+            train,
+            Sampler(train.num_rows, ctx.run.seed, config.name),
+            validation,
+            examples_hash(examples, seq_len),
+        )
+
+
+def examples_hash(examples: list[Example], seq_len: int) -> str:
+    """xxh3-128 of the token ids and masks, and of the row length."""
+    state = xxhash.xxh3_128(str(seq_len).encode())
+    for example in examples:
+        said = [list(example.ids), [bool(m) for m in example.loss_mask]]
+        state.update(json.dumps(said).encode())
+    return state.hexdigest()

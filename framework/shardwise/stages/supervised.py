@@ -1,0 +1,93 @@
+"""What pre-training and fine-tuning share: rows of a dataset, the causal loss, one update."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from shardwise.config.schema import StageConfig
+from shardwise.data.packing import Row, collate
+from shardwise.engines.base import Engine
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.optim.schedules import consumed_before, global_batch_at
+from shardwise.stages.base import StageContext, micro_batches, rank_share
+
+
+class Rows(Protocol):
+    """A dataset as the supervised stages see it."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """One row of ``seq_len`` pairs."""
+        ...
+
+
+class Order(Protocol):
+    """The endless stream of row indices."""
+
+    def batch(self, position: int, size: int) -> np.ndarray:
+        """Row indices at the stream's positions ``position`` and after."""
+        ...
+
+
+class SupervisedStage:
+    """Next-token training over a dataset of rows. Subclasses say which dataset."""
+
+    # Whether rows hold several documents: said once, so that all steps compile to one graph.
+    packed = True
+
+    def __init__(
+        self, ctx: StageContext, train: Rows, order: Order, validation: Rows | None, data_hash: str
+    ) -> None:
+        self.config: StageConfig = ctx.stage
+        self.train, self.order, self.validation = train, order, validation
+        self.data_hash = data_hash
+        self.engine: Engine = ctx.engine(self.config.optimizer)
+        self.loss = CausalLM()
+
+    def train_step(self, step: int, lr: float) -> dict[str, float]:
+        """One update on the samples of ``step``."""
+        batch = self.config.batch
+        position, size = consumed_before(batch, step), global_batch_at(batch, step)
+        indices = self.order.batch(position, size)
+        mine, real = rank_share(size, self.engine)
+        rows = collate(
+            [self.train.row(int(i)) for i in indices[mine]], position + mine, self.packed
+        )
+        metrics = self.engine.forward_backward(
+            micro_batches(rows, real, batch.micro_batch), self.loss
+        )
+        return metrics | {
+            "grad_norm": self.engine.step(lr),
+            "tokens": float(size * batch.seq_len),
+            "samples": float(position + size),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss over the validation rows (all, or the first ``max_batches`` batches)."""
+        if self.validation is None:
+            return {}
+        micro, limit = self.config.batch.micro_batch, self.config.validation.max_batches
+        total = min(self.validation.num_rows, limit * micro * self.engine.data_size or 1 << 62)
+        nll, tokens = sum_nll(self.engine, self.validation, total, micro, self.packed)
+        return {"val_loss": nll / max(tokens, 1.0), "val_tokens": tokens}
+
+
+def sum_nll(
+    engine: Engine, rows: Rows, num_rows: int, micro: int, packed: bool = True
+) -> tuple[float, float]:
+    """(negative log-likelihood in nats, valid tokens) of the first rows, over all data ranks."""
+    loss = CausalLM()
+    sums = np.zeros(2)
+    chunk = micro * engine.data_size
+    for start in range(0, num_rows, chunk):
+        mine, real = rank_share(min(chunk, num_rows - start), engine)
+        batch = collate([rows.row(int(i)) for i in start + mine], start + mine, packed)
+        [batch] = micro_batches(batch, real, micro)
+        [output] = engine.forward([batch], loss)
+        sums += [float(output.sums["loss"]), float(loss.counts(batch)["loss"])]
+    nll, tokens = engine.sum_over_data(sums.tolist())
+    return nll, tokens

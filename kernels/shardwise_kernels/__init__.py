@@ -1,0 +1,1 @@
+"""Triton kernels of shardwise; imports torch and triton only."""

@@ -1,0 +1,3 @@
+"""Every test of this room sees the toy registries only."""
+
+from tests.config.toy import toy  # noqa: F401

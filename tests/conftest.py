@@ -1,0 +1,25 @@
+"""Shared fixtures: the rank pool, and one thread per process so that results are reproducible."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests.support.pool import RankPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """``ranks.run(fn, *args, world=2)``: see tests/support/pool.py."""
+    pool = RankPool()
+    yield pool
+    pool.close()

@@ -1,0 +1,56 @@
+"""One source: its files, its documents and its fingerprint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shardwise.data.source import DataSource
+from shardwise.errors import DataError, UserError
+
+
+def test_needs_a_path() -> None:
+    with pytest.raises(ValidationError, match="a source of kind jsonl needs a path"):
+        DataSource(kind="jsonl")
+    assert DataSource().label == "stdlib:train"
+
+
+def test_each_kind_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("from a text file")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "from jsonl"}) + "\n")
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": ["from parquet"]}), tmp_path / "c.parquet")
+    sources = [
+        DataSource(kind="text", path=tmp_path / "*.txt"),
+        DataSource(kind="jsonl", path=tmp_path, field="body"),
+        DataSource(kind="parquet", path=tmp_path),
+    ]
+    texts = [[d.text for d in s.documents()] for s in sources]
+    assert texts == [["from a text file"], ["from jsonl"], ["from parquet"]]
+    with pytest.raises(UserError, match="holds no plain documents"):
+        DataSource(kind="chat-jsonl", path=tmp_path).documents()
+
+
+def test_exclude(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    source = DataSource(kind="text", path=tmp_path, exclude=["b.*"])
+    assert [d.text for d in source.documents()] == ["a.txt"]
+    with pytest.raises(DataError, match="exclude leaves none of its 2 files"):
+        DataSource(kind="text", path=tmp_path, exclude=["*.txt"]).files()
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    source = DataSource(kind="jsonl", path=tmp_path)
+    before = source.fingerprint()
+    assert DataSource(kind="jsonl", path=tmp_path, field="body").fingerprint() != before
+    (tmp_path / "a.jsonl").write_text('{"text": "y"}\n')
+    assert source.fingerprint() != before
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    assert source.fingerprint() == before

@@ -1,0 +1,98 @@
+"""Small configs of every release that our two families cover, beside transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def hf_model(name: str) -> Any:
+    """A transformers model with random weights that make every part of it matter."""
+    t = transformers
+    makers = {
+        "llama2": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY)),
+        "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE)),
+        "llama-yarn": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=YARN_ROPE)),
+        "llama-bias": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, attention_bias=True)),
+        "mistral": lambda: t.MistralForCausalLM(
+            t.MistralConfig(**TINY, sliding_window=5, head_dim=16)
+        ),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**TINY, tie_word_embeddings=True)),
+        "qwen2-window": lambda: t.Qwen2ForCausalLM(
+            t.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+        ),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TINY, head_dim=16)),
+        "smollm2": lambda: t.LlamaForCausalLM(
+            t.LlamaConfig(**TINY | {"num_attention_heads": 2}, tie_word_embeddings=True)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=96,
+                n_embd=32,
+                n_layer=3,
+                n_head=4,
+                n_positions=64,
+                bos_token_id=None,
+                eos_token_id=None,
+                attn_implementation="eager",
+            )
+        ),
+    }
+    torch.manual_seed(0)
+    model = makers[name]().eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            # Norms near one, biases near zero, but none of them trivially so.
+            param.copy_(param + 0.2 * torch.randn_like(param))
+    return model
+
+
+FAMILIES = (
+    "llama2",
+    "llama3",
+    "llama-yarn",
+    "llama-bias",
+    "mistral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "smollm2",
+    "gpt2",
+)
+
+
+def inputs(num_rows: int = 2, num_tokens: int = 40) -> tuple[Tensor, Tensor]:
+    """Random ids and their positions."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(96, (num_rows, num_tokens), generator=generator)
+    return ids, torch.arange(num_tokens).expand(num_rows, -1)

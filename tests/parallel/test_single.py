@@ -1,0 +1,84 @@
+"""One rank's mixed precision is FSDP2's, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.engines.native import NativeEngine
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.parallel import data
+from shardwise.parallel.layout import Layout, parse_layout
+from shardwise.parallel.mesh import build_mesh
+from tests.support import toy
+from tests.support.pool import RankPool
+
+
+def local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def engine(**config: Any) -> NativeEngine:
+    mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
+    settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
+    return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+
+
+def train(config: dict[str, Any], fsdp: bool) -> tuple[list[Any], dict[str, Tensor], bool]:
+    """Metrics and norms of three steps of two micro-batches, the state, whether FSDP2 was used."""
+    # FSDP2 runs at any world size; the layout's `world` alone decides.
+    world = mock.patch.object(Layout, "world", 2) if fsdp else mock.patch.dict({})
+    log: list[Any] = []
+    mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
+    settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
+    with world:
+        it = NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+        for step in range(3):
+            batch = toy.batch(4, seed=step)
+            log.append(it.forward_backward(batch.split(2), CausalLM()))
+            log.append(it.forward([batch], lambda z, b: float(z.double().sum())))
+            log.append(it.step(1e-2))
+        state = {n: local(t) for n, t in it.state_dict().tensors.items()}
+        return log, state, bool(data.fsdp_modules(it.model))
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"recompute": "full"}, {"precision": "fp32"}, {"precision": "fp64"}]
+)
+def test_equals_fsdp_bitwise(ranks: RankPool, config: dict[str, Any]) -> None:
+    [(log, state, wrapped)] = ranks.run(train, config, False, world=1)
+    [(log_fsdp, state_fsdp, wrapped_fsdp)] = ranks.run(train, config, True, world=1)
+    assert (wrapped, wrapped_fsdp) == (False, True)
+    assert log == log_fsdp
+    assert state.keys() == state_fsdp.keys()
+    for name, value in state.items():
+        assert torch.equal(value, state_fsdp[name]), name
+
+
+def masters_come_back() -> None:
+    it = engine()
+    names = [n for n, _ in it.model.named_parameters()]
+    first = it.model.head.weight
+    it.forward([toy.batch(2)], lambda z, b: None)
+    assert it.model.head.weight.dtype == torch.bfloat16
+    assert it.model.head.weight is it.model.embed.weight  # tied, as the masters are
+    assert [n for n, _ in it.model.named_parameters()] == names
+    state = it.state_dict().tensors
+    assert {t.dtype for n, t in state.items() if n.startswith("model.")} == {torch.float32}
+    assert it.model.head.weight is first
+    # What is written into the state is what the next forward pass computes with.
+    before = it.forward([toy.batch(2)], lambda z, b: z.clone())[0]
+    with torch.no_grad():
+        it.state_dict().tensors["model.embed.weight"].mul_(2.0)
+    after = it.forward([toy.batch(2)], lambda z, b: z.clone())[0]
+    assert not torch.equal(before, after)
+
+
+def test_masters_come_back(ranks: RankPool) -> None:
+    ranks.run(masters_come_back, world=1)

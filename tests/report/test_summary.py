@@ -1,0 +1,81 @@
+"""The summary fits a screen of 80 x 30, whatever the run holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwise.report.summary import HEIGHT, WIDTH, interval, shorten, summary_lines
+from tests.report.synthetic import summary
+
+EXPECTED = """\
+shardwise  quickstart  dp2.zero1  done in 8:57
+
+  validation  1.874 bits/byte
+              10.4% below gzip -9 (2.091), 6.4% below xz (2.003)
+  accuracy    pretrain  0.004  [0.001, 0.014]
+              sft       0.594  [0.551, 0.636]  +0.590
+              grpo      0.871  [0.839, 0.897]  +0.277
+              majority answer 0.231, 512 held-out problems, 95% intervals
+  speed       5.6k tokens/s, 0.61 of the machine's GEMM rate (706 GFLOP/s)
+
+  stage        steps  tokens    time  checkpoint
+  pretrain       900    1.8M    5:31  stages/pretrain/checkpoints/step_00000900
+  sft             60    123k    26 s  stages/sft/checkpoints/step_00000060
+  grpo           160    912k    2:28  stages/grpo/checkpoints/step_00000160
+
+  report      runs/quickstart/report.html"""
+
+
+def test_the_demo() -> None:
+    assert "\n".join(summary_lines(summary(), "runs/quickstart/report.html")) == EXPECTED
+
+
+def test_nothing_known() -> None:
+    assert summary_lines({}) == ["shardwise  run", ""]
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=200), st.lists(st.none())
+)
+STAGE = st.dictionaries(
+    st.sampled_from(["name", "kind", "steps", "tokens", "seconds", "checkpoint"]), ODD
+)
+ODD_SUMMARY = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(summary(), ODD)
+    | {
+        "stages": st.lists(st.one_of(STAGE, st.none()), max_size=30),
+        "accuracy": st.dictionaries(st.text(max_size=50), st.floats(), max_size=30),
+        "num_problems": st.one_of(st.none(), st.integers(-1, 1000)),
+    },
+)
+
+
+@given(ODD_SUMMARY, st.text(max_size=200))
+def test_always_fits(data: dict[str, Any], path: str) -> None:
+    lines = summary_lines(data, path)
+    assert len(lines) <= HEIGHT
+    assert max(map(len, lines)) <= WIDTH
+    assert not any("\n" in line or "\r" in line for line in lines)
+
+
+def test_what_is_left_out_is_counted() -> None:
+    data = {"accuracy": {f"s{i}": 0.5 for i in range(12)}}
+    assert any("and 5 more in the report" in line for line in summary_lines(data))
+
+
+@pytest.mark.parametrize("width", [5, 6, 21])
+def test_shorten_keeps_both_ends(width: int) -> None:
+    text = "the beginning and the end"
+    short = shorten(text, width)
+    assert len(short) == width and short[:2] == "th" and short[-2:] == "nd"
+    assert shorten("abc", 3) == "abc"
+
+
+def test_interval_needs_a_sample_size() -> None:
+    assert interval(0.5, None) == "" and interval(1.5, 10) == ""
+    assert interval(0.871, 512) == "[0.839, 0.897]"

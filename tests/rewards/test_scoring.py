@@ -1,0 +1,84 @@
+"""Weighted sums, unscorable parts, and what a config may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shardwise.rewards import RewardConfig, RewardItem, build_reward
+
+GOOD = "<think>2 and 2</think><answer>4</answer>"
+
+
+def score(parts: list[dict[str, object]], text: str = GOOD, answer: str = "4", **item: object):  # type: ignore[no-untyped-def]
+    with build_reward(RewardConfig.model_validate({"parts": parts})) as scorer:
+        return scorer.score([RewardItem("2+2?", text, answer, **item)])[0]  # type: ignore[arg-type]
+
+
+def test_a_weighted_sum() -> None:
+    parts: list[dict[str, object]] = [
+        {"kind": "exact", "extract": "tag", "weight": 2.0},
+        {"kind": "numeric", "extract": "tag", "weight": 0.5},
+        {"kind": "format", "weight": 0.25},
+        {"kind": "language", "weight": 0.125},
+        {"kind": "length", "max_tokens": 10, "buffer_tokens": 5},
+    ]
+    result = score(parts, num_tokens=8)
+    assert result.value == pytest.approx(2.0 + 0.5 + 0.25 + 0.125 - 3 / 5)
+    assert result.parts["length"] == pytest.approx(-3 / 5) and result.reason == ""
+    assert build_reward(RewardConfig.model_validate({"parts": parts})).maximum == 2.875
+
+
+def test_the_default_is_exact_match() -> None:
+    with build_reward(RewardConfig()) as scorer:
+        found = scorer.score([RewardItem("q", t, "4") for t in (" 4", "5", "")])
+    assert [r.value for r in found] == [1.0, 0.0, 0.0]
+
+
+def test_one_unscorable_part_makes_the_item_unscorable() -> None:
+    result = score([{"kind": "exact"}, {"kind": "numeric"}], answer="four")
+    assert result.value is None
+    assert result.parts == {"exact": 0.0, "numeric": None}
+    assert result.reason == "numeric: the reference answer is not a number"
+    assert "token count" in score([{"kind": "length", "max_tokens": 4, "buffer_tokens": 2}]).reason
+
+
+def test_parts_of_one_kind_keep_their_names() -> None:
+    result = score([{"kind": "exact"}, {"kind": "exact", "extract": "tag"}])
+    assert result.parts == {"exact_0": 0.0, "exact_1": 1.0} and result.value == 1.0
+
+
+def test_an_infinite_sum_is_unscorable() -> None:
+    huge: dict[str, object] = {"kind": "exact", "extract": "tag", "weight": 1.7e308}
+    result = score([huge, huge])
+    assert result.value is None and result.reason == "the sum is inf"
+
+
+def test_a_user_function_beside_a_verifier(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def brevity(question, completion, answer, meta): return 1 / len(completion)")
+    parts: list[dict[str, object]] = [
+        {"kind": "user", "function": f"{path}:brevity"},
+        {"kind": "numeric"},
+    ]
+    result = score(parts, text="4")
+    assert result.value == 2.0 and result.parts == {"brevity": 1.0, "numeric": 1.0}
+    result = score(parts, text="")
+    assert result.value is None and "ZeroDivisionError" in result.reason
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"kind": "exakt"},
+        {"kind": "exact", "veight": 1},
+        {"kind": "language", "language": "xx"},
+        {"kind": "length", "max_tokens": 4, "buffer_tokens": 5},
+        {"kind": "user", "function": "reward"},
+    ],
+)
+def test_wrong_configs(part: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        RewardConfig.model_validate({"parts": [part]})

@@ -1,0 +1,115 @@
+"""The native step's parts: packing, choosing, and saying why it is not there."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardwise.rollout import Generator, Sampling, native
+from shardwise.rollout.native import NativeBackend, pack, unpack
+from shardwise.rollout.sampling import choose
+from tests.rollout import support
+from tests.support import toy
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=40)
+def test_packing_round_trips(num_out: int, num_in: int, dtype: torch.dtype) -> None:
+    weight = torch.arange(num_out * num_in).view(num_out, num_in).to(dtype)
+    packed = pack(weight)
+    assert packed.numel() % (32 * 32) == 0 and packed.is_contiguous()
+    assert torch.equal(unpack(packed, num_out, num_in), weight)
+
+
+def backend() -> NativeBackend:
+    found = support.generator("llama").backend
+    if not isinstance(found, NativeBackend):
+        pytest.skip("no native step here")
+    found.allocate(4, 16)
+    return found
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 101, 513, 5000])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_choosing_agrees_with_the_reference(vocab: int, temperature: float) -> None:
+    rows = 300
+    generator = torch.Generator().manual_seed(vocab)
+    z = torch.randn(rows, vocab, generator=generator) * 4
+    u = torch.rand(rows, dtype=torch.float64, generator=generator)
+    step = backend()
+    for greedy in (True, False):
+        sampling = Sampling(temperature=temperature, greedy=greedy)
+        ours, theirs = step.choose(z, sampling, u), choose(z, sampling, u)
+        same = ours[0] == theirs[0]
+        torch.testing.assert_close(ours[1][same], theirs[1][same], atol=1e-5, rtol=0)
+        if greedy:
+            assert same.all()
+        else:  # where they differ, u lies within rounding of an edge of the distribution
+            cdf = (z.double() / temperature).softmax(-1).cumsum(-1)
+            gap = (cdf - u[:, None]).abs().min(-1).values
+            assert (gap[~same] < 1e-5).all()
+
+
+def test_choosing_survives_infinities_and_nan() -> None:
+    step = backend()
+    inf, nan = float("inf"), float("nan")
+    z = torch.tensor([[-inf, 0.0, -inf], [-inf, -inf, 3.0], [nan, nan, nan]])
+    for u in (1e-12, 0.5, 1 - 1e-12):
+        token, logp, _ = step.choose(z, Sampling(), torch.full((3,), u, dtype=torch.float64))
+        assert token[:2].tolist() == [1, 2] and 0 <= token[2] < 3
+        assert logp[:2].tolist() == [0.0, 0.0] and logp[2].isnan()
+
+
+def test_reasons() -> None:
+    def note(config: object, dtype: torch.dtype = torch.float32) -> str:
+        return Generator(config, dtype).backend_note  # type: ignore[arg-type]
+
+    assert "widths must be multiples of 32" in note(toy.llama())
+    assert "dtype is torch.float64" in note(support.CONFIGS["llama"], torch.float64)
+
+
+def test_a_machine_without_a_compiler_generates_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    try:
+        generator = support.generator("llama")
+        assert generator.backend_note == "plain PyTorch: there is no C++ compiler"
+        assert generator.generate(support.requests(2), Sampling(max_new_tokens=3))
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_failing_compiler_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    native.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(native, "_FLAGS", "--no-such-flag")
+    try:
+        with pytest.raises(native.CannotBuildError, match=r"building it failed.*no-such-flag"):
+            native.library()
+    finally:
+        native.library.cache_clear()
+
+
+def test_the_source_compiles_without_warnings_for_plain_machines() -> None:
+    """No AMX, no AVX-512: the fp32 path must still compile."""
+    compiler = native.shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    source = native.Path(native.__file__).with_name("decode.cpp")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fopenmp",
+        "-Wall",
+        "-Wno-psabi",
+        "-Werror",
+        "-fsyntax-only",
+    ]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
