@@ -29,7 +29,7 @@ FLOORS = [
     {"engines"},
     {"rollout"},
     {"stages"},
-    {"report"},
+    {"report", "verify"},
     {"launch"},
     {"cli"},
     {"__main__"},

@@ -4,6 +4,7 @@ The commands as functions, imported when first used:
 
 train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(checkpoint)
 convert(source, out, to)           load_config(recipe, overrides)   doctor()
+verify(recipe, layouts)
 
 and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
 `shardwise.report.api.report`.
@@ -33,10 +34,13 @@ _PUBLIC = {
     "load_config": "shardwise.config.load",
     "doctor": "shardwise.launch.doctor",
 }
-__all__ = ["__version__", *_PUBLIC]
+_CALLABLE_ROOMS = ("verify",)
+__all__ = ["__version__", *_PUBLIC, *_CALLABLE_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE_ROOMS:
+        return importlib.import_module(f"shardwise.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

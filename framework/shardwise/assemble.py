@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-from torch import nn
 
 from shardwise.config.schema import EngineConfig, ModelConfig
 from shardwise.models import registry
+from shardwise.models.common.blocks import Attention
+from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.init import init_weights
-from shardwise.parallel import blocks, data
+from shardwise.parallel import blocks, data, tensor
+from shardwise.parallel.context import ContextAttention
+from shardwise.parallel.layout import SPLIT_BACKWARD
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.pipeline import chunks_of, split_model
 from shardwise.precision.policy import PRECISIONS
 
 
-def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: int) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """This rank's part of a model: one plain-looking model for each pipeline stage it holds."""
+
+    chunks: dict[int, Decoder]  # by number of pipeline stage
+    partial: frozenset[str]  # parameters whose gradients are partial sums over tp ranks
+
+
+def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: int) -> Assembled:
     """A distributed model with its initial weights, a pure function of (seed, parameter name).
 
-    Later guests have their line here: tensor-parallel, FP8 and adapter swaps come right after
-    `build`, pipeline splitting before sharding.
+    Later guests have their line here: FP8 and adapter swaps come right after the tensor-parallel
+    ones.
     """
-    precision = PRECISIONS[engine.precision]
-    # 1. The plain model, without memory.
-    with torch.device("meta"):
-        model = registry.build(model_config).to(precision.master)
-    # 2. Recompute and compile, per block.
-    blocks.wrap_blocks(model, engine.recompute, blocks.wants_compile(engine.compile, mesh.device))
-    # 3. ZeRO: parameters become shards.
-    data.shard(model, mesh, precision.compute)
-    # 4. Memory for this rank's shards alone, then their values.
-    model.to_empty(device=mesh.device)
-    init_weights(model, seed)
-    return model
+    assert isinstance(model_config, DecoderConfig)
+    precision, layout = PRECISIONS[engine.precision], mesh.layout
+    parts = split_model(model_config, layout.num_chunks)
+    table = registry.sharding(model_config.family)
+    chunks: dict[int, Decoder] = {}
+    partial: set[str] = set()
+    for number in chunks_of(layout, mesh.place["pp"]):
+        # 1. The plain model, without memory.
+        with torch.device("meta"):
+            model = registry.build(model_config).to(precision.master)
+        # 2. The layers of this pipeline stage.
+        model.keep(parts[number])
+        # 3. Tensor and context parallelism, by swapping modules.
+        partial.update(tensor.parallelize(model, table, mesh))
+        if layout.cp > 1:
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.core = ContextAttention(mesh.groups["cp"], layout.cp_kind)
+        if layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
+            tensor.defer_weight_products(model)
+        # 4. Recompute and compile, per block.
+        compiled = blocks.wants_compile(engine.compile, mesh.device)
+        blocks.wrap_blocks(model, engine.recompute, compiled)
+        # 5. ZeRO: parameters become shards.
+        data.shard(model, mesh, precision.compute)
+        # 6. Memory for this rank's shards alone, then their values.
+        model.to_empty(device=mesh.device)
+        init_weights(model, seed)
+        chunks[number] = model
+    return Assembled(chunks, frozenset(partial))

@@ -60,15 +60,16 @@ def test_equals_math(
                 near = window is None or i - j < window
                 same = segments is None or bool(segments[b, i] == segments[b, j])
                 allowed[b, 0, i, j] = near and same
-    mask = causal_mask(q[:, 0], segments, window)
+    positions = torch.arange(num_tokens).expand(2, -1)
+    mask = causal_mask(positions, q.dtype, segments, window)
     torch.testing.assert_close(
         attention(q, k, v, mask), _by_hand(q, k, v, allowed), atol=1e-12, rtol=1e-12
     )
 
 
 def test_plain_causal_builds_no_mask() -> None:
-    assert causal_mask(torch.zeros(2, 8, 4)) == Mask()
-    assert causal_mask(torch.zeros(2, 8, 4), window=8) == Mask()
+    assert causal_mask(torch.arange(8).expand(2, -1), torch.float32) == Mask()
+    assert causal_mask(torch.arange(8).expand(2, -1), torch.float32, window=8) == Mask()
 
 
 def test_queries_behind_cached_keys() -> None:
@@ -83,7 +84,8 @@ def test_queries_behind_cached_keys() -> None:
 def test_packed_gradients_equal_separate_documents() -> None:
     q, k, v = (t.requires_grad_() for t in _qkv(1, 4, 2, 9))
     segments = torch.tensor([[0] * 4 + [1] * 5])
-    attention(q, k, v, causal_mask(q[:, 0], segments)).square().sum().backward()
+    mask = causal_mask(torch.arange(9)[None], q.dtype, segments)
+    attention(q, k, v, mask).square().sum().backward()
     packed = [t.grad for t in (q, k, v)]
     for t in (q, k, v):
         t.grad = None
@@ -98,7 +100,7 @@ def test_dropout_path_without_drops_is_attention() -> None:
     """With a probability too small to drop anything, the explicit path is the fused one."""
     q, k, v = _qkv(2, 4, 2, 6)
     keys = dice.token_dice(0, 0, "t", torch.arange(2), torch.arange(6))
-    for mask in (Mask(), causal_mask(q[:, 0], window=2)):
+    for mask in (Mask(), causal_mask(torch.arange(6).expand(2, -1), q.dtype, window=2)):
         got = attention(q, k, v, mask, dropout_p=1e-12, dice_BT=keys)
         torch.testing.assert_close(got, attention(q, k, v, mask), atol=1e-12, rtol=1e-12)
 
@@ -173,15 +175,15 @@ def test_flash_attn_is_called_rightly(
 ) -> None:
     q, k, v = _qkv(2, 4, 2, 7)
     segments = torch.tensor([[5, 5, 5, 6, 6, 6, 6], [6, 7, 7, 7, 7, 8, 8]]) if packed else None
-    expected = attention(q, k, v, causal_mask(q[:, 0], segments, window))
+    positions = torch.arange(7).expand(2, -1)
+    plain = causal_mask(positions, q.dtype, segments, window)
+    expected = attention(q, k, v, plain)
     keys = dice.token_dice(0, 0, "t", torch.arange(2), torch.arange(7))
-    dropped = attention(
-        q, k, v, causal_mask(q[:, 0], segments, window), dropout_p=0.3, dice_BT=keys
-    )
+    dropped = attention(q, k, v, plain, dropout_p=0.3, dice_BT=keys)
     library = _FlashStandIn()
     monkeypatch.setattr(flash, "unusable", lambda device, dtype: None)
     monkeypatch.setattr(flash, "_library", lambda: (library, ""))
-    mask = causal_mask(q[:, 0], segments, window)
+    mask = causal_mask(positions, q.dtype, segments, window)
     got = attention(q, k, v, mask)
     assert library.calls == ["varlen" if packed else "dense"]
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)

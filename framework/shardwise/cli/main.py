@@ -97,6 +97,37 @@ def train(
 
 
 @app.command()
+def verify(
+    config: Recipe,
+    overrides: Overrides = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option("--layout", "-l", metavar="L", help="May repeat; suite: the built-in ones."),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="One stage by name; default: all.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks, as training does.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Prove that layouts of a recipe compute what one process computes; exit code 1 if not."""
+    from shardwise.cli.verify import HEADER, row, show
+    from shardwise.verify.run import Verdict
+    from shardwise.verify.run import verify as run
+
+    def tell(verdict: Verdict) -> None:
+        if json != "-":
+            typer.echo(row(verdict))
+
+    if json != "-":
+        typer.echo(HEADER)
+    report = run(
+        config, layout or (), stage=stage, overrides=overrides or (), compiled=compiled, tell=tell
+    )
+    show(report, json)
+
+
+@app.command()
 def generate(
     ckpt: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be given repeatedly.")],

@@ -38,9 +38,9 @@ class Engine(Protocol):
         ...
 
     def forward(
-        self, microbatches: Sequence[MicroBatch], fn: Callable[[Tensor, MicroBatch], Any]
-    ) -> list[Any]:
-        """Without gradient: ``fn(logits_BTV, batch)`` for each micro-batch of this rank."""
+        self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
+    ) -> list[Tensor]:
+        """Without gradient: ``fn(logits, batch)`` for each micro-batch of this rank."""
         ...
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The native engine: FSDP2 sharding, accumulation, mixed precision, clipping, one update rule."""
+"""The native engine: any layout of one model, accumulation, mixed precision, one update rule."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardwise.assemble import assemble
 from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import State
+from shardwise.engines.inputs import Cut
+from shardwise.engines.named import Named
+from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
-from shardwise.ops import dice
+from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.build import build_optimizer, optimizer_tensors
-from shardwise.parallel import data
-from shardwise.parallel.collectives import sum_over
+from shardwise.parallel import data, pipeline
 from shardwise.parallel.mesh import Mesh
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import PRECISIONS
@@ -47,17 +48,28 @@ class NativeEngine:
         stage: str = "",
         optimizer: OptimizerConfig | None = None,
     ) -> None:
+        assert isinstance(model_config, DecoderConfig)
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.seed, self.stage = seed, stage
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = PRECISIONS[config.precision]
-        self.model = assemble(model_config, config, mesh, seed)
+        assembled = assemble(model_config, config, mesh, seed)
+        self.chunks = assembled.chunks
+        self.named = Named(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self.updates = 0  # optimizer steps tried; with the stage's name, the time on the dice
         self.optimizer = (
-            build_optimizer(self.model.named_parameters(), optimizer) if optimizer else None
+            build_optimizer(self.named.parameters.items(), optimizer) if optimizer else None
         )
-        self._has_dropout = getattr(model_config, "dropout", 0.0) > 0
+        self._has_dropout = getattr(model_config, "dropout", 0.0) > 0 or any(
+            getattr(model_config, f"{where}_dropout", 0.0) > 0 for where in ("attn", "embed")
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, where this rank holds one pipeline stage."""
+        [model] = self.chunks.values()
+        return model
 
     # --- training -------------------------------------------------------------------------------
 
@@ -68,30 +80,41 @@ class NativeEngine:
         bring its own number of micro-batches as long as ZeRO does not gather per micro-batch; the
         samplers give equal numbers.
         """
-        self.model.train()
-        batches = [b.to(self.mesh.device) for b in microbatches]
-        totals = self._global_counts(batches, loss)
+        self._train(True)
+        self.named.refresh_mirror()
+        cuts = [self._cut(batch) for batch in microbatches]
+        sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
+        run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
+        run(cuts, sums)
+        self._reshard()
+        self.named.finish_gradients()
+        return sums.reduced()
+
+    def _run_in_turn(self, cuts: Sequence[Cut], sums: LossSums) -> None:
+        for i, cut in enumerate(cuts):
+            data.before_microbatch(self.model, self.mesh, is_last=i == len(cuts) - 1)
+            self._objective(cut, self._call(self.model, cut), sums).backward()
+
+    def _run_pipeline(self, cuts: Sequence[Cut], sums: LossSums) -> None:
+        layout, mesh = self.mesh.layout, self.mesh
+        for chunk in self.chunks.values():
+            data.before_pipeline(chunk, mesh)
+        work = _PipelineWork(self, cuts, sums)
+        executor = pipeline.Executor(layout, mesh.groups["pp"], work)
+        executor.run(pipeline.program(layout, len(cuts))[mesh.place["pp"]])
+
+    def _objective(self, cut: Cut, output: Tensor, sums: LossSums) -> Tensor:
         scale = self.scale.value if self.scale else 1.0
-        sums: dict[str, Tensor] = {}
-        metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        for i, batch in enumerate(batches):
-            data.before_microbatch(self.model, self.mesh, is_last=i == len(batches) - 1)
-            output = loss(self._logits(batch), batch)
-            objective = sum(
-                (
-                    s * (loss.weights[name] * scale / totals[name])
-                    for name, s in output.sums.items()
-                ),
-                start=torch.zeros((), dtype=self.precision.master, device=self.mesh.device),
-            )
-            objective.backward()
-            for name, value in output.sums.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-            for name, (top, bottom) in output.metrics.items():
-                a, b = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (a + top.detach().double(), b + bottom.detach().double())
-        data.reshard(self.model)
-        return self._reduced_metrics(sums, totals, metrics, loss)
+        return sums.add(cut.logits(output), cut.batch) * scale
+
+    def _call(self, chunk: nn.Module, cut: Cut, x_BTD: Tensor | None = None) -> Tensor:
+        dropout = chunk.training and self._has_dropout
+        seed = self.seed if dropout else None
+        arguments = cut.arguments(seed, self.updates, self.stage)
+        return chunk(**arguments, x_BTD=x_BTD)  # type: ignore[no-any-return]
+
+    def _cut(self, batch: MicroBatch) -> Cut:
+        return Cut(batch.to(self.mesh.device), self.mesh, self.model_config)
 
     def step(self, lr: float) -> float:
         """Clip to ``max_grad_norm`` and update. Non-finite gradients leave the weights untouched.
@@ -99,9 +122,8 @@ class NativeEngine:
         The norm is a global number, so all ranks decide alike.
         """
         assert self.optimizer is not None, "this engine was built without an optimizer"
-        data.reshard(self.model)  # an evaluation may have gathered weights since
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = self._grad_norm(parameters)
+        self._reshard()  # an evaluation may have gathered weights since
+        norm = self.named.grad_norm()
         scale = self.scale.value if self.scale else 1.0
         norm /= scale
         finite = math.isfinite(norm)
@@ -109,7 +131,7 @@ class NativeEngine:
             limit = self.config.max_grad_norm
             factor = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
             if factor != 1.0 or scale != 1.0:
-                torch._foreach_mul_([_local(p.grad) for p in parameters], factor / scale)
+                torch._foreach_mul_(self.named.local_gradients(), factor / scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -119,72 +141,44 @@ class NativeEngine:
         self.updates += 1
         return norm
 
+    # --- evaluation -----------------------------------------------------------------------------
+
     @torch.no_grad()
     def forward(
-        self, microbatches: Sequence[MicroBatch], fn: Callable[[Tensor, MicroBatch], Any]
-    ) -> list[Any]:
-        """``fn(logits_BTV, batch)`` per micro-batch, without gradient and without dropout."""
-        self.model.eval()
-        results = []
-        for batch in microbatches:
-            placed = batch.to(self.mesh.device)
-            results.append(fn(self._logits(placed), placed))
-        return results
+        self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
+    ) -> list[Tensor]:
+        """``fn(logits, batch)`` per micro-batch, without gradient and without dropout.
+
+        The tensors that it returns reach every rank that shares the micro-batches.
+        """
+        self._train(False)
+        self.named.refresh_mirror()
+        cuts = [self._cut(batch) for batch in microbatches]
+        if self.mesh.layout.pp == 1:
+            return [fn(c.logits(self._call(self.model, c)), c.batch) for c in cuts]
+        results: list[Tensor | None] = [None] * len(cuts)
+        layout, last = self.mesh.layout, self.mesh.layout.num_chunks - 1
+        executor = pipeline.Executor(
+            layout, self.mesh.groups["pp"], _PipelineWork(self, cuts, None)
+        )
+        executor.run(pipeline.forward_program(layout, len(cuts))[self.mesh.place["pp"]])
+        for (chunk, i), output in executor.outputs.items():
+            if chunk == last:
+                results[i] = fn(cuts[i].logits(output), cuts[i].batch)
+        return broadcast_from_last(results, self.mesh)
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Sum a few numbers over the data ranks, in fp64."""
         vector = torch.tensor(list(values), dtype=torch.float64, device=self.mesh.device)
-        return [float(v) for v in sum_over(vector, self.mesh.data_group).tolist()]
+        return [float(v) for v in sum_over(vector, self.mesh.groups["dp"]).tolist()]
 
-    def _logits(self, batch: MicroBatch) -> Tensor:
-        dice_BT = None
-        if self.model.training and self._has_dropout:
-            positions = torch.arange(batch.input_ids_BT.shape[1], device=self.mesh.device)
-            dice_BT = dice.token_dice(
-                self.seed, self.updates, self.stage, batch.sample_ids_B, positions
-            )
-        logits: Tensor = self.model(
-            batch.input_ids_BT, batch.position_ids_BT, batch.segment_ids_BT, dice_BT=dice_BT
-        )
-        return logits
+    def _train(self, mode: bool) -> None:
+        for chunk in self.chunks.values():
+            chunk.train(mode)
 
-    def _global_counts(self, batches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
-        names = sorted(loss.weights)
-        local = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
-            counts = loss.counts(batch)
-            local += torch.stack([counts[n].to(local) for n in names])
-        totals = sum_over(local, self.mesh.data_group).tolist()
-        # A term without a single valid element has a zero sum; dividing by 1 keeps it zero.
-        return {n: t if t > 0 else 1.0 for n, t in zip(names, totals, strict=True)}
-
-    def _reduced_metrics(
-        self,
-        sums: Mapping[str, Tensor],
-        totals: Mapping[str, float],
-        metrics: Mapping[str, tuple[Tensor, Tensor]],
-        loss: Loss,
-    ) -> dict[str, float]:
-        """Divide once more, after one all-reduce of every sum and count."""
-        terms, names = sorted(totals), sorted(metrics)
-        flat = [sums.get(n, torch.zeros(())) for n in terms]
-        flat += [part for n in names for part in metrics[n]]
-        vector = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in flat])
-        values = sum_over(vector.to(self.mesh.device), self.mesh.data_group).tolist()
-        means = {n: values[i] / totals[n] for i, n in enumerate(terms)}
-        result = {"loss": sum(loss.weights[n] * m for n, m in means.items())}
-        if terms != ["loss"]:
-            result |= {f"loss_{n}": m for n, m in means.items()}
-        for i, n in enumerate(names):
-            top, bottom = values[len(terms) + 2 * i : len(terms) + 2 * i + 2]
-            result[n] = top / bottom if bottom else 0.0
-        return result
-
-    def _grad_norm(self, parameters: Sequence[nn.Parameter]) -> float:
-        """2-norm of all gradients: squares of shards summed in fp64 over the shard group."""
-        norms = torch._foreach_norm([_local(p.grad) for p in parameters], 2.0)
-        local = torch.stack(norms).double().square().sum() if norms else torch.zeros(())
-        return math.sqrt(sum_over(local.double(), self.mesh.shard_group).item())
+    def _reshard(self) -> None:
+        for chunk in self.chunks.values():
+            data.reshard(chunk)
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -194,10 +188,11 @@ class NativeEngine:
         The tensors are the live ones: loading writes into them. Gathered copies are freed first,
         so the next forward pass sees what was written.
         """
-        data.reshard(self.model)
-        tensors = {f"model.{n}": p.data for n, p in self.model.named_parameters()}
+        self._reshard()
+        parameters = self.named.parameters
+        tensors = {f"model.{n}": p.data for n, p in parameters.items()}
         if self.optimizer is not None:
-            tensors |= optimizer_tensors(self.optimizer, self.model.named_parameters())
+            tensors |= optimizer_tensors(self.optimizer, parameters.items())
         meta: dict[str, Any] = {"updates": self.updates}
         if self.scale:
             meta["loss_scale"] = self.scale.state_dict()
@@ -213,18 +208,53 @@ class NativeEngine:
     @torch.no_grad()
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, one at a time; every rank must iterate."""
-        data.reshard(self.model)
+        self._reshard()
+        named = self.named.stream(lambda p: p.data, dtype)
+        yield from registry.to_hf_tensors(self.model_config, named)
 
-        def full() -> Iterator[tuple[str, Tensor]]:
-            for name, parameter in self.model.named_parameters():
-                value = parameter.data
-                if isinstance(value, DTensor):
-                    value = value.full_tensor()
-                yield name, value if dtype is None else value.to(dtype)
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under our names on every rank, one at a time; a collective call.
 
-        yield from registry.to_hf_tensors(self.model_config, full())
+        ``kind``: ``weights``, ``grads`` (between `forward_backward` and `step`), or a state of
+        the optimizer such as ``exp_avg`` and ``exp_avg_sq``.
+        """
+        self._reshard()
+
+        def pick(parameter: nn.Parameter) -> Tensor:
+            if kind == "weights":
+                return parameter.data
+            if kind == "grads":
+                return (
+                    torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
+                )
+            assert self.optimizer is not None
+            return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
+
+        yield from self.named.stream(pick)
 
 
-def _local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+class _PipelineWork(pipeline.Work):
+    """What one step asks of the engine, micro-batch by micro-batch."""
+
+    def __init__(self, engine: NativeEngine, cuts: Sequence[Cut], sums: LossSums | None) -> None:
+        self.engine, self.cuts, self.sums = engine, cuts, sums
+        self.last = engine.mesh.layout.num_chunks - 1
+        self.open = dict.fromkeys(engine.chunks, len(cuts))
+
+    def forward(self, chunk: int, microbatch: int, x: Tensor | None) -> Tensor:
+        """See `pipeline.Work`."""
+        engine, cut = self.engine, self.cuts[microbatch]
+        output = engine._call(engine.chunks[chunk], cut, x)
+        if chunk < self.last or self.sums is None:
+            return output
+        return engine._objective(cut, output, self.sums)
+
+    def boundary(self, microbatch: int) -> Tensor:
+        """See `pipeline.Work`."""
+        return self.cuts[microbatch].activations(self.engine.precision.compute)
+
+    def after_backward(self, chunk: int) -> None:
+        """See `pipeline.Work`."""
+        self.open[chunk] -= 1
+        done = self.open[chunk] == 0
+        data.after_backward(self.engine.chunks[chunk], self.engine.mesh, is_last=done)

@@ -10,6 +10,7 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.contract import LossOutput
 from shardwise.losses.logprobs import valid_logprobs
+from shardwise.ops.logits import Logits, greedy_tokens
 
 # Shape suffixes: B rows, T tokens, V vocabulary.
 
@@ -28,12 +29,12 @@ class CausalLM:
         """The valid tokens."""
         return {"loss": batch.loss_mask_BT.sum(dtype=torch.float64)}
 
-    def __call__(self, logits_BTV: Tensor, batch: MicroBatch) -> LossOutput:
+    def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """The sum in nats over this micro-batch; zero, with zero gradient, if nothing is valid."""
         loss = -valid_logprobs(logits_BTV, batch).sum()
         if not self.accuracy:
             return LossOutput({"loss": loss})
         with torch.no_grad():
-            hits_BT = (logits_BTV.argmax(dim=-1) == batch.targets_BT) & batch.loss_mask_BT
+            hits_BT = (greedy_tokens(logits_BTV) == batch.targets_BT) & batch.loss_mask_BT
         hits = hits_BT.sum(dtype=torch.float64)
         return LossOutput({"loss": loss}, {"accuracy": (hits, self.counts(batch)["loss"])})

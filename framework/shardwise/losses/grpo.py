@@ -26,6 +26,7 @@ from shardwise.losses.policy import (
     truncated_importance,
 )
 from shardwise.losses.presets import PRESETS
+from shardwise.ops.logits import Logits
 
 # Shape suffixes: B rows, T tokens, V vocabulary.
 
@@ -105,7 +106,7 @@ class GRPOLoss:
         count = self._fold(batch)[1].sum()
         return dict.fromkeys(self.weights, count)
 
-    def __call__(self, logits_BTV: Tensor, batch: MicroBatch) -> LossOutput:
+    def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT
         logp_BT = valid_logprobs(logits_BTV, batch, self.temperature)

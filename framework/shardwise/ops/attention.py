@@ -36,31 +36,31 @@ class Mask:
 
 
 def causal_mask(
-    x_BTD: Tensor,
+    position_ids_BT: Tensor,
+    dtype: torch.dtype,
     segment_ids_BT: Tensor | None = None,
     window: int | None = None,
-    position_ids_BT: Tensor | None = None,
 ) -> Mask:
-    """The mask of one forward pass over activations ``x_BTD`` (shape, device and dtype are read).
+    """The mask of one forward pass with activations of ``dtype``.
 
     Tokens see earlier tokens of their own segment (and, in a branch, of its trunk: segment ids
     hold the branch above bit `BRANCH_SHIFT`, see `data.groups`), and at most ``window`` of them,
-    themselves included; the window is measured in ``position_ids_BT`` (indices in the row by
-    default). With flash-attn, segments must be contiguous, as packing makes them.
+    themselves included; the window is measured in ``position_ids_BT``. With flash-attn, segments
+    must be contiguous, as packing makes them.
     """
-    num_tokens = x_BTD.shape[1]
+    num_tokens, device = position_ids_BT.shape[1], position_ids_BT.device
     if window is not None and window >= num_tokens:
         window = None
     # flash-attn knows documents one after another, not branches.
-    if flash.unusable(x_BTD.device, x_BTD.dtype) is None and not has_branches(segment_ids_BT):
+    if flash.unusable(device, dtype) is None and not has_branches(segment_ids_BT):
         return Mask(cu_seqlens=_cu_seqlens(segment_ids_BT), window=window, flash=True)
     if segment_ids_BT is None and window is None:
         return Mask()
-    index_T = torch.arange(num_tokens, device=x_BTD.device)
+    index_T = torch.arange(num_tokens, device=device)
     allowed = allowed_by_position(index_T[None], index_T)
     if window is not None:
         # Not by index: a branch stands further from its trunk in the row than in its sequence.
-        at_BT = index_T[None] if position_ids_BT is None else position_ids_BT
+        at_BT = position_ids_BT
         allowed = allowed & (at_BT[:, None, :, None] - at_BT[:, None, None, :] < window)
     if segment_ids_BT is not None:
         allowed = allowed & visible(segment_ids_BT[:, None, :, None], segment_ids_BT[:, None, None])

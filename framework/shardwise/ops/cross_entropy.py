@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, without ever holding the logits in fp32.
+"""Log-probabilities of given tokens, without ever holding the logits in fp32, or gathering them.
 
 The backward pass recomputes the softmax from the logits and the saved log-sum-exp. Rows are
 treated in chunks that fit a core's cache: fp32 copies exist for one chunk at a time.
@@ -6,11 +6,15 @@ treated in chunks that fit a core's cache: fp32 copies exist for one chunk at a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from shardwise.ops import comm
 
 # Shape suffixes: B sequences, T tokens, V vocabulary, N = B * T rows, C rows of a chunk.
 
@@ -39,56 +43,111 @@ def _chunks(logits_NV: Tensor, temperature: float) -> Iterator[tuple[slice, Tens
         yield rows, z_CV
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The ranks of ``group`` hold a vocabulary in pieces; this one's starts at ``offset``.
+
+    Megatron's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3): three numbers a
+    token cross the group, never the logits.
+    """
+
+    offset: int
+    group: dist.ProcessGroup
+
+    def own(self, targets_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Targets as columns of this piece, and which of them lie in it (bool)."""
+        column_N = targets_N - self.offset
+        here_N = (column_N >= 0) & (column_N < width)
+        return torch.where(here_N, column_N, 0), here_N
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        picked_N = logits_NV.gather(1, targets_N[:, None])[:, 0].to(_wide(logits_NV.dtype))
-        lse_N = torch.empty_like(picked_N)
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, temperature: float, shard: Shard | None
+    ) -> Tensor:
+        width, wide = logits_NV.shape[1], _wide(logits_NV.dtype)
+        column_N, here_N = targets_N, None
+        if shard is not None:
+            column_N, here_N = shard.own(targets_N, width)
+        if width:
+            picked_N = logits_NV.gather(1, column_N[:, None])[:, 0].to(wide)
+        else:  # a rank without a word
+            picked_N = torch.zeros(targets_N.shape, dtype=wide, device=targets_N.device)
+        if here_N is not None:
+            picked_N = torch.where(here_N, picked_N, 0.0)
+        max_N = torch.full_like(picked_N, -torch.inf)
+        sum_N = torch.zeros_like(picked_N)
         for rows, z_CV in _chunks(logits_NV, temperature):
-            max_C1 = z_CV.amax(-1, keepdim=True)
-            z_CV.sub_(max_C1).exp_()
-            lse_N[rows] = z_CV.sum(-1).log_().add_(max_C1[:, 0])
-        ctx.save_for_backward(logits_NV, targets_N, lse_N)
+            if width:
+                max_N[rows] = z_CV.amax(-1)
+                sum_N[rows] = z_CV.sub_(max_N[rows, None]).exp_().sum(-1)
+        if shard is not None:
+            top_N = comm.all_max(max_N.clone(), shard.group, "tp")
+            both_2N = torch.stack((sum_N * (max_N - top_N).exp(), picked_N))
+            sum_N, picked_N = comm.all_reduce(both_2N, shard.group, "tp")
+            max_N = top_N
+        lse_N = sum_N.log().add_(max_N)
+        ctx.save_for_backward(logits_NV, column_N, here_N, lse_N)
         ctx.temperature = temperature
-        return picked_N.div_(temperature).sub_(lse_N)
+        return picked_N.div(temperature).sub_(lse_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        logits_NV, targets_N, lse_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        logits_NV, column_N, here_N, lse_N = ctx.saved_tensors
         scaled_N1 = (grad_N.to(lse_N.dtype) / ctx.temperature)[:, None]
+        hit_N1 = scaled_N1 if here_N is None else torch.where(here_N[:, None], scaled_N1, 0.0)
         grad_NV = torch.empty_like(logits_NV)
+        if not logits_NV.shape[1]:
+            return grad_NV, None, None, None
         for rows, z_CV in _chunks(logits_NV, ctx.temperature):
             # d logp / d logits = onehot(target) - softmax(logits)
             z_CV.sub_(lse_N[rows, None]).exp_().mul_(-scaled_N1[rows])
-            z_CV.scatter_add_(1, targets_N[rows, None], scaled_N1[rows])
+            z_CV.scatter_add_(1, column_N[rows, None], hit_N1[rows])
             grad_NV[rows] = z_CV
-        return grad_NV, None, None
+        return grad_NV, None, None, None
 
 
 @torch.compiler.disable
-def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0, shard: Shard | None = None
+) -> Tensor:
     """Log-probability (BT, fp32; fp64 for fp64 logits) of each target.
 
     The distribution is the softmax of ``logits / temperature``.
     Differentiable in the logits; the gradient has their dtype. ``targets_BT`` is int64 in [0, V);
-    what is not to count must be masked by the caller, not marked by a negative target.
+    what is not to count must be masked by the caller, not marked by a negative target. With a
+    ``shard``, the logits are this rank's words, and targets are of the whole vocabulary.
     """
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    logp_N = _TokenLogprobs.apply(logits_NV, targets_BT.reshape(-1), float(temperature))
+    logits_NV = logits_BTV.reshape(targets_BT.numel(), logits_BTV.shape[-1])
+    logp_N = _TokenLogprobs.apply(logits_NV, targets_BT.reshape(-1), float(temperature), shard)
     return logp_N.view(targets_BT.shape)  # type: ignore[no-any-return]
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
+def entropy(logits_BTV: Tensor, temperature: float = 1.0, shard: Shard | None = None) -> Tensor:
     """Entropy in nats (BT, fp32; fp64 for fp64 logits) of each distribution; no gradient."""
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    entropy_N = logits_NV.new_empty(logits_NV.shape[0], dtype=_wide(logits_NV.dtype))
+    width = logits_BTV.shape[-1]
+    logits_NV = logits_BTV.reshape(-1, width) if width else logits_BTV.flatten(0, -2)
+    wide = _wide(logits_NV.dtype)
+    max_N = torch.full((logits_NV.shape[0],), -torch.inf, dtype=wide, device=logits_NV.device)
+    sums_2N = max_N.new_zeros((2, logits_NV.shape[0]))  # of exp(z), of exp(z) z
     for rows, z_CV in _chunks(logits_NV, temperature):
-        # H = lse - E[z], with z shifted by its maximum; exp(z) z is 0, not NaN, at z = -inf.
-        z_CV.sub_(z_CV.amax(-1, keepdim=True))
-        p_CV = z_CV.exp()
-        total_C = p_CV.sum(-1)
-        mean_C = p_CV.mul_(z_CV.clamp_min_(torch.finfo(z_CV.dtype).min)).sum(-1) / total_C
-        entropy_N[rows] = total_C.log() - mean_C
+        if width:
+            max_N[rows] = z_CV.amax(-1)
+            # exp(z) z is 0, not NaN, at z = -inf.
+            z_CV.sub_(max_N[rows, None])
+            p_CV = z_CV.exp()
+            sums_2N[0, rows] = p_CV.sum(-1)
+            sums_2N[1, rows] = p_CV.mul_(z_CV.clamp_min_(torch.finfo(wide).min)).sum(-1)
+    if shard is not None:
+        top_N = comm.all_max(max_N.clone(), shard.group, "tp")
+        shift_N = (max_N - top_N).clamp_min(torch.finfo(wide).min)
+        scale_N = shift_N.exp()
+        sums_2N[1] = (sums_2N[1] + sums_2N[0] * shift_N) * scale_N
+        sums_2N[0] *= scale_N
+        comm.all_reduce(sums_2N, shard.group, "tp")
+    # H = lse - E[z], with z shifted by its maximum.
+    entropy_N = sums_2N[0].log() - sums_2N[1] / sums_2N[0]
     return entropy_N.view(logits_BTV.shape[:-1])

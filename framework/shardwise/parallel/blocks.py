@@ -62,7 +62,7 @@ def wants_compile(setting: bool | Literal["auto"], device: torch.device) -> bool
 
 def wrap_blocks(model: nn.Module, recompute: Recompute, compile: bool) -> None:
     """Replace the forward of every ``model.layers[i]``; parameter names do not change."""
-    for block in model.layers:  # type: ignore[union-attr]
+    for block in filter(None, model.layers):  # type: ignore[arg-type]
         forward = block.forward
         if compile:
             forward = torch.compile(forward, fullgraph=True)

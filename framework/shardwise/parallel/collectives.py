@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from shardwise.ops import comm
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -27,12 +30,8 @@ class _Allocate:
         return torch.empty(tuple(size), dtype=dtype, device=device)
 
 
-class AllToAllReduceScatter(_Allocate, ReduceScatter):  # type: ignore[misc]
-    """Reduce-scatter as an all-to-all and a local sum in rank order.
-
-    gloo's reduce_scatter takes five times as long as its all_to_all, and its order of summation
-    depends on the ring; here the order is fixed.
-    """
+class CountedReduceScatter(_Allocate, ReduceScatter):  # type: ignore[misc]
+    """FSDP2's reduction of gradients; on CPU in rank order, see `ops.comm.reduce_scatter`."""
 
     def __call__(
         self,
@@ -43,13 +42,11 @@ class AllToAllReduceScatter(_Allocate, ReduceScatter):  # type: ignore[misc]
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM, "gradients are sums over data ranks"
-        received = torch.empty_like(input_tensor)
-        dist.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor.view(-1))
+        comm.reduce_scatter(output_tensor, input_tensor, group, "shard").wait()
 
 
-class AllToAllGather(_Allocate, AllGather):  # type: ignore[misc]
-    """All-gather as an all-to-all of repeated shards: gloo's faster primitive."""
+class CountedAllGather(_Allocate, AllGather):  # type: ignore[misc]
+    """FSDP2's gathering of weights."""
 
     def __call__(
         self,
@@ -58,22 +55,27 @@ class AllToAllGather(_Allocate, AllGather):  # type: ignore[misc]
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        world = group.size()
-        # The input may be a view of the output, hence the copy that repeat makes.
-        repeated = input_tensor.view(1, -1).expand(world, -1).reshape(-1)
-        work = dist.all_to_all_single(output_tensor, repeated, group=group, async_op=async_op)
-        if async_op:
-            return _Keep(work, repeated)  # type: ignore[return-value]
-        return None
+        pending = comm.all_gather(output_tensor, input_tensor, group, "shard", async_op)
+        return pending if async_op else None  # type: ignore[return-value]
 
 
-class _Keep:
-    """A work handle that keeps its send buffer alive until it is waited for."""
+def broadcast_bytes(data: bytes | None, source: int, group: dist.ProcessGroup) -> bytes:
+    """Bytes of the group's rank ``source`` to all of it."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    size = torch.tensor([len(data or b"")], dtype=torch.int64, device=device)
+    dist.broadcast(size, group_src=source, group=group)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if data:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if int(size):
+        dist.broadcast(buffer, group_src=source, group=group)
+    return buffer.cpu().numpy().tobytes()
 
-    def __init__(self, work: dist.Work, *buffers: Tensor) -> None:
-        self.work, self.buffers = work, buffers
 
-    def wait(self, *args: object) -> bool:
-        done = bool(self.work.wait())
-        self.buffers = ()
-        return done
+def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's value (plain JSON), by rank of the group; exact for floats."""
+    return [
+        json.loads(broadcast_bytes(json.dumps(value).encode() if mine else None, rank, group))
+        for rank in range(group.size())
+        for mine in [rank == group.rank()]
+    ]

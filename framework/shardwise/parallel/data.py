@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from shardwise.parallel.collectives import AllToAllGather, AllToAllReduceScatter
+from shardwise.ops import comm
+from shardwise.parallel.collectives import CountedAllGather, CountedReduceScatter
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.single import ComputeCopies
 
@@ -57,16 +60,16 @@ def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
     # A CPU has no stream to hide a block's communication behind: without ZeRO-3, which saves
     # memory by blocks, one exchange for the whole model means fewer moments to wait for peers.
     if row.reshard_after_forward or mesh.device.type != "cpu":
-        for block in model.layers:  # type: ignore[union-attr]
+        for block in filter(None, model.layers):  # type: ignore[arg-type]
             wrap(block, reshard_after_forward=row.reshard_after_forward)
     # The embedding and the head are needed first and last: resharding them buys nothing.
     wrap(model, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        if mesh.device.type == "cpu" and mesh.shard_group.size() > 1:
-            module.set_custom_reduce_scatter(AllToAllReduceScatter())
-            module.set_custom_all_gather(AllToAllGather())
+        if mesh.groups["shard"].size() > 1:
+            module.set_custom_reduce_scatter(CountedReduceScatter())
+            module.set_custom_all_gather(CountedAllGather())
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -88,8 +91,56 @@ def before_microbatch(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     if mesh.layout.world == 1:
         return
     row = ZERO[mesh.layout.zero]
+    _prepare(model, sync=is_last or row.sync_every_microbatch, last=is_last, row=row)
+    if is_last or row.sync_every_microbatch:
+        count_replicas(model, mesh)
+
+
+def before_pipeline(model: nn.Module, mesh: Mesh) -> None:
+    """In a pipeline no backward pass synchronises by itself: `after_backward` does."""
+    _prepare(model, sync=False, last=False, row=ZERO[mesh.layout.zero])
+
+
+def after_backward(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
+    """A micro-batch's gradients are complete: fold them into fp32, and reduce them if it is time.
+
+    FSDP2 would do so in hooks of a backward pass that ends with the weights; here gradients of
+    weights may have been added by hand.
+    """
+    row = ZERO[mesh.layout.zero]
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(is_last or row.sync_every_microbatch)
+    if not (is_last or row.sync_every_microbatch):
+        for group in _param_groups(model):
+            for param in group.fsdp_params:
+                if hasattr(param, "_unsharded_param"):
+                    param.accumulate_unsharded_grad_if_needed()
+                    param.to_accumulated_grad_if_needed()
+        return
+    _prepare(model, sync=True, last=is_last, row=row)
+    for group in _param_groups(model):
+        group.post_backward()
+    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    count_replicas(model, mesh)
+    if not is_last:
+        before_pipeline(model, mesh)
+
+
+def _prepare(model: nn.Module, *, sync: bool, last: bool, row: ZeroRow) -> None:
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(sync)
     # Without ZeRO-3 the gathered weights serve all micro-batches of the step.
-    model.set_reshard_after_backward(is_last or row.reshard_after_forward)
-    model.set_is_last_backward(is_last)
+    model.set_reshard_after_backward(last or row.reshard_after_forward)
+    model.set_is_last_backward(last)
+
+
+def _param_groups(model: nn.Module) -> list[Any]:
+    states = fully_shard.state(model)._state_ctx.all_states  # type: ignore[attr-defined]
+    return [group for state in states for group in state._fsdp_param_groups]
+
+
+def count_replicas(model: nn.Module, mesh: Mesh) -> None:
+    """Tell the tally of the all-reduce that FSDP2 makes itself, over the replicas of a shard."""
+    if mesh.groups["replicate"].size() > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad and isinstance(parameter, DTensor):
+                comm.count("replicate", "all_reduce", parameter.to_local())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.errors import ConfigError
-from shardwise.parallel.layout import Layout
+from shardwise.parallel.layout import V_SHAPED, Layout
 
 _GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -67,43 +67,96 @@ def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The device mesh of a layout, with axes (replicate, shard), and this rank's place in it."""
+    """The ranks of a layout as (pp, replicate, shard, cp, tp), and this rank's place among them.
+
+    Context-parallel peers compute different tokens with the same weights, so to ZeRO they are data
+    ranks: the shard axis of ``fsdp`` (and its all-reduce, for zero0) spans them too.
+    """
 
     layout: Layout
     device: torch.device
-    fsdp: DeviceMesh  # 2-D (replicate, shard) or 1-D (shard)
-    data_group: dist.ProcessGroup
-    shard_group: dist.ProcessGroup
+    place: dict[str, int]  # coordinate by axis: pp, dp, cp, tp
+    fsdp: DeviceMesh  # (replicate, shard) or (shard,): who sums gradients
+    tp: DeviceMesh  # (tp,): who holds the parts of one weight
+    groups: dict[str, dist.ProcessGroup]  # dp, cp, tp, pp, peers, shard, replicate, unique, ends
 
     @property
     def data_rank(self) -> int:
         """Which slice of the global batch this rank computes."""
-        return self.data_group.rank()
+        return self.place["dp"]
 
     @property
     def data_size(self) -> int:
         """Into how many slices the global batch is cut."""
-        return self.data_group.size()
+        return self.layout.dp
+
+    @property
+    def last_stage(self) -> int:
+        """The pipeline rank that computes the loss."""
+        in_a_v = self.layout.schedule in V_SHAPED and self.layout.pp > 1
+        return 0 if in_a_v else self.layout.pp - 1
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed on this rank."""
+        return self.place["pp"] == self.last_stage
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks that share a slice of the batch."""
+        return self.place["pp"] == self.place["cp"] == self.place["tp"] == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank's sums count: one of those that compute the same loss."""
+        return self.is_last_stage and self.place["cp"] == self.place["tp"] == 0
 
 
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """Arrange the world's ranks as (replicate, shard); a collective call."""
-    grid = torch.arange(layout.world).view(layout.replicate, layout.shard)
+    """Arrange the world's ranks; a collective call. Tensor-parallel peers are neighbours."""
+    full = torch.arange(layout.world).view(
+        layout.pp, layout.replicate, layout.shard, layout.cp, layout.tp
+    )
     rank = dist.get_rank()
     mine: dict[str, dist.ProcessGroup] = {}
-    for axis, rows in (("shard", grid), ("replicate", grid.T)):
-        for row in rows.tolist():
+    sharded = layout.zero > 0
+    rows = {
+        "tp": full.flatten(0, 3),
+        "cp": full.movedim(3, -1).reshape(-1, layout.cp),
+        "dp": full.permute(0, 3, 4, 1, 2).reshape(-1, layout.dp),
+        "pp": full.movedim(0, -1).reshape(-1, layout.pp),
+        # Those that share a slice of the batch.
+        "peers": full.permute(1, 2, 0, 3, 4).reshape(layout.dp, -1),
+        # Each weight of the model once: all but the replicas.
+        "unique": full.movedim(1, 0).reshape(layout.replicate, -1),
+    }
+    data = full.permute(0, 4, 1, 2, 3)  # pp, tp, replicate, shard, cp
+    if sharded:
+        data = data.reshape(layout.pp, layout.tp, layout.replicate, -1)
+    else:
+        data = data.reshape(layout.pp, layout.tp, -1, 1)
+        rows["unique"] = data.movedim(2, 0).reshape(data.shape[2], -1)
+    if layout.pp > 1:  # who shares a tied embedding
+        rows["ends"] = full[[0, -1]].flatten(1).T
+    rows["replicate"] = data.movedim(2, -1).reshape(-1, data.shape[2])
+    rows["shard"] = data.reshape(-1, data.shape[3])
+    for axis, table in rows.items():
+        for row in table.tolist():
             group = group_of(tuple(row))
             if rank in row:
                 mine[axis] = group
-    if layout.replicate == 1:
-        fsdp = DeviceMesh.from_group(mine["shard"], device.type, mesh_dim_names=("shard",))
-    else:
-        fsdp = DeviceMesh.from_group(
-            [mine["replicate"], mine["shard"]],
-            device.type,
-            mesh=grid,
-            mesh_dim_names=("replicate", "shard"),
-        )
-    data_group = group_of(tuple(range(layout.world)))
-    return Mesh(layout, device, fsdp, data_group, mine["shard"])
+    where = (full == rank).nonzero()[0].tolist()
+    place = {
+        "pp": where[0],
+        "dp": where[1] * layout.shard + where[2],
+        "cp": where[3],
+        "tp": where[4],
+    }
+    # DTensors need one mesh of all their axes, so weights know both how ZeRO and how tp cut them.
+    grid = data[where[0]].permute(1, 2, 0)  # replicate, shard, tp
+    groups, names = [mine["replicate"], mine["shard"], mine["tp"]], ["replicate", "shard", "tp"]
+    if grid.shape[0] == 1:
+        grid, groups, names = grid[0], groups[1:], names[1:]
+    root = DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=tuple(names))
+    fsdp = root[tuple(names[:-1])] if len(names) > 2 else root["shard"]
+    return Mesh(layout, device, place, fsdp, root["tp"], mine)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch.distributed as dist
 
 from shardwise.config.schema import EngineConfig, OptimizerConfig, RunConfig
 from shardwise.data.batch import MicroBatch
@@ -35,7 +36,7 @@ class StageContext:
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files."""
-        return self.mesh.data_rank == 0
+        return dist.get_rank() == 0
 
     @property
     def cache(self) -> Path:

@@ -26,6 +26,7 @@ from shardwise.losses.grpo import GRPOLoss, PolicyLossConfig
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.ops import dice
+from shardwise.ops.logits import Logits
 from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward
 from shardwise.rollout.sampling import Sampling
 from shardwise.stages.base import StageContext, rank_share
@@ -211,7 +212,7 @@ class GrpoStage:
         """Log-probabilities before the first update, and the reference's, where they are needed."""
         temperature = self.config.sampling.temperature
 
-        def logprobs(logits_BTV: Tensor, batch: MicroBatch) -> Tensor:
+        def logprobs(logits_BTV: Tensor | Logits, batch: MicroBatch) -> Tensor:
             return valid_logprobs(logits_BTV, batch, temperature)
 
         if self.config.needs_old_logprobs:
@@ -225,7 +226,7 @@ class GrpoStage:
     def _keep(self, step: int, groups: list[Group]) -> None:
         """Store this rank's rollout as JSON lines: tokens, log-probabilities, advantage, policy."""
         every = self.config.keep_rollouts_every
-        if not every or step % every:
+        if not every or step % every or not self.ctx.mesh.leads:
             return
         folder = self.ctx.directory / "rollouts" / self.config.name
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ import torch
 
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
+from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import Sampling
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.scheduler import Completion, Request
 from shardwise.stages.base import StageContext
 
 
@@ -113,8 +114,8 @@ class Player:
         # A repeated id pads a rank's share: it is generated once.
         unique = dict(zip(map(int, prompt_ids), prompts))
         requests = [Request(i, p, num_samples) for i, p in unique.items()]
-        by_prompt: dict[int, list[Any]] = {}
-        for completion in self.generator.generate(requests, sampling, key):
+        by_prompt: dict[int, list[Completion]] = {}
+        for completion in self._generate(requests, sampling, key):
             by_prompt.setdefault(completion.prompt_id, []).append(completion)
         groups = [
             self._group(problem, int(i), prompt, by_prompt[int(i)])
@@ -122,6 +123,20 @@ class Player:
         ]
         self._score(groups)
         return groups
+
+    def _generate(self, requests: list[Request], sampling: Sampling, key: int) -> list[Completion]:
+        """Ranks that share a slice of the batch (tp, pp, cp) share its generation too."""
+        peers = self.ctx.mesh.groups["peers"]
+        mine = requests[peers.rank() :: peers.size()]
+        completions = self.generator.generate(mine, sampling, key) if mine else []
+        if peers.size() == 1:
+            return completions
+        parts = gather_json([dataclasses.asdict(c) for c in completions], peers)
+        return [
+            Completion(**c | {"prompt_tokens": tuple(c["prompt_tokens"])})
+            for part in parts
+            for c in part
+        ]
 
     def _group(self, problem: Problem, prompt_id: int, prompt: list[int], found: Any) -> Group:
         stops = set(self.ctx.tokenizer.stop_ids)

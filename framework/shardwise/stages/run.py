@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
-from shardwise.config.schema import RunConfig
+from shardwise.config.schema import RunConfig, StageConfig
 from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig, training_texts
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +20,9 @@ from shardwise.errors import ConfigError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
-from shardwise.parallel import blocks
+from shardwise.models.common.config import DecoderConfig
+from shardwise.optim.schedules import global_batch_at
+from shardwise.parallel import blocks, feasible
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import pick_device, start
 from shardwise.stages.pipeline import Pipeline, write_atomically
@@ -69,8 +71,7 @@ def preflight(run: RunConfig, world_size: int) -> None:
     """Refuse what cannot work, before a process group, a file or a model exists."""
     check_listeners(run.logging)
     for stage in run.stages:
-        parse_layout(stage.engine.layout, world_size)
-        blocks.wants_compile(stage.engine.compile, pick_device(stage.engine.device))
+        check_stage(run, stage, world_size)
         if stage.batch.seq_len > run.model.max_seq_len:
             raise ConfigError(
                 f"stages.{stage.name}.batch.seq_len: {stage.batch.seq_len} exceeds "
@@ -82,6 +83,18 @@ def preflight(run: RunConfig, world_size: int) -> None:
         raise ConfigError(f"tokenizer.path: {run.tokenizer.path} does not exist")
     if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
         tokenizer_data(run)
+
+
+def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
+    """Refuse a layout that this model, batch or engine cannot have."""
+    assert isinstance(run.model, DecoderConfig)
+    layout = parse_layout(stage.engine.layout, world_size)
+    compiled = blocks.wants_compile(stage.engine.compile, pick_device(stage.engine.device))
+    updates = getattr(stage, "updates_per_rollout", 1)
+    for size in {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}:
+        feasible.check(
+            feasible.Case(layout, run.model, compiled, size // updates, stage.batch.micro_batch)
+        )
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from shardwise.config.schema import StageConfig
 from shardwise.data.packing import Row, collate
 from shardwise.engines.base import Engine
 from shardwise.losses.causal_lm import CausalLM
+from shardwise.losses.logprobs import valid_logprobs
 from shardwise.optim.schedules import consumed_before, global_batch_at
 from shardwise.stages.base import StageContext, micro_batches, rank_share
 
@@ -80,14 +82,13 @@ def sum_nll(
     engine: Engine, rows: Rows, num_rows: int, micro: int, packed: bool = True
 ) -> tuple[float, float]:
     """(negative log-likelihood in nats, valid tokens) of the first rows, over all data ranks."""
-    loss = CausalLM()
     sums = np.zeros(2)
     chunk = micro * engine.data_size
     for start in range(0, num_rows, chunk):
         mine, real = rank_share(min(chunk, num_rows - start), engine)
         batch = collate([rows.row(int(i)) for i in start + mine], start + mine, packed)
         [batch] = micro_batches(batch, real, micro)
-        [output] = engine.forward([batch], loss)
-        sums += [float(output.sums["loss"]), float(loss.counts(batch)["loss"])]
+        [logp_BT] = engine.forward([batch], valid_logprobs)
+        sums += [-float(logp_BT.sum(dtype=torch.float64)), float(batch.loss_mask_BT.sum())]
     nll, tokens = engine.sum_over_data(sums.tolist())
     return nll, tokens

@@ -9,13 +9,15 @@ it finds in a block's arguments, and rotary tables must stay fp32.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.models.common.cache import KVCache
-from shardwise.ops.attention import Mask, attention
+from shardwise.ops.attention import attention
 from shardwise.ops.dropout import dropout
 from shardwise.ops.rms_norm import rms_norm
 from shardwise.ops.rope import rotate
@@ -31,11 +33,23 @@ _ATTENTION_SALT, _AFTER_ATTENTION_SALT, _AFTER_MLP_SALT = 0, 1, 2
 class Context:
     """What a block needs besides its input."""
 
-    mask: Mask
+    mask: Any  # what `Attention.core` takes: `ops.attention.Mask` for the plain one
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, BTR
     dice_BT: Tensor | None = None  # keys of this layer; None: no dropout
     cache: KVCache | None = None
     layer: int = 0  # read only with a cache, so that compiled blocks do not depend on it
+
+
+class Dropout(nn.Module):
+    """Dropout as a module, so that tables can swap it; see `ops.dropout`."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x_BTD: Tensor, dice_BT: Tensor | None, salt: int) -> Tensor:
+        """BTD to BTD; ``dice_BT`` None turns it off."""
+        return dropout(x_BTD, self.p, dice_BT, salt)
 
 
 class RMSNorm(nn.Module):
@@ -73,6 +87,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.dropout = dropout
+        self.head_offset = 0  # global index of the first query head held here
+        self.core: Callable[..., Tensor] = attention  # swapped by context parallelism
         self.q = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -92,7 +108,7 @@ class Attention(nn.Module):
             q_BHTK, k_BGSK = rotate(q_BHTK, *context.rope), rotate(k_BGSK, *context.rope)
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.update(context.layer, k_BGSK, v_BGSK)
-        out_BHTK = attention(
+        out_BHTK = self.core(
             q_BHTK,
             k_BGSK,
             v_BGSK,
@@ -100,6 +116,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout,
             dice_BT=context.dice_BT,
             salt=_ATTENTION_SALT,
+            head_offset=self.head_offset,
         )
         return self.o(out_BHTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -147,12 +164,12 @@ class Block(nn.Module):
         self.attn = attn
         self.mlp_norm = mlp_norm
         self.mlp = mlp
-        self.dropout = dropout
+        self.drop = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """BTD to BTD."""
         dice_BT = context.dice_BT
         branch = self.attn(self.attn_norm(x_BTD), context)
-        x_BTD = x_BTD + dropout(branch, self.dropout, dice_BT, _AFTER_ATTENTION_SALT)
+        x_BTD = x_BTD + self.drop(branch, dice_BT, _AFTER_ATTENTION_SALT)
         branch = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + dropout(branch, self.dropout, dice_BT, _AFTER_MLP_SALT)
+        return x_BTD + self.drop(branch, dice_BT, _AFTER_MLP_SALT)  # type: ignore[no-any-return]

@@ -14,10 +14,11 @@ from typing import Literal
 Style = Literal[
     "vocab",  # embedding: rows (vocabulary) are cut, outputs summed
     "column",  # linear: output features are cut, outputs stay cut
+    "kv",  # like column, or, with fewer key/value heads than ranks, whole and used in part
     "row",  # linear: input features are cut, outputs summed
-    "sequence",  # norm on activations cut along the sequence; weight whole
+    "sequence",  # norm before column linears, on tokens cut among ranks (sp); weight whole
     "per_head",  # norm inside a head, on activations cut along the heads; weight whole
-    "replicate",  # whole on every rank
+    "tokens",  # embedding or dropout on tokens cut among ranks (sp); weight whole
 ]
 
 

@@ -7,16 +7,16 @@ layout), and rotation and norms are computed in fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from shardwise.models.common.blocks import Attention, Block, Context, RMSNorm, SwiGLU
-from shardwise.models.common.cache import KVCache
+from shardwise.models.common.blocks import Attention, Block, RMSNorm, SwiGLU
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.llama.config import LlamaConfig
-from shardwise.ops import dice, rope
-from shardwise.ops.attention import Mask, causal_mask
+from shardwise.ops import rope
 
-# Shape suffixes: B sequences, T tokens, D model width, V vocabulary.
+# Shape suffixes: B sequences, T tokens, D model width.
 
 
 def _block(config: LlamaConfig) -> Block:
@@ -43,44 +43,12 @@ class Llama(Decoder):
         self.layers = nn.ModuleList(_block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def hidden(
-        self,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        segment_ids_BT: Tensor | None = None,
-        *,
-        dice_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """See `Decoder.hidden`."""
+    def shared_context(self, x_BTD: Tensor, position_ids_BT: Tensor) -> dict[str, Any]:
+        """The rotary tables."""
         c = self.config
-        x_BTD = self.embed(input_ids_BT)
         tables = rope.tables(position_ids_BT, c.head_width, c.rope_base, c.rope, x_BTD.dtype)
-        masks = self._masks(x_BTD, position_ids_BT, segment_ids_BT, cache)
-        for i, block in enumerate(self.layers):
-            context = Context(
-                mask=masks[c.window_of(i)],
-                rope=tables,
-                dice_BT=None if dice_BT is None else dice.fold(dice_BT, i),
-                cache=cache,
-                layer=0 if cache is None else i,
-            )
-            x_BTD = block(x_BTD, context)
-        return self.norm(x_BTD)  # type: ignore[no-any-return]
+        return {"rope": tables}
 
-    def _masks(
-        self,
-        x_BTD: Tensor,
-        position_ids_BT: Tensor,
-        segment_ids_BT: Tensor | None,
-        cache: KVCache | None,
-    ) -> dict[int | None, Mask]:
-        """One mask for each window that occurs among the layers."""
-        windows = {self.config.window_of(i) for i in range(self.config.num_layers)}
-        if cache is not None:
-            cache.begin(position_ids_BT)
-            return {window: cache.mask(window) for window in windows}
-        return {
-            window: causal_mask(x_BTD, segment_ids_BT, window, position_ids_BT)
-            for window in windows
-        }
+    def window_of(self, layer: int) -> int | None:
+        """See `LlamaConfig.window_of`."""
+        return self.config.window_of(layer)

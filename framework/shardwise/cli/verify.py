@@ -1,0 +1,56 @@
+"""`shardwise verify`: the table of verdicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shardwise.cli.output import emit
+from shardwise.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from shardwise.verify.run import Verdict, VerifyReport
+
+# Columns of the table: the kinds of values, some of them together, and their headings.
+_COLUMNS = {
+    "initial": ("initial",),
+    "loss": ("loss", "metric", "logprobs"),
+    "gradient": ("gradient",),
+    "norm": ("clip norm",),
+    "weights": ("weight",),
+    "moments": ("moment",),
+    "generation": ("generated tokens", "generated logprobs"),
+}
+HEADER = f"{'stage':<12} {'layout':<36} {'precision':<9} " + " ".join(
+    f"{name:>10}" for name in _COLUMNS
+)
+
+
+def row(verdict: Verdict) -> str:
+    """One line: the worst error of each kind over its bound (at most 1), and the verdict."""
+    cells = []
+    for kinds in _COLUMNS.values():
+        known = [verdict.worst[k] for k in kinds if k in verdict.worst]
+        cells.append(f"{max(known):>10.1e}" if known else f"{'-':>10}")
+    head = f"{verdict.stage:<12} {verdict.layout:<36} {verdict.precision:<9}"
+    line = f"{head} {' '.join(cells)}  {'ok' if verdict.passed else 'FAIL'} {verdict.seconds:.1f} s"
+    return line if verdict.passed else f"{line}\n    {verdict.sentence()}"
+
+
+def show(report: VerifyReport, json: str | None) -> None:
+    """The conclusion; raises CheckFailed when a layout computes something else."""
+    lines = [f"cannot be: {layout}: {reason}" for layout, reason in report.refused.items()]
+    failed = [v for v in report.verdicts if not v.passed]
+    count = len(report.verdicts)
+    if not failed:
+        lines.append(f"{count} of {count} compute what one process computes, within rounding")
+    document: dict[str, Any] = {
+        "passed": report.passed,
+        "refused": report.refused,
+        "verdicts": [
+            {**vars(v), "passed": v.passed, "sentence": v.sentence()} for v in report.verdicts
+        ],
+    }
+    emit(document, "\n".join(lines), json)
+    if failed:
+        names = ", ".join(dict.fromkeys(f"{v.layout} ({v.stage})" for v in failed))
+        raise CheckFailed(f"{len(failed)} of {count} differ from one process: {names}")

@@ -1,0 +1,107 @@
+"""What a part of a model is called with: a micro-batch as this rank's layout cuts it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.data.batch import MicroBatch
+from shardwise.models.common.config import DecoderConfig
+from shardwise.ops import dice
+from shardwise.ops.logits import Logits
+from shardwise.parallel.context import ContextMask, gather_tokens, multiple_of, token_index
+from shardwise.parallel.mesh import Mesh
+
+# Shape suffixes: B sequences, T tokens, t tokens of this context rank, V vocabulary.
+
+
+class Cut:
+    """One micro-batch, padded to what the layout divides, and this rank's share of its tokens.
+
+    Losses never see padding or cuts: `logits` maps the model's output back to the micro-batch.
+    """
+
+    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig) -> None:
+        layout = mesh.layout
+        self.batch, self.mesh, self.model = batch, mesh, model
+        self.num_tokens = batch.input_ids_BT.shape[1]
+        # Sequence parallelism cuts what context parallelism leaves.
+        pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
+        multiple = math.lcm(pieces, layout.cp * (layout.tp if layout.sp else 1))
+        self.padded = -(-self.num_tokens // multiple) * multiple
+        self.index_t: Tensor | None = None
+        if layout.cp > 1:
+            self.index_t = token_index(self.padded, layout.cp, mesh.place["cp"], layout.cp_kind).to(
+                mesh.device
+            )
+        elif self.padded != self.num_tokens:
+            self.index_t = torch.arange(self.padded, device=mesh.device)
+
+    def pad(self, x_BT: Tensor, value: int = 0) -> Tensor:
+        """Up to the padded length."""
+        if self.padded == self.num_tokens:
+            return x_BT
+        return F.pad(x_BT, (0, self.padded - self.num_tokens), value=value)
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """This rank's tokens of a tensor of the micro-batch's."""
+        x_BT = self.pad(x_BT)
+        return x_BT if self.index_t is None else x_BT[:, self.index_t]
+
+    def activations(self, dtype: torch.dtype) -> Tensor:
+        """Memory for what two pipeline stages exchange."""
+        layout = self.mesh.layout
+        rows, tokens = self.batch.input_ids_BT.shape[0], self.padded // layout.cp
+        if layout.sp:
+            tokens //= layout.tp
+        shape = (rows, tokens, self.model.hidden_size)
+        return torch.empty(shape, dtype=dtype, device=self.mesh.device)
+
+    def arguments(self, seed: int | None, step: int, stage: str) -> dict[str, Any]:
+        """Keyword arguments of the model; a seed turns dropout on."""
+        batch = self.batch
+        segments_BT = batch.segment_ids_BT
+        arguments: dict[str, Any] = {
+            "input_ids_BT": self.own(batch.input_ids_BT),
+            "position_ids_BT": self.own(batch.position_ids_BT),
+        }
+        if segments_BT is not None:
+            segments_BT = self.pad(segments_BT, -1)  # padding is a document of its own
+        if self.mesh.layout.cp > 1:
+            assert self.index_t is not None
+            positions_BT = self.pad(batch.position_ids_BT)
+            arguments["masks"] = functools.partial(
+                ContextMask, self.index_t, segments_BT, positions_BT
+            )
+        else:
+            arguments["segment_ids_BT"] = segments_BT
+        if seed is not None:
+            index_t = self.index_t
+            if index_t is None:
+                index_t = torch.arange(self.padded, device=self.mesh.device)
+            arguments["dice_BT"] = dice.token_dice(seed, step, stage, batch.sample_ids_B, index_t)
+        return arguments
+
+    def logits(self, local_BtW: Tensor) -> Tensor | Logits:
+        """The model's output as losses take it."""
+        layout, groups = self.mesh.layout, self.mesh.groups
+        if layout.tp == 1 and self.index_t is None:
+            return local_BtW
+        words = -(-self.model.vocab_size // layout.tp)
+        return Logits(
+            local_BtW,
+            offset=min(words * self.mesh.place["tp"], self.model.vocab_size),
+            vocab_group=groups["tp"] if layout.tp > 1 else None,
+            index_t=self.index_t,
+            padded=self.padded,
+            num_tokens=self.num_tokens,
+            gather=self._gather if layout.cp > 1 else None,
+        )
+
+    def _gather(self, x_Bt: Tensor) -> Tensor:
+        return gather_tokens(x_Bt, 1, self.mesh.groups["cp"], self.mesh.layout.cp_kind)

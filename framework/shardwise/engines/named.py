@@ -1,0 +1,128 @@
+"""The parameters of all pipeline stages that a rank holds, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.assemble import Assembled
+from shardwise.models import registry
+from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.init import plain_name
+from shardwise.ops import comm
+from shardwise.parallel import tensor
+from shardwise.parallel.collectives import sum_over
+from shardwise.parallel.layout import V_SHAPED
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.pipeline import homes, split_model
+from shardwise.parallel.whole import local_of, tp_dim, whole
+
+TIED = "embed.weight"
+
+
+class Named:
+    """Names, gradients and gathering over tensor, pipeline and data ranks.
+
+    A tied embedding stands at both ends of a pipeline. On two ranks, both copies get the sum of
+    both gradients, and stay equal. On one rank (a V), the copy at the end is a ``mirror``: it is
+    no parameter of its own, its gradient moves to the original, and its values come from there.
+    """
+
+    def __init__(self, assembled: Assembled, config: DecoderConfig, mesh: Mesh) -> None:
+        self.mesh, self.config, self.partial = mesh, config, assembled.partial
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.mirror: nn.Parameter | None = None
+        for model in assembled.chunks.values():
+            for raw_name, parameter in model.named_parameters():
+                name = plain_name(raw_name)
+                if name in self.parameters:
+                    self.mirror = parameter
+                else:
+                    self.parameters[name] = parameter
+        v_shaped = mesh.layout.schedule in V_SHAPED
+        ends = mesh.place["pp"] in (0, mesh.layout.pp - 1)
+        tied = config.tie_embeddings and mesh.layout.pp > 1 and not v_shaped
+        self.shares_tied = tied and ends
+
+    # --- gradients ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """Sum what no backward pass sums: partial gradients over tp, tied ones over pp."""
+        grads = {n: local_of(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        tensor.sum_partial([g for n, g in grads.items() if n in self.partial], self.mesh)
+        if self.mirror is not None and self.mirror.grad is not None:
+            grads[TIED].add_(local_of(self.mirror.grad))
+            self.mirror.grad = None
+        if self.shares_tied and TIED in grads:
+            comm.all_reduce(grads[TIED], self.mesh.groups["ends"], "pp")
+
+    def local_gradients(self) -> list[Tensor]:
+        """This rank's memory of all gradients."""
+        return [local_of(p.grad) for p in self.parameters.values() if p.grad is not None]
+
+    def grad_norm(self) -> float:
+        """2-norm of all gradients, each element once: squares summed in fp64 over all ranks."""
+        counted = [
+            local_of(p.grad)
+            for name, p in self.parameters.items()
+            if p.grad is not None and self._counts_here(name, p)
+        ]
+        local = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if counted:
+            local = torch.stack(torch._foreach_norm(counted, 2.0)).double().square().sum()
+        return math.sqrt(sum_over(local, self.mesh.groups["unique"]).item())
+
+    def _counts_here(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether this rank's part is nobody else's of its replica."""
+        place, layout = self.mesh.place, self.mesh.layout
+        if layout.tp > 1 and place["tp"] > 0 and tp_dim(parameter, self.mesh) is None:
+            return False
+        return not (self.shares_tied and name == TIED and place["pp"] > 0)
+
+    @torch.no_grad()
+    def refresh_mirror(self) -> None:
+        """Make the copy of a tied embedding what the original is."""
+        if self.mirror is not None:
+            local_of(self.mirror.data).copy_(local_of(self.parameters[TIED].data))
+
+    # --- gathering ------------------------------------------------------------------------------
+
+    def stream(
+        self, pick: Callable[[nn.Parameter], Tensor], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, global tensor) of every parameter of the model, on every rank, in one order."""
+        for name, (shape, home) in self._catalogue().items():
+            value: Tensor | None = None
+            if name in self.parameters:
+                value = whole(pick(self.parameters[name]), self.mesh)
+            if self.mesh.layout.pp > 1:
+                value = self._from_stage(value, shape, home)
+            assert value is not None
+            yield name, value if dtype is None else value.to(dtype)
+
+    def _from_stage(self, value: Tensor | None, shape: torch.Size, home: int) -> Tensor:
+        """A tensor of pipeline rank ``home``, on all pipeline ranks."""
+        some = local_of(next(iter(self.parameters.values())).data)
+        if value is None:
+            value = torch.empty(shape, dtype=some.dtype, device=some.device)
+        value = value.contiguous()
+        dist.broadcast(value, group_src=home, group=self.mesh.groups["pp"])
+        return value
+
+    def _catalogue(self) -> dict[str, tuple[torch.Size, int]]:
+        """Shape and pipeline rank of every parameter of the model, from its config alone."""
+        layout = self.mesh.layout
+        home = homes(layout)
+        found: dict[str, tuple[torch.Size, int]] = {}
+        for number, layers in enumerate(split_model(self.config, layout.num_chunks)):
+            with torch.device("meta"):
+                part = registry.build(self.config)
+            part.keep(layers)
+            for name, parameter in part.named_parameters():
+                found.setdefault(name, (parameter.shape, home[number]))
+        return found

@@ -1,0 +1,105 @@
+"""Logits as a layout leaves them: perhaps some of the vocabulary, perhaps some of the tokens.
+
+Losses read them through `losses.logprobs`, which sees no layout: log-probabilities come back for
+all tokens of the micro-batch, and no rank ever holds logits of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.ops import comm
+from shardwise.ops.cross_entropy import Shard, entropy, token_logprobs
+
+# Shape suffixes: B sequences, T tokens, t tokens of this rank, V vocabulary, W words of this rank.
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """This rank's part of the logits of a micro-batch.
+
+    ``local_BtW`` holds the words from ``offset`` on, of the tokens ``index_t`` (None: all) of a
+    micro-batch that was padded from ``num_tokens`` to ``padded``. ``gather`` turns this rank's
+    part of a per-token tensor into the padded whole, differentiably.
+    """
+
+    local_BtW: Tensor
+    offset: int = 0
+    vocab_group: dist.ProcessGroup | None = None
+    index_t: Tensor | None = None
+    padded: int = 0
+    num_tokens: int = 0
+    gather: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def shard(self) -> Shard | None:
+        """The vocabulary's cut; None if it is whole here."""
+        if self.vocab_group is None:
+            return None
+        return Shard(self.offset, self.vocab_group)
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """This rank's tokens of a BT tensor."""
+        if self.index_t is None:
+            return x_BT
+        return F.pad(x_BT, (0, self.padded - self.num_tokens))[:, self.index_t]
+
+    def whole(self, x_Bt: Tensor) -> Tensor:
+        """All tokens, from every rank's."""
+        if self.index_t is None:
+            return x_Bt
+        whole_BT = x_Bt if self.gather is None else self.gather(x_Bt)
+        return whole_BT[:, : self.num_tokens]
+
+
+def as_logits(logits: Tensor | Logits) -> Logits:
+    """Plain logits are a part that is everything."""
+    return logits if isinstance(logits, Logits) else Logits(logits)
+
+
+def selected_logprobs(
+    logits: Tensor | Logits, targets_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability (BT, fp32; fp64 for fp64 logits) of each target under the mask, else 0.
+
+    Rows outside of the mask are not read: what stands there, NaN included, reaches neither the
+    value nor the gradient.
+    """
+    part = as_logits(logits)
+    targets_Bt, mask_Bt = part.own(targets_BT), part.own(mask_BT)
+    if bool(mask_Bt.all()):  # spares pre-training the copy below
+        return part.whole(token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard))
+    rows_NW, targets_N = part.local_BtW[mask_Bt], targets_Bt[mask_Bt]
+    logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
+    zeros_Bt = torch.zeros(mask_Bt.shape, dtype=logp_N.dtype, device=logp_N.device)
+    return part.whole(zeros_Bt.masked_scatter(mask_Bt, logp_N))
+
+
+@torch.no_grad()
+def entropies(logits: Tensor | Logits, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats (BT) of each token's distribution; no gradient."""
+    part = as_logits(logits)
+    return part.whole(entropy(part.local_BtW, temperature, part.shard))
+
+
+@torch.no_grad()
+def greedy_tokens(logits: Tensor | Logits) -> Tensor:
+    """The likeliest token (BT, int64); of equals, the first."""
+    part = as_logits(logits)
+    if part.vocab_group is None:
+        return part.whole(part.local_BtW.argmax(dim=-1))
+    if part.local_BtW.shape[-1]:
+        best_Bt, index_Bt = part.local_BtW.max(dim=-1)
+    else:
+        best_Bt = part.local_BtW.new_full(part.local_BtW.shape[:-1], -torch.inf)
+        index_Bt = torch.zeros(best_Bt.shape, dtype=torch.int64, device=best_Bt.device)
+    top_Bt = comm.all_max(best_Bt.clone(), part.vocab_group, "tp")
+    huge = torch.iinfo(torch.int64).max
+    winner_Bt = torch.where(best_Bt == top_Bt, index_Bt + part.offset, huge)
+    return part.whole(-comm.all_max(-winner_Bt, part.vocab_group, "tp"))

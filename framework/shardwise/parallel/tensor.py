@@ -1,0 +1,315 @@
+"""Tensor and sequence parallelism by swapping modules, one table row at a time (decision 1).
+
+Swapped modules keep their parameters as DTensors on the tp mesh and compute on local tensors.
+Activations enter the parallel region behind a norm and leave it behind a row-parallel linear, so
+each block costs two collectives forward and two backward, with sequence parallelism or without.
+
+Gradients of weights that every rank holds whole but feeds with its own part (norms on cut
+sequences, norms inside heads, key/value projections of shared heads) are partial sums. They are
+summed after the backward pass, all in one fp32 buffer and in a fixed order (`sum_partial`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from shardwise.models.common.blocks import Attention, Dropout, RMSNorm
+from shardwise.models.common.decoder import Decoder
+from shardwise.models.common.sharding import ShardRule
+from shardwise.ops import comm
+from shardwise.ops.linear import linear
+from shardwise.ops.rms_norm import rms_norm
+from shardwise.parallel import regions
+from shardwise.parallel.mesh import Mesh
+
+# Shape suffixes: B sequences, T tokens, D model width, I input and O output features.
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The tp axis as the swapped modules see it."""
+
+    mesh: Mesh
+    group: str
+    size: int
+    rank: int
+    sequence: bool
+
+    def parameter(self, old: Tensor, placement: Placement) -> nn.Parameter:
+        """``old`` (whole, on the meta device) as this rank's part of a DTensor."""
+        local = old.detach()
+        if isinstance(placement, Shard):
+            parts = list(local.chunk(self.size, dim=placement.dim))
+            empty = local.narrow(placement.dim, 0, 0)
+            local = parts[self.rank] if self.rank < len(parts) else empty
+        value = DTensor.from_local(
+            local.contiguous(),
+            self.mesh.tp,
+            [placement],
+            run_check=False,
+            shape=old.shape,
+            stride=old.stride(),
+        )
+        return nn.Parameter(value, requires_grad=old.requires_grad)
+
+    def leave(self, x_BTD: Tensor) -> Tensor:
+        """Sum the ranks' partial results, and keep this rank's tokens of them."""
+        if self.sequence:
+            return regions.scatter_tokens(x_BTD, self.group, self.size)
+        return regions.leave(x_BTD, self.group)
+
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        """Make all tokens whole on every rank."""
+        if self.sequence:
+            return regions.gather_tokens(x_BTD, self.group, self.size)
+        return regions.enter(x_BTD, self.group)
+
+    def own_tokens(self, x_BT: Tensor) -> Tensor:
+        """This rank's slice of the second dimension under sequence parallelism, else all."""
+        return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence else x_BT
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The local part; its gradient comes back as a DTensor of the same placements."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class _Swapped(nn.Module):
+    """A module whose `partial` parameters get partial sums as gradients on each rank."""
+
+    partial: tuple[str, ...] = ()
+    defer = False  # whether a schedule asks for weight products apart
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear layer over local parts."""
+        add = functools.partial(_add_grad, weight) if self.defer else None
+        return linear(x, local(weight), None if bias is None else local(bias), add)
+
+
+def _add_grad(parameter: Tensor, grad: Tensor) -> None:
+    """Accumulate a local gradient that no backward pass delivers."""
+    if isinstance(parameter, DTensor):
+        grad = DTensor.from_local(
+            grad,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
+class DeferredLinear(_Swapped):
+    """A whole linear layer whose weight product can be deferred."""
+
+    def __init__(self, old: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.defer = old.weight, old.bias, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `nn.Linear`."""
+        return self.product(x, self.weight, self.bias)
+
+
+def defer_weight_products(model: Decoder) -> None:
+    """Make every linear layer able to leave its weight product for later, in place."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, DeferredLinear(module))
+        elif isinstance(module, _Swapped):
+            module.defer = True
+    model.retie()
+
+
+class ColumnLinear(_Swapped):
+    """Output features are cut: each rank computes its own."""
+
+    def __init__(self, old: nn.Linear, axis: Axis) -> None:
+        super().__init__()
+        self.weight = axis.parameter(old.weight, Shard(0))
+        self.bias = None if old.bias is None else axis.parameter(old.bias, Shard(0))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """All inputs to this rank's outputs."""
+        return self.product(x_BTI, self.weight, self.bias)
+
+
+class SharedHeadLinear(_Swapped):
+    """A key or value projection with fewer heads than ranks: whole, of which one head is used."""
+
+    partial = ("weight", "bias")
+
+    def __init__(self, old: nn.Linear, axis: Axis, num_heads: int) -> None:
+        super().__init__()
+        width = old.out_features // num_heads
+        self.start = axis.rank * num_heads // axis.size * width
+        self.width = width
+        self.weight = axis.parameter(old.weight, Replicate())
+        self.bias = None if old.bias is None else axis.parameter(old.bias, Replicate())
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """All inputs to the outputs of this rank's head."""
+        weight = local(self.weight).narrow(0, self.start, self.width)
+        bias = None if self.bias is None else local(self.bias).narrow(0, self.start, self.width)
+        return F.linear(x_BTI, weight, bias)
+
+
+class RowLinear(_Swapped):
+    """Input features are cut: the ranks' results are summed on the way out."""
+
+    def __init__(self, old: nn.Linear, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = axis.parameter(old.weight, Shard(1))
+        self.bias = None if old.bias is None else axis.parameter(old.bias, Replicate())
+        self.partial = ("bias",) if axis.sequence else ()
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """This rank's inputs to all outputs."""
+        out = self.axis.leave(self.product(x_BTI, self.weight, None))
+        return out if self.bias is None else out + local(self.bias)
+
+
+class VocabEmbedding(_Swapped):
+    """Rows of the vocabulary are cut: a token that another rank holds counts as zero here."""
+
+    def __init__(self, old: nn.Embedding, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = axis.parameter(old.weight, Shard(0))
+        self.start = axis.rank * -(-old.num_embeddings // axis.size)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings of all tokens, or of this rank's under sequence parallelism."""
+        table = local(self.weight)
+        if table.shape[0] == 0:  # a vocabulary smaller than its ranks
+            nothing = table.new_zeros((*ids_BT.shape, table.shape[1])) + 0.0 * table.sum()
+            return self.axis.leave(nothing)
+        here_BT = (ids_BT >= self.start) & (ids_BT < self.start + table.shape[0])
+        rows_BTD = F.embedding(torch.where(here_BT, ids_BT - self.start, 0), table)
+        return self.axis.leave(torch.where(here_BT[..., None], rows_BTD, 0.0))
+
+
+class TokenEmbedding(_Swapped):
+    """An embedding that is whole on every rank, looked up for this rank's tokens."""
+
+    def __init__(self, old: nn.Embedding, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = axis.parameter(old.weight, Replicate())
+        self.partial = ("weight",) if axis.sequence else ()
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings of this rank's tokens."""
+        return F.embedding(self.axis.own_tokens(ids_BT), local(self.weight))
+
+
+class EnteringNorm(_Swapped):
+    """A norm on whole activations, or on this rank's tokens, that enters the parallel region."""
+
+    def __init__(self, old: nn.Module, axis: Axis, *, enters: bool = True) -> None:
+        super().__init__()
+        if not isinstance(old, RMSNorm | nn.LayerNorm):
+            raise TypeError(f"{type(old).__name__} is not a norm that tensor parallelism knows")
+        self.axis, self.enters, self.eps = axis, enters, old.eps
+        self.centred = isinstance(old, nn.LayerNorm)
+        self.weight = axis.parameter(old.weight, Replicate())
+        bias = getattr(old, "bias", None)
+        self.bias = None if bias is None else axis.parameter(bias, Replicate())
+        self.partial = ("weight", "bias") if axis.sequence or not enters else ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; behind it, every rank has all tokens."""
+        weight = local(self.weight)
+        if self.centred:
+            bias = None if self.bias is None else local(self.bias)
+            y = F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        else:
+            y = rms_norm(x, weight, self.eps)
+        return self.axis.enter(y) if self.enters else y
+
+
+class TokenDropout(nn.Module):
+    """Dropout on this rank's tokens, with their own dice."""
+
+    def __init__(self, old: Dropout, axis: Axis) -> None:
+        super().__init__()
+        self.old, self.axis = old, axis
+
+    def forward(self, x_BTD: Tensor, dice_BT: Tensor | None, salt: int) -> Tensor:
+        """See `models.common.blocks.Dropout`."""
+        own = None if dice_BT is None else self.axis.own_tokens(dice_BT)
+        return self.old(x_BTD, own, salt)  # type: ignore[no-any-return]
+
+
+def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
+    """The table of styles."""
+    if style == "vocab":
+        assert isinstance(old, nn.Embedding)
+        return VocabEmbedding(old, axis)
+    if style == "kv":
+        assert isinstance(old, nn.Linear)
+        shared = kv_heads < axis.size
+        return SharedHeadLinear(old, axis, kv_heads) if shared else ColumnLinear(old, axis)
+    if style in ("column", "row"):
+        assert isinstance(old, nn.Linear)
+        return ColumnLinear(old, axis) if style == "column" else RowLinear(old, axis)
+    if style in ("sequence", "per_head"):
+        return EnteringNorm(old, axis, enters=style == "sequence")
+    if style == "tokens":
+        if isinstance(old, Dropout):
+            return TokenDropout(old, axis)
+        assert isinstance(old, nn.Embedding)
+        return TokenEmbedding(old, axis)
+    raise ValueError(f"unknown tensor-parallel style {style!r}")
+
+
+def parallelize(model: Decoder, table: Iterable[ShardRule], mesh: Mesh) -> list[str]:
+    """Swap the modules of ``model`` (on the meta device) in place, by its family's table.
+
+    Returns the names of the parameters whose gradients are partial sums over tp ranks. Raises
+    ValueError for a module with parameters that no row of the table names.
+    """
+    if mesh.layout.tp == 1:
+        return []
+    group = mesh.groups["tp"]
+    axis = Axis(mesh, regions.register(group), group.size(), group.rank(), mesh.layout.sp)
+    rules = tuple(table)
+    partial: list[str] = []
+    for path, module in list(model.named_modules()):
+        rule = next((r for r in rules if fnmatch.fnmatchcase(path, r.modules)), None)
+        if rule is None:
+            if any(True for _ in module.parameters(recurse=False)):
+                raise ValueError(f"{path}: no row of the tensor-parallel table names this module")
+            continue
+        new = _swap(module, rule.style, axis, model.config.kv_heads)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+        owned = dict(new.named_parameters(recurse=False))
+        partial += [f"{path}.{n}" for n in getattr(new, "partial", ()) if n in owned]
+    model.retie()
+    for module in model.modules():  # their head counts follow from their projections
+        if isinstance(module, Attention):
+            module.head_offset = axis.rank * model.config.num_heads // axis.size
+    return partial
+
+
+@torch.no_grad()
+def sum_partial(grads: Sequence[Tensor], mesh: Mesh) -> None:
+    """Sum local gradients over the tp ranks in place: one buffer, one collective."""
+    if not grads:
+        return
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    comm.all_reduce(flat, mesh.groups["tp"], regions.AXIS)
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(total.view_as(grad))

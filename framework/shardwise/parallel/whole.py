@@ -1,0 +1,66 @@
+"""Whole tensors from the parts that tensor parallelism and ZeRO left, uneven ones included."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwise.ops import comm
+from shardwise.parallel.mesh import Mesh
+
+
+def local_of(tensor: Tensor | None) -> Tensor:
+    """This rank's memory."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def tp_dim(tensor: Tensor, mesh: Mesh) -> int | None:
+    """Along which dimension tp ranks cut a tensor; None if each holds all of it."""
+    if mesh.layout.tp == 1 or not isinstance(tensor, DTensor):
+        return None
+    placement = tensor.placements[-1]
+    return None if placement.is_replicate() else int(placement.dim)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def whole(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The global tensor, on every rank of this pipeline stage; a collective call.
+
+    Tensor parallelism cuts first, as torch.chunk does, then ZeRO cuts each part along its first
+    dimension; DTensor's own gathering does not undo that order for uneven parts.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    value, shape = tensor.to_local().detach(), list(tensor.shape)
+    cut = tp_dim(tensor, mesh)
+    part = list(shape)
+    if cut is not None:
+        part[cut] = chunk_size(shape[cut], mesh.layout.tp, mesh.place["tp"])
+    if part:
+        value = _join(value, part[0], 0, mesh.groups["shard"])
+    if cut is not None:
+        value = _join(value, shape[cut], cut, mesh.groups["tp"])
+    return value
+
+
+def chunk_size(total: int, parts: int, index: int) -> int:
+    """The size of part ``index`` as torch.chunk cuts."""
+    each = -(-total // parts)
+    return max(0, min(each, total - index * each))
+
+
+def _join(value: Tensor, total: int, dim: int, group: dist.ProcessGroup) -> Tensor:
+    world = group.size()
+    if world == 1:
+        return value
+    each = -(-total // world)
+    value = value.transpose(0, dim)
+    padding = [0, 0] * (value.dim() - 1) + [0, each - value.shape[0]]
+    value = F.pad(value, padding).contiguous()
+    out = value.new_empty((world * each, *value.shape[1:]))
+    comm.all_gather(out, value, group, "gather").wait()
+    return out[:total].transpose(0, dim).contiguous()

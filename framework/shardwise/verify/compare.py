@@ -1,0 +1,113 @@
+"""Derived tolerance (design decision 4): how far two computations of the same thing may differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shardwise.verify.replay import KINDS, Played
+
+EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
+ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
+# A tensor whose true value is zero (the gradient of a key's bias, to which a softmax is blind) is
+# rounding noise of its kind's scale: below this fraction of the norm of all tensors of the kind,
+# nothing is compared.
+NOISE = 1e-12
+EPSILON = {
+    "fp64": 2.0**-52,
+    "fp32": 2.0**-23,
+    "bf16": 2.0**-7,
+    "fp16": 2.0**-10,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One value of one layout: the norm of its error over the bound."""
+
+    kind: str
+    name: str
+    ratio: float
+    error: float
+    bound: float
+    worst: tuple[int, ...] = ()  # index of the element that is furthest off
+
+    @property
+    def is_bug(self) -> bool:
+        """Whether rounding cannot explain it."""
+        return not self.ratio <= 1.0  # NaN is a bug too
+
+
+def kind_of(name: str) -> str:
+    """The kind of a recorded value: what stands before the first slash."""
+    return name.partition("/")[0]
+
+
+def bounds(
+    exact: Mapping[str, Tensor], single: Mapping[str, Tensor] | None, precision: str
+) -> dict[str, float]:
+    """For every value, how far (2-norm) a layout in ``precision`` may be from ``exact`` (fp64).
+
+    ``single`` is what one process computes in that precision; None for fp64.
+    """
+    scale: dict[str, float] = {}
+    for name, value in exact.items():
+        kind = kind_of(name)
+        scale[kind] = float((scale.get(kind, 0.0) ** 2 + value.norm() ** 2) ** 0.5)
+    found = {}
+    for name, value in exact.items():
+        norm, floor = float(value.norm()), NOISE * scale[kind_of(name)]
+        if kind_of(name) in ("initial", "generated tokens"):
+            # Rounded from the same numbers by every layout alike.
+            found[name] = 0.0 if single is None else float((single[name] - value).norm())
+        elif single is None:
+            found[name] = EXACT_BOUND * norm + floor
+        else:
+            lost = float((single[name] - value).norm())
+            found[name] = max(ROUNDING_FACTOR * lost, EPSILON[precision] * norm) + floor
+    return found
+
+
+def compare(
+    exact: Mapping[str, Tensor], limits: Mapping[str, float], played: Played
+) -> list[Difference]:
+    """Every value of a layout against the reference, in the order of a training step."""
+    found = []
+    for name in sorted(exact, key=lambda n: KINDS.index(kind_of(n))):
+        kind, rest = kind_of(name), name.partition("/")[2]
+        if name not in played.values or played.values[name].shape != exact[name].shape:
+            found.append(Difference(kind, rest, float("inf"), float("inf"), limits[name]))
+            continue
+        gap = played.values[name] - exact[name]
+        error = float(gap.norm())
+        ratio = 0.0 if error == 0.0 else error / limits[name] if limits[name] else float("inf")
+        worst: tuple[int, ...] = ()
+        if not ratio <= 1.0 and gap.dim():
+            flat = int(gap.abs().nan_to_num(torch.inf).argmax())
+            worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
+        found.append(Difference(kind, rest, ratio, error, limits[name], worst))
+    return found
+
+
+def disagreements(ranks: list[Played]) -> list[tuple[int, str]]:
+    """(rank, value) wherever a rank gathered something else than rank 0."""
+    return [
+        (rank, name)
+        for rank, played in enumerate(ranks)
+        for name, found in played.digests.items()
+        if ranks[0].digests.get(name) != found
+    ]
+
+
+def holders(name: str, worst: tuple[int, ...], ranks: list[Played]) -> list[int]:
+    """The ranks that hold the element ``worst`` of a parameter."""
+    parameter = name.split(" ")[-1] if name.startswith("engine") else name.split(" ")[0]
+    found = []
+    for rank, played in enumerate(ranks):
+        for offset, shape in played.boxes.get(parameter, []):
+            if all(o <= i < o + n for o, i, n in zip(offset, worst, shape, strict=True)):
+                found.append(rank)
+    return found

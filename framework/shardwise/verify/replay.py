@@ -1,0 +1,144 @@
+"""A tape played on a layout, in a rank process: everything that can be compared, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.checkpoint.layout import pieces
+from shardwise.engines.native import NativeEngine
+from shardwise.losses.logprobs import valid_logprobs
+from shardwise.ops import comm, dice
+from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.mesh import build_mesh
+from shardwise.precision.policy import PRECISIONS
+from shardwise.rollout.generator import Generator
+from shardwise.rollout.sampling import Sampling
+from shardwise.rollout.scheduler import Request
+from shardwise.rollout.weights import digest
+from shardwise.verify.tape import Tape
+
+# In the order in which a training step makes them: what differs first is nearest to the bug.
+KINDS = (
+    "initial",
+    "logprobs",
+    "loss",
+    "metric",
+    "gradient",
+    "clip norm",
+    "weight",
+    "moment",
+    "generated tokens",
+    "generated logprobs",
+)
+NEW_TOKENS = 6
+
+
+@dataclasses.dataclass
+class Played:
+    """One rank's results. Tensors come from rank 0 alone; other ranks send their digests."""
+
+    values: dict[str, Tensor]
+    digests: dict[str, str]
+    boxes: dict[str, list[Any]]  # parameter: the boxes of it that this rank holds
+    volumes: list[dict[str, Any]]  # communication of the first update
+    checksum: str  # of the weights that generated
+
+
+def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Played:
+    """Every rank of the layout calls this; ``precision`` replaces the recipe's."""
+    torch.manual_seed(0)
+    [stage] = [s for s in tape.run.stages if s.name == tape.stage]
+    updates = {"layout": layout, "precision": precision, "compile": compiled, "device": "cpu"}
+    config = stage.engine.model_copy(update=updates)
+    mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
+    engines = [
+        NativeEngine(
+            tape.run.model, config, mesh, seed=tape.run.seed, stage=tape.stage, optimizer=optimizer
+        )
+        for optimizer in tape.optimizers
+    ]
+    player = _Player(tape, engines)
+    player.note_weights("initial")
+    for number, call in enumerate(tape.calls):
+        player.call(number, call)
+    player.note_weights("weight")
+    player.note_moments()
+    checksum = player.generate(PRECISIONS[precision].compute) if tape.prompts else ""
+    digests = {name: digest(value) for name, value in player.values.items()}
+    values = player.values if dist.get_rank() == 0 else {}
+    return Played(values, digests, player.boxes(), player.volumes or [], checksum)
+
+
+class _Player:
+    def __init__(self, tape: Tape, engines: list[NativeEngine]) -> None:
+        self.tape, self.engines = tape, engines
+        self.values: dict[str, Tensor] = {}
+        self.volumes: list[dict[str, Any]] | None = None
+
+    def note(self, kind: str, name: str, value: Tensor | float) -> None:
+        self.values[f"{kind}/{name}"] = torch.as_tensor(value, dtype=torch.float64).clone()
+
+    def note_weights(self, kind: str) -> None:
+        for number, engine in enumerate(self.engines):
+            for name, value in engine.full("weights"):
+                self.note(kind, f"{self.label(number)}{name}", value)
+
+    def note_moments(self) -> None:
+        for number, engine in enumerate(self.engines):
+            if engine.optimizer is None:
+                continue
+            some = next(iter(engine.optimizer.state.values()))
+            for state in sorted(k for k in some if k != "step"):
+                for name, value in engine.full(state):
+                    self.note("moment", f"{self.label(number)}{name} {state}", value)
+
+    def label(self, number: int) -> str:
+        return f"engine {number} " if len(self.engines) > 1 else ""
+
+    def call(self, number: int, call: Any) -> None:
+        engine = self.engines[call.engine]
+        where = f"{self.label(call.engine)}call {number + 1}"
+        share = len(call.batches) // engine.data_size
+        mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
+        if call.kind == "forward":
+            found = engine.forward(mine, valid_logprobs)
+            # Numbers of valid targets, by data rank: the data group's ranks have different ones.
+            local = torch.stack([f.double().sum() for f in found])
+            everyone = torch.zeros(len(call.batches), dtype=torch.float64)
+            everyone[engine.data_rank * share : (engine.data_rank + 1) * share] = local
+            self.note("logprobs", where, torch.tensor(engine.sum_over_data(everyone.tolist())))
+            return
+        with comm.tally() as tally:
+            metrics = engine.forward_backward(mine, call.loss)
+        self.note("loss", where, metrics.pop("loss"))
+        for name, value in metrics.items():
+            self.note("metric", f"{where} {name}", value)
+        if self.volumes is None:
+            self.volumes = tally.rows()
+            for name, value in engine.full("grads"):
+                self.note("gradient", f"{self.label(call.engine)}{name}", value)
+        self.note("clip norm", where, engine.step(call.lr))
+
+    def boxes(self) -> dict[str, list[Any]]:
+        named = self.engines[0].named.parameters
+        return {n: [tuple(p.box) for p in pieces(n, t.data)] for n, t in named.items()}
+
+    def generate(self, dtype: torch.dtype) -> str:
+        """Greedy completions from the weights that stream out of the layout."""
+        served = torch.float32 if dtype == torch.float64 else dtype
+        generator = Generator(self.tape.run.model, served, accelerate=False)
+        checksum = generator.load(self.engines[0].weights())
+        requests = [Request(i, p, 1) for i, p in enumerate(self.tape.prompts)]
+        sampling = Sampling(greedy=True, max_new_tokens=NEW_TOKENS)
+        done = generator.generate(requests, sampling, dice.key(0, "verify"))
+        ids = list(itertools.chain(*(c.token_ids for c in done)))
+        logprobs = list(itertools.chain(*(c.logprobs for c in done)))
+        self.note("generated tokens", "greedy", torch.tensor(ids))
+        self.note("generated logprobs", "greedy", torch.tensor(logprobs))
+        return checksum

@@ -1,0 +1,267 @@
+"""`shardwise.verify`: does a recipe compute, under a layout, what one process computes?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shardwise.config.load import load_config
+from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.errors import ConfigError, UserError
+from shardwise.parallel.layout import parse_layout
+from shardwise.stages.run import check_stage
+from shardwise.verify import suite
+from shardwise.verify.compare import Difference, bounds, compare, disagreements, holders
+from shardwise.verify.pool import RankError, RankPool
+from shardwise.verify.replay import Played, play
+from shardwise.verify.tape import Tape, record
+
+SINGLE = "dp1.zero0"
+TIMEOUT_S = 180.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One layout of one stage in one precision.
+
+    ``worst``: for each kind of value, the largest error over its bound. ``first``: the first value
+    of a training step that rounding does not explain; ``ranks`` hold its worst element, and
+    ``suspect`` is the smallest part of the layout that fails too.
+    """
+
+    stage: str
+    layout: str
+    precision: str
+    worst: dict[str, float]
+    seconds: float
+    first: Difference | None = None
+    ranks: tuple[int, ...] = ()
+    suspect: str = ""
+    problem: str = ""  # why there is nothing to compare
+    volumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every value is within its bound on every rank."""
+        return self.first is None and not self.problem
+
+    def sentence(self) -> str:
+        """What failed, where, and whom to suspect."""
+        if self.problem:
+            return self.problem
+        if self.first is None:
+            return ""
+        d = self.first
+        text = f"first to differ: {d.kind} {d.name}, error {d.error:.2e} against {d.bound:.2e}"
+        if d.worst:
+            text += f", worst at {list(d.worst)}"
+        if self.ranks:
+            text += f" held by rank {', '.join(map(str, self.ranks))}"
+        return text + (f"; suspect: {self.suspect}" if self.suspect else "")
+
+
+class Verifier:
+    """Tapes and references of one recipe, and the ranks that play them."""
+
+    def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
+        self.recipe, self.pool = dict(recipe), pool
+        self.layouts = [parse_layout(text, world_of(text)) for text in layouts]
+        self.tapes: dict[str, Tape] = {}
+        self.references: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def tape(self, stage: str) -> Tape:
+        """The stage's calls, recorded once."""
+        if stage not in self.tapes:
+            [self.tapes[stage]] = self.pool.run(
+                record, self.recipe, stage, self.layouts, world=1, timeout=TIMEOUT_S
+            )
+        return self.tapes[stage]
+
+    def reference(self, stage: str, precision: str) -> dict[str, Tensor]:
+        """What one process computes."""
+        key = (stage, precision)
+        if key not in self.references:
+            [played] = self._play(stage, SINGLE, precision, False)
+            self.references[key] = played.values
+        return self.references[key]
+
+    def check(
+        self, stage: str, layout: str, precision: str = "fp64", compiled: bool = False
+    ) -> Verdict:
+        """Compare one layout; on failure, find the part of it to suspect."""
+        began = time.perf_counter()
+        exact = self.reference(stage, "fp64")
+        single = None if precision == "fp64" else self.reference(stage, precision)
+        limits = bounds(exact, single, precision)
+        try:
+            ranks = self._play(stage, layout, precision, compiled)
+        except (RankError, TimeoutError) as error:
+            problem = str(error).strip().splitlines()[-1]
+            return Verdict(
+                stage, layout, precision, {}, time.perf_counter() - began, problem=problem
+            )
+        found = compare(exact, limits, ranks[0])
+        worst: dict[str, float] = {}
+        for d in found:
+            worst[d.kind] = max(worst.get(d.kind, 0.0), d.ratio)
+        first = next((d for d in found if d.is_bug), None)
+        problem = ""
+        if first is None and (apart := disagreements(ranks)):
+            rank, name = apart[0]
+            problem = f"ranks 0 and {rank} hold different values of {name.replace('/', ' ', 1)}"
+        suspect = self._suspect(stage, layout, precision, compiled) if first or problem else ""
+        return Verdict(
+            stage,
+            layout,
+            precision,
+            worst,
+            time.perf_counter() - began,
+            first,
+            tuple(holders(first.name, first.worst, ranks)) if first and first.worst else (),
+            suspect,
+            problem,
+            ranks[0].volumes,
+        )
+
+    def _play(self, stage: str, layout: str, precision: str, compiled: bool) -> list[Played]:
+        return self.pool.run(
+            play,
+            self.tape(stage),
+            layout,
+            precision,
+            compiled,
+            world=world_of(layout),
+            timeout=TIMEOUT_S,
+        )
+
+    def _suspect(self, stage: str, layout: str, precision: str, compiled: bool) -> str:
+        """The smallest sub-layout that fails too; the layout itself if none does."""
+        exact = self.reference(stage, "fp64")
+        single = None if precision == "fp64" else self.reference(stage, precision)
+        limits = bounds(exact, single, precision)
+        for part in sub_layouts(layout):
+            try:
+                ranks = self._play(stage, part, precision, compiled)
+            except (RankError, TimeoutError):
+                return part
+            if any(d.is_bug for d in compare(exact, limits, ranks[0])) or disagreements(ranks):
+                return part
+        return layout
+
+
+def world_of(layout: str) -> int:
+    """Ranks that a layout's own numbers ask for."""
+    world = 1
+    for axis, number in re.findall(r"(?:^|\.)(dp|tp|pp|cp)(\d+)", layout):
+        del axis
+        world *= int(number)
+    return world
+
+
+def sub_layouts(layout: str) -> list[str]:
+    """Layouts with some of this one's axes, the fewest first; never the layout itself."""
+    axes: list[list[str]] = []
+    whole = parse_layout(layout, world_of(layout))
+    if whole.dp > 1:
+        hybrid = f".hsdp{whole.shard}" if whole.zero and whole.shard != whole.dp else ""
+        axes.append([f"dp{whole.dp}.zero{whole.zero}{hybrid}"])
+    if whole.tp > 1:
+        axes.append([f"tp{whole.tp}"] + ([f"tp{whole.tp}.sp"] if whole.sp else []))
+    if whole.pp > 1:
+        chunks = f".v{whole.virtual}" if whole.schedule.startswith("interleaved") else ""
+        named = f"pp{whole.pp}.{whole.schedule}{chunks}"
+        axes.append(([f"pp{whole.pp}.1f1b"] if whole.schedule != "1f1b" else []) + [named])
+    if whole.cp > 1:
+        axes.append([f"cp{whole.cp}.{whole.cp_kind}"])
+    found: list[str] = [""]
+    for choices in axes:
+        found += [f"{a}.{b}" if a else b for a in found for b in choices]
+    own = max(found, key=len)
+    return sorted((f for f in found if f and f != own), key=lambda f: (f.count("."), len(f)))
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """All verdicts, and the layouts that this recipe cannot have (with the reason)."""
+
+    verdicts: list[Verdict]
+    refused: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layout that could be tried computes the right thing."""
+        return bool(self.verdicts) and all(v.passed for v in self.verdicts)
+
+
+def verify(
+    config: str | Path | Mapping[str, Any],
+    layouts: Sequence[str] = (),
+    *,
+    stage: str | None = None,
+    overrides: Sequence[str] = (),
+    compiled: bool = False,
+    tell: Callable[[Verdict], None] | None = None,
+    pool: RankPool | None = None,
+) -> VerifyReport:
+    """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
+
+    ``layouts``: none means the recipe's own, ``suite`` the built-in ones. The recipe is made small
+    (`shrink`); ranks run on this machine over gloo. Raises ConfigError for a recipe that is wrong,
+    a layout that cannot be, or an unknown stage.
+    """
+    run = load_config(config, overrides).config
+    chosen = [s for s in run.stages if stage in (None, s.name)]
+    if not chosen:
+        names = ", ".join(s.name for s in run.stages)
+        raise ConfigError(f"--stage {stage}: there is no such stage; known: {names}")
+    recipe = run.model_dump(mode="json", exclude_none=True)
+    mine = pool or RankPool()
+    refused: dict[str, str] = {}
+    verdicts: list[Verdict] = []
+    try:
+        for one in chosen:
+            wanted = _layouts(run, one, layouts, refused)
+            verifier = Verifier(recipe, [*wanted, SINGLE], mine)
+            for layout in wanted:
+                for precision in dict.fromkeys(("fp64", one.engine.precision)):
+                    verdict = verifier.check(one.name, layout, precision, compiled)
+                    verdicts.append(verdict)
+                    if tell is not None:
+                        tell(verdict)
+    finally:
+        if pool is None:
+            mine.close()
+    return VerifyReport(verdicts, refused)
+
+
+def _layouts(
+    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: dict[str, str]
+) -> list[str]:
+    """The layouts to try, each checked against the user's own sizes."""
+    if not asked:
+        asked = [stage.engine.layout]
+        if asked == ["auto"]:
+            raise UserError(
+                f"stage {stage.name} has engine.layout auto, which any number of ranks can be; "
+                "say which with --layout, for example --layout dp2.zero2"
+            )
+    found: list[str] = []
+    for text in asked:
+        for layout in suite.LAYOUTS if text == "suite" else [text]:
+            engine = stage.engine.model_copy(update={"layout": layout, "compile": False})
+            named = stage.model_copy(update={"engine": engine})
+            try:
+                check_stage(run, named, world_of(layout))
+            except ConfigError as error:
+                if text != "suite":
+                    raise
+                refused[layout] = str(error)
+            else:
+                found.append(layout)
+    return found

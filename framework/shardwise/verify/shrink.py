@@ -1,0 +1,203 @@
+"""A user's recipe made small: sizes shrink, structure never does.
+
+Kept: family, tying, biases, norms, rotary scaling, windows, dropout, whether key/value heads are
+shared, losses, optimizers, updates per rollout, tasks, packing. Shrunk: widths, vocabulary, depth,
+lengths, batch. What the layouts asked for need (heads, layers, micro-batches) is never shrunk away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardwise.config.schema import RunConfig
+from shardwise.errors import ConfigError, DataError
+from shardwise.metrics.jsonl import write_jsonl
+from shardwise.models.common.config import DecoderConfig
+from shardwise.parallel import feasible
+from shardwise.parallel.layout import Layout
+
+STEPS = 3
+HEAD_DIM, MICRO_BATCH = 8, 2
+PRETRAIN_TOKENS, CHAT_TOKENS, NEW_TOKENS = 32, 160, 6
+BYTE_WORDS = 260  # about what the byte-level tokenizer has; the exact number is filled in later
+SMALL_DATA = 1 << 20  # bytes; a user's own files up to here are used as they are
+
+
+def shrink(
+    run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: Path
+) -> dict[str, Any]:
+    """A recipe (plain data) of one stage of ``run``, small, whose files lie in ``folder``.
+
+    Raises ConfigError if a layout cannot be made small (none that the user's own sizes allow).
+    """
+    recipe = run.model_dump(mode="json", exclude_none=True, exclude={"init_from", "run_dir"})
+    [stage] = [s for s in recipe["stages"] if s["name"] == stage_name]
+    chat = stage["kind"] != "pretrain"
+    tokens = CHAT_TOKENS if chat else PRETRAIN_TOKENS
+    recipe["model"] |= _model(run.model, layouts, tokens)
+    recipe["tokenizer"] = {"kind": "bytes"}
+    recipe["evaluations"] = []
+    recipe["stages"] = [stage]
+    updates = stage.get("updates_per_rollout", 1)
+    batches = _num_batches(recipe, layouts)
+    stage["batch"] = {
+        "global_batch": batches * MICRO_BATCH * updates,
+        "micro_batch": MICRO_BATCH,
+        "seq_len": tokens,
+    }
+    stage["steps"] = STEPS
+    stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
+    _data(run, stage, folder)
+    return recipe
+
+
+def _model(model: Any, layouts: Sequence[Layout], tokens: int) -> dict[str, Any]:
+    """The fields of the model's section that change."""
+    assert isinstance(model, DecoderConfig)
+    heads, kv_heads = _heads(model, layouts)
+    width = heads * HEAD_DIM
+    small: dict[str, Any] = {
+        "num_heads": heads,
+        "num_layers": min(model.num_layers, max(2, *(x.num_chunks for x in layouts))),
+        "max_seq_len": tokens,
+        # The byte tokenizer's words, and one more where the user's number is odd.
+        "vocab_size": BYTE_WORDS + (BYTE_WORDS + model.vocab_size) % 2,
+    }
+    if getattr(model, "head_dim", None) is not None:
+        small["head_dim"] = HEAD_DIM
+        width += 0 if model.head_width * model.num_heads == model.hidden_size else HEAD_DIM
+    small["hidden_size"] = width
+    if "num_kv_heads" in type(model).model_fields:
+        small["num_kv_heads"] = kv_heads
+    if getattr(model, "ffn_size", None) is not None:
+        small["ffn_size"] = 2 * width + 3 * (model.ffn_size % 2)  # type: ignore[attr-defined]
+    if getattr(model, "sliding_window", None):
+        small["sliding_window"] = tokens // 3
+        start = model.window_start_layer  # type: ignore[attr-defined]
+        small["window_start_layer"] = min(start, small["num_layers"] - 1)
+    return small
+
+
+def _heads(model: DecoderConfig, layouts: Sequence[Layout]) -> tuple[int, int]:
+    """The fewest heads that divide, are shared and are replicated as the user's are."""
+    q, kv = model.num_heads, model.kv_heads
+    options = (
+        (g * r, g)
+        for g, r in itertools.product(range(1, kv + 1), range(1, q // kv + 1))
+        if (r > 1) == (q > kv)
+    )
+    for heads, shared in sorted(options):
+        if heads > 1 and all(
+            heads % (x.tp * (x.cp if x.cp_kind == "ulysses" else 1)) == 0
+            and (shared % x.tp == 0) == (kv % x.tp == 0)
+            and (shared % x.tp == 0 or x.tp % shared == 0)
+            for x in layouts
+        ):
+            return heads, shared
+    return q, kv
+
+
+def _num_batches(recipe: dict[str, Any], layouts: Sequence[Layout]) -> int:
+    """Micro-batches of one update: the fewest, from 8 on, that every layout can take."""
+    model = recipe["model"]
+    probe = _ProbeModel(
+        hidden_size=model["hidden_size"],
+        num_layers=model["num_layers"],
+        num_heads=model["num_heads"],
+        num_kv_heads=model.get("num_kv_heads", model["num_heads"]),
+    )
+    for total in range(8, 129, 8):
+        if all(total % x.dp == 0 and _fits(x, probe, total) for x in layouts):
+            return total
+    raise ConfigError(f"no number of micro-batches suits all of {', '.join(map(str, layouts))}")
+
+
+class _ProbeModel(DecoderConfig):
+    """The sizes that `feasible` asks about."""
+
+    family: str = "probe"
+    num_kv_heads: int = 1
+
+    @property
+    def kv_heads(self) -> int:
+        """See `DecoderConfig.kv_heads`."""
+        return self.num_kv_heads
+
+
+def _fits(layout: Layout, model: DecoderConfig, total: int) -> bool:
+    case = feasible.Case(layout, model, False, total, 1)
+    return not any(row(case) for row in feasible.REFUSALS)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
+    """The user's own data where it is small or made by a program, else a seeded stand-in."""
+    [config] = [s for s in run.stages if s.name == stage["name"]]
+    data = getattr(config, "data", None)
+    if data is not None and data.sources and not _is_small(data.sources):
+        rows = list(_chats() if stage["kind"] == "sft" else _documents())
+        kind = "chat-jsonl" if stage["kind"] == "sft" else "jsonl"
+        file = folder / "standin.jsonl"
+        write_jsonl(file, rows)
+        stage["data"] |= {"sources": [{"kind": kind, "path": str(file)}]}
+    if data is not None:
+        stage["data"]["validation"] = []
+        if "held_out" in stage["data"]:
+            stage["data"]["held_out"] = 0.0
+        if "too_long" in stage["data"]:
+            stage["data"]["too_long"] = "truncate"
+    if "num_problems" in stage:
+        stage["num_problems"] = min(stage["num_problems"], 64)
+    if "samples_per_prompt" in stage:
+        stage["samples_per_prompt"] = min(stage["samples_per_prompt"], 3)
+        stage["sampling"]["max_new_tokens"] = NEW_TOKENS
+        stage["keep_rollouts_every"] = 0
+        # An untrained model earns nothing from a verifier, and nothing would be learnt.
+        file = folder / "reward.py"
+        file.write_text(_REWARD, encoding="utf-8")
+        stage["reward"] = {"parts": [{"kind": "user", "function": f"{file}:score"}]}
+
+
+_REWARD = '''"""A reward that any text earns some of."""
+
+
+def score(question, completion, answer, meta):
+    return (sum(completion.encode()) * 7 + len(completion)) % 5 / 4
+'''
+
+
+def _is_small(sources: Sequence[Any]) -> bool:
+    try:
+        files = [f for s in sources for f in s.files()]
+        return all(s.kind != "stdlib" for s in sources) and (
+            0 < sum(f.stat().st_size for f in files) <= SMALL_DATA
+        )
+    except (DataError, OSError):
+        return False
+
+
+def _documents() -> Iterator[dict[str, Any]]:
+    """Short documents of seeded letters: several to a packed row, some longer than one."""
+    dice = random.Random(0)
+    for i in range(160):
+        length = dice.choice((3, 7, 11, 20, 45))
+        yield {"id": i, "text": "".join(dice.choices("abcdefgh ", k=length))}
+
+
+def _chats() -> Iterator[dict[str, Any]]:
+    dice = random.Random(1)
+    for _ in range(96):
+        asked = "".join(dice.choices("abcd ", k=dice.randint(2, 12)))
+        said = "".join(dice.choices("wxyz ", k=dice.randint(1, 12)))
+        yield {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": said},
+            ]
+        }

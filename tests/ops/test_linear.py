@@ -1,0 +1,50 @@
+"""Weight products that are left for later, in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.linear import deferred, linear
+
+
+def _leaves() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 4), (5, 4), (5,))
+    x, w, b = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
+    return x, w, b
+
+
+def test_gradients_equal_a_plain_layers_now_or_later() -> None:
+    x, w, b = _leaves()
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, w, b).square().sum(), (x, w, b))
+    for later in (False, True):
+        x, w, b = _leaves()
+        collected: list[Tensor] = []
+        y = linear(x, w, b, collected.append)
+        if not later:
+            y.square().sum().backward()
+            assert w.grad is not None and not collected
+            got = w.grad
+        else:
+            with deferred() as products:
+                y.square().sum().backward()
+            assert w.grad is None and not collected and len(products) == 1
+            products[0]()
+            [got] = collected
+        for value, want in zip((x.grad, got, b.grad), expected, strict=True):
+            torch.testing.assert_close(value, want, rtol=1e-13, atol=1e-13)
+
+
+def test_the_list_keeps_the_order_of_the_backward_pass() -> None:
+    x, w, _ = _leaves()
+    seen: list[str] = []
+    y = linear(x, w, None, lambda g: seen.append("first"))
+    z = linear(y, torch.ones(2, 5, dtype=torch.float64).requires_grad_(), None,
+               lambda g: seen.append("second"))  # fmt: skip
+    with deferred() as products:
+        z.sum().backward()
+    assert seen == []
+    for product in products:
+        product()
+    assert seen == ["second", "first"]

@@ -1,0 +1,90 @@
+"""What a model, a batch and an engine allow: every row of the table refuses, and only it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwise.errors import ConfigError
+from shardwise.parallel.feasible import REFUSALS, Case, check
+from shardwise.parallel.layout import SCHEDULES, SINGLE, V_SHAPED, Layout, parse_layout
+from shardwise.parallel.pipeline import program
+from tests.support import toy
+
+MODEL = toy.llama(num_layers=4)  # 4 heads, 2 of keys and values
+
+
+def case(text: str, world: int, *, compiled: bool = False, batch: int = 8, micro: int = 1) -> Case:
+    return Case(parse_layout(text, world), MODEL, compiled, batch, micro)
+
+
+ROWS = [
+    (
+        "_heads",
+        Case(
+            parse_layout("tp2", 2), toy.llama(num_heads=3, num_kv_heads=1, head_dim=8), False, 8, 1
+        ),
+        "tp2 does not divide num_heads 3; nearest: dp1.zero1",
+    ),
+    (
+        "_kv_heads",
+        Case(
+            parse_layout("tp4", 4), toy.llama(num_heads=12, num_kv_heads=6, head_dim=4), False, 8, 1
+        ),
+        "num_kv_heads 6; nearest: dp1.zero1.tp3",
+    ),
+    ("_ulysses_heads", case("tp2.cp4.ulysses", 8), "2 heads.*nearest: dp1.zero1.tp2.cp4.ring"),
+    ("_layers", case("pp4.v2.interleaved", 4), "8 pipeline stages.*num_layers 4; nearest: .*pp2"),
+    (
+        "_pipeline_batches",
+        case("pp2.v2", 2, batch=5),
+        "2 rounds, and 5 micro-batches.*global_batch 4",
+    ),
+    ("_pipeline_batches", case("pp2.dualpipev", 2, batch=3), "at least 4.*global_batch 4"),
+    (
+        "_compile_split",
+        case("pp2.zbv", 2, compiled=True),
+        "compile=false, or nearest: .*interleaved",
+    ),
+]
+
+
+@pytest.mark.parametrize("row,refused,words", ROWS, ids=[f"{r[0]}-{r[1].layout}" for r in ROWS])
+def test_each_row_refuses_with_the_numbers(row: str, refused: Case, words: str) -> None:
+    assert [r.__name__ for r in REFUSALS if r(refused)] == [row]
+    with pytest.raises(ConfigError, match=words):
+        check(refused)
+
+
+def test_every_row_has_its_case() -> None:
+    assert {r.__name__ for r in REFUSALS} == {row for row, _, _ in ROWS}
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(2, 4), st.integers(2, 3), st.integers(1, 12))
+def test_what_is_not_refused_has_a_complete_program(
+    schedule: str, pp: int, virtual: int, num_microbatches: int
+) -> None:
+    """Each part sees each micro-batch forward and backward once, or the table refuses."""
+    virtual = 1 if schedule in SINGLE else 2 if schedule in V_SHAPED else virtual
+    layout = Layout(pp=pp, virtual=virtual, schedule=schedule)
+    model = toy.llama(num_layers=12)
+    try:
+        check(Case(layout, model, False, num_microbatches, 1))
+    except ConfigError:
+        with pytest.raises(ValueError, match="microbatches"):
+            program(layout, num_microbatches)
+        return
+    seen = [
+        (a.computation_type.value, a.stage_index, a.microbatch_index)
+        for actions in program(layout, num_microbatches)
+        for a in actions
+    ]
+    assert len(seen) == len(set(seen))
+    for part in range(layout.num_chunks):
+        for m in range(num_microbatches):
+            assert ("F", part, m) in seen
+            assert ("B", part, m) in seen or {("I", part, m), ("W", part, m)} <= set(seen)
+    assert {kind for kind, _, _ in seen} <= {
+        "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B",
+    }  # fmt: skip
