@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shardwise.verify.replay import KINDS, Played
+from shardwise.verify.replay import Played
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
 ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
@@ -74,9 +74,9 @@ def bounds(
 def compare(
     exact: Mapping[str, Tensor], limits: Mapping[str, float], played: Played
 ) -> list[Difference]:
-    """Every value of a layout against the reference, in the order of a training step."""
+    """Every value of a layout against the reference, in the order in which they came about."""
     found = []
-    for name in sorted(exact, key=lambda n: KINDS.index(kind_of(n))):
+    for name in exact:
         kind, rest = kind_of(name), name.partition("/")[2]
         if name not in played.values or played.values[name].shape != exact[name].shape:
             found.append(Difference(kind, rest, float("inf"), float("inf"), limits[name]))

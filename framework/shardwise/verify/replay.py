@@ -23,19 +23,6 @@ from shardwise.rollout.scheduler import Request
 from shardwise.rollout.weights import digest
 from shardwise.verify.tape import Tape
 
-# In the order in which a training step makes them: what differs first is nearest to the bug.
-KINDS = (
-    "initial",
-    "logprobs",
-    "loss",
-    "metric",
-    "gradient",
-    "clip norm",
-    "weight",
-    "moment",
-    "generated tokens",
-    "generated logprobs",
-)
 NEW_TOKENS = 6
 
 
@@ -76,6 +63,12 @@ def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Pla
 
 
 class _Player:
+    """Notes values in the order in which they come about: what differs first is nearest the bug.
+
+    Kinds: initial, logprobs, loss, metric, gradient, clip norm, weight, moment, generated tokens,
+    generated logprobs.
+    """
+
     def __init__(self, tape: Tape, engines: list[NativeEngine]) -> None:
         self.tape, self.engines = tape, engines
         self.values: dict[str, Tensor] = {}
