@@ -172,13 +172,13 @@ def gradients_reduced_in_bf16() -> Iterator[Any]:
 def division_by_local_tokens() -> Iterator[Any]:
     real = reduction.LossSums.__init__
 
-    def __init__(self: Any, loss: Any, where: Any, batches: Any) -> None:
+    def start(self: Any, loss: Any, where: Any, batches: Any) -> None:
         real(self, loss, where, batches)
         for name in self.totals:
             local = sum(float(loss.counts(b)[name]) for b in batches)
             self.totals[name] = max(local, 1.0) * where.data_size
 
-    yield _patch(reduction.LossSums, "__init__", __init__)
+    yield _patch(reduction.LossSums, "__init__", start)
 
 
 @bug("llama", "pretrain", "dp2.zero2")
@@ -394,9 +394,9 @@ def reference_that_is_another_model() -> Iterator[Any]:
 def generator_with_stale_weights() -> Iterator[Any]:
     real = native.NativeEngine.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         stale = [(n, t.clone()) for n, t in native.NativeEngine.weights(self)]
         self.weights = lambda: iter(stale)
 
-    yield _patch(native.NativeEngine, "__init__", __init__)
+    yield _patch(native.NativeEngine, "__init__", start)

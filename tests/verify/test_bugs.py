@@ -30,9 +30,7 @@ def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_caught(
-    name: str, verifiers: dict[str, Verifier], ranks: RankPool
-) -> None:
+def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     verifier = verifiers[bug.model]
     exact = verifier.reference(bug.stage, "fp64")

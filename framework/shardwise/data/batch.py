@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class MicroBatch:
         """All positions, padding included."""
         return self.input_ids_BT.numel()
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+        return self.input_ids_BT.shape[0]
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> MicroBatch:
         """A copy with ``fn`` applied to every tensor."""
         fields: dict[str, Any] = {}
@@ -55,3 +60,18 @@ class MicroBatch:
         """Cut into micro-batches of at most ``rows`` sequences, in order."""
         size = self.input_ids_BT.shape[0]
         return [self.map(lambda t, i=i: t[i : i + rows]) for i in range(0, size, rows)]  # type: ignore[misc]
+
+
+def join(parts: Sequence[MicroBatch]) -> MicroBatch:
+    """The rows of several micro-batches of equal length, with the same optional fields, in one."""
+    first = parts[0]
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(first):
+        values = [getattr(p, f.name) for p in parts]
+        if isinstance(values[0], Tensor):
+            fields[f.name] = torch.cat(values)
+        elif isinstance(values[0], dict):
+            fields[f.name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
+        else:
+            fields[f.name] = values[0]
+    return MicroBatch(**fields)

@@ -120,7 +120,7 @@ def _all_gather(out: Tensor, inp: Tensor, group: dist.ProcessGroup, async_op: bo
         work = dist.all_gather_into_tensor(out, inp, group=group, async_op=async_op)
         return Pending([work], out, inp)
     # gloo's faster primitive. The input may be a view of the output, hence the copy.
-    repeated = inp.reshape(1, -1).expand(world, -1).reshape(-1)
+    repeated = inp.reshape(-1).repeat(world)
     work = dist.all_to_all_single(out.view(-1), repeated, group=group, async_op=async_op)
     return Pending([work], out, repeated)
 

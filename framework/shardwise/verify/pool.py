@@ -15,11 +15,39 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["shardwise.engines.native", "shardwise.stages.registry"])
+
+
+class _ByValue(ForkingPickler):
+    """Tensors travel as numbers: torch's own way shares memory, at a descriptor for each."""
+
+    _extra_reducers: ClassVar[dict[type, Any]] = {}
+
+
+def _numbers(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _tensor, (flat, tensor.dtype, tuple(tensor.shape))
+
+
+def _tensor(flat: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(flat).view(dtype).view(shape)
+
+
+_ByValue.register(Tensor, _numbers)
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    pipe.send_bytes(_ByValue.dumps(value))
 
 
 class RankError(Exception):
@@ -34,9 +62,6 @@ def _rank_main(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
     )
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -56,7 +81,7 @@ def _rank_main(rank: int, world: int, store: str, pipe: Connection) -> None:
         except BaseException as error:
             answer = (False, (type(error).__name__, traceback.format_exc()))
         try:
-            pipe.send(answer)
+            _send(pipe, answer)
         except BrokenPipeError:  # the caller has given up
             return
 
@@ -81,7 +106,7 @@ class _World:
 
     def run(self, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((fn, args, kwargs))
+            _send(pipe, (fn, args, kwargs))
         results: dict[int, Any] = {}
         waiting = {id(p): r for r, p in enumerate(self.pipes)}
         pending: list[Any] = list(self.pipes)

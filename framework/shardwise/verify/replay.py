@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.checkpoint.layout import pieces
+from shardwise.data.batch import join
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.ops import comm, dice
@@ -99,12 +100,17 @@ class _Player:
         where = f"{self.label(call.engine)}call {number + 1}"
         share = len(call.batches) // engine.data_size
         mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
+        if engine.mesh.layout.pp == 1 and len({b.num_tokens for b in call.batches}) == 1:
+            # A layout without a pipeline computes few and large micro-batches faster; how many
+            # there are may change nothing (design decision 2).
+            half = -(-len(mine) // 2)
+            mine = [join(mine[:half]), join(mine[half:])] if len(mine) > 1 else mine
         if call.kind == "forward":
             found = engine.forward(mine, valid_logprobs)
-            # Numbers of valid targets, by data rank: the data group's ranks have different ones.
-            local = torch.stack([f.double().sum() for f in found])
-            everyone = torch.zeros(len(call.batches), dtype=torch.float64)
-            everyone[engine.data_rank * share : (engine.data_rank + 1) * share] = local
+            rows = torch.cat([f.double().sum(dim=1) for f in found])
+            start = sum(b.num_rows for b in call.batches[: engine.data_rank * share])
+            everyone = torch.zeros(sum(b.num_rows for b in call.batches), dtype=torch.float64)
+            everyone[start : start + len(rows)] = rows
             self.note("logprobs", where, torch.tensor(engine.sum_over_data(everyone.tolist())))
             return
         with comm.tally() as tally:

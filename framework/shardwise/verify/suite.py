@@ -107,3 +107,9 @@ def subset() -> list[tuple[str, str, str]]:
     """Every layout once, every model and stage pair at least three times."""
     turn = itertools.cycle(PAIRS)
     return [(*next(turn), layout) for layout in LAYOUTS]
+
+
+def groups(layouts: tuple[str, ...] = LAYOUTS) -> dict[str, tuple[str, ...]]:
+    """Layouts by what they ask of a small recipe: deep pipelines cost the others depth and time."""
+    deep = tuple(x for x in layouts if "pp4" in x)
+    return {"shallow": tuple(x for x in layouts if x not in deep), "deep": deep}

@@ -1,0 +1,135 @@
+"""The built-in suite: a subset for every day, the full product among the slow proofs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shardwise.parallel.feasible import REFUSALS, Case
+from shardwise.parallel.layout import SCHEDULES, parse_layout
+from shardwise.verify import suite
+from shardwise.verify.run import Verifier, world_of
+from tests.support import toy
+from tests.support.pool import RankPool
+
+Verifiers = dict[tuple[str, str], Verifier]
+
+
+def _verifiers(ranks: RankPool, layouts: tuple[str, ...]) -> Verifiers:
+    return {
+        (model, layout): verifier
+        for model in suite.MODELS
+        for group in suite.groups(layouts).values()
+        for verifier in [Verifier(suite.recipe(model), [*group, "dp1.zero0"], ranks)]
+        for layout in group
+    }
+
+
+@pytest.fixture(scope="module")
+def verifiers(ranks: RankPool) -> Iterator[Verifiers]:
+    yield _verifiers(ranks, suite.LAYOUTS)
+
+
+def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options: bool) -> None:
+    verdict = verifiers[model, layout].check(stage, layout, **options)  # type: ignore[arg-type]
+    assert verdict.passed, verdict.sentence()
+
+
+@pytest.mark.parametrize("model,stage,layout", suite.subset())
+def test_layout(verifiers: Verifiers, model: str, stage: str, layout: str) -> None:
+    _check(verifiers, model, stage, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model,stage,layout", suite.product())
+def test_full_product(verifiers: Verifiers, model: str, stage: str, layout: str) -> None:
+    _check(verifiers, model, stage, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", suite.COMPILED)
+def test_compiled(verifiers: Verifiers, layout: str) -> None:
+    verdict = verifiers["llama", layout].check("pretrain", layout, "fp32", compiled=True)
+    assert verdict.passed, verdict.sentence()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model,stage", suite.PAIRS)
+def test_bf16(verifiers: Verifiers, model: str, stage: str) -> None:
+    for layout in ("dp2.zero2", "tp2.sp", "pp2.zbv", "cp2.ring", "cp2.ulysses"):
+        verdict = verifiers[model, layout].check(stage, layout, "bf16")
+        assert verdict.passed, verdict.sentence()
+
+
+def _random_layouts(count: int) -> list[str]:
+    dice, found = random.Random(0), set[str]()
+    while len(found) < count:
+        dp, tp, pp, cp = (dice.choice((1, 1, 2, 4)) for _ in range(4))
+        if not 2 <= dp * tp * pp * cp <= 8:
+            continue
+        words = [f"dp{dp}", f"zero{dice.randrange(4)}", f"tp{tp}", f"pp{pp}", f"cp{cp}"]
+        if tp > 1 and dice.random() < 0.5:
+            words.append("sp")
+        if pp > 1:
+            words.append(dice.choice(SCHEDULES))
+        if cp > 1:
+            words.append(dice.choice(("ring", "ulysses")))
+        if dp == 4 and words[1] != "zero0":
+            words.append(dice.choice(("hsdp2", "hsdp4")))
+        dice.shuffle(words)
+        found.add(".".join(words))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_layouts_are_not_flagged(ranks: RankPool) -> None:
+    layouts = [
+        text
+        for text in _random_layouts(230)
+        if not any(
+            row(Case(parse_layout(text, world_of(text)), toy.llama(num_layers=8), False, 32, 2))
+            for row in REFUSALS[:-2]
+        )
+    ][:200]
+    assert len(layouts) == 200
+    turn = itertools.cycle(suite.PAIRS)
+    verifiers = _verifiers(ranks, tuple(layouts))
+    flagged = []
+    for layout in layouts:
+        model, stage = next(turn)
+        if model == "llama-untied-odd" or "tp4.cp2" in layout:
+            model = "llama"
+        verdict = verifiers[model, layout].check(stage, layout)
+        flagged += [] if verdict.passed else [f"{layout}: {verdict.sentence()}"]
+    assert not flagged
+
+
+def test_subset_covers_what_it_promises() -> None:
+    cases = suite.subset()
+    assert len(suite.LAYOUTS) == len(set(suite.LAYOUTS)) >= 60
+    assert Counter(layout for _, _, layout in cases) == dict.fromkeys(suite.LAYOUTS, 1)
+    assert min(Counter((model, stage) for model, stage, _ in cases).values()) >= 3
+    parsed = [parse_layout(x, world_of(x)) for x in suite.LAYOUTS]
+    assert max(x.world for x in parsed) == 8
+    assert {x.schedule for x in parsed if x.pp > 1} == set(SCHEDULES)
+
+
+def _resources() -> tuple[int, int]:
+    here = Path("/proc/self")
+    return len(list((here / "task").iterdir())), len(list((here / "fd").iterdir()))
+
+
+def test_threads_and_descriptors_stay_flat(verifiers: Verifiers, ranks: RankPool) -> None:
+    """Groups are cached by rank tuple: the second round of layouts makes none."""
+    layouts = ("dp2.zero2", "tp2.sp", "pp2.zbv", "cp2.ring")
+    counts = []
+    for _ in range(3):
+        for layout in layouts:
+            _check(verifiers, "llama", "pretrain", layout)
+        counts.append(ranks.run(_resources, world=2))
+    assert counts[1] == counts[2]
