@@ -1,0 +1,157 @@
+"""Attention over a cut sequence against attention over a whole one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shardwise.ops import dice
+from shardwise.ops.attention import BRANCH_SHIFT, attention, causal_mask
+from shardwise.parallel.context import (
+    ContextAttention,
+    ContextMask,
+    gather_tokens,
+    multiple_of,
+    token_index,
+)
+from tests.support.pool import RankPool
+
+ROWS, HEADS, KV_HEADS, TOKENS, WIDTH = 2, 8, 2, 32, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What the tokens may see."""
+
+    name: str
+    segments: bool = False
+    branches: bool = False
+    window: int | None = None
+    dropout: float = 0.0
+    kv_heads: int = KV_HEADS
+
+    def masks(self) -> tuple[Tensor, Tensor | None]:
+        positions = torch.arange(TOKENS).expand(ROWS, -1).clone()
+        segments = None
+        if self.segments:
+            g = torch.Generator().manual_seed(3)
+            starts = torch.rand(ROWS, TOKENS, generator=g) < 0.2
+            starts[1, 5:8] = True  # tokens that see nothing but themselves
+            segments = starts.long().cumsum(1)
+        if self.branches:
+            segments = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+            segments[:, 8:18], positions[:, 8:18] = 1 << BRANCH_SHIFT, torch.arange(8, 18)
+            segments[:, 18:28], positions[:, 18:28] = 2 << BRANCH_SHIFT, torch.arange(8, 18)
+            segments[:, 28:] = 1  # padding
+        return positions, segments
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(7)
+        heads = (HEADS, self.kv_heads, self.kv_heads, HEADS)
+        shapes = [(ROWS, h, TOKENS, WIDTH) for h in heads]
+        return tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+
+    def dice(self) -> Tensor | None:
+        if not self.dropout:
+            return None
+        return dice.token_dice(1, 2, "s", torch.arange(ROWS), torch.arange(TOKENS))
+
+
+SCENES = [
+    Scene("causal"),
+    Scene("all heads their own", kv_heads=HEADS),
+    Scene("packed", segments=True),
+    Scene("branches", branches=True),
+    Scene("window", window=5),
+    Scene("packed window", segments=True, window=3),
+    Scene("dropout", dropout=0.3),
+    Scene("packed dropout", segments=True, dropout=0.3),
+]
+
+
+def _whole(scene: Scene, dtype: torch.dtype) -> list[Tensor]:
+    q, k, v, grad = (t.to(dtype) for t in scene.tensors())
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    positions, segments = scene.masks()
+    mask = causal_mask(positions, dtype, segments, scene.window)
+    out = attention(*leaves, mask, dropout_p=scene.dropout, dice_BT=scene.dice(), salt=1)
+    out.backward(grad)
+    return [out.detach(), *(t.grad for t in leaves)]  # type: ignore[list-item]
+
+
+def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    assert group is not None
+    index = token_index(TOKENS, size, rank, kind)
+    q, k, v, grad = (t.to(dtype)[:, :, index].contiguous() for t in scene.tensors())
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    positions, segments = scene.masks()
+    keys = scene.dice()
+    out = ContextAttention(group, kind)(
+        *leaves,
+        ContextMask(index, segments, positions, scene.window),
+        dropout_p=scene.dropout,
+        dice_BT=None if keys is None else keys[:, index],
+        salt=1,
+    )
+    out.backward(grad)
+    found = [out.detach(), *(t.grad for t in leaves)]
+    return [gather_tokens(t, 2, group, kind) for t in found]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda s: s.name)
+@pytest.mark.parametrize("kind,world", [("ring", 2), ("ring", 4), ("ulysses", 2), ("ulysses", 4)])
+def test_equals_one_process(ranks: RankPool, scene: Scene, kind: str, world: int) -> None:
+    expected = _whole(scene, torch.float64)
+    for found in ranks.run(_parts, scene, kind, torch.float64, world=world):
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_bf16_loses_what_one_process_loses(ranks: RankPool, kind: str) -> None:
+    scene = SCENES[2]
+    exact, single = _whole(scene, torch.float64), _whole(scene, torch.bfloat16)
+    [found, _] = ranks.run(_parts, scene, kind, torch.bfloat16, world=2)
+    for got, one, want in zip(found, single, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - want).norm() <= 3 * (one - want).norm()
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from(["ring", "ulysses"]))
+def test_tokens_are_dealt_once_and_evenly(size: int, chunk: int, kind: str) -> None:
+    total = multiple_of(size, kind) * chunk
+    dealt = [token_index(total, size, r, kind) for r in range(size)]
+    assert torch.equal(torch.cat(dealt).sort().values, torch.arange(total))
+    assert all(torch.equal(d, d.sort().values) for d in dealt)
+    if kind == "ring":  # causal work is the same for all
+        assert len({int((d + 1).sum()) for d in dealt}) == 1
+
+
+def test_refused_with_numbers(ranks: RankPool) -> None:
+    with pytest.raises(ValueError, match="10 tokens are not a multiple of 4"):
+        token_index(10, 2, 0, "ring")
+
+
+def _gathered(kind: str) -> Any:
+    group = dist.group.WORLD
+    assert group is not None
+    index = token_index(8, group.size(), group.rank(), kind)
+    mine = index.double().requires_grad_()
+    whole = gather_tokens(mine[None], 1, group, kind)
+    (whole * torch.arange(8.0)).sum().backward()
+    return whole.detach(), mine.grad, index
+
+
+def test_gathering_hands_each_rank_its_own_gradient(ranks: RankPool) -> None:
+    for kind in ("ring", "ulysses"):
+        for whole, grad, index in ranks.run(_gathered, kind, world=2):
+            assert torch.equal(whole[0], torch.arange(8.0).double())
+            assert torch.equal(grad, index.double())
