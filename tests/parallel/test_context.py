@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardwise.ops import dice
+from shardwise.ops import attention_blocks, comm, dice
 from shardwise.ops.attention import BRANCH_SHIFT, attention, causal_mask
 from shardwise.parallel.context import (
     ContextAttention,
@@ -36,6 +36,8 @@ class Scene:
     window: int | None = None
     dropout: float = 0.0
     kv_heads: int = KV_HEADS
+    head_offset: int = 0
+    by_columns: bool = False  # memory order of the inputs' last two dimensions swapped
 
     def masks(self) -> tuple[Tensor, Tensor | None]:
         positions = torch.arange(TOKENS).expand(ROWS, -1).clone()
@@ -70,8 +72,13 @@ SCENES = [
     Scene("packed", segments=True),
     Scene("branches", branches=True),
     Scene("window", window=5),
+    Scene("window that holds all", window=TOKENS),
     Scene("packed window", segments=True, window=3),
+    Scene("branches window", branches=True, window=12),
+    Scene("one key head", kv_heads=1),
+    Scene("strided", by_columns=True),
     Scene("dropout", dropout=0.3),
+    Scene("dropout of later heads", dropout=0.3, head_offset=5),
     Scene("packed dropout", segments=True, dropout=0.3),
 ]
 
@@ -81,7 +88,14 @@ def _whole(scene: Scene, dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.requires_grad_() for t in (q, k, v)]
     positions, segments = scene.masks()
     mask = causal_mask(positions, dtype, segments, scene.window)
-    out = attention(*leaves, mask, dropout_p=scene.dropout, dice_BT=scene.dice(), salt=1)
+    out = attention(
+        *leaves,
+        mask,
+        dropout_p=scene.dropout,
+        dice_BT=scene.dice(),
+        salt=1,
+        head_offset=scene.head_offset,
+    )
     out.backward(grad)
     return [out.detach(), *(t.grad for t in leaves)]  # type: ignore[list-item]
 
@@ -91,6 +105,8 @@ def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
     assert group is not None
     index = token_index(TOKENS, size, rank, kind)
     q, k, v, grad = (t.to(dtype)[:, :, index].contiguous() for t in scene.tensors())
+    if scene.by_columns:
+        q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     positions, segments = scene.masks()
     keys = scene.dice()
@@ -100,10 +116,15 @@ def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
         dropout_p=scene.dropout,
         dice_BT=None if keys is None else keys[:, index],
         salt=1,
+        head_offset=scene.head_offset,
     )
     out.backward(grad)
     found = [out.detach(), *(t.grad for t in leaves)]
     return [gather_tokens(t, 2, group, kind) for t in found]  # type: ignore[arg-type]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda s: s.name)
@@ -112,7 +133,14 @@ def test_equals_one_process(ranks: RankPool, scene: Scene, kind: str, world: int
     expected = _whole(scene, torch.float64)
     for found in ranks.run(_parts, scene, kind, torch.float64, world=world):
         for got, want in zip(found, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+            assert _error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_one_rank_is_a_ring_too(ranks: RankPool, kind: str) -> None:
+    [found] = ranks.run(_parts, SCENES[0], kind, torch.float64, world=1)
+    for got, want in zip(found, _whole(SCENES[0], torch.float64), strict=True):
+        assert _error(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["ring", "ulysses"])
@@ -135,9 +163,94 @@ def test_tokens_are_dealt_once_and_evenly(size: int, chunk: int, kind: str) -> N
         assert len({int((d + 1).sum()) for d in dealt}) == 1
 
 
-def test_refused_with_numbers(ranks: RankPool) -> None:
+def test_tokens_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="10 tokens are not a multiple of 4"):
         token_index(10, 2, 0, "ring")
+    with pytest.raises(ValueError, match="10 tokens are not a multiple of 4"):
+        token_index(10, 4, 0, "ulysses")
+
+
+def _refusal() -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    x, index = torch.zeros(1, 3, 4, 4), token_index(8, 2, group.rank(), "ulysses")
+    with pytest.raises(ValueError) as caught:
+        ContextAttention(group, "ulysses")(x, x, x, ContextMask(index, None, torch.arange(8)[None]))
+    return str(caught.value)
+
+
+def test_ulysses_refuses_heads_that_do_not_divide(ranks: RankPool) -> None:
+    for message in ranks.run(_refusal, world=2):
+        assert message == "ulysses: 2 ranks do not divide 3 query heads"
+
+
+def _work(scene: Scene) -> list[tuple[str, int, bool]]:
+    """What this rank does, in order: shifts, and blocks with their area and whether masked."""
+    done: list[tuple[str, int, bool]] = []
+    shift, forward = comm.ring_shift, attention_blocks.forward
+
+    def shifting(*args: Any) -> Any:
+        done.append(("shift", 0, False))
+        return shift(*args)
+
+    def computing(q: Tensor, k: Tensor, v: Tensor, block: Any) -> Any:
+        done.append(("block", q.shape[2] * k.shape[2], block.allowed_B1TS is not None))
+        return forward(q, k, v, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "ring_shift", shifting)
+        patch.setattr(attention_blocks, "forward", computing)
+        group, rank = dist.group.WORLD, dist.get_rank()
+        assert group is not None
+        index = token_index(TOKENS, group.size(), rank, "ring")
+        q, k, v = (t[:, :, index].contiguous() for t in scene.tensors()[:3])
+        positions, segments = scene.masks()
+        ContextAttention(group, "ring")(
+            q, k, v, ContextMask(index, segments, positions, scene.window)
+        )
+    return done
+
+
+@pytest.mark.parametrize("name", ["causal", "window that holds all"])
+def test_causal_work_is_even_unmasked_and_behind_a_shift(ranks: RankPool, name: str) -> None:
+    [scene] = [s for s in SCENES if s.name == name]
+    area = (TOKENS // 4) ** 2
+    blocks = [("block", area, False), *[("block", area // 2, False)] * 3]
+    shift = ("shift", 0, False)
+    expected = [shift, blocks[0], shift, blocks[1], shift, blocks[2], blocks[3]]
+    assert ranks.run(_work, scene, world=4) == [expected] * 4
+
+
+def test_invisible_blocks_are_not_computed(ranks: RankPool) -> None:
+    [scene] = [s for s in SCENES if s.name == "packed window"]
+    for done in ranks.run(_work, scene, world=4):
+        assert [d[0] for d in done].count("shift") == 3
+        assert 0 < [d[0] for d in done].count("block") < 4
+
+
+@pytest.mark.parametrize("how", ["rectangle", "causal", "masked"])
+def test_fused_block_equals_the_explicit_one(how: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k, v, grad = (
+        torch.randn(2, h, 8, 4, generator=g, dtype=torch.float64) for h in (4, 2, 2, 4)
+    )
+    allowed = torch.rand(2, 1, 8, 8, generator=g) < 0.4
+    allowed[0, 0, 3] = False  # a query that sees nothing
+    block = attention_blocks.Block(
+        slice(0, 8), slice(0, 8), allowed if how == "masked" else None, how == "causal"
+    )
+    fused = attention_blocks.forward(q, k, v, block)
+    explicit = attention_blocks._explicit_forward(q, k, v, block)
+    torch.testing.assert_close(fused, explicit, rtol=1e-12, atol=1e-14)
+    # As if other blocks had added as much again, the blind query apart.
+    merged = (fused[0] + grad.roll(1), fused[1] + 0.7)
+    if how == "masked":
+        assert not fused[0][0, :, 3].any()
+        merged[0][0, :, 3] = 0.0
+    found = attention_blocks.backward(grad, q, k, v, *merged, block)
+    wanted = attention_blocks._explicit_backward(grad, q, k, v, *merged, block)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert how != "masked" or not found[0][0, :, 3].any()
 
 
 def _gathered(kind: str) -> Any:

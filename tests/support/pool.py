@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from shardwise.verify.pool import RankPool
+from shardwise.verify.pool import CONTEXT, RankPool
 
-__all__ = ["RankPool", "free_port"]
+__all__ = ["CONTEXT", "RankPool", "free_port"]
 
 
 def free_port() -> int:

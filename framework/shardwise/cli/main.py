@@ -75,15 +75,19 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show each value and its source, then stop.")
     ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Profile one step of each stage (RUN/trace).")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Run a recipe's stages; under torchrun, as one rank of it. Goes on where it was stopped."""
+    overrides = [*(overrides or ()), *(["logging.trace=true"] if trace else [])]
     if print_config:
         from shardwise.config.export import print_config as show
         from shardwise.config.export import provenance_json
         from shardwise.config.load import load_config
 
-        loaded = load_config(config, overrides or ())
+        loaded = load_config(config, overrides)
         emit(provenance_json(loaded), show(loaded), json)
         return
     launch.check_ranks(nproc)
@@ -91,7 +95,7 @@ def train(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from shardwise.launch.train import train as run
 
-    summary = run(config, overrides or (), nproc)
+    summary = run(config, overrides, nproc)
     if json is not None and os.environ.get("RANK", "0") == "0":
         emit(summary, "", json)
 

@@ -136,6 +136,9 @@ class LoggingConfig(Section):
     tensorboard: bool = False
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "shardwise"
+    trace: bool = Field(
+        False, description="profile and count the communication of one step of each stage"
+    )
 
 
 def _kind(data: dict[str, Any]) -> str:

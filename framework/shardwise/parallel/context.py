@@ -95,17 +95,23 @@ class ContextMask:
     window: int | None = None
 
     @property
+    def reach(self) -> int | None:
+        """The window; None where it holds every token, as in `ops.attention.causal_mask`."""
+        num_tokens = self.position_ids_BT.shape[1]
+        return None if self.window is None or self.window >= num_tokens else self.window
+
+    @property
     def is_causal(self) -> bool:
         """Whether order alone decides."""
-        return self.segment_ids_BT is None and self.window is None
+        return self.segment_ids_BT is None and self.reach is None
 
     def allowed(self, query_t: Tensor, key_t: Tensor) -> Tensor:
         """Bool B1TS for queries and keys with these global indices."""
         allowed = plain.allowed_by_position(query_t[None], key_t)
-        if self.window is not None:
+        if self.reach is not None:
             at = self.position_ids_BT
             ahead = at[:, query_t][:, None, :, None] - at[:, key_t][:, None, None, :]
-            allowed = allowed & (ahead < self.window)
+            allowed = allowed & (ahead < self.reach)
         if self.segment_ids_BT is not None:
             segments = self.segment_ids_BT
             query, key = segments[:, query_t], segments[:, key_t]
@@ -114,7 +120,11 @@ class ContextMask:
 
 
 class ContextAttention:
-    """Stands in for `ops.attention.attention` where the tokens are cut."""
+    """Stands in for `ops.attention.attention` where the tokens are cut.
+
+    A graph break under `torch.compile`: what travels between ranks while a block is computed is
+    not the compiler's to order.
+    """
 
     def __init__(self, group: dist.ProcessGroup, kind: str) -> None:
         self.run = ring_attention if kind == "ring" else ulysses_attention
@@ -216,6 +226,7 @@ class _RingAttention(torch.autograd.Function):
         grads = [torch.zeros(t.shape, dtype=wide, device=q.device) for t in held]
         for step in range(size):
             coming = comm.ring_shift(held, group, AXIS) if step < size - 1 else None
+            moving = comm.ring_shift(grads, group, AXIS) if step > 0 else None
             block = ring.block((rank - step) % size)
             parts = None
             if block is not None:
@@ -229,15 +240,16 @@ class _RingAttention(torch.autograd.Function):
                     lse[:, :, rows],
                     block,
                 )
-            if step > 0:
-                grads = comm.ring_shift(grads, group, AXIS).wait()
+            if moving is not None:
+                grads = moving.wait()
             if block is not None and parts is not None:
                 grad_q[:, :, block.rows] += parts[0]
                 grads[0][:, :, block.columns] += parts[1]
                 grads[1][:, :, block.columns] += parts[2]
             if coming is not None:
                 held = coming.wait()
-        grads = comm.ring_shift(grads, group, AXIS).wait()
+        if size > 1:  # a rank cannot send to itself
+            grads = comm.ring_shift(grads, group, AXIS).wait()
         return grad_q.to(q.dtype), grads[0].to(k.dtype), grads[1].to(v.dtype), None
 
 
@@ -305,8 +317,6 @@ def ulysses_attention(
     if num_heads % size:
         raise ValueError(f"ulysses: {size} ranks do not divide {num_heads} query heads")
     repeats = math.lcm(num_kv, size) // num_kv
-    if (num_heads // num_kv) % repeats:
-        repeats = num_heads // num_kv  # every query head its own key head
     if repeats > 1:
         k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)
         v_BGtK = v_BGtK.repeat_interleave(repeats, dim=1)

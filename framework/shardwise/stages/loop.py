@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from shardwise.metrics.meters import Throughput, memory_metrics
 from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
 from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.trace import TRACED_STEP, trace_step
 
 # Updates in a row whose gradients were not finite before the run gives up.
 MAX_SKIPPED = 10
@@ -80,7 +82,9 @@ class Loop:
 
     def _train_step(self, step: int) -> dict[str, float]:
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, step, self.config.steps)
-        metrics = {"lr": lr} | self.stage.train_step(step, lr)
+        traced = self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
+        with trace_step(self.ctx, self.progress) if traced else contextlib.nullcontext():
+            metrics = {"lr": lr} | self.stage.train_step(step, lr)
         if math.isfinite(metrics.get("grad_norm", 0.0)):
             self.skipped = 0
         else:

@@ -1,0 +1,116 @@
+"""What autograd keeps of one micro-batch between its forward and its backward pass, in bytes.
+
+After Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models",
+section 4 and table 2), redone for this code: no dropout masks and no s^2 terms (fused attention
+keeps a log-sum-exp instead), grouped key/value heads, SwiGLU, RMS norms that keep their fp32 input
+and result, and sequence parallelism that keeps gathered inputs of products (Megatron gathers them
+again), so only what the norms keep is divided by tp.
+
+Written for eager blocks; a compiler chooses for itself what it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shardwise.memory.parameters import query_width, used_kv_width
+from shardwise.memory.shapes import ModelShape, Part, Place, Work
+
+_SMALL_ATTENTION = 256 * 64  # seq_len * head_width up to which bf16 attention on CPU runs in fp32
+
+
+def tokens(place: Place, work: Work) -> int:
+    """Tokens of a micro-batch on one rank, in the products."""
+    return work.micro_batch * -(-work.seq_len // place.cp)
+
+
+def stream_tokens(place: Place, work: Work) -> int:
+    """Tokens of a micro-batch on one rank, in norms and residuals (sequence parallelism cuts)."""
+    return -(-tokens(place, work) // (place.tp if place.sp else 1))
+
+
+def boundary(model: ModelShape, place: Place, work: Work) -> int:
+    """Activations of a micro-batch between two blocks."""
+    return work.compute_bytes * stream_tokens(place, work) * model.hidden_size
+
+
+def _norm(model: ModelShape, place: Place, work: Work) -> int:
+    """An RMS norm: input and normalised input in fp32 at least, and 1 / rms of each token."""
+    return work.wide_bytes * stream_tokens(place, work) * (2 * model.hidden_size + 1)
+
+
+def _attention(model: ModelShape, place: Place, work: Work) -> int:
+    """Rotated queries and keys, values, log-sum-exp, and the result twice.
+
+    The kernel's result has the heads in front; the product behind it keeps a copy with the tokens
+    in front. Small heads in bf16 on CPU are computed in fp32, all but that copy.
+    """
+    n, q = tokens(place, work), query_width(model, place)
+    kv = used_kv_width(model, place)
+    if place.cp > 1 and place.cp_kind == "ulysses":  # heads that the ranks do not divide
+        kv *= math.lcm(model.num_kv_heads, place.cp) // model.num_kv_heads
+    inner = 4 if fp32_attention(model, place, work) else work.compute_bytes
+    lse = work.wide_bytes * q // model.head_width
+    return n * (inner * (2 * q + 2 * kv) + lse + work.compute_bytes * q)
+
+
+def fp32_attention(model: ModelShape, place: Place, work: Work) -> bool:
+    """Whether attention runs in fp32 under bf16 (see `ops.attention`); rings never do."""
+    small = work.seq_len * model.head_width <= _SMALL_ATTENTION
+    ring = place.cp > 1 and place.cp_kind == "ring"
+    return work.device == "cpu" and work.compute_bytes == 2 and small and not ring
+
+
+def block(model: ModelShape, place: Place, work: Work) -> int:
+    """A block without recompute: 2 norms, 2 inputs of products, attention, 4 x feed-forward.
+
+    Of the feed-forward: gate, silu(gate), up, and their product.
+    """
+    n, c = tokens(place, work), work.compute_bytes
+    inputs = 2 * n * c * model.hidden_size
+    ffn = 4 * n * c * -(-model.ffn_size // place.tp)
+    return 2 * _norm(model, place, work) + inputs + _attention(model, place, work) + ffn
+
+
+def kept_block(model: ModelShape, place: Place, work: Work) -> int:
+    """What stays of a block until its backward pass begins, with ``work.recompute``.
+
+    ``full``: its input. ``selective``: its input, and the results of products and attention.
+    """
+    if work.recompute == "none":
+        return block(model, place, work)
+    kept = boundary(model, place, work)
+    if work.recompute == "full":
+        return kept
+    n, c, d = tokens(place, work), work.compute_bytes, model.hidden_size
+    q, f = query_width(model, place), -(-model.ffn_size // place.tp)
+    kv = used_kv_width(model, place)
+    wide = 4 if fp32_attention(model, place, work) else c
+    results = c * (q + 2 * kv + 2 * d + 2 * f) + wide * q
+    return kept + n * (results + work.wide_bytes * q // model.head_width)
+
+
+def ends(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """Outside of the blocks: rotary tables (fp32 at least), the last norm, the head's input."""
+    n = tokens(place, work)
+    total = n * work.wide_bytes * model.head_width
+    if part.last:
+        total += _norm(model, place, work) + n * work.compute_bytes * model.hidden_size
+    if not part.first and work.compute_bytes == work.wide_bytes:
+        # What the stage received is what its first norm keeps: it counts as in transit.
+        total -= boundary(model, place, work)
+    return total
+
+
+def kept(model: ModelShape, place: Place, work: Work) -> int:
+    """All that waits for its backward pass at once, of all micro-batches in flight."""
+    of_block = kept_block(model, place, work)
+    return sum(
+        p.in_flight * (p.layers * of_block + ends(model, place, work, p)) for p in place.parts
+    )
+
+
+def peak(model: ModelShape, place: Place, work: Work) -> int:
+    """`kept`, and with recompute one block that is being computed again."""
+    again = block(model, place, work) if work.recompute != "none" else 0
+    return kept(model, place, work) + again

@@ -1,0 +1,227 @@
+"""Bytes on one rank by category, each at its own peak within a training step.
+
+Sources: ZeRO's table of states (Rajbhandari et al. 2020, figure 1 and section 5: fp32 masters and
+two Adam moments cut by the data ranks, copies in the compute dtype gathered), with FSDP2's own
+buffers as torch 2.13 allocates them, and `memory.activations`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from shardwise.memory import activations
+from shardwise.memory.parameters import (
+    Matrix,
+    end_matrices,
+    gathered,
+    groups,
+    held,
+    local,
+    sharded,
+    trained,
+)
+from shardwise.memory.shapes import ModelShape, Part, Place, Work
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "plain_sgd": 0}  # fp32 numbers a parameter
+LOSS_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}  # logits that the loss treats at once
+Optimizer = Literal["adamw", "adam", "sgd", "plain_sgd"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """Bytes on one rank."""
+
+    master_shards: int
+    compute_copies: int
+    gradients: int  # when the optimizer updates: shards
+    peak_gradients: int  # before and while they are reduced
+    optimizer_states: int
+    activations: int
+    buffers: int
+
+    @property
+    def at_update(self) -> int:
+        """What lives while the optimizer updates."""
+        return self.master_shards + self.gradients + self.optimizer_states
+
+
+def occupancy(
+    model: ModelShape, place: Place, work: Work, optimizer: Optimizer = "adamw"
+) -> Occupancy:
+    """All categories."""
+    return Occupancy(
+        master_shards=master_shards(model, place, work),
+        compute_copies=compute_copies(model, place, work),
+        gradients=gradients(model, place, work),
+        peak_gradients=peak_gradients(model, place, work),
+        optimizer_states=optimizer_states(model, place, work, optimizer),
+        activations=activations.peak(model, place, work),
+        buffers=buffers(model, place, work),
+    )
+
+
+def master_shards(model: ModelShape, place: Place, work: Work) -> int:
+    """Parameters in full precision: this rank's part of each."""
+    return work.master_bytes * held(model, place)
+
+
+def optimizer_states(model: ModelShape, place: Place, work: Work, optimizer: Optimizer) -> int:
+    """Two moments (Adam) or one, in full precision; the counters, 4 bytes a tensor, left out."""
+    return STATES[optimizer] * work.master_bytes * trained(model, place)
+
+
+def gradients(model: ModelShape, place: Place, work: Work) -> int:
+    """When the optimizer updates: as the masters, whatever the ZeRO stage (FSDP2 scatters)."""
+    return work.master_bytes * trained(model, place)
+
+
+def compute_copies(model: ModelShape, place: Place, work: Work) -> int:
+    """Weights in the compute dtype while the model computes.
+
+    One rank alone needs none where it computes in the masters' dtype. ZeRO-3 holds the ends and
+    one block at a time (the next one waits in a buffer), the other stages everything.
+    """
+    if place.world == 1 and work.compute_bytes == work.master_bytes:
+        return 0
+    n = place.holders
+    total = 0
+    for part in place.parts:
+        sizes = [gathered(g, n) for g in groups(model, place, work, part)]
+        total += max(sizes[:-1], default=0) + sizes[-1] if place.zero == 3 else sum(sizes)
+    return work.compute_bytes * total
+
+
+def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
+    """Gradients before and while they are reduced.
+
+    One rank turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and -1
+    with several micro-batches sum whole gradients in the masters' dtype. Otherwise those of one
+    group wait whole, in the compute dtype, beside the shards of what was reduced before.
+    """
+    c, m, n = work.compute_bytes, work.master_bytes, place.holders
+    again = work.micro_batches > 1
+    if place.world == 1:
+        table = local(end_matrices(model, place, place.parts[0])[:1])
+        return m * trained(model, place) + (c * table if c != m else 0)
+    by_part = [groups(model, place, work, part) for part in place.parts]
+    whole = [sum(local(g) for g in of_part) for of_part in by_part]
+    if place.zero < 2 and again:
+        return m * sum(whole) + (c * max(whole) if c != m else 0)
+    peak = 0
+    reduced = held(model, place) if again or len(by_part) > 1 else 0
+    for of_part in by_part:
+        done = 0
+        for group in of_part:
+            peak = max(peak, m * max(done, reduced) + c * local(group))
+            done += sharded(group, n)
+    return max(peak, gradients(model, place, work))
+
+
+def buffers(model: ModelShape, place: Place, work: Work) -> int:
+    """Logits, messages, workspace: the largest of four moments, and what a pipeline has in transit.
+
+    Kernels' own workspace is not seen.
+    """
+    return transit(model, place, work) + max(
+        max(
+            loss_buffers(model, place, work, part),
+            backward_buffers(model, place, work, part),
+            gather_buffers(model, place, work, part),
+            reduce_buffers(model, place, work, part),
+        )
+        for part in place.parts
+    )
+
+
+def logits(model: ModelShape, place: Place, work: Work) -> int:
+    """This rank's words of the logits of one micro-batch, in the compute dtype."""
+    words = -(-model.vocab_size // place.tp)
+    return work.compute_bytes * activations.tokens(place, work) * words
+
+
+def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """Logits in flight, a gradient of theirs, and a chunk in fp32 (see `ops.cross_entropy`)."""
+    if not part.last:
+        return 0
+    words = -(-model.vocab_size // place.tp)
+    rows = min(activations.tokens(place, work), LOSS_CHUNK[work.device] // words)
+    held = part.in_flight + 1
+    return held * logits(model, place, work) + work.wide_bytes * max(1, rows) * words
+
+
+def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """The widest moment of a block's backward pass, and what waits beside it.
+
+    It is an RMS norm's (five tensors in fp32 at least) or the feed-forward's (three).
+    """
+    norm = 5 * work.wide_bytes * activations.stream_tokens(place, work) * model.hidden_size
+    width = -(-model.ffn_size // place.tp)
+    ffn = 3 * work.compute_bytes * activations.tokens(place, work) * width
+    return max(norm, ffn) + _waiting(model, place, work, part)
+
+
+def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """During a block's backward pass: the gradient that entered it, a tied head's (it waits for
+    the embedding's), and under ZeRO-3 the weights of the next block.
+    """
+    total = activations.boundary(model, place, work)
+    if part.first and part.last and model.tied:
+        total += work.compute_bytes * local(end_matrices(model, place, part)[:1])
+    if place.zero == 3 and part.layers > 1 and place.holders > 1:
+        total += work.compute_bytes * gathered(groups(model, place, work, part)[0], place.holders)
+    return total
+
+
+def gather_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """An all-gather's result and its rounded input; on CPU, the input once for every rank.
+
+    FSDP2 keeps the result of the last one until the forward pass ends, beside the logits.
+    """
+    n, c = place.holders, work.compute_bytes
+    if n == 1:
+        return 0
+    found = groups(model, place, work, part)
+    largest = max(found, key=local)
+    result = c * gathered(largest, n)
+    moving = result * (2 if work.device == "cpu" else 1)
+    moving += c * sharded(largest, n) if c != work.master_bytes else 0
+    last = found[-2:][0]  # the last block, or everything
+    waiting = logits(model, place, work) if part.last else 0
+    return max(moving, c * gathered(last, n) + waiting)
+
+
+def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """A reduce-scatter's input in the masters' dtype; on CPU, also what the others sent.
+
+    A group of one rank has a copy in place of that. Where shards exist already, from an earlier
+    micro-batch, the result waits to be added.
+    """
+    if place.world == 1:
+        return 0
+    m, n = work.master_bytes, place.holders
+    copies = 2 if work.device == "cpu" or n == 1 else 1
+    added = place.zero > 1 and work.micro_batches > 1
+
+    def reduced(group: list[Matrix]) -> int:
+        return m * (copies * gathered(group, n) + (sharded(group, n) if added else 0))
+
+    *blocks, ends = groups(model, place, work, part)
+    if not blocks:
+        return reduced(ends)
+    return max(reduced(blocks[0]) + _waiting(model, place, work, part), reduced(ends))
+
+
+def transit(model: ModelShape, place: Place, work: Work) -> int:
+    """A pipeline rank's messages: all that it sent, kept until the step ends, and what it received.
+
+    Activations received become gradients sent, so they add up to the micro-batches; of gradients
+    received there is one at a time.
+    """
+    if place.pp == 1:
+        return 0
+    messages = 0
+    for part in place.parts:
+        messages += 0 if part.first else work.micro_batches
+        messages += 0 if part.last else work.micro_batches + 1
+    return messages * activations.boundary(model, place, work)

@@ -1,0 +1,90 @@
+"""The plain numbers that every formula takes: a model, the work of one step, one rank's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from shardwise.errors import ConfigError
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """A decoder of the Llama family; biases, under 0.1 % of any model of use, are left out."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_size: int
+    vocab_size: int
+    tied: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One optimizer step of one rank. Bytes are those of an element."""
+
+    seq_len: int
+    micro_batch: int  # sequences
+    micro_batches: int = 1
+    compute_bytes: int = 2
+    master_bytes: int = 4
+    recompute: Recompute = "none"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def wide_bytes(self) -> int:
+        """What norms and softmax compute in: fp32, or fp64 for fp64."""
+        return max(4, self.compute_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pipeline stage that a rank holds; without pipeline, the one that is everything."""
+
+    layers: int
+    first: bool = True  # has the embedding
+    last: bool = True  # has the norm, the head and the loss
+    in_flight: int = 1  # micro-batches whose activations are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layout as one rank sees it. Raises ConfigError for numbers that no layout has."""
+
+    parts: tuple[Part, ...]
+    dp: int = 1
+    shard: int = 1  # data ranks of a shard group
+    zero: int = 1
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    cp: int = 1
+    cp_kind: Literal["ring", "ulysses"] = "ring"
+
+    def __post_init__(self) -> None:
+        sizes = (self.dp, self.shard, self.tp, self.pp, self.cp)
+        if min(sizes) < 1 or self.zero not in range(4) or not self.parts or self.dp % self.shard:
+            raise ConfigError(f"memory: no layout has these numbers: {self}")
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def holders(self) -> int:
+        """Ranks that share one copy of a parameter; context ranks are data ranks to ZeRO."""
+        return self.shard * self.cp if self.zero else 1
+
+
+def in_flight(schedule: Literal["gpipe", "1f1b"], pp: int, rank: int, micro_batches: int) -> int:
+    """Micro-batches that a pipeline rank holds at once (Narayanan et al. 2021, section 2.2.1).
+
+    GPipe holds all; 1F1B as many as there are ranks from this one to the last.
+    """
+    return micro_batches if schedule == "gpipe" else min(pp - rank, micro_batches)

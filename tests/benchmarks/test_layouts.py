@@ -1,0 +1,158 @@
+"""Self-checks of the layouts benchmark: the load, the verdict, the measuring, and the formulas."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import layouts as bench
+import occupancy
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.engines.native import NativeEngine
+from shardwise.memory import activations
+from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.mesh import build_mesh
+from tests.support import toy
+from tests.support.pool import RankPool
+
+
+def neighbours(*busy: float | None) -> bench.Neighbours:
+    """After one turn of 2 s, of two ranks that burnt 1.4 s each."""
+    readings = iter(busy)
+    found = bench.Neighbours(lambda: next(readings))
+    assert found.during(lambda: [(1.9, 1.4, 0.0), (2.0, 1.4, 0.0)]) == 2.0
+    return found
+
+
+def test_a_busy_machine_is_rejected() -> None:
+    quiet, busy, unknown = neighbours(10.0, 12.9), neighbours(10.0, 13.2), neighbours(None, None)
+    assert (quiet.cores, quiet.quiet) == (pytest.approx(0.05), True)
+    assert (busy.cores, busy.quiet) == (pytest.approx(0.2), False)
+    assert not unknown.quiet
+
+
+def test_busy_seconds_reads_proc_stat(tmp_path: Any) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 4000 500 6 7 8 9 9\ncpu0 1 1 1 1\n")
+    ticks = bench.os.sysconf("SC_CLK_TCK")
+    assert bench.busy_seconds(stat) == (100 + 20 + 30 + 6 + 7 + 8) / ticks
+    assert bench.busy_seconds(tmp_path / "absent") is None
+
+
+def test_a_rejected_ratio_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {
+        "layout": "pp2",
+        "tokens_per_second": {"pp2": 1.0, bench.ALONE: 1.0},
+        "gemm": {"pp2": 1e9, bench.ALONE: 1e9},
+        "others": 0.5,
+        "load": ["0", "1"],
+        "ratio": 1.23,
+        "profiles": {},
+    }
+    bench.report([result | {"quiet": False}], "eager")
+    rejected = capsys.readouterr().out
+    assert "rejected: busy machine" in rejected and "1.23" not in rejected
+    bench.report([result | {"quiet": True}], "eager")
+    assert "1.23 (target 0.88: met)" in capsys.readouterr().out
+
+
+def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--turns", "2", "--warmup", "1", "--gemm-s", "0.1", "--profile"]
+    results = bench.main(["--tiny", *short, "--layouts", "dp2.zero1", "pp2"])
+    for found in results["speed"]:
+        both = {found["layout"], bench.ALONE}
+        assert set(found["tokens_per_second"]) == set(found["gemm"]) == both
+        assert found["ratio"] > 0 and found["load"]
+        # Both sides train the same model on the same tokens.
+        assert found["losses"][found["layout"]] == pytest.approx(
+            found["losses"][bench.ALONE], rel=1e-2
+        )
+    assert {r["layout"] for r in results["memory"]} == {bench.ALONE, "dp2.zero1", "pp2"}
+    assert {r["category"] for r in results["memory"]} >= {"master_shards", "buffers"}
+    wrong = [r for r in results["memory"] if abs(r["error"]) > bench.MEMORY_TARGET]
+    assert not wrong
+    printed = capsys.readouterr().out
+    assert "aten::mm" in printed and "MISSED" not in printed.split("memory by category")[1]
+
+
+def test_births_see_peaks_not_views() -> None:
+    nobody = SimpleNamespace(chunks={}, named=SimpleNamespace(parameters={}))
+    old = torch.ones(10_000)
+    with occupancy.Births(nobody) as births:  # type: ignore[arg-type]
+        a = torch.empty(1000)
+        b = torch.empty(500)
+        views = [a.view(10, 100), old[1:], old.mul_(2)]
+        del a, views
+        gc.collect()
+        c = torch.empty(800)
+        births.alive[b.untyped_storage()._cdata].kind = occupancy.GRADIENT
+        del b, c
+    assert births.peak(occupancy.BUFFER) == 4 * 1000
+    assert births.peak(occupancy.GRADIENT) == 4 * 500
+    assert births.peak(occupancy.ACTIVATION) == 0
+
+
+def step(
+    changes: dict[str, Any], layout: str, parts: int, engine: dict[str, Any]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(measured, by the formulas) of one step in ``parts`` micro-batches."""
+    sizes = {"hidden_size": 64, "num_layers": 3, "ffn_size": 160, "vocab_size": 512}
+    model = toy.llama(**sizes | changes)
+    mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
+    config = EngineConfig.model_validate({"layout": layout, "compile": False} | engine)
+    it = NativeEngine(model, config, mesh, seed=3, optimizer=OptimizerConfig())
+    rows = 8 // it.data_size
+    batch = toy.batch(8, tokens=32, vocab=model.vocab_size).map(lambda t: t[:rows])
+    batch.loss_mask_BT[:] = True
+    batches = batch.split(rows // parts)
+    expected = occupancy.formula(it, batches)
+    if config.recompute != "none":  # the block that is computed again counts as a buffer there
+        expected["activations"] = activations.kept(*occupancy.shapes_of(it, batches))
+        del expected["buffers"]
+    return occupancy.measure(it, batches), expected
+
+
+ODD = {"vocab_size": 301, "tie_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "world", "parts", "engine"),
+    [
+        ({}, "dp1.zero0", 1, 2, {"precision": "bf16"}),
+        (ODD, "dp1.zero0", 1, 1, {"precision": "fp32"}),
+        ({"vocab_size": 61}, "dp1.zero0", 1, 1, {"precision": "bf16"}),  # no room for logits
+        ({}, "dp1.zero0", 1, 1, {"precision": "bf16", "recompute": "selective"}),
+        ({}, "dp1.zero0", 1, 1, {"precision": "fp32", "recompute": "full"}),
+        (ODD, "dp2.zero0", 2, 1, {"precision": "bf16"}),
+        (ODD, "dp2.zero1", 2, 2, {"precision": "bf16"}),
+        ({}, "dp2.zero2", 2, 2, {"precision": "fp32"}),
+        ({}, "dp2.zero3", 2, 2, {"precision": "bf16"}),
+        (ODD, "dp2.zero3", 2, 1, {"precision": "bf16"}),
+        ({"num_kv_heads": 1}, "tp2", 2, 1, {"precision": "bf16"}),
+        ({}, "tp2.sp", 2, 1, {"precision": "bf16", "recompute": "selective"}),
+        (ODD, "pp2.gpipe", 2, 4, {"precision": "bf16"}),
+        ({}, "pp2", 2, 4, {"precision": "fp32"}),
+        ({"num_layers": 4}, "pp4", 4, 8, {"precision": "bf16"}),
+        ({}, "cp2", 2, 1, {"precision": "bf16"}),
+        ({"num_kv_heads": 1}, "cp2.ulysses", 2, 1, {"precision": "bf16"}),
+    ],
+)
+def test_formulas_describe_the_engine(
+    ranks: RankPool,
+    changes: dict[str, Any],
+    layout: str,
+    world: int,
+    parts: int,
+    engine: dict[str, Any],
+) -> None:
+    for rank, (found, expected) in enumerate(
+        ranks.run(step, changes, layout, parts, engine, world=world)
+    ):
+        errors = {n: occupancy.error(found[n], e) for n, e in expected.items()}
+        wrong = {n: f"{e:+.1%}" for n, e in errors.items() if abs(e) > bench.MEMORY_TARGET}
+        assert not wrong, f"rank {rank}: {wrong}"
