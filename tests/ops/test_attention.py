@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardwise.ops import dice, flash
 from shardwise.ops.attention import Mask, allowed_by_position, attention, causal_mask
+from tests.contracts.signatures import checked, versions
 
 
 def _qkv(
@@ -121,30 +122,36 @@ def test_dropout_of_a_slice_of_heads_and_rows() -> None:
 
 
 class _FlashStandIn:
-    """flash-attn 2's two functions, with its released signatures, computed by plain math."""
+    """flash-attn's two functions, behind a release's signatures, computed by plain math."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: str) -> None:
         self.calls: list[str] = []
+        for name, compute in (
+            ("flash_attn_func", self.dense),
+            ("flash_attn_varlen_func", self.varlen),
+        ):
+            setattr(self, name, checked("flash_attn", f"flash_attn.{name}", version, compute))
 
-    def flash_attn_func(
+    def dense(
         self,
+        *,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
+        causal: bool,
+        window_size: tuple[int, int],
+        **unused: Any,
     ) -> Tensor:
-        assert causal and dropout_p == 0.0 and softmax_scale is None
+        assert causal and not any(unused.values()), unused
         self.calls.append("dense")
         window = None if window_size == (-1, -1) else window_size[0] + 1
         index = torch.arange(q.shape[1])
         allowed = allowed_by_position(index[None], index, window)
         return _by_hand(*(t.transpose(1, 2) for t in (q, k, v)), allowed).transpose(1, 2)
 
-    def flash_attn_varlen_func(
+    def varlen(
         self,
+        *,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -152,26 +159,24 @@ class _FlashStandIn:
         cu_seqlens_k: Tensor,
         max_seqlen_q: int,
         max_seqlen_k: int,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
+        **rest: Any,
     ) -> Tensor:
         assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_k
         assert int(cu_seqlens_q[0]) == 0 and int(cu_seqlens_q[-1]) == q.shape[0]
         assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q == max_seqlen_k
         parts = []
         for begin, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
-            document = [t[None, begin:end] for t in (q, k, v)]
-            parts.append(self.flash_attn_func(*document, causal=causal, window_size=window_size)[0])
+            document = {n: t[None, begin:end] for n, t in (("q", q), ("k", k), ("v", v))}
+            parts.append(self.dense(**document, **rest)[0])
         self.calls[:] = ["varlen"]
         return torch.cat(parts)
 
 
+@pytest.mark.parametrize("version", versions("flash_attn"))
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attn_is_called_rightly(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool
+    monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool, version: str
 ) -> None:
     q, k, v = _qkv(2, 4, 2, 7)
     segments = torch.tensor([[5, 5, 5, 6, 6, 6, 6], [6, 7, 7, 7, 7, 8, 8]]) if packed else None
@@ -180,7 +185,7 @@ def test_flash_attn_is_called_rightly(
     expected = attention(q, k, v, plain)
     keys = dice.token_dice(0, 0, "t", torch.arange(2), torch.arange(7))
     dropped = attention(q, k, v, plain, dropout_p=0.3, dice_BT=keys)
-    library = _FlashStandIn()
+    library = _FlashStandIn(version)
     monkeypatch.setattr(flash, "unusable", lambda device, dtype: None)
     monkeypatch.setattr(flash, "_library", lambda: (library, ""))
     mask = causal_mask(positions, q.dtype, segments, window)
