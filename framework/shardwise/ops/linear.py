@@ -31,6 +31,13 @@ def deferred() -> Iterator[list[Callable[[], None]]]:
         _LATER.pop()
 
 
+def later(product: Callable[[], None]) -> bool:
+    """Leave a weight product to whoever opened `deferred`; False: nobody did."""
+    if _LATER:
+        _LATER[-1].append(product)
+    return bool(_LATER)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -51,10 +58,9 @@ class _Linear(torch.autograd.Function):
             result: Tensor = grad.flatten(0, -2).T @ x.flatten(0, -2)
             return result
 
-        if not _LATER:
-            return grad_x, product(), None
         accumulate = ctx.accumulate
-        _LATER[-1].append(lambda: accumulate(product()))
+        if not later(lambda: accumulate(product())):
+            return grad_x, product(), None
         return grad_x, None, None
 
 
