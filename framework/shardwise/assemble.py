@@ -39,7 +39,9 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
     precision, layout = PRECISIONS[engine.precision], mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
-    quantised = None if engine.fp8 is None else Fp8(engine.fp8, model_config, mesh)
+    quantised = (
+        None if engine.fp8 is None else Fp8(engine.fp8, model_config, mesh, precision.compute)
+    )
     chunks: dict[int, Decoder] = {}
     partial: set[str] = set()
     for number in chunks_of(layout, mesh.place["pp"]):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shardwise.ops.capability import capabilities
+from tests.contracts.transformer_engine import installed
 
 
 def _row(library: str) -> tuple[bool, str]:
@@ -21,6 +22,16 @@ def test_every_row_has_a_reason() -> None:
     assert all(r.detail and r.purpose for r in rows)
     if not torch.cuda.is_available():
         assert not any(r.used for r in rows)
+
+
+def test_the_recipes_that_a_gpu_has_products_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _row("transformer_engine") == (False, "no CUDA device")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with installed("2.18.0", device=False):
+        assert _row("transformer_engine")[0]
+        purpose = next(r.purpose for r in capabilities() if r.library == "transformer_engine")
+    assert "block: yes" in purpose
+    assert "mxfp8: mxfp8 scaling needs a GPU of compute capability 10.0 or more" in purpose
 
 
 @pytest.mark.parametrize("genuine", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -86,7 +87,8 @@ class NativeEngine:
         cuts = [self._cut(batch) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
-        run(cuts, sums)
+        with self.fp8.step() if self.fp8 is not None else contextlib.nullcontext():
+            run(cuts, sums)
         self._reshard()
         self.named.finish_gradients()
         if self.fp8 is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.ops import flash
+from shardwise.ops import flash, transformer_engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ def capabilities() -> list[Capability]:
     """The whole table, probed now. Never raises; a library that fails to import is a row."""
     rows: list[tuple[str, str, Callable[[], str | None]]] = [
         ("flash_attn", "attention", _flash_attn),
-        ("transformer_engine", "FP8 linear layers", _transformer_engine),
+        ("transformer_engine", f"FP8 linear layers ({_scalings()})", _transformer_engine),
         ("apex", "fused optimizers and norms", _apex),
         ("triton", "our own kernels", _triton),
     ]
@@ -58,7 +58,16 @@ def _flash_attn() -> str | None:
 
 
 def _transformer_engine() -> str | None:
-    return _missing("transformer_engine", "pip install 'shardwise[gpu]'")
+    return transformer_engine.unusable(torch.device("cuda"))
+
+
+def _scalings() -> str:
+    """Which of the library's recipes this machine's GPU has products for."""
+    device = torch.device("cuda")
+    if _transformer_engine() is not None:
+        return "else emulated"
+    usable = {s: transformer_engine.unusable(device, scaling=s) for s in transformer_engine.NEEDS}
+    return ", ".join(f"{s}: {'yes' if why is None else why}" for s, why in usable.items())
 
 
 def _apex() -> str | None:

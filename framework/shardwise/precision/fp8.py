@@ -9,6 +9,7 @@ a history can be resumed on another layout.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor
 
 from shardwise.config.schema import Fp8Config
+from shardwise.errors import ConfigError
+from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
-from shardwise.ops import comm, fp8
+from shardwise.ops import comm, fp8, transformer_engine
 from shardwise.ops.fp8_linear import Site
 from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.quantised import Quantised, quantised_linears
 from shardwise.parallel.tensor import Matmul, swapped_linear
 from shardwise.precision.domains import Domains
+from shardwise.precision.transformer_engine import TransformerEngine
 
 # Shape suffixes: S quantised layers held here, H steps of history, 3 operands (x, w, g).
 
@@ -43,10 +47,24 @@ def recipe_of(config: Fp8Config) -> fp8.Recipe:
     )
 
 
+def backend(config: Fp8Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """``te`` or ``emulated``, and why. Raises ConfigError where ``te`` is asked for in vain."""
+    reason = transformer_engine.unusable(device, dtype, config.recipe)
+    if config.backend == "te" and reason is not None:
+        raise ConfigError(
+            f"engine.fp8.backend=te, but {reason}; use engine.fp8.backend=auto to emulate"
+        )
+    if config.backend == "emulated" or config.domains is not None:
+        return "emulated", "asked for"
+    return ("te", "it can run here") if reason is None else ("emulated", reason)
+
+
 class Fp8:
     """The quantised layers of one model on this rank, their scales and what the step has seen."""
 
-    def __init__(self, config: Fp8Config, model: DecoderConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, config: Fp8Config, model: DecoderConfig, mesh: Mesh, dtype: torch.dtype
+    ) -> None:
         self.config, self.mesh, self.recipe = config, mesh, recipe_of(config)
         self.layers = {q.path: q for q in quantised_linears(model, config)}
         self.sites: dict[str, Site] = {}
@@ -56,6 +74,12 @@ class Fp8:
             self.domains = Domains(
                 parse_layout(config.domains, world_of(config.domains)), model.kv_heads
             )
+        self.table = registry.sharding(model.family)
+        self.library = (
+            TransformerEngine(self.recipe, mesh, dtype)
+            if backend(config, mesh.device, dtype)[0] == "te"
+            else None
+        )
         self._memory(0)
 
     def _memory(self, num_sites: int) -> None:
@@ -78,25 +102,44 @@ class Fp8:
         self._memory(len(self.sites))
         for i, site in enumerate(self.sites.values()):
             site.scale_3, site.amax_3 = self.scale_S3[i], self.amax_S3[i]
+        if self.library is not None:
+            self.library.attach(model, self.table, {path: self.sites[path] for path in held})
 
     def _matmul(self, layer: Quantised, site: Site) -> Matmul:
         return site.linear if self.domains is None else self.domains.linear(layer, site)
 
     # --- the step -------------------------------------------------------------------------------
 
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """Around all forward and backward passes of a training step."""
+        return contextlib.nullcontext() if self.library is None else self.library.step()
+
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes without gradient."""
+        if self.library is None:
+            return contextlib.nullcontext()
+        return self.library.evaluation(all(site.calibrated for site in self.sites.values()))
+
     @torch.no_grad()
     def finish_step(self) -> None:
         """After the last backward pass: reduce amaxes, move histories and scales on."""
         if self.recipe.scaling == "delayed" and self.sites:
-            comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
-            self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
-                self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
-            )
+            if self.library is not None:
+                self.library.read(self._rows())
+            else:
+                comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
+                self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
+                    self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
+                )
             for site in self.sites.values():
                 site.calibrated = True
         self.amax_S3.zero_()
 
     # --- state ----------------------------------------------------------------------------------
+
+    def _rows(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Path, amax history (H3) and scale (3) of each layer, live."""
+        yield from zip(self.sites, self.history_SH3, self.scale_S3)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``fp8.<path>.amax_history`` (H3) and ``.scale`` (3), live."""
@@ -113,3 +156,5 @@ class Fp8:
         """Take over `state_dict`; `tensors` were filled in place before."""
         for i, site in enumerate(self.sites.values()):
             site.calibrated = bool((self.history_SH3[i] != 0).any())
+        if self.library is not None and self.recipe.scaling == "delayed":
+            self.library.write(self._rows())
