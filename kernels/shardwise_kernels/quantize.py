@@ -32,10 +32,18 @@ def _round(y, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, NAN: tl.constexpr):
 
 
 @triton.jit
-def _store_fp8(pointers, y, mask, LARGEST: tl.constexpr, ROUND: tl.constexpr):
+def _as_float(value, INTERPRETED: tl.constexpr):
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _store_fp8(pointers, y, mask, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
     # Saturate: what does not fit becomes the largest number. A NaN stays one.
     y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
-    if ROUND:
+    if INTERPRETED:
         # The third: what would be stored as the bits of a NaN, were these a number's.
         y = _round(y, 3, 121, 480.0) if LARGEST < 1000.0 else _round(y, 2, 113, 114688.0)
     tl.store(pointers, y.to(pointers.dtype.element_ty), mask=mask)
@@ -43,15 +51,15 @@ def _store_fp8(pointers, y, mask, LARGEST: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit
 def quantize_tensor_kernel(
-    x, q, scale, amax, size, LARGEST: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr
+    x, q, scale, amax, size, LARGEST: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     """One tile of a tensor times ``scale``; ``amax`` (bits of an fp32, zero before) is raised."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < size
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = _as_float(tl.load(x + at, mask=inside, other=0.0), INTERPRETED)
     # Bits of non-negative floats are ordered as integers; a NaN is above them all, and stays seen.
     tl.atomic_max(amax, tl.max(tl.abs(value).to(tl.int32, bitcast=True)))
-    _store_fp8(q + at, value * tl.load(scale), inside, LARGEST, ROUND)
+    _store_fp8(q + at, value * tl.load(scale), inside, LARGEST, INTERPRETED)
 
 
 @triton.jit
@@ -92,7 +100,7 @@ def quantize_blocks_kernel(
     SQUARE: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     MX: tl.constexpr,
-    ROUND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """A tile of blocks: each row of it is one, or (``SQUARE``) the whole."""
     block_m, block_n = tl.program_id(0), tl.program_id(1)
@@ -100,7 +108,7 @@ def quantize_blocks_kernel(
     n = block_n.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     value = tl.load(x + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0)
-    value = value.to(tl.float32)
+    value = _as_float(value, INTERPRETED)
     # As integers, so that a NaN is the largest.
     amax = tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1)
     if SQUARE:
@@ -115,7 +123,9 @@ def quantize_blocks_kernel(
     else:
         scale = _float_scale(amax, LARGEST, POWER_OF_TWO)
         undo = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    _store_fp8(q + m[:, None] * N + n[None, :], value * scale[:, None], inside, LARGEST, ROUND)
+    _store_fp8(
+        q + m[:, None] * N + n[None, :], value * scale[:, None], inside, LARGEST, INTERPRETED
+    )
     if SQUARE:
         first = tl.arange(0, TILE_M) == 0
         tl.store(scales + block_m * scales_stride + block_n + tl.zeros_like(m), undo, mask=first)
@@ -123,9 +133,9 @@ def quantize_blocks_kernel(
         tl.store(scales + m * scales_stride + block_n, undo, mask=m < M)
 
 
-# A GPU's cast rounds to nearest, ties to even. The interpreter's does not below the normal numbers,
-# so there a kernel rounds first and leaves the cast nothing to do.
-_ROUND = not isinstance(quantize_tensor_kernel, triton.JITFunction)
+# A GPU casts exactly, and rounds to nearest, ties to even. The interpreter does neither of what
+# is below the normal numbers: there a kernel leaves its casts nothing to do.
+_INTERPRETED = not isinstance(quantize_tensor_kernel, triton.JITFunction)
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,7 +145,14 @@ def quantize_tensor(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tenso
     if x.numel():
         grid = (triton.cdiv(x.numel(), _FLAT_TILE),)
         quantize_tensor_kernel[grid](
-            x, q, scale, amax, x.numel(), LARGEST=LARGEST[dtype], TILE=_FLAT_TILE, ROUND=_ROUND
+            x,
+            q,
+            scale,
+            amax,
+            x.numel(),
+            LARGEST=LARGEST[dtype],
+            TILE=_FLAT_TILE,
+            INTERPRETED=_INTERPRETED,
         )
     return q, amax.view(torch.float32)
 
@@ -191,7 +208,7 @@ def _blocks(
             SQUARE=square,
             POWER_OF_TWO=power_of_two,
             MX=scale_dtype == torch.uint8,
-            ROUND=_ROUND,
+            INTERPRETED=_INTERPRETED,
             num_warps=8 if square else 4,
         )
     return q, scales

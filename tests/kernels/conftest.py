@@ -15,7 +15,7 @@ def interpret(name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a function of `shardwise_kernels.quantize`."""
     from shardwise_kernels import quantize
 
-    assert quantize._ROUND, "the kernels are not interpreted"
+    assert quantize._INTERPRETED, "the kernels are not interpreted"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of infinities
         return getattr(quantize, name)(*args, **kwargs)

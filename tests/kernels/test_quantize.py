@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shardwise.ops import fp8, fp8_kernels
 from shardwise_kernels import quantize
 
 Call = Callable[..., Any]
@@ -29,7 +32,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     assert a.dtype == b.dtype
     assert a.shape == b.shape
     both_nan = a.float().isnan() & b.float().isnan()
-    return bool(((a.view(torch.uint8) == b.view(torch.uint8)) | both_nan).all())
+    bits = {1: torch.uint8, 4: torch.int32}[a.element_size()]
+    return bool(((a.contiguous().view(bits) == b.contiguous().view(bits)) | both_nan).all())
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -61,8 +65,8 @@ def _compile(
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("kind", ["tensor", "1x128", "128x128", "mx"])
 def test_compiles_for_gpus_with_fp8(capability: int, kind: str) -> None:
-    assert not quantize._ROUND  # the cast is the GPU's own
-    shared = {"LARGEST": 448.0, "ROUND": False}
+    assert not quantize._INTERPRETED  # the cast is the GPU's own
+    shared = {"LARGEST": 448.0, "INTERPRETED": False}
     if kind == "tensor":
         types = {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "amax": "*i32", "size": "i32"}
         done = _compile(
@@ -115,3 +119,45 @@ def test_blocks_by_hand(interpreted: Call, dtype: torch.dtype) -> None:
     assert q_T.shape == (200, 3) and scales_T.shape == (200, 1)
     again, _ = interpreted("quantize_blocks", x.T.contiguous(), dtype, (1, 128))
     assert same(q_T, again)
+
+
+def _numbers(seed: int, rows: int, columns: int) -> Tensor:
+    """Of many magnitudes; with zeros, a block of zeros, infinities, a NaN and subnormal numbers."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=g)
+    x *= torch.logspace(-44, 36, rows)[torch.randperm(rows, generator=g)][:, None]
+    x[:, ::17] = 0.0
+    x[3, :32] = 0.0
+    x[5, 2], x[7, -1], x[11, 0] = torch.inf, -torch.inf, torch.nan
+    return x
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "block", "mxfp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_reference(
+    interpreted: Call, monkeypatch: pytest.MonkeyPatch, recipe: fp8.Scaling, dtype: torch.dtype
+) -> None:
+    """The dispatch of `ops.fp8` on a GPU, but for the kernels' interpreter."""
+    module = SimpleNamespace(
+        **{
+            name: functools.partial(interpreted, name)
+            for name in ("quantize_tensor", "quantize_blocks", "quantize_mx")
+        }
+    )
+    how = fp8.Recipe(recipe)
+    for seed, (rows, columns) in enumerate([(140, 36), (12, 257)]):
+        x = _numbers(seed, rows, columns).to(dtype)
+        for operand in fp8.OPERANDS:
+            for view in (x, x.T):
+                want = fp8.quantise(view, operand, how, torch.tensor(0.37))
+                with monkeypatch.context() as patch:
+                    patch.setattr(fp8_kernels, "unusable", lambda device: None)
+                    patch.setattr(fp8_kernels, "kernels", lambda: module)
+                    got = fp8.quantise(view, operand, how, torch.tensor(0.37))
+                assert got.block == want.block
+                assert same(got.data_RK, want.data_RK)
+                assert same(got.scale_inv, want.scale_inv)
+
+
+def test_the_reason_for_the_reference() -> None:
+    assert "CUDA only" in str(fp8_kernels.unusable(torch.device("cpu")))

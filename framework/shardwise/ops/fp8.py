@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.ops import fp8_kernels
+
 # Shape suffixes: R rows, C rows of the other operand, K what a product sums over; r and k blocks
 # along them; S linear layers, H steps of history.
 
@@ -237,12 +239,33 @@ def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
 def quantise(x_RK: Tensor, operand: Operand, recipe: Recipe, scale: Tensor | None) -> Quantised:
     """By recipe, for a product over K; ``scale`` only where one scale serves the tensor."""
     dtype, block = recipe.dtype(operand), recipe.block(operand)
+    if fp8_kernels.unusable(x_RK.device) is None:
+        return _by_kernels(x_RK, dtype, block, recipe, scale)
     if block is None:
         assert scale is not None
         return quantise_tensor(x_RK, scale, dtype)
     if recipe.scaling == "mxfp8":
         return quantise_mx(x_RK, dtype)
     return quantise_blocks(x_RK, block, dtype)
+
+
+def _by_kernels(
+    x_RK: Tensor,
+    dtype: torch.dtype,
+    block: tuple[int, int] | None,
+    recipe: Recipe,
+    scale: Tensor | None,
+) -> Quantised:
+    kernels = fp8_kernels.kernels()
+    if block is None:
+        assert scale is not None
+        data, _ = kernels.quantize_tensor(x_RK, scale, dtype)
+        return Quantised(data, scale.float().reciprocal())
+    if recipe.scaling == "mxfp8":
+        data, codes = kernels.quantize_mx(x_RK, dtype)
+        return Quantised(data, codes.view(E8M0), block)
+    data, scale_inv = kernels.quantize_blocks(x_RK, dtype, block)
+    return Quantised(data, scale_inv, block)
 
 
 def product(a_RK: Quantised, b_CK: Quantised, dtype: torch.dtype) -> Tensor:
