@@ -39,7 +39,7 @@ class Site:
     scale_3: Tensor
     amax_3: Tensor
     active: bool = True  # else computed without quantisation
-    # Delayed scaling, by operand: whether its scale comes from a history. Until it does, a tensor is
+    # Delayed scaling, by operand: whether its scale comes from a history. Until then, a tensor is
     # scaled by its own amax: a scale of 1 would lose what the first gradients say.
     calibrated: Sequence[bool] = (False, False, False)
     watched: bool = False
