@@ -39,9 +39,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
     precision, layout = PRECISIONS[engine.precision], mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
-    quantised = (
-        None if engine.fp8 is None else Fp8(engine.fp8, model_config, mesh, precision.compute)
-    )
+    quantised = None if engine.fp8 is None else Fp8(engine, model_config, mesh)
     chunks: dict[int, Decoder] = {}
     partial: set[str] = set()
     for number in chunks_of(layout, mesh.place["pp"]):
@@ -63,7 +61,8 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
             quantised.attach(model)
         # 5. Recompute and compile, per block.
         compiled = blocks.wants_compile(engine, mesh.device)
-        blocks.wrap_blocks(model, engine.recompute, compiled)
+        checkpoint = quantised.checkpoint if quantised is not None else None
+        blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint)
         # 6. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute)
         # 7. Memory for this rank's shards alone, then their values.

@@ -121,7 +121,7 @@ class Module(nn.Module):
         if self.site is None:
             recipe = state.recipe
             self.fp8_meta |= {"recipe": recipe, "fp8_group": state.group}
-            self.site = Site("", recipe, torch.ones(3), torch.zeros(3), calibrated=True)
+            self.site = Site("", recipe, torch.ones(3), torch.zeros(3), calibrated=(True,) * 3)
             if recipe.scaling == "delayed":
                 for key, number in (("scaling_fwd", 3), ("scaling_bwd", 2)):
                     self.fp8_meta[key] = SimpleNamespace(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Columns of the table: the kinds of values, some of them together, and their headings.
 _COLUMNS = {
     "initial": ("initial",),
+    "scales": ("amax", "scale", "history", "sentinel"),
     "loss": ("loss", "metric", "logprobs"),
     "gradient": ("gradient",),
     "norm": ("clip norm",),

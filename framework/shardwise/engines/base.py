@@ -47,6 +47,10 @@ class Engine(Protocol):
         """Sum a few numbers over the data ranks, in fp64."""
         ...
 
+    def events(self) -> list[tuple[str, str]]:
+        """What happened inside since the last call that a log should tell, as (kind, text)."""
+        ...
+
     def state_dict(self) -> State:
         """Weights (``model.*``) and optimizer state (``optim.*``), fp32 masters."""
         ...

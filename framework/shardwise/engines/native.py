@@ -84,16 +84,17 @@ class NativeEngine:
         """
         self._train(True)
         self.named.refresh_mirror()
+        if self.fp8 is not None:
+            self.fp8.begin_step(self.updates)
         cuts = [self._cut(batch) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
-        with self.fp8.step() if self.fp8 is not None else contextlib.nullcontext():
+        with self._products(training=True):
             run(cuts, sums)
         self._reshard()
         self.named.finish_gradients()
-        if self.fp8 is not None:
-            self.fp8.finish_step()
-        return sums.reduced()
+        quantised = self.fp8.finish_step(self.updates) if self.fp8 is not None else {}
+        return sums.reduced() | quantised
 
     def _run_in_turn(self, cuts: Sequence[Cut], sums: LossSums) -> None:
         for i, cut in enumerate(cuts):
@@ -159,6 +160,12 @@ class NativeEngine:
         self._train(False)
         self.named.refresh_mirror()
         cuts = [self._cut(batch) for batch in microbatches]
+        with self._products(training=False):
+            return self._forward(cuts, fn)
+
+    def _forward(
+        self, cuts: Sequence[Cut], fn: Callable[[Any, MicroBatch], Tensor]
+    ) -> list[Tensor]:
         if self.mesh.layout.pp == 1:
             return [fn(c.logits(self._call(self.model, c)), c.batch) for c in cuts]
         results: list[Tensor | None] = [None] * len(cuts)
@@ -172,10 +179,23 @@ class NativeEngine:
                 results[i] = fn(cuts[i].logits(output), cuts[i].batch)
         return broadcast_from_last(results, self.mesh)
 
+    def events(self) -> list[tuple[str, str]]:
+        """What happened since the last call, as (kind, text)."""
+        if self.fp8 is None:
+            return []
+        found, self.fp8.events = self.fp8.events, []
+        return found
+
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Sum a few numbers over the data ranks, in fp64."""
         vector = torch.tensor(list(values), dtype=torch.float64, device=self.mesh.device)
         return [float(v) for v in sum_over(vector, self.mesh.groups["dp"]).tolist()]
+
+    def _products(self, *, training: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the passes of a call."""
+        if self.fp8 is None:
+            return contextlib.nullcontext()
+        return self.fp8.computing(training=training)
 
     def _train(self, mode: bool) -> None:
         for chunk in self.chunks.values():

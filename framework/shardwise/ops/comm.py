@@ -90,6 +90,8 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, axis: str) -> Te
 
 def all_max(tensor: Tensor, group: dist.ProcessGroup, axis: str) -> Tensor:
     """Elementwise maximum in place."""
+    if group.size() == 1:
+        return tensor
     count(axis, "all_reduce", tensor)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor

@@ -199,6 +199,8 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor | None], x: Tensor) -> 
 
 def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Recompute ``function`` in the backward pass, with the scales of the forward pass."""
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
     return _loaded().checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -65,8 +66,17 @@ def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
     return setting
 
 
-def wrap_blocks(model: nn.Module, recompute: Recompute, compile: bool) -> None:
-    """Replace the forward of every ``model.layers[i]``; parameter names do not change."""
+def wrap_blocks(
+    model: nn.Module,
+    recompute: Recompute,
+    compile: bool,
+    checkpoint: Callable[..., Any] | None = None,
+) -> None:
+    """Replace the forward of every ``model.layers[i]``; parameter names do not change.
+
+    ``checkpoint(forward, *args)`` is for blocks that must be recomputed (in full) in a way of
+    their own.
+    """
     for block in filter(None, model.layers):  # type: ignore[arg-type]
         forward = block.forward
         if compile:
@@ -74,7 +84,11 @@ def wrap_blocks(model: nn.Module, recompute: Recompute, compile: bool) -> None:
             if recompute == "selective":
                 forward = _with_budget(forward)
         if recompute == "full" or (recompute == "selective" and not compile):
-            forward = _recomputed(forward, selective=recompute == "selective")
+            if checkpoint is None:
+                forward = _recomputed(forward, selective=recompute == "selective")
+            else:
+                assert recompute == "full"
+                forward = functools.partial(checkpoint, forward)
         if forward is not block.forward:
             block.forward = forward  # type: ignore[method-assign]
 

@@ -10,24 +10,26 @@ a history can be resumed on another layout.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwise.config.schema import Fp8Config
+from shardwise.config.schema import EngineConfig, Fp8Config
 from shardwise.errors import ConfigError
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.ops import comm, fp8, transformer_engine
 from shardwise.ops.fp8_linear import Site
-from shardwise.parallel.layout import parse_layout, world_of
+from shardwise.parallel.layout import SPLIT_BACKWARD, Layout, parse_layout, world_of
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.quantised import Quantised, quantised_linears
 from shardwise.parallel.tensor import Matmul, swapped_linear
 from shardwise.precision.domains import Domains
+from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.sentinel import Sentinel
 from shardwise.precision.transformer_engine import TransformerEngine
 
 # Shape suffixes: S quantised layers held here, H steps of history, 3 operands (x, w, g).
@@ -47,39 +49,48 @@ def recipe_of(config: Fp8Config) -> fp8.Recipe:
     )
 
 
-def backend(config: Fp8Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def backend(engine: EngineConfig, layout: Layout, device: torch.device) -> tuple[str, str]:
     """``te`` or ``emulated``, and why. Raises ConfigError where ``te`` is asked for in vain."""
-    reason = transformer_engine.unusable(device, dtype, config.recipe)
-    if config.backend == "te" and reason is not None:
-        raise ConfigError(
-            f"engine.fp8.backend=te, but {reason}; use engine.fp8.backend=auto to emulate"
-        )
+    config = engine.fp8
+    assert config is not None
     if config.backend == "emulated" or config.domains is not None:
         return "emulated", "asked for"
-    return ("te", "it can run here") if reason is None else ("emulated", reason)
+    dtype = PRECISIONS[engine.precision].compute
+    reason = transformer_engine.unusable(device, dtype, config.recipe)
+    if reason is None and engine.recompute == "selective":
+        reason = "Transformer Engine recomputes whole blocks only (engine.recompute=full)"
+    if reason is None and layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
+        reason = f"{layout.schedule} computes weight products apart; use 1f1b or interleaved"
+    if reason is None:
+        return "te", "it can run here"
+    if config.backend == "te":
+        raise ConfigError(
+            f"engine.fp8.backend: te, but {reason}; or use auto, which emulates in that case"
+        )
+    return "emulated", reason
 
 
 class Fp8:
     """The quantised layers of one model on this rank, their scales and what the step has seen."""
 
-    def __init__(
-        self, config: Fp8Config, model: DecoderConfig, mesh: Mesh, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, engine: EngineConfig, model: DecoderConfig, mesh: Mesh) -> None:
+        config = engine.fp8
+        assert config is not None
         self.config, self.mesh, self.recipe = config, mesh, recipe_of(config)
         self.layers = {q.path: q for q in quantised_linears(model, config)}
         self.sites: dict[str, Site] = {}
-        self.kv_heads = model.kv_heads
+        self.sentinel = Sentinel(config.sentinel, list(self.layers))
+        self.events: list[tuple[str, str]] = []  # kind and text, until somebody logs them
         self.domains: Domains | None = None
         if config.domains is not None:
             self.domains = Domains(
                 parse_layout(config.domains, world_of(config.domains)), model.kv_heads
             )
         self.table = registry.sharding(model.family)
-        self.library = (
-            TransformerEngine(self.recipe, mesh, dtype)
-            if backend(config, mesh.device, dtype)[0] == "te"
-            else None
-        )
+        self.library: TransformerEngine | None = None
+        if backend(engine, mesh.layout, mesh.device)[0] == "te":
+            dtype = PRECISIONS[engine.precision].compute
+            self.library = TransformerEngine(self.recipe, mesh, dtype)
         self._memory(0)
 
     def _memory(self, num_sites: int) -> None:
@@ -110,30 +121,49 @@ class Fp8:
 
     # --- the step -------------------------------------------------------------------------------
 
-    def step(self) -> contextlib.AbstractContextManager[None]:
-        """Around all forward and backward passes of a training step."""
-        return contextlib.nullcontext() if self.library is None else self.library.step()
+    def begin_step(self, step: int) -> None:
+        """Before the first forward pass of a step (counted from 0)."""
+        self.amax_S3.zero_()
+        self.sentinel.begin(step, self.sites, self.mesh.device)
 
-    def evaluation(self) -> contextlib.AbstractContextManager[None]:
-        """Around passes without gradient."""
+    @property
+    def checkpoint(self) -> Callable[..., Any] | None:
+        """How blocks are recomputed, where the backend has a way of its own."""
+        return None if self.library is None else transformer_engine.checkpoint
+
+    def computing(self, *, training: bool) -> contextlib.AbstractContextManager[None]:
+        """Around all forward and backward passes of a step, or around passes without gradient."""
         if self.library is None:
             return contextlib.nullcontext()
-        return self.library.evaluation(all(site.calibrated for site in self.sites.values()))
+        return self.library.step() if training else self.library.evaluation()
 
     @torch.no_grad()
-    def finish_step(self) -> None:
-        """After the last backward pass: reduce amaxes, move histories and scales on."""
+    def finish_step(self, step: int) -> dict[str, float]:
+        """After the last backward pass: reduce amaxes, move histories and scales on.
+
+        Returns the sentinel's metrics, the same on every rank.
+        """
+        metrics, events = self.sentinel.finish(step, self.sites)
+        self.events += events
         if self.recipe.scaling == "delayed" and self.sites:
+            comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
+            if self.library is not None:  # a layer that computed there has shown no amax here
+                here = (self.amax_S3 != 0).any(dim=1).tolist()
+                self.library.read(row for row, ours in zip(self._rows(), here) if not ours)
+            self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
+                self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
+            )
             if self.library is not None:
-                self.library.read(self._rows())
-            else:
-                comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
-                self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
-                    self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
-                )
-            for site in self.sites.values():
-                site.calibrated = True
-        self.amax_S3.zero_()
+                self.library.write(row for row, ours in zip(self._rows(), here) if ours)
+            self._calibrate()
+        return metrics
+
+    def _calibrate(self) -> None:
+        """Tell the layers which operands have a history."""
+        if not all(all(site.calibrated) for site in self.sites.values()):
+            known_S3 = (self.history_SH3 != 0).any(dim=1).tolist()
+            for site, known in zip(self.sites.values(), known_S3, strict=True):
+                site.calibrated = known
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -150,11 +180,11 @@ class Fp8:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides `tensors`, as JSON values."""
-        return {}
+        return {"sentinel": self.sentinel.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over `state_dict`; `tensors` were filled in place before."""
-        for i, site in enumerate(self.sites.values()):
-            site.calibrated = bool((self.history_SH3[i] != 0).any())
+        self._calibrate()
+        self.sentinel.load_state_dict(state["sentinel"], self.sites)
         if self.library is not None and self.recipe.scaling == "delayed":
             self.library.write(self._rows())

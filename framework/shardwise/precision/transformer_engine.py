@@ -10,7 +10,8 @@ recompute and compile do. What the library computes, its collectives included, i
 - Linear, row parallel, for what closes a parallel region;
 - Linear on local parts for the rest, behind a norm of ours that has entered the region.
 
-A layer that the sentinel watches, or that fell back, computes as without the library.
+A layer that the sentinel watches, that fell back or that has no scales yet (delayed scaling, first
+step) computes as without the library.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TransformerEngine:
     def __init__(self, recipe: fp8.Recipe, mesh: Mesh, dtype: torch.dtype) -> None:
         self.recipe = library.library_recipe(recipe)
         self.delayed = recipe.scaling == "delayed"
-        self.tile = None if recipe.block("x") is None else recipe.multiple
+        self.tile = None if recipe.block("x") is None else fp8.WIDTHS[recipe.scaling]
         self.dtype, self.layout = dtype, mesh.layout
         self.tp, self.amax_group = mesh.groups["tp"], mesh.groups["stage"]
         self.modules: dict[str, nn.Module] = {}  # by path of our layer; shared by fused ones
@@ -139,10 +140,13 @@ class TransformerEngine:
         ours = module.forward
 
         def choose(x: Tensor) -> Tensor:
-            use = all(site.active and not site.watched for site in sites)
-            return forward(x) if use else ours(x)
+            return forward(x) if all(map(self._computes, sites)) else ours(x)
 
         module.forward = choose  # type: ignore[method-assign]
+
+    def _computes(self, site: Site) -> bool:
+        known = not self.delayed or all(site.calibrated)
+        return known and site.active and not site.watched
 
     # --- around passes --------------------------------------------------------------------------
 
@@ -150,10 +154,9 @@ class TransformerEngine:
         """Around all forward and backward passes of a training step."""
         return library.step(self.recipe, self.amax_group)
 
-    def evaluation(self, calibrated: bool) -> contextlib.AbstractContextManager[None]:
-        """Around passes without gradient; without a history, delayed scaling has no scales."""
-        enabled = calibrated or not self.delayed
-        return library.computing(self.recipe, self.amax_group, enabled)
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes without gradient."""
+        return library.computing(self.recipe, self.amax_group)
 
     # --- the memory of delayed scaling ----------------------------------------------------------
 

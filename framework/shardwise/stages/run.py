@@ -93,7 +93,15 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
     updates = getattr(stage, "updates_per_rollout", 1)
     for size in {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}:
         feasible.check(
-            feasible.Case(layout, run.model, compiled, size // updates, stage.batch.micro_batch)
+            feasible.Case(
+                layout,
+                run.model,
+                compiled,
+                size // updates,
+                stage.batch.micro_batch,
+                stage.engine.precision,
+                stage.engine.fp8,
+            )
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from shardwise.data.batch import join
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.ops import comm, dice
+from shardwise.ops.fp8_linear import Seen, listening
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
 from shardwise.precision.policy import PRECISIONS
@@ -32,17 +35,30 @@ class Played:
     """One rank's results. Tensors come from rank 0 alone; other ranks send their digests."""
 
     values: dict[str, Tensor]
+    scales: dict[str, Tensor]  # what this rank scaled by, in FP8; other ranks hold other parts
     digests: dict[str, str]
     boxes: dict[str, list[Any]]  # parameter: the boxes of it that this rank holds
     volumes: list[dict[str, Any]]  # communication of the first update
     checksum: str  # of the weights that generated
 
 
-def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Played:
-    """Every rank of the layout calls this; ``precision`` replaces the recipe's."""
+def play(
+    tape: Tape, layout: str, precision: str, compiled: bool = False, domains: str | None = None
+) -> Played:
+    """Every rank of the layout calls this; ``precision`` replaces the recipe's.
+
+    ``domains``: with FP8, whose scaling domains one process emulates.
+    """
     torch.manual_seed(0)
     [stage] = [s for s in tape.run.stages if s.name == tape.stage]
-    updates = {"layout": layout, "precision": precision, "compile": compiled, "device": "cpu"}
+    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update={"domains": domains})
+    updates = {
+        "layout": layout,
+        "precision": precision,
+        "compile": compiled,
+        "device": "cpu",
+        "fp8": fp8,
+    }
     config = stage.engine.model_copy(update=updates)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     engines = [
@@ -57,22 +73,25 @@ def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Pla
         player.call(number, call)
     player.note_weights("weight")
     player.note_moments()
+    player.note_histories()
     checksum = player.generate(PRECISIONS[precision].compute) if tape.prompts else ""
     digests = {name: digest(value) for name, value in player.values.items()}
     values = player.values if dist.get_rank() == 0 else {}
-    return Played(values, digests, player.boxes(), player.volumes or [], checksum)
+    volumes = player.volumes or []
+    return Played(values, player.scales, digests, player.boxes(), volumes, checksum)
 
 
 class _Player:
     """Notes values in the order in which they come about: what differs first is nearest the bug.
 
-    Kinds: initial, logprobs, loss, metric, gradient, clip norm, weight, moment, generated tokens,
-    generated logprobs.
+    Kinds: initial, logprobs, loss, metric, sentinel, gradient, clip norm, weight, moment, generated
+    tokens, generated logprobs. Kinds of scales: amax, scale, history.
     """
 
     def __init__(self, tape: Tape, engines: list[NativeEngine]) -> None:
         self.tape, self.engines = tape, engines
         self.values: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
         self.volumes: list[dict[str, Any]] | None = None
 
     def note(self, kind: str, name: str, value: Tensor | float) -> None:
@@ -100,7 +119,9 @@ class _Player:
         where = f"{self.label(call.engine)}call {number + 1}"
         share = len(call.batches) // engine.data_size
         mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
-        if engine.mesh.layout.pp == 1 and len({b.num_tokens for b in call.batches}) == 1:
+        same_size = len({b.num_tokens for b in call.batches}) == 1
+        # A micro-batch is a scaling domain of its own.
+        if engine.mesh.layout.pp == 1 and same_size and engine.fp8 is None:
             # A layout without a pipeline computes few and large micro-batches faster; how many
             # there are may change nothing (design decision 2).
             half = -(-len(mine) // 2)
@@ -113,16 +134,37 @@ class _Player:
             everyone[start : start + len(rows)] = rows
             self.note("logprobs", where, torch.tensor(engine.sum_over_data(everyone.tolist())))
             return
-        with comm.tally() as tally:
+        with comm.tally() as tally, self.noting_scales(where, engine.data_rank * share):
             metrics = engine.forward_backward(mine, call.loss)
         self.note("loss", where, metrics.pop("loss"))
         for name, value in metrics.items():
-            self.note("metric", f"{where} {name}", value)
+            kind = "sentinel" if name.startswith("fp8") else "metric"
+            self.note(kind, f"{where} {name}", value)
         if self.volumes is None:
             self.volumes = tally.rows()
             for name, value in engine.full("grads"):
                 self.note("gradient", f"{self.label(call.engine)}{name}", value)
         self.note("clip norm", where, engine.step(call.lr))
+
+    def noting_scales(self, where: str, first: int) -> contextlib.AbstractContextManager[None]:
+        """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
+        passes: Counter[tuple[str, int]] = Counter()
+
+        def note(seen: Seen) -> None:
+            key = (seen.site.path, seen.site.part)
+            number = first + passes[key]
+            passes[key] += 1
+            name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
+            self.scales[f"amax/{name}"] = seen.amax_3.clone()
+            for operand, scale_inv in seen.scale_inv.items():
+                self.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
+
+        return listening(note)
+
+    def note_histories(self) -> None:
+        for number, engine in enumerate(self.engines):
+            for name, value in engine.fp8.tensors() if engine.fp8 is not None else ():
+                self.scales[f"history/{self.label(number)}{name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
         named = self.engines[0].named.parameters
