@@ -39,7 +39,8 @@ KINDS = {
 class State:
     """What the library keeps globally: its `FP8GlobalStateManager`."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: int) -> None:
+        self.part = part  # of a layer, which it tells whoever looks on
         self.enabled, self.recipe, self.group, self.depth = False, None, None, 0
         self.first = False
         self.modules: list[Module] = []
@@ -121,7 +122,14 @@ class Module(nn.Module):
         if self.site is None:
             recipe = state.recipe
             self.fp8_meta |= {"recipe": recipe, "fp8_group": state.group}
-            self.site = Site("", recipe, torch.ones(3), torch.zeros(3), calibrated=(True,) * 3)
+            self.site = Site(
+                self.given.name,
+                recipe,
+                torch.ones(3),
+                torch.zeros(3),
+                calibrated=(True,) * 3,
+                part=state.part,
+            )
             if recipe.scaling == "delayed":
                 for key, number in (("scaling_fwd", 3), ("scaling_bwd", 2)):
                     self.fp8_meta[key] = SimpleNamespace(
@@ -222,9 +230,9 @@ def _recipe(kind: str) -> Any:
     return build
 
 
-def build(release: str) -> tuple[dict[str, ModuleType], State]:
+def build(release: str, part: int) -> tuple[dict[str, ModuleType], State]:
     """The modules of a release, by dotted name; only what its signatures list is in them."""
-    state = State()
+    state = State(part)
     manager = SimpleNamespace()
     computes: dict[str, Any] = {
         "Linear": lambda **g: Module(state, release, norm=None, **g),
@@ -268,9 +276,9 @@ def build(release: str) -> tuple[dict[str, ModuleType], State]:
 
 
 @contextlib.contextmanager
-def installed(release: str, *, device: bool = True) -> Iterator[State]:
+def installed(release: str, *, device: bool = True, part: int = 0) -> Iterator[State]:
     """The adapter finds that release in this process, and (``device``) may use it on any device."""
-    modules, state = build(release)
+    modules, state = build(release, part)
     library._quantization.cache_clear()
     pytorch = modules[f"{NAME}.pytorch"]
     with (

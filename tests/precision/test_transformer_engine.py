@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import torch.distributed as dist
 
 from shardwise.config.schema import EngineConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
+from shardwise.errors import ConfigError
 from shardwise.losses.causal_lm import CausalLM
+from shardwise.ops import transformer_engine as library
 from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import build_mesh
+from shardwise.precision.fp8 import backend
+from shardwise.verify.pool import RankError
 from tests.contracts.signatures import groups
 from tests.contracts.transformer_engine import installed
 from tests.support import toy
@@ -106,3 +111,119 @@ def test_every_release_is_called_rightly(ranks: RankPool, release: str) -> None:
         [got] = ranks.run(train, "dp1.zero0", recipe, release, "gpt2", world=1)
         [want] = ranks.run(train, "dp1.zero0", recipe, None, "gpt2", world=1)
         assert far(got, want) == []
+
+
+def test_recompute_is_the_library_s_own(ranks: RankPool) -> None:
+    [want] = ranks.run(train, "dp1.zero0", "delayed", None, world=1)
+    [got] = ranks.run(train, "dp1.zero0", "delayed", RELEASES[-1], world=1, recompute="full")
+    assert far(got, want) == []
+
+
+def resume(release: str, layout: str) -> bool:
+    """Two steps, a save, one more; and that one again from what was saved, in a new engine."""
+    config = EngineConfig.model_validate({"layout": layout, "compile": False, "fp8": FP8})
+
+    def make() -> NativeEngine:
+        mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
+        optimizer = OptimizerConfig(eps=1e-4)
+        return NativeEngine(MODELS["gpt2"], config, mesh, seed=7, stage="t", optimizer=optimizer)
+
+    def step(it: NativeEngine, seed: int) -> float:
+        batch = toy.batch(4, tokens=8, seed=seed)
+        loss = it.forward_backward(
+            batch.split(4 // it.data_size)[it.data_rank].split(1), CausalLM()
+        )
+        it.step(1e-2)
+        return loss["loss"]
+
+    with installed(release):
+        unbroken = make()
+        for seed in range(2):
+            step(unbroken, seed)
+        state = unbroken.state_dict()
+        saved = {n: t.clone() for n, t in state.tensors.items()}
+        want = step(unbroken, 2)
+        resumed = make()
+        for name, tensor in resumed.state_dict().tensors.items():
+            tensor.copy_(saved[name])
+        resumed.load_state_dict(state.meta)
+        got = step(resumed, 2)
+        after, others = unbroken.state_dict().tensors, resumed.state_dict().tensors
+        whole = {n: t for n, t in after.items() if n.startswith("fp8")}
+        assert whole
+        return got == want and all(torch.equal(t, others[n]) for n, t in whole.items())
+
+
+FP8 = {
+    "recipe": "delayed",
+    "backend": "te",
+    "amax_history_len": 3,
+    "first_layers": 0,
+    "last_layers": 0,
+}
+
+
+@pytest.mark.parametrize("layout", ["dp1.zero0", "tp2.sp"])
+def test_histories_survive_a_resume(ranks: RankPool, layout: str) -> None:
+    assert all(ranks.run(resume, RELEASES[-1], layout, world=world_of(layout)))
+
+
+def chosen(**changes: Any) -> tuple[str, str]:
+    """The backend and why, where the library could run."""
+    fp8 = FP8 | {"backend": changes.pop("backend", "auto")}
+    layout = changes.get("layout", "dp1.zero0")
+    engine = EngineConfig.model_validate({"layout": layout, "fp8": fp8} | changes)
+    return backend(engine, parse_layout(layout, world_of(layout)), torch.device("cpu"))
+
+
+def test_who_computes_and_why() -> None:
+    assert chosen() == ("emulated", "Transformer Engine runs on CUDA only, not on cpu")
+    with pytest.raises(ConfigError, match=r"fp8\.backend: te, but .* CUDA only.* use auto"):
+        chosen(backend="te")
+    with installed(RELEASES[-1]):
+        assert chosen() == ("te", "it can run here")
+        assert chosen(backend="emulated")[0] == "emulated"
+        name, why = chosen(recompute="selective")
+        assert name == "emulated" and "engine.recompute=full" in why
+        name, why = chosen(layout="pp2.zbv")
+        assert name == "emulated" and "use 1f1b or interleaved" in why
+        with pytest.raises(ConfigError, match="use 1f1b"):
+            chosen(layout="pp2.zbv", backend="te")
+
+
+def wrong(what: str) -> None:
+    """One step of an adapter with a mistake, on the oldest release."""
+
+    def misspelt(*args: Any, **kwargs: Any) -> Any:
+        return library._loaded().Linear(*args, parallelmode=None)
+
+    @contextlib.contextmanager
+    def modern(recipe: Any, group: Any, enabled: bool = True) -> Any:
+        with library._loaded().fp8_autocast(enabled=enabled, recipe=recipe):
+            yield
+
+    faults = {
+        "keyword": mock.patch.object(library, "linear", misspelt),
+        "renamed": mock.patch.object(library, "computing", modern),
+    }
+    with faults[what]:
+        train("dp1.zero0", "delayed", RELEASES[0])
+
+
+@pytest.mark.parametrize("what,says", [("keyword", "parallelmode"), ("renamed", "'recipe'")])
+def test_the_contract_can_fail(ranks: RankPool, what: str, says: str) -> None:
+    with pytest.raises(RankError, match=f"(Linear|fp8_autocast) of transformer_engine 2.*{says}"):
+        ranks.run(wrong, what, world=1)
+
+
+def per_call_scales(release: str) -> bool:
+    """Whether the gradients' scales differ when the first backward pass may move them on."""
+    [one, other] = [train("dp1.zero0", "delayed", release)["fp8"] for _ in range(2)]
+    with mock.patch.object(library, "step", library.computing):
+        third = train("dp1.zero0", "delayed", release)["fp8"]
+    assert all(torch.equal(t, other[n]) for n, t in one.items())
+    return any(not torch.equal(t, third[n]) for n, t in one.items())
+
+
+def test_the_step_matters(ranks: RankPool) -> None:
+    assert ranks.run(per_call_scales, RELEASES[-1], world=1) == [True]

@@ -152,21 +152,32 @@ class Parallel:
 
 
 def linear(
-    in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, parallel: Parallel
+    name: str,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    parallel: Parallel,
 ) -> nn.Module:
-    """Its Linear, without memory: `call` brings the weights. Sizes are those before the cut."""
+    """Its Linear, without memory: `call` brings the weights. Sizes are those before the cut.
+
+    ``name`` is what its debugging tools will call it.
+    """
     module: nn.Module = _loaded().Linear(
         in_features,
         out_features,
         bias=bias,
         params_dtype=dtype,
         device="meta",
+        name=name,
         **parallel.arguments(),
     )
     return module
 
 
 def norm_linear(
+    name: str,
     in_features: int,
     out_features: int,
     *,
@@ -185,6 +196,7 @@ def norm_linear(
         bias=bias,
         params_dtype=dtype,
         device="meta",
+        name=name,
         **parallel.arguments(),
     )
     return module

@@ -77,6 +77,7 @@ class TransformerEngine:
         held = [_held(c) for c in columns]
         widths = [weight_OI.shape[0] for weight_OI, _ in held]
         module = library.norm_linear(
+            " ".join(paths),
             held[0][0].shape[1],
             sum(widths) * self.layout.tp,
             eps=norm.eps,  # type: ignore[arg-type]
@@ -107,6 +108,7 @@ class TransformerEngine:
         parallel = self._parallel("row" if row else None)
         weight_OI, bias_O = _held(layer)
         module = library.linear(
+            path,
             weight_OI.shape[1] * parallel.size,
             weight_OI.shape[0],
             bias=bias_O is not None,

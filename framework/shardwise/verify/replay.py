@@ -51,7 +51,9 @@ def play(
     """
     torch.manual_seed(0)
     [stage] = [s for s in tape.run.stages if s.name == tape.stage]
-    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update={"domains": domains})
+    # Here, the library of a GPU is whatever runs in its place.
+    changes = {"domains": domains, "backend": "auto"}
+    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
     updates = {
         "layout": layout,
         "precision": precision,
