@@ -12,6 +12,10 @@ recompute and compile do. What the library computes, its collectives included, i
 
 A layer that the sentinel watches, that fell back or that has no scales yet (delayed scaling, first
 step) computes as without the library.
+
+With sequence parallelism the library's collectives cut the first dimension, so its rows are ordered
+by token, then by sequence: tiles along the rows (for weight gradients, by tiles) then hold other
+tokens than the emulation's, unless a micro-batch has one sequence.
 """
 
 from __future__ import annotations
