@@ -17,7 +17,7 @@ from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.layout import SPLIT_BACKWARD
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import chunks_of, split_model
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
     ones.
     """
     assert isinstance(model_config, DecoderConfig)
-    precision, layout = PRECISIONS[engine.precision], mesh.layout
+    precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
     chunks: dict[int, Decoder] = {}

@@ -67,7 +67,9 @@ class EngineConfig(Section):
 
     kind: Literal["native"] = "native"
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")

@@ -23,7 +23,7 @@ from shardwise.optim.build import build_optimizer, optimizer_tensors
 from shardwise.parallel import data, pipeline
 from shardwise.parallel.mesh import Mesh
 from shardwise.precision.loss_scale import DynamicLossScale
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 
 
 class NativeEngine:
@@ -52,7 +52,7 @@ class NativeEngine:
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.seed, self.stage = seed, stage
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
-        self.precision = PRECISIONS[config.precision]
+        self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed)
         self.chunks = assembled.chunks
         self.named = Named(assembled, model_config, mesh)

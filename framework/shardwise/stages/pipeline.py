@@ -28,7 +28,7 @@ from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 from shardwise.stages.base import StageContext, stage_mesh
 from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
 from shardwise.stages.registry import EVALUATIONS, STAGES
@@ -135,7 +135,7 @@ class Pipeline:
         name = stage.engine.precision
         if name not in self.gemm:
             dist.barrier()
-            mine = measure_gemm(PRECISIONS[name].compute, device, budget_s=1.0).flops
+            mine = measure_gemm(precision_of(name, device).compute, device, budget_s=1.0).flops
             total = torch.tensor(mine, dtype=torch.float64, device=device)
             self.gemm[name] = float(sum_over(total, dist.group.WORLD))
         return self.gemm[name]

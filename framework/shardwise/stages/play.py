@@ -12,7 +12,7 @@ import torch
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
 from shardwise.parallel.collectives import gather_json
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import Sampling
@@ -76,7 +76,7 @@ class Player:
         max_slots: int = 128,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
-        self.dtype = dtype or PRECISIONS[ctx.stage.engine.precision].compute
+        self.dtype = dtype or precision_of(ctx.stage.engine.precision, ctx.mesh.device).compute
         self.generator = Generator(
             ctx.run.model,
             self.dtype,

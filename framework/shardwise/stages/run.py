@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
-from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.schema import EngineConfig, RunConfig, StageConfig
 from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig, training_texts
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import pick_device, start
+from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages.pipeline import Pipeline, write_atomically
 from shardwise.stages.summary import summarize
 
@@ -42,6 +44,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     start(pick_device(run.engine.device), run.engine.timeout_s)
     rank = dist.get_rank()
     began = time.perf_counter()
+    run = with_precision(run)
     directory = run.directory
     if rank == 0:
         _claim(directory, loaded)
@@ -137,6 +140,26 @@ def with_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
             "use 0 to take the tokenizer's"
         )
     return run
+
+
+def with_precision(run: RunConfig) -> RunConfig:
+    """Say what ``engine.precision: auto`` is here: the same on all ranks, a part of the lineage."""
+
+    def named(engine: EngineConfig) -> EngineConfig:
+        device = pick_device(engine.device)
+        able = torch.tensor([float(multiplies_bf16(device))], device=device)
+        dist.all_reduce(able, op=dist.ReduceOp.MIN)
+        precision = "bf16" if float(able) else "fp32"
+        return engine.model_copy(update={"precision": precision})
+
+    updates: dict[str, Any] = {}
+    if run.engine.precision == "auto":
+        updates["engine"] = named(run.engine)
+    updates["stages"] = [
+        s.model_copy(update={"engine": named(s.engine)}) if s.engine.precision == "auto" else s
+        for s in run.stages
+    ]
+    return run.model_copy(update=updates)
 
 
 def _claim(directory: Path, loaded: LoadedConfig) -> None:

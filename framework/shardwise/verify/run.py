@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardwise.config.load import load_config
 from shardwise.config.schema import RunConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
 from shardwise.parallel.layout import parse_layout
+from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.compare import Difference, bounds, compare, disagreements, holders
@@ -228,8 +230,9 @@ def verify(
         for one in chosen:
             wanted = _layouts(run, one, layouts, refused)
             verifier = Verifier(recipe, [*wanted, SINGLE], mine)
+            own = resolve(one.engine.precision, torch.device("cpu"))
             for layout in wanted:
-                for precision in dict.fromkeys(("fp64", one.engine.precision)):
+                for precision in dict.fromkeys(("fp64", own)):
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
                     if tell is not None:
