@@ -35,6 +35,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
     ones.
     """
     assert isinstance(model_config, DecoderConfig)
+    compiled = blocks.wants_compile(engine.compile, mesh.device)
     precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
@@ -47,7 +48,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         # 2. The layers of this pipeline stage.
         model.keep(parts[number])
         # 3. Tensor and context parallelism, by swapping modules.
-        partial.update(tensor.parallelize(model, table, mesh))
+        partial.update(tensor.parallelize(model, table, mesh, overlap=not compiled))
         if layout.cp > 1:
             for module in model.modules():
                 if isinstance(module, Attention):
@@ -55,7 +56,6 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         if layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
             tensor.defer_weight_products(model)
         # 4. Recompute and compile, per block.
-        compiled = blocks.wants_compile(engine.compile, mesh.device)
         blocks.wrap_blocks(model, engine.recompute, compiled)
         # 5. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute)

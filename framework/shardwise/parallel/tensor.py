@@ -33,7 +33,7 @@ from shardwise.parallel.mesh import Mesh
 # Shape suffixes: B sequences, T tokens, D model width, I input and O output features.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Axis:
     """The tp axis as the swapped modules see it."""
 
@@ -42,6 +42,8 @@ class Axis:
     size: int
     rank: int
     sequence: bool
+    overlap: bool  # of weight products with the collective behind them
+    later: regions.Later | None = None  # weight products of the region that was entered last
 
     def parameter(self, old: Tensor, placement: Placement) -> nn.Parameter:
         """``old`` (whole, on the meta device) as this rank's part of a DTensor."""
@@ -68,9 +70,11 @@ class Axis:
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """Make all tokens whole on every rank."""
+        # Without a gradient to send back, nobody would compute what was left for later.
+        self.later = [] if self.overlap and x_BTD.requires_grad else None
         if self.sequence:
-            return regions.gather_tokens(x_BTD, self.group, self.size)
-        return regions.enter(x_BTD, self.group)
+            return regions.gather_tokens(x_BTD, self.group, self.size, self.later)
+        return regions.enter(x_BTD, self.group, self.later)
 
     def own_tokens(self, x_BT: Tensor) -> Tensor:
         """This rank's slice of the second dimension under sequence parallelism, else all."""
@@ -88,10 +92,12 @@ class _Swapped(nn.Module):
     partial: tuple[str, ...] = ()
     defer = False  # whether a schedule asks for weight products apart
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear layer over local parts."""
-        add = functools.partial(_add_grad, weight) if self.defer else None
-        return linear(x, local(weight), None if bias is None else local(bias), add)
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
+    ) -> Tensor:
+        """A linear layer over local parts; ``later`` takes its weight product."""
+        add = functools.partial(_add_grad, weight) if self.defer or later is not None else None
+        return linear(x, local(weight), None if bias is None else local(bias), add, later)
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:
@@ -136,12 +142,13 @@ class ColumnLinear(_Swapped):
 
     def __init__(self, old: nn.Linear, axis: Axis) -> None:
         super().__init__()
+        self.axis = axis
         self.weight = axis.parameter(old.weight, Shard(0))
         self.bias = None if old.bias is None else axis.parameter(old.bias, Shard(0))
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """All inputs to this rank's outputs."""
-        return self.product(x_BTI, self.weight, self.bias)
+        return self.product(x_BTI, self.weight, self.bias, self.axis.later)
 
 
 class SharedHeadLinear(_Swapped):
@@ -274,16 +281,19 @@ def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
     raise ValueError(f"unknown tensor-parallel style {style!r}")
 
 
-def parallelize(model: Decoder, table: Iterable[ShardRule], mesh: Mesh) -> list[str]:
+def parallelize(
+    model: Decoder, table: Iterable[ShardRule], mesh: Mesh, *, overlap: bool = False
+) -> list[str]:
     """Swap the modules of ``model`` (on the meta device) in place, by its family's table.
 
-    Returns the names of the parameters whose gradients are partial sums over tp ranks. Raises
-    ValueError for a module with parameters that no row of the table names.
+    ``overlap`` computes weight products while the gradient of their input travels; not for models
+    to compile. Returns the names of the parameters whose gradients are partial sums over tp ranks.
+    Raises ValueError for a module with parameters that no row of the table names.
     """
     if mesh.layout.tp == 1:
         return []
     group = mesh.groups["tp"]
-    axis = Axis(mesh, regions.register(group), group.size(), group.rank(), mesh.layout.sp)
+    axis = Axis(mesh, regions.register(group), group.size(), group.rank(), mesh.layout.sp, overlap)
     rules = tuple(table)
     partial: list[str] = []
     for path, module in list(model.named_modules()):
