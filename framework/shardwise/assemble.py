@@ -17,6 +17,7 @@ from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.layout import SPLIT_BACKWARD
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import chunks_of, split_model
+from shardwise.precision.fp8 import Fp8
 from shardwise.precision.policy import precision_of
 
 
@@ -26,19 +27,20 @@ class Assembled:
 
     chunks: dict[int, Decoder]  # by number of pipeline stage
     partial: frozenset[str]  # parameters whose gradients are partial sums over tp ranks
+    fp8: Fp8 | None = None
 
 
 def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: int) -> Assembled:
     """A distributed model with its initial weights, a pure function of (seed, parameter name).
 
-    Later guests have their line here: FP8 and adapter swaps come right after the tensor-parallel
-    ones.
+    Later guests have their line here: adapter swaps come right after the FP8 ones.
     """
     assert isinstance(model_config, DecoderConfig)
-    compiled = blocks.wants_compile(engine.compile, mesh.device)
+    compiled = blocks.wants_compile(engine, mesh.device)
     precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
+    quantised = None if engine.fp8 is None else Fp8(engine.fp8, model_config, mesh)
     chunks: dict[int, Decoder] = {}
     partial: set[str] = set()
     for number in chunks_of(layout, mesh.place["pp"]):
@@ -55,12 +57,15 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
                     module.core = ContextAttention(mesh.groups["cp"], layout.cp_kind)
         if layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
             tensor.defer_weight_products(model)
-        # 4. Recompute and compile, per block.
+        # 4. FP8, by replacing the products of linear layers, cut or whole.
+        if quantised is not None:
+            quantised.attach(model)
+        # 5. Recompute and compile, per block.
         blocks.wrap_blocks(model, engine.recompute, compiled)
-        # 5. ZeRO: parameters become shards.
+        # 6. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute)
-        # 6. Memory for this rank's shards alone, then their values.
+        # 7. Memory for this rank's shards alone, then their values.
         model.to_empty(device=mesh.device)
         init_weights(model, seed)
         chunks[number] = model
-    return Assembled(chunks, frozenset(partial))
+    return Assembled(chunks, frozenset(partial), quantised)

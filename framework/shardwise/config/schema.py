@@ -62,6 +62,45 @@ class TokenizerConfig(Section):
     chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
 
 
+class SentinelConfig(Section):
+    """Looks at quantised layers beside their unquantised shadow, and acts on what it sees."""
+
+    enabled: bool = True
+    every: PositiveInt = Field(50, description="steps between looks")
+    layers: NonNegativeInt = Field(8, description="linear layers a look, in turn; 0: all")
+    max_error: PositiveFloat = Field(0.2, description="of a product, relative to its shadow")
+    max_underflow: Fraction = Field(0.5, description="of an operand's elements, rounded to zero")
+    max_overflow: Fraction = Field(0.02, description="of an operand's elements, cut off")
+    fallback: bool = Field(True, description="a layer beyond a limit computes unquantised from on")
+
+
+class Fp8Config(Section):
+    """Linear layers of blocks on 8-bit floats; see `ops.fp8`. Weights stay fp32 masters."""
+
+    recipe: Literal["delayed", "current", "block", "mxfp8"] = "delayed"
+    format: Literal["auto", "hybrid", "e4m3"] = Field(
+        "auto",
+        description="hybrid: e4m3 forward, e5m2 gradients; auto: hybrid, or e4m3 for block, mxfp8",
+    )
+    amax_history_len: PositiveInt = Field(1024, description="delayed: steps whose amax counts")
+    margin: NonNegativeInt = Field(0, description="delayed: scales are 2^margin smaller")
+    amax_compute: Literal["max", "most_recent"] = "max"
+    modules: list[str] = Field(
+        default_factory=lambda: ["layers.*"],
+        min_length=1,
+        description="path patterns of the linear layers to quantise, e.g. layers.*.mlp.*",
+    )
+    first_layers: NonNegativeInt = Field(1, description="blocks at the start left unquantised")
+    last_layers: NonNegativeInt = Field(1, description="blocks at the end left unquantised")
+    backend: Literal["auto", "te", "emulated"] = Field(
+        "auto", description="auto: Transformer Engine where it can run, else emulated"
+    )
+    domains: str | None = Field(
+        None, description="one rank alone: scale as the ranks of this layout would"
+    )
+    sentinel: SentinelConfig = Field(default_factory=SentinelConfig)
+
+
 class EngineConfig(Section):
     """How a model is laid out and computed."""
 
@@ -70,6 +109,7 @@ class EngineConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
+    fp8: Fp8Config | None = Field(None, description="quantised products; None: off")
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")

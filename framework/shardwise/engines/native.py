@@ -55,6 +55,7 @@ class NativeEngine:
         self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed)
         self.chunks = assembled.chunks
+        self.fp8 = assembled.fp8
         self.named = Named(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self.updates = 0  # optimizer steps tried; with the stage's name, the time on the dice
@@ -88,6 +89,8 @@ class NativeEngine:
         run(cuts, sums)
         self._reshard()
         self.named.finish_gradients()
+        if self.fp8 is not None:
+            self.fp8.finish_step()
         return sums.reduced()
 
     def _run_in_turn(self, cuts: Sequence[Cut], sums: LossSums) -> None:
@@ -194,6 +197,9 @@ class NativeEngine:
         if self.optimizer is not None:
             tensors |= optimizer_tensors(self.optimizer, parameters.items())
         meta: dict[str, Any] = {"updates": self.updates}
+        if self.fp8 is not None:
+            tensors |= dict(self.fp8.tensors())
+            meta["fp8"] = self.fp8.state_dict()
         if self.scale:
             meta["loss_scale"] = self.scale.state_dict()
         return State(tensors, meta)
@@ -204,6 +210,8 @@ class NativeEngine:
         self.updates = int(meta["updates"])
         if self.scale and "loss_scale" in meta:
             self.scale.load_state_dict(meta["loss_scale"])
+        if self.fp8 is not None and "fp8" in meta:
+            self.fp8.load_state_dict(meta["fp8"])
 
     @torch.no_grad()
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

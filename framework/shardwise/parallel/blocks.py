@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
 
 Recompute = Literal["none", "selective", "full"]
@@ -48,10 +49,14 @@ def compiler_available(device: torch.device) -> bool:
     return any(shutil.which(c) for c in ("g++", "clang++", "c++"))
 
 
-def wants_compile(setting: bool | Literal["auto"], device: torch.device) -> bool:
-    """Resolve ``engine.compile``; ``auto`` compiles where a compiler exists."""
+def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
+    """Resolve ``engine.compile``; ``auto`` compiles where a compiler exists and can follow.
+
+    It cannot follow quantised products (`feasible` refuses ``true``).
+    """
+    setting = engine.compile
     if setting == "auto":
-        return compiler_available(device)
+        return engine.fp8 is None and compiler_available(device)
     if setting and not compiler_available(device):
         raise ConfigError(
             "engine.compile=true, but no C++ compiler (or Triton, for GPUs) was found; "

@@ -11,6 +11,7 @@ by `parallel.feasible`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from shardwise.errors import ConfigError
@@ -76,6 +77,11 @@ class Layout:
         if self.ep > 1:
             parts.append(f"ep{self.ep}")
         return ".".join(parts) or "dp1"
+
+
+def world_of(text: str) -> int:
+    """Ranks that a layout's own numbers ask for."""
+    return math.prod(int(n) for _, n in re.findall(r"(?:^|\.)(dp|tp|pp|cp)(\d+)", text))
 
 
 def parse_layout(text: str, world_size: int) -> Layout:

@@ -78,7 +78,8 @@ class Mesh:
     place: dict[str, int]  # coordinate by axis: pp, dp, cp, tp
     fsdp: DeviceMesh  # (replicate, shard) or (shard,): who sums gradients
     tp: DeviceMesh  # (tp,): who holds the parts of one weight
-    groups: dict[str, dist.ProcessGroup]  # dp, cp, tp, pp, peers, shard, replicate, unique, ends
+    # By name: dp, cp, tp, pp, peers, stage, shard, replicate, unique, ends.
+    groups: dict[str, dist.ProcessGroup]
 
     @property
     def data_rank(self) -> int:
@@ -127,6 +128,8 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         "pp": full.movedim(0, -1).reshape(-1, layout.pp),
         # Those that share a slice of the batch.
         "peers": full.permute(1, 2, 0, 3, 4).reshape(layout.dp, -1),
+        # Those that hold parts of the same layers.
+        "stage": full.flatten(1),
         # Each weight of the model once: all but the replicas.
         "unique": full.movedim(1, 0).reshape(layout.replicate, -1),
     }

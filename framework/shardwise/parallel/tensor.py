@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from shardwise.models.common.blocks import Attention, Dropout, RMSNorm
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import comm
-from shardwise.ops.linear import linear
+from shardwise.ops.linear import Accumulate, linear
 from shardwise.ops.rms_norm import rms_norm
 from shardwise.parallel import regions
 from shardwise.parallel.mesh import Mesh
@@ -86,18 +86,34 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-class _Swapped(nn.Module):
+# ``matmul(x, weight_OI, accumulate)``: ``x @ weight.T``; see `ops.linear.linear` for the last.
+Matmul = Callable[[Tensor, Tensor, Accumulate | None], Tensor]
+
+
+class Swapped(nn.Module):
     """A module whose `partial` parameters get partial sums as gradients on each rank."""
 
     partial: tuple[str, ...] = ()
     defer = False  # whether a schedule asks for weight products apart
+    matmul: Matmul | None = None  # replaces the product over local parts, as FP8 does
 
     def product(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
     ) -> Tensor:
         """A linear layer over local parts; ``later`` takes its weight product."""
-        add = functools.partial(_add_grad, weight) if self.defer or later is not None else None
-        return linear(x, local(weight), None if bias is None else local(bias), add, later)
+        add = None
+        if self.defer or later is not None:
+            add = Accumulate(functools.partial(_add_grad, weight), later)
+        return self.multiply(x, local(weight), None if bias is None else local(bias), add)
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Accumulate | None = None
+    ) -> Tensor:
+        """The same with parts in hand; with ``add``, the weight product can be deferred."""
+        if self.matmul is None:
+            return linear(x, weight, bias, add)
+        out = self.matmul(x, weight, add)
+        return out if bias is None else out + bias
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:
@@ -114,12 +130,12 @@ def _add_grad(parameter: Tensor, grad: Tensor) -> None:
     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 
-class DeferredLinear(_Swapped):
-    """A whole linear layer whose weight product can be deferred."""
+class WholeLinear(Swapped):
+    """A linear layer that no rank cuts, swapped for what may be done to its products."""
 
     def __init__(self, old: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias, self.defer = old.weight, old.bias, True
+        self.weight, self.bias = old.weight, old.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Linear`."""
@@ -129,15 +145,23 @@ class DeferredLinear(_Swapped):
 def defer_weight_products(model: Decoder) -> None:
     """Make every linear layer able to leave its weight product for later, in place."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, DeferredLinear(module))
-        elif isinstance(module, _Swapped):
-            module.defer = True
-    model.retie()
+        if isinstance(module, nn.Linear | Swapped):
+            swapped_linear(model, path).defer = True
 
 
-class ColumnLinear(_Swapped):
+def swapped_linear(model: Decoder, path: str) -> Swapped:
+    """The module at ``path``; a plain linear layer is swapped first."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        module = WholeLinear(module)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+        model.retie()
+    assert isinstance(module, Swapped)
+    return module
+
+
+class ColumnLinear(Swapped):
     """Output features are cut: each rank computes its own."""
 
     def __init__(self, old: nn.Linear, axis: Axis) -> None:
@@ -151,7 +175,7 @@ class ColumnLinear(_Swapped):
         return self.product(x_BTI, self.weight, self.bias, self.axis.later)
 
 
-class SharedHeadLinear(_Swapped):
+class SharedHeadLinear(Swapped):
     """A key or value projection with fewer heads than ranks: whole, of which one head is used."""
 
     partial = ("weight", "bias")
@@ -168,10 +192,10 @@ class SharedHeadLinear(_Swapped):
         """All inputs to the outputs of this rank's head."""
         weight = local(self.weight).narrow(0, self.start, self.width)
         bias = None if self.bias is None else local(self.bias).narrow(0, self.start, self.width)
-        return F.linear(x_BTI, weight, bias)
+        return self.multiply(x_BTI, weight, bias)
 
 
-class RowLinear(_Swapped):
+class RowLinear(Swapped):
     """Input features are cut: the ranks' results are summed on the way out."""
 
     def __init__(self, old: nn.Linear, axis: Axis) -> None:
@@ -187,7 +211,7 @@ class RowLinear(_Swapped):
         return out if self.bias is None else out + local(self.bias)
 
 
-class VocabEmbedding(_Swapped):
+class VocabEmbedding(Swapped):
     """Rows of the vocabulary are cut: a token that another rank holds counts as zero here."""
 
     def __init__(self, old: nn.Embedding, axis: Axis) -> None:
@@ -207,7 +231,7 @@ class VocabEmbedding(_Swapped):
         return self.axis.leave(torch.where(here_BT[..., None], rows_BTD, 0.0))
 
 
-class TokenEmbedding(_Swapped):
+class TokenEmbedding(Swapped):
     """An embedding that is whole on every rank, looked up for this rank's tokens."""
 
     def __init__(self, old: nn.Embedding, axis: Axis) -> None:
@@ -221,7 +245,7 @@ class TokenEmbedding(_Swapped):
         return F.embedding(self.axis.own_tokens(ids_BT), local(self.weight))
 
 
-class EnteringNorm(_Swapped):
+class EnteringNorm(Swapped):
     """A norm on whole activations, or on this rank's tokens, that enters the parallel region."""
 
     def __init__(self, old: nn.Module, axis: Axis, *, enters: bool = True) -> None:

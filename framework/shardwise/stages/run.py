@@ -92,7 +92,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
     """Refuse a layout that this model, batch or engine cannot have."""
     assert isinstance(run.model, DecoderConfig)
     layout = parse_layout(stage.engine.layout, world_size)
-    compiled = blocks.wants_compile(stage.engine.compile, pick_device(stage.engine.device))
+    compiled = blocks.wants_compile(stage.engine, pick_device(stage.engine.device))
     updates = getattr(stage, "updates_per_rollout", 1)
     for size in {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}:
         feasible.check(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from shardwise.config.load import load_config
 from shardwise.config.schema import RunConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
-from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
@@ -155,15 +154,6 @@ class Verifier:
             if any(d.is_bug for d in compare(exact, limits, ranks[0])) or disagreements(ranks):
                 return part
         return layout
-
-
-def world_of(layout: str) -> int:
-    """Ranks that a layout's own numbers ask for."""
-    world = 1
-    for axis, number in re.findall(r"(?:^|\.)(dp|tp|pp|cp)(\d+)", layout):
-        del axis
-        world *= int(number)
-    return world
 
 
 def sub_layouts(layout: str) -> list[str]:

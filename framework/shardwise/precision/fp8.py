@@ -1,0 +1,115 @@
+"""FP8 as a swap: which products of a model are quantised, and the scales that they share.
+
+Delayed scaling updates once a step, not once a forward pass as Transformer Engine's autocast does:
+the amaxes of all micro-batches and of all ranks that hold parts of a layer (its amax reduction
+group: data, context and tensor ranks) are reduced together after the last backward pass. So scales
+are the same numbers whatever the layout, the number of micro-batches or the pipeline's order, and
+a history can be resumed on another layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.config.schema import Fp8Config
+from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.decoder import Decoder
+from shardwise.ops import comm, fp8
+from shardwise.ops.fp8_linear import Site
+from shardwise.parallel.layout import parse_layout, world_of
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.quantised import Quantised, quantised_linears
+from shardwise.parallel.tensor import Matmul, swapped_linear
+from shardwise.precision.domains import Domains
+
+# Shape suffixes: S quantised layers held here, H steps of history, 3 operands (x, w, g).
+
+
+def recipe_of(config: Fp8Config) -> fp8.Recipe:
+    """What the quantisers need to know of a config."""
+    hybrid = config.format == "hybrid"
+    if config.format == "auto":
+        hybrid = config.recipe in ("delayed", "current")
+    return fp8.Recipe(
+        scaling=config.recipe,
+        backward=fp8.E5M2 if hybrid else fp8.E4M3,
+        history=config.amax_history_len,
+        margin=config.margin,
+        compute=config.amax_compute,
+    )
+
+
+class Fp8:
+    """The quantised layers of one model on this rank, their scales and what the step has seen."""
+
+    def __init__(self, config: Fp8Config, model: DecoderConfig, mesh: Mesh) -> None:
+        self.config, self.mesh, self.recipe = config, mesh, recipe_of(config)
+        self.layers = {q.path: q for q in quantised_linears(model, config)}
+        self.sites: dict[str, Site] = {}
+        self.kv_heads = model.kv_heads
+        self.domains: Domains | None = None
+        if config.domains is not None:
+            self.domains = Domains(
+                parse_layout(config.domains, world_of(config.domains)), model.kv_heads
+            )
+        self._memory(0)
+
+    def _memory(self, num_sites: int) -> None:
+        device = self.mesh.device
+        history = self.recipe.history if self.recipe.scaling == "delayed" else 0
+        self.history_SH3 = torch.zeros((num_sites, history, 3), device=device)
+        self.scale_S3 = torch.ones((num_sites, 3), device=device)
+        self.amax_S3 = torch.zeros((num_sites, 3), device=device)
+
+    def attach(self, model: Decoder) -> None:
+        """Swap the products of a part of the model, on the meta device or not, in place."""
+        present = dict(model.named_modules())
+        held = [path for path in self.layers if path in present]
+        place = self.mesh.place
+        part = place["cp"] * self.mesh.layout.tp + place["tp"]
+        for path in held:
+            self.sites[path] = Site(path, self.recipe, self.scale_S3, self.amax_S3, part=part)
+        for path in held:
+            swapped_linear(model, path).matmul = self._matmul(self.layers[path], self.sites[path])
+        self._memory(len(self.sites))
+        for i, site in enumerate(self.sites.values()):
+            site.scale_3, site.amax_3 = self.scale_S3[i], self.amax_S3[i]
+
+    def _matmul(self, layer: Quantised, site: Site) -> Matmul:
+        return site.linear if self.domains is None else self.domains.linear(layer, site)
+
+    # --- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """After the last backward pass: reduce amaxes, move histories and scales on."""
+        if self.recipe.scaling == "delayed" and self.sites:
+            comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
+            self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
+                self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
+            )
+            for site in self.sites.values():
+                site.calibrated = True
+        self.amax_S3.zero_()
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``fp8.<path>.amax_history`` (H3) and ``.scale`` (3), live."""
+        if self.recipe.scaling == "delayed":
+            for i, path in enumerate(self.sites):
+                yield f"fp8.{path}.amax_history", self.history_SH3[i]
+                yield f"fp8.{path}.scale", self.scale_S3[i]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs besides `tensors`, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_dict`; `tensors` were filled in place before."""
+        for i, site in enumerate(self.sites.values()):
+            site.calibrated = bool((self.history_SH3[i] != 0).any())
