@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _COLUMNS = {
     "initial": ("initial",),
     "rollout": ("old_logprobs", "ref_logprobs", "values", "model_score", "advantages", "returns"),
+    "scales": ("amax", "scale", "history", "sentinel"),
     "loss": ("loss", "metric"),
     "gradient": ("gradient",),
     "norm": ("clip norm",),

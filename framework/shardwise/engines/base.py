@@ -51,6 +51,10 @@ class Engine(Protocol):
         """A value (plain JSON) that the engine's ranks agree on, on every rank of the world."""
         ...
 
+    def events(self) -> list[tuple[str, str]]:
+        """What happened inside since the last call that a log should tell, as (kind, text)."""
+        ...
+
     def state_dict(self) -> State:
         """Weights (``model.*``) and optimizer state (``optim.*``), fp32 masters."""
         ...

@@ -83,15 +83,16 @@ class NativeEngine:
         """
         self._train(True)
         self.named.refresh_mirror()
+        if self.fp8 is not None:
+            self.fp8.begin_step(self.updates)
         cuts = [self._cut(batch) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
         run(cuts, sums)
         self._reshard()
         self.named.finish_gradients()
-        if self.fp8 is not None:
-            self.fp8.finish_step()
-        return sums.reduced()
+        quantised = self.fp8.finish_step(self.updates) if self.fp8 is not None else {}
+        return sums.reduced() | quantised
 
     def _run_in_turn(self, cuts: Sequence[Cut], sums: LossSums) -> None:
         for i, cut in enumerate(cuts):
@@ -169,6 +170,13 @@ class NativeEngine:
             if chunk == last:
                 results[i] = fn(cuts[i].logits(output), cuts[i].batch)
         return broadcast_from_last(results, self.mesh)
+
+    def events(self) -> list[tuple[str, str]]:
+        """What happened since the last call, as (kind, text)."""
+        if self.fp8 is None:
+            return []
+        found, self.fp8.events = self.fp8.events, []
+        return found
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Sum a few numbers over the data ranks, in fp64."""

@@ -59,6 +59,11 @@ class PlacedEngine:
         said = json.dumps(value).encode() if dist.get_rank() == self.source else None
         return json.loads(broadcast_bytes(said, self.source, dist.group.WORLD))
 
+    def events(self) -> list[tuple[str, str]]:
+        """What the first of the engine's ranks has to tell, on every rank of the world."""
+        told = [] if self.inner is None else [list(e) for e in self.inner.events()]
+        return [(kind, text) for kind, text in self.everywhere(told)]
+
     def state_dict(self) -> State:
         """Outside: the JSON part alone."""
         state = State({}, {}) if self.inner is None else self.inner.state_dict()

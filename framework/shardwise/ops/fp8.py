@@ -32,6 +32,9 @@ MAX = {E4M3: 448.0, E5M2: 57344.0}
 FP32_MAX = torch.finfo(torch.float32).max
 BLOCK, MX_BLOCK = 128, 32
 
+# What widths must be multiples of: whole tiles, or what an FP8 product on a GPU needs.
+WIDTHS = {"delayed": 16, "current": 16, "block": BLOCK, "mxfp8": MX_BLOCK}
+
 Scaling = Literal["delayed", "current", "block", "mxfp8"]
 Operand = Literal["x", "w", "g"]  # input, weight, gradient of the output
 OPERANDS: tuple[Operand, ...] = ("x", "w", "g")
@@ -57,11 +60,6 @@ class Recipe:
         if self.scaling == "block":
             return (BLOCK if operand == "w" else 1, BLOCK)
         return (1, MX_BLOCK) if self.scaling == "mxfp8" else None
-
-    @property
-    def multiple(self) -> int:
-        """What widths must be multiples of: whole tiles, or what an FP8 product needs."""
-        return {"block": BLOCK, "mxfp8": MX_BLOCK}.get(self.scaling, 16)
 
 
 # --- scales -------------------------------------------------------------------------------------
@@ -183,8 +181,7 @@ def values(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round fp32 to the nearest even float8; saturate, infinities too; NaN stays."""
-    rounded: Tensor = x.clamp(-MAX[dtype], MAX[dtype]).to(dtype)
-    return rounded
+    return x.clamp(-MAX[dtype], MAX[dtype]).to(dtype)
 
 
 def amax(x: Tensor) -> Tensor:
@@ -227,7 +224,8 @@ def _tiles(x_RK: Tensor, block: tuple[int, int]) -> Tensor:
     """Tiles as (row of tiles, row, column of tiles, column), zeros beyond the edges."""
     (rows, columns), (high, wide) = x_RK.shape, block
     x_RK = F.pad(x_RK, (0, -columns % wide, 0, -rows % high))
-    return x_RK.unflatten(1, (-1, wide)).unflatten(0, (-1, high))  # type: ignore[no-any-return]
+    tiles: Tensor = x_RK.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+    return tiles
 
 
 def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ class Site:
     scale_3: Tensor
     amax_3: Tensor
     active: bool = True  # else computed without quantisation
-    calibrated: bool = False  # whether the scales come from a history
+    # Delayed scaling, by operand: whether its scale comes from a history. Until then, a tensor is
+    # scaled by its own amax: a scale of 1 would lose what the first gradients say.
+    calibrated: Sequence[bool] = (False, False, False)
     watched: bool = False
     tally: Tensor | None = None
     part: int = 0  # which rank's share of the product this is
@@ -48,12 +50,13 @@ class Site:
         self.active, self.calibrated = other.active, other.calibrated
         self.watched = other.watched
 
-    def scale(self, operand: Operand, amax: Tensor, *, own: bool) -> Tensor | None:
-        """The scale of a tensor; ``own``: from its own amax although scaling is delayed."""
+    def scale(self, operand: Operand, amax: Tensor) -> Tensor | None:
+        """The one scale of a tensor; None where it has many."""
+        i = OPERANDS.index(operand)
         if self.recipe.block(operand) is not None:
             return None
-        if self.recipe.scaling == "delayed" and not own:
-            return self.scale_3[OPERANDS.index(operand)]
+        if self.recipe.scaling == "delayed" and self.calibrated[i]:
+            return self.scale_3[i]
         return fp8.scale_from_amax(amax, self.recipe.dtype(operand))
 
     def along_rows(self, q: Quantised, x_RK: Tensor, operand: Operand) -> Quantised:
@@ -97,6 +100,7 @@ def listening(listener: Callable[[Seen], None]) -> Iterator[None]:
 # The sentinel's sums of a layer. For each product: squared error against the shadow, and squared
 # shadow. For each operand: elements that are not zero, those that became zero, those cut off.
 PRODUCTS = ("y", "dx", "dw")
+NOISE = 2.0**-40
 NUM_SUMS = 2 * len(PRODUCTS) + 3 * len(OPERANDS)
 
 
@@ -110,7 +114,8 @@ def _note_product(site: Site, name: str, found: Tensor, shadow: Tensor) -> None:
 def _note_operand(site: Site, operand: Operand, x_RK: Tensor, q: Quantised) -> None:
     assert site.tally is not None
     i = 2 * len(PRODUCTS) + 3 * OPERANDS.index(operand)
-    there = x_RK != 0
+    # What is that far below the amax is a zero that another order of summing did not hit.
+    there = x_RK.abs() > fp8.amax(x_RK) * NOISE
     zero = (q.data_RK.contiguous().view(torch.uint8) & 0x7F) == 0
     limit = fp8.MAX[q.data_RK.dtype] * q.spread()
     site.tally[i] += there.sum()
@@ -131,11 +136,10 @@ class _Linear(torch.autograd.Function):
         training: bool,
         accumulate: Accumulate | None,
     ) -> Tensor:
-        own = not training and not site.calibrated  # no history, and none will come
         x_NI = x.flatten(0, -2)
         amax_x, amax_w = fp8.amax(x_NI), fp8.amax(weight_OI)
-        qx = fp8.quantise(x_NI, "x", site.recipe, site.scale("x", amax_x, own=own))
-        qw = fp8.quantise(weight_OI, "w", site.recipe, site.scale("w", amax_w, own=own))
+        qx = fp8.quantise(x_NI, "x", site.recipe, site.scale("x", amax_x))
+        qw = fp8.quantise(weight_OI, "w", site.recipe, site.scale("w", amax_w))
         y_NO = fp8.product(qx, qw, x.dtype)
         if not training:
             return y_NO.view(*x.shape[:-1], -1)
@@ -159,8 +163,8 @@ class _Linear(torch.autograd.Function):
         site: Site = ctx.site
         g_NO = grad.flatten(0, -2)
         amax_3 = torch.stack([amax_x, amax_w, fp8.amax(g_NO)])
-        qg = fp8.quantise(g_NO, "g", site.recipe, site.scale("g", amax_3[2], own=False))
-        qw = fp8.quantise(weight_OI, "w", site.recipe, site.scale("w", amax_w, own=False))
+        qg = fp8.quantise(g_NO, "g", site.recipe, site.scale("g", amax_3[2]))
+        qw = fp8.quantise(weight_OI, "w", site.recipe, site.scale("w", amax_w))
         site.amax_3.copy_(torch.maximum(site.amax_3, amax_3))
         turned_w, turned_g = site.along_rows(qw, weight_OI, "w"), site.along_rows(qg, g_NO, "g")
         for listener in _LISTENERS:

@@ -109,12 +109,14 @@ def after_backward(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     """
     row = ZERO[mesh.layout.zero]
     assert isinstance(model, FSDPModule)
+    # All of them: those that a hook folded already and those that it did not find yet would be
+    # of two dtypes.
+    for group in _param_groups(model):
+        for param in group.fsdp_params:
+            if hasattr(param, "_unsharded_param"):
+                param.accumulate_unsharded_grad_if_needed()
+                param.to_accumulated_grad_if_needed()
     if not (is_last or row.sync_every_microbatch):
-        for group in _param_groups(model):
-            for param in group.fsdp_params:
-                if hasattr(param, "_unsharded_param"):
-                    param.accumulate_unsharded_grad_if_needed()
-                    param.to_accumulated_grad_if_needed()
         return
     _prepare(model, sync=True, last=is_last, row=row)
     for group in _param_groups(model):

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from shardwise.config.schema import Fp8Config
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
+from shardwise.ops.fp8 import WIDTHS
 from shardwise.parallel.layout import SPLIT_BACKWARD, Layout, nearest_divisor
+from shardwise.parallel.quantised import quantised_linears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Case:
     compiled: bool
     global_batch: int
     micro_batch: int
+    precision: str = "bf16"
+    fp8: Fp8Config | None = None
 
     @property
     def num_microbatches(self) -> int:
@@ -119,6 +124,65 @@ def _compile_split(case: Case) -> str | None:
     )
 
 
+# --- FP8 ----------------------------------------------------------------------------------------
+
+
+def _fp8_precision(case: Case) -> str | None:
+    if case.fp8 is None or case.precision in ("bf16", "fp32"):
+        return None
+    why = "scales its loss itself" if case.precision == "fp16" else "has no 8-bit products"
+    return f"engine.precision: {case.precision} {why}; with engine.fp8, use bf16 (or fp32)"
+
+
+def _fp8_compile(case: Case) -> str | None:
+    if case.fp8 is None or not case.compiled:
+        return None
+    return "engine.compile: true, but a compiled block cannot hold engine.fp8; use false or auto"
+
+
+def _fp8_modules(case: Case) -> str | None:
+    if case.fp8 is None or quantised_linears(case.model, case.fp8):
+        return None
+    first, last = case.fp8.first_layers, case.fp8.last_layers
+    if first + last >= case.model.num_layers:
+        return (
+            f"engine.fp8.first_layers: {first} and last_layers {last} leave none of num_layers "
+            f"{case.model.num_layers}; lower them"
+        )
+    return (
+        f"engine.fp8.modules: no linear layer of a block matches {', '.join(case.fp8.modules)}; "
+        'patterns are of whole paths, such as "layers.*.mlp.*"'
+    )
+
+
+def _fp8_widths(case: Case) -> str | None:
+    """Tiles may not lie across ranks, nor be cut off; an FP8 product needs multiples of 16."""
+    if case.fp8 is None:
+        return None
+    tp, recipe = case.layout.tp, case.fp8.recipe
+    multiple = WIDTHS[recipe]
+    for layer in quantised_linears(case.model, case.fp8):
+        for what, width in zip(("out", "in"), layer.local(tp, case.model.kv_heads), strict=True):
+            if width % multiple:
+                rank = f" a rank of tp{tp}" if tp > 1 else ""
+                return (
+                    f"engine.fp8.recipe: {recipe} needs {what}put features in multiples of "
+                    f"{multiple}, and {layer.path} has {width:g}{rank}; nearest: "
+                    f"{max(1, round(width / multiple)) * multiple}, or leave it out by "
+                    "engine.fp8.modules" + (", or a smaller tp" if tp > 1 else "")
+                )
+    return None
+
+
+def _fp8_domains(case: Case) -> str | None:
+    if case.fp8 is None or case.fp8.domains is None or case.layout.world == 1:
+        return None
+    return (
+        f"engine.fp8.domains: {case.fp8.domains} would be emulated on one rank, and "
+        f"{case.layout} has {case.layout.world}; leave it out, or use one rank"
+    )
+
+
 # Every row is a test (tests/parallel/test_feasible.py).
 REFUSALS: tuple[Callable[[Case], str | None], ...] = (
     _heads,
@@ -127,6 +191,11 @@ REFUSALS: tuple[Callable[[Case], str | None], ...] = (
     _layers,
     _pipeline_batches,
     _compile_split,
+    _fp8_precision,
+    _fp8_compile,
+    _fp8_modules,
+    _fp8_widths,
+    _fp8_domains,
 )
 
 
@@ -134,4 +203,5 @@ def check(case: Case) -> None:
     """Raise ConfigError with the first reason why ``case`` cannot be computed rightly."""
     for row in REFUSALS:
         if reason := row(case):
-            raise ConfigError(f"engine.layout: {case.layout}: {reason}")
+            key = "" if reason.startswith("engine.") else f"engine.layout: {case.layout}: "
+            raise ConfigError(key + reason)

@@ -24,13 +24,13 @@ class Quantised:
     in_features: int
     style: Style | None
 
-    def local(self, tp: int, kv_heads: int) -> tuple[int, int]:
-        """Output and input features of one rank's product, as fractions of what tp divides."""
+    def local(self, tp: int, kv_heads: int) -> tuple[float, float]:
+        """Output and input features of one rank's product; not whole if tp does not divide."""
         if self.style == "row":
-            return self.out_features, self.in_features // tp
+            return self.out_features, self.in_features / tp
         parts = min(tp, kv_heads) if self.style == "kv" else tp
         cut = self.style in ("column", "kv")
-        return self.out_features // parts if cut else self.out_features, self.in_features
+        return self.out_features / parts if cut else self.out_features, self.in_features
 
 
 def quantised_linears(config: DecoderConfig, fp8: Fp8Config) -> list[Quantised]:

@@ -25,6 +25,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.quantised import Quantised, quantised_linears
 from shardwise.parallel.tensor import Matmul, swapped_linear
 from shardwise.precision.domains import Domains
+from shardwise.precision.sentinel import Sentinel
 
 # Shape suffixes: S quantised layers held here, H steps of history, 3 operands (x, w, g).
 
@@ -50,7 +51,8 @@ class Fp8:
         self.config, self.mesh, self.recipe = config, mesh, recipe_of(config)
         self.layers = {q.path: q for q in quantised_linears(model, config)}
         self.sites: dict[str, Site] = {}
-        self.kv_heads = model.kv_heads
+        self.sentinel = Sentinel(config.sentinel, list(self.layers))
+        self.events: list[tuple[str, str]] = []  # kind and text, until somebody logs them
         self.domains: Domains | None = None
         if config.domains is not None:
             self.domains = Domains(
@@ -84,17 +86,33 @@ class Fp8:
 
     # --- the step -------------------------------------------------------------------------------
 
+    def begin_step(self, step: int) -> None:
+        """Before the first forward pass of a step (counted from 0)."""
+        self.amax_S3.zero_()
+        self.sentinel.begin(step, self.sites, self.mesh.device)
+
     @torch.no_grad()
-    def finish_step(self) -> None:
-        """After the last backward pass: reduce amaxes, move histories and scales on."""
+    def finish_step(self, step: int) -> dict[str, float]:
+        """After the last backward pass: reduce amaxes, move histories and scales on.
+
+        Returns the sentinel's metrics, the same on every rank.
+        """
+        metrics, events = self.sentinel.finish(step, self.sites)
+        self.events += events
         if self.recipe.scaling == "delayed" and self.sites:
             comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")
             self.history_SH3[:], self.scale_S3[:] = fp8.delayed_update(
                 self.history_SH3, self.scale_S3, self.amax_S3, self.recipe
             )
-            for site in self.sites.values():
-                site.calibrated = True
-        self.amax_S3.zero_()
+            self._calibrate()
+        return metrics
+
+    def _calibrate(self) -> None:
+        """Tell the layers which operands have a history."""
+        if not all(all(site.calibrated) for site in self.sites.values()):
+            known_S3 = (self.history_SH3 != 0).any(dim=1).tolist()
+            for site, known in zip(self.sites.values(), known_S3, strict=True):
+                site.calibrated = known
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -107,9 +125,9 @@ class Fp8:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides `tensors`, as JSON values."""
-        return {}
+        return {"sentinel": self.sentinel.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over `state_dict`; `tensors` were filled in place before."""
-        for i, site in enumerate(self.sites.values()):
-            site.calibrated = bool((self.history_SH3[i] != 0).any())
+        self._calibrate()
+        self.sentinel.load_state_dict(state["sentinel"], self.sites)

@@ -215,6 +215,7 @@ def micro_batches(batch: MicroBatch, real_rows: int, micro_batch: int) -> list[M
 
 
 def mean_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The plain mean of each metric over several updates of one step."""
+    """The plain mean of each metric over those updates of one step that have it."""
     names = dict.fromkeys(n for row in rows for n in row)
-    return {n: sum(r.get(n, 0.0) for r in rows) / len(rows) for n in names}
+    found = {n: [row[n] for row in rows if n in row] for n in names}
+    return {n: sum(values) / len(values) for n, values in found.items()}

@@ -86,6 +86,9 @@ class Loop:
         traced = self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
         with trace_step(self.ctx, self.progress) if traced else contextlib.nullcontext():
             metrics = {"lr": lr} | self.stage.train_step(step, lr)
+        for kind, text in self.stage.engine.events():
+            self.ctx.logger.event(self.config.name, step + 1, kind, text)
+            self.progress.message(f"step {step + 1}: {text}")
         if math.isfinite(metrics.get("grad_norm", 0.0)):
             self.skipped = 0
         else:

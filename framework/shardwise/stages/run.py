@@ -112,7 +112,15 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
         compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
         for size in sizes:
             feasible.check(
-                feasible.Case(layout, run.model, compiled, size // updates, stage.batch.micro_batch)
+                feasible.Case(
+                    layout,
+                    run.model,
+                    compiled,
+                    size // updates,
+                    stage.batch.micro_batch,
+                    role.engine.precision,
+                    role.engine.fp8,
+                )
             )
 
 

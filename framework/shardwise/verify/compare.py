@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,28 @@ def compare(
             flat = int(gap.abs().nan_to_num(torch.inf).argmax())
             worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
         found.append(Difference(kind, rest, ratio, error, limits[name], worst))
+    return found
+
+
+def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> list[Difference]:
+    """Amaxes, scales and histories of FP8, each bitwise equal to one process's.
+
+    Every rank tells of its own parts; who holds the same part must hold the same numbers, and
+    together the ranks hold all.
+    """
+    found = []
+    for name in dict.fromkeys([*single, *(n for played in ranks for n in played.scales)]):
+        held = [p.scales[name] for p in ranks if name in p.scales]
+        kind, rest = kind_of(name), name.partition("/")[2]
+        if name not in single or not held or any(h.shape != single[name].shape for h in held):
+            found.append(Difference(kind, rest, float("inf"), float("inf"), 0.0))
+            continue
+        # Not a number equals itself here, as bits do.
+        equal = [torch.equal(h.nan_to_num(-1.0), single[name].nan_to_num(-1.0)) for h in held]
+        gaps = [(h.double() - single[name].double()).abs().nan_to_num(torch.inf) for h in held]
+        error = max((float(g.max()) for g in gaps if g.numel()), default=0.0)
+        ratio = 0.0 if all(equal) else float("inf")
+        found.append(Difference(kind, rest, ratio, 0.0 if all(equal) else error, 0.0))
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from shardwise.engines.placed import PlacedEngine
 from shardwise.losses.contract import Loss
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.ops import comm, dice
+from shardwise.ops.fp8_linear import Seen, listening
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rewards import RewardConfig
 from shardwise.rollout.generator import Generator
@@ -45,17 +48,24 @@ class Played:
     """One rank's results. Tensors come from rank 0 alone; other ranks send their digests."""
 
     values: dict[str, Tensor]
+    scales: dict[str, Tensor]  # what this rank scaled by, in FP8; other ranks hold other parts
     digests: dict[str, str]
     boxes: dict[str, list[Any]]  # parameter: the boxes of it that this rank holds
     volumes: list[dict[str, Any]]  # communication of the first update
     checksum: str  # of the weights that generated
 
 
-def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Played:
-    """Every rank of the layout calls this; ``precision`` replaces the recipe's."""
+def play(
+    tape: Tape, layout: str, precision: str, compiled: bool = False, domains: str | None = None
+) -> Played:
+    """Every rank of the layout calls this; ``precision`` replaces the recipe's.
+
+    ``domains``: with FP8, whose scaling domains one process emulates.
+    """
     torch.manual_seed(0)
     [stage] = [s for s in tape.run.stages if s.name == tape.stage]
-    updates = {"precision": precision, "compile": compiled, "device": "cpu"}
+    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update={"domains": domains})
+    updates = {"precision": precision, "compile": compiled, "device": "cpu", "fp8": fp8}
     stage = with_layouts(stage, layout, **updates)
     with tempfile.TemporaryDirectory(prefix="shardwise-replay-") as folder:
         logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
@@ -66,24 +76,27 @@ def play(tape: Tape, layout: str, precision: str, compiled: bool = False) -> Pla
         again.run()
         again.note_weights("weight")
         again.note_moments()
+        again.note_histories()
         checksum = again.generate(PRECISIONS[precision].compute) if tape.prompts else ""
     digests = {name: digest(value) for name, value in again.values.items()}
     values = again.values if dist.get_rank() == 0 else {}
-    return Played(values, digests, again.boxes(), again.volumes or [], checksum)
+    volumes = again.volumes or []
+    return Played(values, again.scales, digests, again.boxes(), volumes, checksum)
 
 
 class _Notes:
     """Notes values in the order in which they come about: what differs first is nearest the bug.
 
     Kinds: initial, what a stage reads and makes of its rollouts (logprobs, values, advantages,
-    returns), loss, metric, gradient, clip norm, weight, moment, generated tokens, generated
-    logprobs.
+    returns), loss, metric, sentinel, gradient, clip norm, weight, moment, generated tokens,
+    generated logprobs. Kinds of scales: amax, scale, history.
     """
 
     def __init__(self, tape: Tape, ctx: StageContext) -> None:
         self.tape, self.ctx = tape, ctx
         self.engines: list[Engine] = []
         self.values: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
         self.volumes: list[dict[str, Any]] | None = None
         self.seen: set[int] = set()  # engines whose first gradients are noted
 
@@ -117,6 +130,27 @@ class _Notes:
     def run(self) -> None:
         """The whole tape."""
         raise NotImplementedError
+
+    def noting_scales(self, where: str, first: int) -> contextlib.AbstractContextManager[None]:
+        """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
+        passes: Counter[tuple[str, int]] = Counter()
+
+        def note(seen: Seen) -> None:
+            key = (seen.site.path, seen.site.part)
+            number = first + passes[key]
+            passes[key] += 1
+            name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
+            self.scales[f"amax/{name}"] = seen.amax_3.clone()
+            for operand, scale_inv in seen.scale_inv.items():
+                self.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
+
+        return listening(note)
+
+    def note_histories(self) -> None:
+        for number, engine in enumerate(self.engines):
+            inner = inner_of(engine)
+            for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
+                self.scales[f"history/{self.label(number)}{name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
         inner = inner_of(self.engines[0])
@@ -157,16 +191,19 @@ class _Calls(_Notes):
         where = f"{self.label(call.engine)}call {number + 1}"
         share = len(call.batches) // engine.data_size
         mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
-        if engine.mesh.layout.pp == 1 and len({b.num_tokens for b in call.batches}) == 1:
+        same_size = len({b.num_tokens for b in call.batches}) == 1
+        # A micro-batch is a scaling domain of its own.
+        if engine.mesh.layout.pp == 1 and same_size and engine.fp8 is None:
             # A layout without a pipeline computes few and large micro-batches faster; how many
             # there are may change nothing (design decision 2).
             half = -(-len(mine) // 2)
             mine = [join(mine[:half]), join(mine[half:])] if len(mine) > 1 else mine
-        with comm.tally() as tally:
+        with comm.tally() as tally, self.noting_scales(where, engine.data_rank * share):
             metrics = engine.forward_backward(mine, call.loss)
         self.note("loss", where, metrics.pop("loss"))
         for name, value in metrics.items():
-            self.note("metric", f"{where} {name}", value)
+            kind = "sentinel" if name.startswith("fp8") else "metric"
+            self.note(kind, f"{where} {name}", value)
         if self.volumes is None:
             self.volumes = tally.rows()
             self.note_gradients(call.engine)

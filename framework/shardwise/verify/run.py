@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shardwise.config.load import load_config
 from shardwise.config.schema import RunConfig, StageConfig
@@ -18,7 +17,15 @@ from shardwise.parallel.layout import parse_layout
 from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
-from shardwise.verify.compare import Difference, bounds, compare, disagreements, holders
+from shardwise.verify.compare import (
+    Difference,
+    bounds,
+    compare,
+    compare_scales,
+    disagreements,
+    holders,
+    kind_of,
+)
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Played, play
 from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
@@ -75,7 +82,7 @@ class Verifier:
         self.recipe, self.pool = dict(recipe), pool
         self.layouts = [layout for text in layouts for layout in layouts_of(text)]
         self.tapes: dict[str, Tape] = {}
-        self.references: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self.references: dict[tuple[str, str, str | None], Played] = {}
 
     def tape(self, stage: str) -> Tape:
         """The stage's calls, recorded once."""
@@ -85,12 +92,12 @@ class Verifier:
             )
         return self.tapes[stage]
 
-    def reference(self, stage: str, precision: str) -> dict[str, Tensor]:
-        """What one process computes."""
-        key = (stage, precision)
+    def reference(self, stage: str, precision: str, layout: str = SINGLE) -> Played:
+        """What one process computes; in FP8, with the scaling domains of ``layout``."""
+        [config] = [s.engine for s in self.tape(stage).run.stages if s.name == stage]
+        key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
-            [played] = self._play(stage, SINGLE, precision, False)
-            self.references[key] = played.values
+            [self.references[key]] = self._play(stage, SINGLE, precision, False, key[2])
         return self.references[key]
 
     def check(
@@ -98,17 +105,13 @@ class Verifier:
     ) -> Verdict:
         """Compare one layout; on failure, find the part of it to suspect."""
         began = time.perf_counter()
-        exact = self.reference(stage, "fp64")
-        single = None if precision == "fp64" else self.reference(stage, precision)
-        limits = bounds(exact, single, precision)
         try:
-            ranks = self._play(stage, layout, precision, compiled)
+            found, ranks = self._compare(stage, layout, precision, compiled)
         except (RankError, TimeoutError) as error:
             problem = str(error).strip().splitlines()[-1]
             return Verdict(
                 stage, layout, precision, {}, time.perf_counter() - began, problem=problem
             )
-        found = compare(exact, limits, ranks[0])
         worst: dict[str, float] = {}
         for d in found:
             worst[d.kind] = max(worst.get(d.kind, 0.0), d.ratio)
@@ -131,30 +134,65 @@ class Verifier:
             ranks[0].volumes,
         )
 
-    def _play(self, stage: str, layout: str, precision: str, compiled: bool) -> list[Played]:
+    def judge(
+        self, stage: str, layout: str, precision: str, ranks: list[Played]
+    ) -> list[Difference]:
+        """Every value that the ranks of a layout computed, against one process."""
+        reference = self.reference(stage, "fp64", layout)
+        exact, single = reference.values, None
+        scales: list[Difference] = []
+        if precision == "fp64":
+            scales = compare_scales(reference.scales, ranks)
+        else:
+            # Rounding differently, two layouts may see amaxes that differ by a rounding, and one
+            # element more or less that underflows: those are for fp64 to compare.
+            exact = {n: v for n, v in exact.items() if kind_of(n) != "sentinel"}
+            single = self.reference(stage, precision, layout).values
+        return scales + compare(exact, bounds(exact, single, precision), ranks[0])
+
+    def _compare(
+        self, stage: str, layout: str, precision: str, compiled: bool
+    ) -> tuple[list[Difference], list[Played]]:
+        self.reference(stage, precision, layout)  # whose errors are not the layout's
+        ranks = self._play(stage, layout, precision, compiled)
+        return self.judge(stage, layout, precision, ranks), ranks
+
+    def _play(
+        self, stage: str, layout: str, precision: str, compiled: bool, domains: str | None = None
+    ) -> list[Played]:
         return self.pool.run(
             play,
             self.tape(stage),
             layout,
             precision,
             compiled,
+            domains,
             world=world_of(layout),
             timeout=TIMEOUT_S,
         )
 
     def _suspect(self, stage: str, layout: str, precision: str, compiled: bool) -> str:
         """The smallest sub-layout that fails too; the layout itself if none does."""
-        exact = self.reference(stage, "fp64")
-        single = None if precision == "fp64" else self.reference(stage, precision)
-        limits = bounds(exact, single, precision)
         for part in sub_layouts(layout):
             try:
-                ranks = self._play(stage, part, precision, compiled)
+                found, ranks = self._compare(stage, part, precision, compiled)
             except (RankError, TimeoutError):
                 return part
-            if any(d.is_bug for d in compare(exact, limits, ranks[0])) or disagreements(ranks):
+            if any(d.is_bug for d in found) or disagreements(ranks):
                 return part
         return layout
+
+
+def domains_of(layout: str) -> str | None:
+    """The part of a layout that decides who scales what; None if that is one rank's all.
+
+    Data ranks, ZeRO and pipelines scale each micro-batch by itself, and so does one process.
+    """
+    whole = parse_layout(layout, world_of(layout))
+    if whole.tp == whole.cp == 1:
+        return None
+    context = f".cp{whole.cp}.{whole.cp_kind}" if whole.cp > 1 else ""
+    return f"dp1.zero0.tp{whole.tp}{context}"
 
 
 def sub_layouts(layout: str) -> list[str]:

@@ -8,20 +8,23 @@ lengths, batch. What the layouts asked for need (heads, layers, micro-batches) i
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardwise.config.schema import RunConfig
+from shardwise.config.schema import Fp8Config, RunConfig
 from shardwise.errors import ConfigError, DataError
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.models.common.config import DecoderConfig
+from shardwise.ops.fp8 import WIDTHS
 from shardwise.parallel import feasible
 from shardwise.parallel.layout import Layout
 
 STEPS = 3
 HEAD_DIM, MICRO_BATCH = 8, 2
+SENTINEL_EVERY = 2
 PRETRAIN_TOKENS, CHAT_TOKENS, NEW_TOKENS = 32, 160, 6
 BYTE_WORDS = 260  # about what the byte-level tokenizer has; the exact number is filled in later
 SMALL_DATA = 1 << 20  # bytes; a user's own files up to here are used as they are
@@ -38,7 +41,8 @@ def shrink(
     [stage] = [s for s in recipe["stages"] if s["name"] == stage_name]
     chat = stage["kind"] != "pretrain"
     tokens = CHAT_TOKENS if chat else PRETRAIN_TOKENS
-    recipe["model"] |= _model(run.model, layouts, tokens)
+    [engine] = [s.engine for s in run.stages if s.name == stage_name]
+    recipe["model"] |= _model(run.model, layouts, tokens, engine.fp8)
     recipe["tokenizer"] = {"kind": "bytes"}
     recipe["evaluations"] = []
     recipe["stages"] = [stage]
@@ -53,25 +57,36 @@ def shrink(
     }
     stage["steps"] = STEPS
     stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
+    if engine.fp8 is not None:
+        stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
     _data(run, stage, folder)
     return recipe
 
 
-def _model(model: Any, layouts: Sequence[Layout], tokens: int) -> dict[str, Any]:
+def _model(
+    model: Any, layouts: Sequence[Layout], tokens: int, fp8: Fp8Config | None
+) -> dict[str, Any]:
     """The fields of the model's section that change."""
     assert isinstance(model, DecoderConfig)
     heads, kv_heads = _heads(model, layouts)
-    width = heads * HEAD_DIM
+    multiple, layers = HEAD_DIM, 2
+    if fp8 is not None:  # every rank's part of every product in whole tiles
+        multiple = WIDTHS[fp8.recipe]
+        layers += fp8.first_layers + fp8.last_layers
+    least = min(max(1, kv_heads // x.tp) for x in layouts)
+    head_dim = max(HEAD_DIM, multiple // math.gcd(multiple, least))
+    width = heads * head_dim
     small: dict[str, Any] = {
         "num_heads": heads,
-        "num_layers": min(model.num_layers, max(2, *(x.num_chunks for x in layouts))),
+        "num_layers": min(model.num_layers, max(layers, *(x.num_chunks for x in layouts))),
         "max_seq_len": tokens,
         # The byte tokenizer's words, and one more where the user's number is odd.
         "vocab_size": BYTE_WORDS + (BYTE_WORDS + model.vocab_size) % 2,
     }
     if getattr(model, "head_dim", None) is not None:
-        small["head_dim"] = HEAD_DIM
-        width += 0 if model.head_width * model.num_heads == model.hidden_size else HEAD_DIM
+        small["head_dim"] = head_dim
+        if model.head_width * model.num_heads != model.hidden_size:
+            width += math.lcm(head_dim, multiple)
     small["hidden_size"] = width
     if "num_kv_heads" in type(model).model_fields:
         small["num_kv_heads"] = kv_heads

@@ -95,6 +95,10 @@ class _Recorder:
         found: list[Tensor] = self.inner.forward(microbatches, fn)
         return found
 
+    def events(self) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = self.inner.events()
+        return found
+
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         return list(self.inner.sum_over_data(values))
 
