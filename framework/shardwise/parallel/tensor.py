@@ -175,6 +175,25 @@ class ColumnLinear(Swapped):
         return self.product(x_BTI, self.weight, self.bias, self.axis.later)
 
 
+class ScalarLinear(Swapped):
+    """One output cannot be cut: input features are, and each rank's result is a part of the sum.
+
+    `ops.logits.selected_values` adds the parts. (Leaving whole rows to one rank would leave its
+    peers with empty shards, which FSDP2 cannot reduce.)
+    """
+
+    def __init__(self, old: nn.Linear, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = axis.parameter(old.weight, Shard(1))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """This rank's features of whole inputs."""
+        width = -(-x_BTI.shape[-1] // self.axis.size)
+        own = x_BTI.narrow(-1, self.axis.rank * width, local(self.weight).shape[1])
+        return self.product(own, self.weight, None)
+
+
 class SharedHeadLinear(Swapped):
     """A key or value projection with fewer heads than ranks: whole, of which one head is used."""
 
@@ -294,7 +313,9 @@ def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
         return SharedHeadLinear(old, axis, kv_heads) if shared else ColumnLinear(old, axis)
     if style in ("column", "row"):
         assert isinstance(old, nn.Linear)
-        return ColumnLinear(old, axis) if style == "column" else RowLinear(old, axis)
+        if style == "row":
+            return RowLinear(old, axis)
+        return ScalarLinear(old, axis) if old.out_features == 1 else ColumnLinear(old, axis)
     if style in ("sequence", "per_head"):
         return EnteringNorm(old, axis, enters=style == "sequence")
     if style == "tokens":

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
 from shardwise.precision.policy import precision_of
-from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.base import StageContext
 from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
 from shardwise.stages.registry import EVALUATIONS, STAGES
 from shardwise.stages.start import start_hash
@@ -61,15 +61,17 @@ class Pipeline:
     def run_all(self) -> list[dict[str, Any]]:
         """All stages in order; their results, as stored in each stage's result.json."""
         results: list[dict[str, Any]] = []
-        parent: Path | None = None
+        done: dict[str, Path] = {}
         for stage in self.run.stages:
+            writers = [s.name for s in self.run.stages if s.name in done and s.head == "vocabulary"]
+            parent = done.get(stage.start_from or (writers or [""])[-1])
             result = self._finished(stage, parent)
             if result is None:
-                result = self._run_stage(stage, parent)
+                result = self._run_stage(stage, parent, done)
             else:
                 self.progress.message(f"{stage.name}: finished before, nothing to do")
             results.append(result)
-            parent = Path(self.run.directory, result["checkpoint"])
+            done[stage.name] = Path(self.run.directory, result["checkpoint"])
         return results
 
     # --- one stage ------------------------------------------------------------------------------
@@ -85,23 +87,24 @@ class Pipeline:
         check_lineage(stage.name, result, wanted)
         return result
 
-    def _run_stage(self, stage: StageConfig, parent: Path | None) -> dict[str, Any]:
+    def _run_stage(
+        self, stage: StageConfig, parent: Path | None, done: Mapping[str, Path]
+    ) -> dict[str, Any]:
         torch.compiler.reset()  # graphs of an earlier stage's model serve nobody
         began = time.perf_counter()
-        mesh = stage_mesh(stage.engine, dist.get_world_size())
         ctx = StageContext(
-            self.run, stage, self.tokenizer, self.run.directory, mesh, self.logger, parent
+            self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
         )
         live = STAGES[stage.kind](ctx)
         lineage = self._lineage(stage, live.data_hash, parent)
-        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, mesh.device))
+        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
         path = loop.run()
         metrics = evaluate_all(ctx, live.engine, self.progress)
         result = {
             "name": stage.name,
             "kind": stage.kind,
             "steps": stage.steps,
-            "layout": str(mesh.layout),
+            "layout": str(ctx.layout),
             "checkpoint": str(path.relative_to(self.run.directory)),
             "checkpoint_hash": manifest.read(path).digest,
             **dataclasses.asdict(lineage),
@@ -142,9 +145,12 @@ class Pipeline:
 
 
 def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """Every evaluation of the run on the engine's weights; flat metrics."""
+    """Every evaluation of the run on the engine's weights; flat metrics.
+
+    A model without a vocabulary's head has none: its stage validates it.
+    """
     merged: dict[str, Any] = {}
-    for config in ctx.run.evaluations:
+    for config in ctx.run.evaluations if ctx.stage.head == "vocabulary" else ():
         if config.stages and ctx.stage.name not in config.stages:
             continue
         began = time.perf_counter()

@@ -24,9 +24,9 @@ from shardwise.metrics.writers import MetricsLogger, check_listeners
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
-from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
+from shardwise.stages.base import role_layout, role_of, roles_of
 from shardwise.stages.pipeline import Pipeline, write_atomically
 from shardwise.stages.summary import summarize
 
@@ -91,13 +91,21 @@ def preflight(run: RunConfig, world_size: int) -> None:
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
     """Refuse a layout that this model, batch or engine cannot have."""
     assert isinstance(run.model, DecoderConfig)
-    layout = parse_layout(stage.engine.layout, world_size)
-    compiled = blocks.wants_compile(stage.engine, pick_device(stage.engine.device))
     updates = getattr(stage, "updates_per_rollout", 1)
-    for size in {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}:
-        feasible.check(
-            feasible.Case(layout, run.model, compiled, size // updates, stage.batch.micro_batch)
-        )
+    sizes = {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}
+    for name in roles_of(stage):
+        role = role_of(stage, name)
+        if role.ranks is not None and max(role.ranks) >= world_size:
+            raise ConfigError(
+                f"stages.{stage.name}.roles.{name}.ranks: {role.ranks} go beyond the {world_size} "
+                f"ranks of this run; start {max(role.ranks) + 1}, or place it on lower ranks"
+            )
+        layout = role_layout(role, world_size)
+        compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
+        for size in sizes:
+            feasible.check(
+                feasible.Case(layout, run.model, compiled, size // updates, stage.batch.micro_batch)
+            )
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

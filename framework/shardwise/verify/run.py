@@ -21,6 +21,7 @@ from shardwise.verify import suite
 from shardwise.verify.compare import Difference, bounds, compare, disagreements, holders
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Played, play
+from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
 from shardwise.verify.tape import Tape, record
 
 SINGLE = "dp1.zero0"
@@ -72,7 +73,7 @@ class Verifier:
 
     def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
         self.recipe, self.pool = dict(recipe), pool
-        self.layouts = [parse_layout(text, world_of(text)) for text in layouts]
+        self.layouts = [layout for text in layouts for layout in layouts_of(text)]
         self.tapes: dict[str, Tape] = {}
         self.references: dict[tuple[str, str], dict[str, Tensor]] = {}
 
@@ -157,7 +158,12 @@ class Verifier:
 
 
 def sub_layouts(layout: str) -> list[str]:
-    """Layouts with some of this one's axes, the fewest first; never the layout itself."""
+    """Layouts with some of this one's axes, the fewest first; never the layout itself.
+
+    Of layouts by role: each role's alone.
+    """
+    if "=" in layout:
+        return parts_of(layout)
     axes: list[list[str]] = []
     whole = parse_layout(layout, world_of(layout))
     if whole.dp > 1:
@@ -247,8 +253,7 @@ def _layouts(
     found: list[str] = []
     for text in asked:
         for layout in suite.LAYOUTS if text == "suite" else [text]:
-            engine = stage.engine.model_copy(update={"layout": layout, "compile": False})
-            named = stage.model_copy(update={"engine": engine})
+            named = with_layouts(stage, layout, compile=False)
             try:
                 check_stage(run, named, world_of(layout))
             except ConfigError as error:
