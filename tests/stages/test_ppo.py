@@ -131,7 +131,7 @@ def test_critic_starts_from_the_reward_model_and_scores_come_from_it(
     assert summary["stages"][2]["parent_hash"] == summary["stages"][0]["checkpoint_hash"]
     for row in records(tmp_path / "run", 1):
         stopped = 0.0 if row["stopped"] else 0.5
-        expected = 2.0 * row["model_score"][0] + 0.5 * row["verifier"] - stopped
+        expected = 2.0 * row["model_score"] + 0.5 * row["verifier"] - stopped
         assert row["reward"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 # Columns of the table: the kinds of values, some of them together, and their headings.
 _COLUMNS = {
     "initial": ("initial",),
-    "loss": ("loss", "metric", "logprobs"),
+    "rollout": ("old_logprobs", "ref_logprobs", "values", "model_score", "advantages", "returns"),
+    "loss": ("loss", "metric"),
     "gradient": ("gradient",),
     "norm": ("clip norm",),
     "weights": ("weight",),

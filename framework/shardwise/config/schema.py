@@ -311,6 +311,7 @@ class RunConfig(Section):
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
         min_length=1
     )
+    evaluate_start: bool = Field(False, description="also measure what init_from holds")
     evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (
         Field(default=[], description="measured on the model after each stage")
     )
@@ -343,6 +344,8 @@ class RunConfig(Section):
                 raise ValueError(
                     f"stage {s.name}: start_from names {s.start_from}, which is no earlier stage"
                 )
+        if self.evaluate_start and self.init_from is None:
+            raise ValueError("evaluate_start measures what init_from holds, and there is none")
         for e in self.evaluations:
             if unknown := sorted(set(e.stages) - set(lists["stages"])):
                 raise ValueError(

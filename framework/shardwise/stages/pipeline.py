@@ -29,12 +29,14 @@ from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
 from shardwise.precision.policy import precision_of
+from shardwise.stages.arithmetic import arithmetic
 from shardwise.stages.base import StageContext
 from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
 from shardwise.stages.registry import EVALUATIONS, STAGES
 from shardwise.stages.start import start_hash
 
 RESULT_FILE = "result.json"
+START_FILE = "start.json"
 # Keys of a stage that may change without making it another computation.
 FREE_KEYS = ("checkpoint", "validation")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
@@ -74,6 +76,27 @@ class Pipeline:
             done[stage.name] = Path(self.run.directory, result["checkpoint"])
         return results
 
+    def start_metrics(self) -> dict[str, Any]:
+        """The evaluations on what ``init_from`` holds, measured once a run."""
+        writers = [s for s in self.run.stages if s.head == "vocabulary"]
+        if not self.run.evaluate_start or not writers:
+            return {}
+        path = self.run.directory / START_FILE
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        stage = writers[0].model_copy(update={"name": "start"})
+        ctx = StageContext(
+            self.run, stage, self.tokenizer, self.run.directory, self.logger, None, {}
+        )
+        engine = ctx.engine(None)
+        ctx.load_start(engine)
+        found = evaluate_all(ctx, engine, self.progress, step=0)
+        if dist.get_rank() == 0:
+            write_atomically(path, json.dumps(found, indent=1).encode())
+        dist.barrier()
+        return found
+
     # --- one stage ------------------------------------------------------------------------------
 
     def _finished(self, stage: StageConfig, parent: Path | None) -> dict[str, Any] | None:
@@ -95,6 +118,8 @@ class Pipeline:
         ctx = StageContext(
             self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
         )
+        if hasattr(stage, "samples_per_prompt"):
+            self.progress.message(arithmetic(self.run, stage, dist.get_world_size()))
         live = STAGES[stage.kind](ctx)
         lineage = self._lineage(stage, live.data_hash, parent)
         loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
@@ -144,7 +169,9 @@ class Pipeline:
         return self.gemm[name]
 
 
-def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[str, Any]:
+def evaluate_all(
+    ctx: StageContext, engine: Engine, progress: Progress, step: int | None = None
+) -> dict[str, Any]:
     """Every evaluation of the run on the engine's weights; flat metrics.
 
     A model without a vocabulary's head has none: its stage validates it.
@@ -158,7 +185,7 @@ def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[
         result = EVALUATIONS[config.kind](config, ctx, engine)
         result[f"{config.name}_seconds"] = time.perf_counter() - began
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-        ctx.logger.log(ctx.stage.name, ctx.stage.steps, numbers, "eval")
+        ctx.logger.log(ctx.stage.name, ctx.stage.steps if step is None else step, numbers, "eval")
         samples = [*merged.get("samples", []), *result.pop("samples", [])]
         merged |= result | ({"samples": samples} if samples else {})
     return merged

@@ -231,7 +231,7 @@ class PpoStage(Stage):
                     continue
                 score += config.verifier_weight * verdict
             if config.reward_model_weight:
-                score += config.reward_model_weight * float(group.tracks["model_score"][i][0])
+                score += config.reward_model_weight * group.tracks["model_score"][i]
             if not group.stopped[i]:
                 score -= config.loss.missing_eos_penalty
             group.rewards[i] = score

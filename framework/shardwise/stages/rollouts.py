@@ -106,7 +106,8 @@ def read_tracks(
     ]
     for some, share, reading in zip(rows, shares, readings, strict=True):
         for group, found in zip(groups, exchange(some, reading.engine, share), strict=True):
-            group.tracks[reading.track] = found
+            one = reading.scored
+            group.tracks[reading.track] = [float(v[0]) for v in found] if one else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,11 +57,14 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     pipeline = Pipeline(run, tokenizer, logger, progress)
     try:
         logger.note("started", f"{dist.get_world_size()} ranks")
+        start_metrics = pipeline.start_metrics()
         results = pipeline.run_all()
     finally:
         logger.close()
         progress.close()
     summary = summarize(run, results, pipeline.gemm, host_info())
+    if "accuracy" in start_metrics:
+        summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
     summary["wall_seconds"] = time.perf_counter() - began
     if rank == 0:
         text = json.dumps(summary, indent=1)
@@ -81,9 +84,14 @@ def preflight(run: RunConfig, world_size: int) -> None:
                 f"model.max_seq_len {run.model.max_seq_len}; lower one or raise the other"
             )
     if run.init_from is not None and not run.init_from.exists():
-        raise ConfigError(f"init_from: {run.init_from} does not exist")
+        raise ConfigError(
+            f"init_from: {run.init_from} does not exist (from {Path.cwd()}); run the recipe that "
+            "makes it, or name another checkpoint or Hugging Face folder"
+        )
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():
-        raise ConfigError(f"tokenizer.path: {run.tokenizer.path} does not exist")
+        raise ConfigError(
+            f"tokenizer.path: {run.tokenizer.path} does not exist (from {Path.cwd()})"
+        )
     if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
         tokenizer_data(run)
 

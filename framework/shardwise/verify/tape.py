@@ -188,12 +188,18 @@ def _recorders(live: Any) -> list[_Recorder]:
 
 
 def _leave_one_token(batches: list[MicroBatch]) -> None:
-    """The last update of a supervised stage learns from a single token of the global batch."""
+    """The last update of a supervised stage learns from a single token of the global batch.
+
+    Of rankings, from a single one: a token of it says nothing.
+    """
     seen = False
     for i, batch in enumerate(batches):
         mask_BT = torch.zeros_like(batch.loss_mask_BT)
         if not seen and bool(batch.loss_mask_BT.any()):
             seen = True
             row, column = batch.loss_mask_BT.nonzero()[-1].tolist()
-            mask_BT[row, column] = True
+            if batch.extras:
+                mask_BT[row] = batch.loss_mask_BT[row]
+            else:
+                mask_BT[row, column] = True
         batches[i] = dataclasses.replace(batch, loss_mask_BT=mask_BT)
