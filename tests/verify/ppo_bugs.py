@@ -72,7 +72,7 @@ def reward_on_padding() -> Iterator[Any]:
     yield _patch(ppo, "token_rewards", token_rewards)
 
 
-@bug("dp2.zero1")
+@bug("dp2.zero2")
 def kl_with_the_wrong_sign() -> Iterator[Any]:
     real = ppo.token_rewards
 
@@ -105,7 +105,7 @@ def old_logprobs_taken_after_the_first_update() -> Iterator[Any]:
     yield _patch(ppo.PolicyLoss, "__call__", call)
 
 
-@bug("tp2")
+@bug("tp2.sp")
 def value_clip_dropped() -> Iterator[Any]:
     real = losses.value_loss
 

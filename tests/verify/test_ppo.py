@@ -27,7 +27,7 @@ FIRST = {
     "reward_on_padding": "advantages",
     "kl_with_the_wrong_sign": "advantages",
     "reference_follows_the_actor": "ref_logprobs",
-    "old_logprobs_taken_after_the_first_update": "metric",
+    "old_logprobs_taken_after_the_first_update": "loss",
     "value_clip_dropped": "loss",
     "values_of_the_critic_one_rollout_ago": "values",
     "critic_skips_an_update_on_its_own_rank": "loss",
