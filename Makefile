@@ -35,13 +35,15 @@ checks: venv
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/codespell
 
+# Two workers for two cores; a file stays on one, and with it the models and ranks that it shares.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 prove: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:

@@ -17,7 +17,7 @@ from shardwise.config.schema import RunConfig
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.parallel import mesh
 from shardwise.stages import registry as _registry  # noqa: F401  (stages register themselves)
-from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.base import StageContext
 
 
 def use_threads(num_threads: int) -> None:
@@ -103,7 +103,6 @@ def stage_context(
         stage=config,
         tokenizer=tokenizer or ByteTokenizer(),
         directory=directory or Path(tempfile.mkdtemp(prefix="shardwise-bench-")),
-        mesh=stage_mesh(config.engine, torch.distributed.get_world_size()),
         parent=None,
         logger=None,  # type: ignore[arg-type]  # nothing is logged outside the loop
     )

@@ -84,7 +84,7 @@ def our_stage(hidden: int, layers: int, length: int) -> GrpoStage:
     return GrpoStage(stage_context(model, stage, tokenizer))
 
 
-def text_of(stage: GrpoStage, problem: Problem) -> str:
+def text_of(stage: Any, problem: Problem) -> str:
     """The prompt as text, control tokens spelt out."""
     tokenizer = stage.ctx.tokenizer
     messages = prompt_messages(problem, stage.config.task)
@@ -97,7 +97,7 @@ def trl_trainer(stage: GrpoStage, length: int) -> TrlGrpo:
 
     def score(texts: list[str]) -> list[float]:
         items = [RewardItem("", text, "", {}, length) for text in texts]
-        return [float(r.value or 0.0) for r in stage.scorer.score(items)]
+        return [float(r.value or 0.0) for r in stage.player.scorer.score(items)]
 
     return TrlGrpo(
         stage.ctx.run.model,  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def our_replay(stage: GrpoStage, groups: list[Group], length: int) -> Replayed:
     return Replayed(
         [g.prompt for g in groups for _ in range(GROUP)],
         torch.cat(values).view(-1, length),
-        torch.tensor([a for g in groups for a in g.advantages]),
+        torch.tensor([a for g in groups for a in g.tracks["advantages_BT"]]),
         metrics["grad_norm"],
     )
 

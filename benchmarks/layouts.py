@@ -2,11 +2,11 @@
 
     python benchmarks/layouts.py [--compile] [--profile] [--layouts dp2.zero1 ...]
 
-A llama of 110M parameters, bf16, AdamW, clipping, 8 x 512 tokens a step on both sides. Both live in
-one process tree and take turns (A B A B ...); who waits is blocked on a pipe and burns nothing.
-Compiling and warm-up are not counted. The ratio is tokens/s of the layout over tokens/s of the
-one process. What other processes burnt during the turns is read from /proc/stat: more than a tenth
-of a core, and the ratio is rejected.
+A llama of 110M parameters, bf16 (fp32 where the processor has no bf16 products), AdamW, clipping,
+8 x 512 tokens a step on both sides. Both live in one process tree and take turns (A B A B ...);
+who waits is blocked on a pipe and burns nothing. Compiling and warm-up are not counted. The ratio
+is tokens/s of the layout over tokens/s of the one process. What other processes burnt during the
+turns is read from /proc/stat: more than a tenth of a core, and the ratio is rejected.
 
 Then each layout's memory by category, measured on the live tensors of one eager step
 (`occupancy.py`), against the formulas of `shardwise.memory`.
@@ -39,6 +39,7 @@ from shardwise.metrics.gemm import measure_gemm
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
+from shardwise.precision.policy import precision_of
 from shardwise.verify.pool import RankPool
 
 SHAPES = {
@@ -85,7 +86,7 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
     )
     torch.set_num_threads(side.threads)
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
-    config = EngineConfig(layout=side.layout, precision="bf16", compile=compile, device="cpu")
+    config = EngineConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
     return NativeEngine(model, config, mesh, seed=0, optimizer=OptimizerConfig(lr=LR))
 
 
@@ -126,10 +127,11 @@ def turn(side: Side, steps: int) -> tuple[float, float, float]:
 
 
 def gemm(side: Side, budget_s: float) -> float:
-    """FLOP/s of bf16 products on this rank's threads, while its peers do the same."""
+    """FLOP/s of products in the engine's dtype on this rank's threads, as its peers do the same."""
     torch.set_num_threads(side.threads)
     dist.barrier()
-    return measure_gemm(budget_s=budget_s).flops
+    dtype = precision_of("auto", torch.device("cpu")).compute
+    return measure_gemm(dtype, budget_s=budget_s).flops
 
 
 def top_operators(side: Side, steps: int, rows: int = 15) -> str:

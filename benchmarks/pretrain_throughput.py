@@ -2,11 +2,12 @@
 
     python benchmarks/pretrain_throughput.py [--models 17M 110M] [--profile]
 
-One process, two threads, bf16, AdamW, clipping, the same shapes and tokens for all. All of them
+One process, two threads, bf16 (fp32 where the processor has no bf16 products: ``--precision``),
+AdamW, clipping, the same shapes and tokens for all. All of them
 run in this process and take turns (A B C, A B C, ...); compiling and warm-up are not counted. The
 hand-written loop exists in two forms, and the faster one is the peer. Speeds are also given as a
-fraction of the rate at which these threads multiply square bf16 matrices; model FLOPs are 6N plus
-causal attention (`shardwise.metrics.flops`).
+fraction of the rate at which these threads multiply square matrices of that dtype; model FLOPs are
+6N plus causal attention (`shardwise.metrics.flops`).
 
 ``--clock cpu`` counts processor seconds instead of the wall's. With ``--threads 1`` that compares
 fairly on a busy machine, apart from disturbed caches; it says nothing about scaling.
@@ -34,6 +35,7 @@ from peers.handwritten import Loop, Shape
 
 from shardwise.data.packing import Row
 from shardwise.metrics.gemm import measure_gemm
+from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages.loop import flops_per_token
 from shardwise.stages.supervised import SupervisedStage
 
@@ -77,7 +79,9 @@ class RandomRows:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def our_stage(shape: Shape, rows: RandomRows, compile: bool) -> SupervisedStage:
+def our_stage(
+    shape: Shape, rows: RandomRows, compile: bool, precision: str = "bf16"
+) -> SupervisedStage:
     """What `train` builds for a pretrain stage, with these rows in place of a prepared corpus."""
     model = {
         "family": "llama",
@@ -90,7 +94,7 @@ def our_stage(shape: Shape, rows: RandomRows, compile: bool) -> SupervisedStage:
         "max_seq_len": shape.seq_len,
     }
     batch = {"global_batch": shape.batch, "micro_batch": shape.batch, "seq_len": shape.seq_len}
-    engine = {"precision": "bf16", "compile": compile, "device": "cpu"}
+    engine = {"precision": precision, "compile": compile, "device": "cpu"}
     stage = {"kind": "pretrain", "steps": 1, "batch": batch, "engine": engine}
     return SupervisedStage(stage_context(model, stage), rows, rows, None, "random")
 
@@ -98,16 +102,19 @@ def our_stage(shape: Shape, rows: RandomRows, compile: bool) -> SupervisedStage:
 class Contest:
     """Everyone takes ``steps`` steps a turn; the first ``warmup`` turns are not counted."""
 
-    def __init__(self, shape: Shape, compile: bool, steps: int, turns: int, warmup: int) -> None:
-        self.shape, self.compile, self.steps = shape, compile, steps
+    def __init__(
+        self, shape: Shape, compile: bool, steps: int, turns: int, warmup: int, precision: str
+    ) -> None:
+        self.shape, self.compile, self.steps, self.precision = shape, compile, steps, precision
         self.turns, self.left = turns, turns + warmup
         self.laps = Laps()
         self.rows = RandomRows(shape)
-        self.stage = our_stage(shape, self.rows, compile)
+        self.stage = our_stage(shape, self.rows, compile, precision)
         self.loops: dict[str, Loop] = {
-            HAND: Loop(shape, "autocast", compile),
-            MASTERS: Loop(shape, "masters", compile),
+            HAND: Loop(shape, "autocast" if precision == "bf16" else "fp32", compile)
         }
+        if precision == "bf16":
+            self.loops[MASTERS] = Loop(shape, "masters", compile)
         self.done = 0
         self.turn_began = 0.0
 
@@ -142,6 +149,7 @@ class Contest:
             self.shape,
             self.rows.tokens[:, :-1],
             compile=self.compile,
+            bf16=self.precision == "bf16",
             steps_per_turn=self.steps,
             turn=self.turn,
         )
@@ -152,7 +160,7 @@ def report(contest: Contest, gemm: float) -> dict[str, object]:
     shape, laps = contest.shape, contest.laps
     flops = flops_per_token(contest.stage.engine.model_config, shape.seq_len)
     rows, speeds = [], {}
-    for name in (OURS, HAND, MASTERS, TRAINER):
+    for name in (OURS, *contest.loops, TRAINER):
         speeds[name] = shape.tokens / laps.median(name)
         rate = speeds[name] * flops
         rows.append(
@@ -166,7 +174,7 @@ def report(contest: Contest, gemm: float) -> dict[str, object]:
             ]
         )
     print(table(["", "s/step", "tokens/s", "GFLOP/s", "of GEMM", "shardwise is"], rows))
-    hand = min((HAND, MASTERS), key=laps.median)
+    hand = min(contest.loops, key=laps.median)
     ratios = {"hand": laps.ratio(OURS, hand), "trainer": laps.ratio(OURS, TRAINER)}
     fraction = speeds[OURS] * flops / gemm
     print(f"against {hand} (the faster one): {verdict(ratios['hand'], TARGET_HAND)}")
@@ -176,13 +184,13 @@ def report(contest: Contest, gemm: float) -> dict[str, object]:
     return {"tokens_per_second": speeds, "ratios": ratios, "fraction_of_gemm": fraction}
 
 
-def profile_ours(shape: Shape) -> str:
+def profile_ours(shape: Shape, precision: str) -> str:
     """Where the time of our step goes. Compiled kernels name themselves, which costs a little."""
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
     with inductor.patch({"cpp.enable_kernel_profile": True, "fx_graph_cache": False}):
-        stage = our_stage(shape, RandomRows(shape), compile=True)
+        stage = our_stage(shape, RandomRows(shape), compile=True, precision=precision)
         for step in range(2):
             stage.train_step(step, 3e-4)
         return profile(lambda: stage.train_step(2, 3e-4), repeats=3)
@@ -195,6 +203,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--turns", type=int, default=7, help="counted turns (default 7)")
     parser.add_argument("--warmup", type=int, default=2, help="turns that are not counted")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--no-compile", action="store_true", help="compile nobody")
     parser.add_argument("--profile", action="store_true", help="print where our time goes")
@@ -203,27 +212,30 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     use_threads(options.threads)
     clock.kind = options.clock
     results: dict[str, object] = {}
+    precision = resolve(options.precision, torch.device("cpu"))
+    dtype = PRECISIONS[precision].compute
     for name in options.models:
         shape = SHAPES[name]
         before = load()
-        rates = [measure_gemm(budget_s=4.0)]
+        rates = [measure_gemm(dtype, budget_s=4.0)]
         steps = max(1, round(2**21 / shape.tokens / shape.hidden_size))  # a turn of 1 to 3 s
         contest = Contest(
-            shape, not options.no_compile, min(steps, 4), options.turns, options.warmup
+            shape, not options.no_compile, min(steps, 4), options.turns, options.warmup, precision
         )
         contest.run()
-        rates.append(measure_gemm(budget_s=4.0))
+        rates.append(measure_gemm(dtype, budget_s=4.0))
         best = max(rates, key=lambda r: r.flops)
         gemm = best.flops
         print(
-            f"\n{name}: {shape.batch} x {shape.seq_len} tokens, bf16, {options.threads} threads, "
-            f"{options.clock} clock, load {before} before and {load()} after; GEMM "
+            f"\n{name}: {shape.batch} x {shape.seq_len} tokens, {precision}, "
+            f"{options.threads} threads, {options.clock} clock, "
+            f"load {before} before and {load()} after; GEMM "
             f"{gemm / 1e9:.0f} GFLOP/s at {best.size}"
         )
         results[name] = report(contest, gemm)
         del contest
         if options.profile:
-            print(profile_ours(shape))
+            print(profile_ours(shape, precision))
     if options.json:
         print(json.dumps(results))
     return results

@@ -11,10 +11,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support.pool import RankPool
 
 torch.set_num_threads(1)
+# A busy machine may take its time over an example.
+settings.register_profile("shardwise", deadline=None)
+settings.load_profile("shardwise")
 
 
 @pytest.fixture(scope="session")

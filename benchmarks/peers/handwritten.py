@@ -1,7 +1,7 @@
 """The training loop one would write by hand: one file, one process, the whole model compiled.
 
 Llama's architecture with tied embeddings, PyTorch's own norm, attention, cross-entropy, clipping
-and fused AdamW. Two ways to train in bf16; whichever is faster is the peer.
+and fused AdamW. Two ways to train in bf16; whichever is faster is the peer. One in fp32.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Loop:
     and updates an fp32 copy.
     """
 
-    def __init__(self, shape: Shape, kind: Literal["autocast", "masters"], compile: bool) -> None:
+    def __init__(
+        self, shape: Shape, kind: Literal["autocast", "masters", "fp32"], compile: bool
+    ) -> None:
         self.kind = kind
         self.model = Model(shape)
         self.masters = list(self.model.parameters())

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, on a Llama of the same shape, with bf16 and torch_compile."""
+"""The Hugging Face Trainer, on a Llama of the same shape, with torch_compile, in bf16 or fp32."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def train(
     rows: torch.Tensor,
     *,
     compile: bool,
+    bf16: bool,
     steps_per_turn: int,
     turn: Callable[[], bool],
 ) -> None:
@@ -66,7 +67,7 @@ def train(
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
-            bf16=True,
+            bf16=bf16,
             torch_compile=compile,
             per_device_train_batch_size=shape.batch,
             max_steps=1_000_000,

@@ -18,7 +18,7 @@ from shardwise.parallel.layout import SPLIT_BACKWARD
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import chunks_of, split_model
 from shardwise.precision.fp8 import Fp8
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
     Later guests have their line here: adapter swaps come right after the FP8 ones.
     """
     assert isinstance(model_config, DecoderConfig)
-    precision, layout = PRECISIONS[engine.precision], mesh.layout
+    compiled = blocks.wants_compile(engine, mesh.device)
+    precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
     quantised = None if engine.fp8 is None else Fp8(engine, model_config, mesh)
@@ -49,7 +50,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         # 2. The layers of this pipeline stage.
         model.keep(parts[number])
         # 3. Tensor and context parallelism, by swapping modules.
-        partial.update(tensor.parallelize(model, table, mesh))
+        partial.update(tensor.parallelize(model, table, mesh, overlap=not compiled))
         if layout.cp > 1:
             for module in model.modules():
                 if isinstance(module, Attention):
@@ -60,7 +61,6 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         if quantised is not None:
             quantised.attach(model)
         # 5. Recompute and compile, per block.
-        compiled = blocks.wants_compile(engine, mesh.device)
         checkpoint = quantised.checkpoint if quantised is not None else None
         blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint)
         # 6. ZeRO: parameters become shards.

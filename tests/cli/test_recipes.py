@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from shardwise.config.load import load_config
+from shardwise.config.schema import TokenizerConfig
+from shardwise.errors import ConfigError
 from shardwise.stages.run import preflight
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -18,6 +20,12 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads(path: Path) -> None:
-    loaded = load_config(path)
-    assert loaded.config.name == path.stem
-    preflight(loaded.config, world_size=2)
+    config = load_config(path).config
+    assert config.name == path.stem
+    if config.init_from is not None and not config.init_from.exists():
+        with pytest.raises(ConfigError, match="run the recipe that makes it"):
+            preflight(config, world_size=2)
+        # As if it were there.
+        start = {"init_from": None, "tokenizer": TokenizerConfig()}
+        config = config.model_copy(update=start)
+    preflight(config, world_size=2)

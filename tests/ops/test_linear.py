@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwise.ops.linear import deferred, linear
+from shardwise.ops.linear import Accumulate, deferred, linear
 
 
 def _leaves() -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +21,7 @@ def test_gradients_equal_a_plain_layers_now_or_later() -> None:
     for later in (False, True):
         x, w, b = _leaves()
         collected: list[Tensor] = []
-        y = linear(x, w, b, collected.append)
+        y = linear(x, w, b, Accumulate(collected.append))
         if not later:
             y.square().sum().backward()
             assert w.grad is not None and not collected
@@ -39,12 +39,22 @@ def test_gradients_equal_a_plain_layers_now_or_later() -> None:
 def test_the_list_keeps_the_order_of_the_backward_pass() -> None:
     x, w, _ = _leaves()
     seen: list[str] = []
-    y = linear(x, w, None, lambda g: seen.append("first"))
-    z = linear(y, torch.ones(2, 5, dtype=torch.float64).requires_grad_(), None,
-               lambda g: seen.append("second"))  # fmt: skip
+    y = linear(x, w, None, Accumulate(lambda g: seen.append("first")))
+    ones = torch.ones(2, 5, dtype=torch.float64).requires_grad_()
+    z = linear(y, ones, None, Accumulate(lambda g: seen.append("second")))
     with deferred() as products:
         z.sum().backward()
     assert seen == []
     for product in products:
         product()
     assert seen == ["second", "first"]
+
+
+def test_products_wait_in_the_list_of_their_own_unless_a_schedule_asks() -> None:
+    x, w, _ = _leaves()
+    mine: list[object] = []
+    linear(x, w, None, Accumulate(lambda g: None, mine)).sum().backward()  # type: ignore[arg-type]
+    assert len(mine) == 1 and w.grad is None and x.grad is not None
+    with deferred() as products:
+        linear(x, w, None, Accumulate(lambda g: None, mine)).sum().backward()  # type: ignore[arg-type]
+    assert len(mine) == 1 and len(products) == 1

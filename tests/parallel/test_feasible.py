@@ -25,16 +25,16 @@ ROWS = [
         Case(
             parse_layout("tp2", 2), toy.llama(num_heads=3, num_kv_heads=1, head_dim=8), False, 8, 1
         ),
-        "tp2 does not divide num_heads 3; nearest: dp1.zero1",
+        "tp2 does not divide num_heads 3; nearest: dp1",
     ),
     (
         "_kv_heads",
         Case(
             parse_layout("tp4", 4), toy.llama(num_heads=12, num_kv_heads=6, head_dim=4), False, 8, 1
         ),
-        "num_kv_heads 6; nearest: dp1.zero1.tp3",
+        "num_kv_heads 6; nearest: tp3",
     ),
-    ("_ulysses_heads", case("tp2.cp4.ulysses", 8), "2 heads.*nearest: dp1.zero1.tp2.cp4.ring"),
+    ("_ulysses_heads", case("tp2.cp4.ulysses", 8), "2 heads.*nearest: tp2.cp4.ring"),
     ("_layers", case("pp4.v2.interleaved", 4), "8 pipeline stages.*num_layers 4; nearest: .*pp2"),
     (
         "_pipeline_batches",

@@ -92,10 +92,10 @@ def unscorable(config: dict[str, Any], *overrides: str) -> None:
     """Every third completion cannot be scored."""
     original = GrpoStage._add_advantages
 
-    def add(self: GrpoStage, groups: Any, mine: Any, size: int) -> dict[str, float]:
+    def add(self: GrpoStage, groups: Any) -> dict[str, float]:
         for group in groups:
             group.rewards[0] = None
-        return original(self, groups, mine, size)
+        return original(self, groups)
 
     with mock.patch.object(GrpoStage, "_add_advantages", add):
         run(config, *overrides)

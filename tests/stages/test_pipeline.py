@@ -14,7 +14,7 @@ from shardwise import checkpoint
 from shardwise.errors import CheckpointError, ConfigError
 from shardwise.stages import loop
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
-from tests.support.pool import RankPool
+from tests.support.pool import RankError, RankPool
 
 ALL = ("pretrain", "sft", "grpo")
 
@@ -83,7 +83,7 @@ def test_another_recipe_is_refused_and_changes_nothing(ranks: RankPool, tmp_path
         ("seed=6", "config"),
         ("stages.pretrain.batch.seq_len=8", "config"),
     ):
-        with pytest.raises(AssertionError, match=f"another {word}"):
+        with pytest.raises(RankError, match=f"another {word}"):
             ranks.run(run, config, override, world=1)
     (tmp_path / "corpus" / "0.txt").write_text("other text entirely")
     ranks.run(run, config, "stages.pretrain.checkpoint.keep=1", world=1)
@@ -95,7 +95,7 @@ def test_changed_data_is_noticed_in_mid_stage(ranks: RankPool, tmp_path: Path) -
     config = recipe(tmp_path / "run", "pretrain")
     ranks.run(run_and_die, config, "pretrain", 3, world=1)
     (tmp_path / "corpus" / "0.txt").write_text("other text entirely, but long enough")
-    with pytest.raises(AssertionError, match="another data"):
+    with pytest.raises(RankError, match="another data"):
         ranks.run(run, config, world=1)
 
 
@@ -137,7 +137,7 @@ def test_training_outlives_a_full_disk(ranks: RankPool, tmp_path: Path) -> None:
     assert checkpoint.list_steps(tmp_path / "run/stages/pretrain/checkpoints") == [4]
     notes = (tmp_path / "run" / "notes.jsonl").read_text()
     assert "checkpoint_failed" in notes and "no space left" in notes
-    with pytest.raises(AssertionError, match="no space left"):
+    with pytest.raises(RankError, match="no space left"):
         ranks.run(fail_once, recipe(tmp_path / "other", "pretrain"), 4, world=1)
 
 
@@ -146,7 +146,7 @@ def test_diverging_run_stops_with_the_weights_of_the_last_good_step(
 ) -> None:
     config = recipe(tmp_path / "run", "pretrain")
     overrides = ("stages.0.steps=30", "stages.0.optimizer.lr=1e30", "engine.max_grad_norm=0")
-    with pytest.raises(AssertionError, match="10 updates in a row"):
+    with pytest.raises(RankError, match="10 updates in a row"):
         ranks.run(run, config, *overrides, world=1)
     events = [r for r in metrics(tmp_path / "run") if r["kind"] == "event"]
     assert len(events) == 10 and all(e["event"] == "skipped" for e in events)
@@ -165,13 +165,13 @@ def test_diverging_run_stops_with_the_weights_of_the_last_good_step(
 def test_impossible_runs_are_refused_with_a_mend(
     ranks: RankPool, tmp_path: Path, override: str, words: str
 ) -> None:
-    with pytest.raises(AssertionError, match=words):
+    with pytest.raises(RankError, match=words):
         ranks.run(run, recipe(tmp_path / "run", "pretrain"), override, world=1)
     assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_bpe_needs_documents(ranks: RankPool, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="pretrain stage"):
+    with pytest.raises(RankError, match="pretrain stage"):
         ranks.run(run, recipe(tmp_path / "run", "sft"), "tokenizer.kind=bpe", world=1)
 
 

@@ -116,16 +116,26 @@ def loss_counted_on_every_tensor_rank() -> Iterator[Any]:
 
 @bug("llama", "pretrain", "tp2")
 def input_gradient_not_summed_over_tensor_ranks() -> Iterator[Any]:
-    yield _patch(regions._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        regions._finish(ctx.later)
+        return grad, None, None
+
+    yield _patch(regions._Enter, "backward", staticmethod(backward))
 
 
 @bug("llama", "pretrain", "tp2.sp")
 def gathered_tokens_gradient_cut_but_not_summed() -> Iterator[Any]:
     def backward(ctx: Any, grad: Tensor) -> Any:
         rank = torch.distributed.get_rank()
-        return grad.chunk(ctx.size, dim=1)[rank].contiguous(), None, None
+        regions._finish(ctx.later)
+        return grad.chunk(ctx.size, dim=1)[rank].contiguous(), None, None, None
 
     yield _patch(regions._GatherTokens, "backward", staticmethod(backward))
+
+
+@bug("llama", "pretrain", "tp2.sp")
+def weight_products_left_for_later_and_forgotten() -> Iterator[Any]:
+    yield _patch(regions, "_finish", lambda later: later.pop() if len(later) > 1 else None)
 
 
 @bug("gpt2", "pretrain", "tp2")

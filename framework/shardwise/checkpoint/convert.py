@@ -23,7 +23,7 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
 
 Target = Literal["hf", "native"]
-MODEL_FILE = "model.json"  # the model section, in a native checkpoint that no run wrote
+MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,11 +61,11 @@ def open_model(path: Path | str) -> OpenModel:
 
 def _open_native(path: Path) -> OpenModel:
     files = loading.read_files(path)
-    if RUN_FILE in files:
+    if MODEL_FILE in files:
+        section = json.loads(files[MODEL_FILE])
+    elif RUN_FILE in files:
         data = yaml12.parse(files[RUN_FILE].decode(), f"{path / RUN_FILE}").data
         section = data.get("model") if isinstance(data, dict) else None
-    elif MODEL_FILE in files:
-        section = json.loads(files[MODEL_FILE])
     else:
         raise CheckpointError(f"{path}: holds neither {RUN_FILE} nor {MODEL_FILE}: which model?")
     if not isinstance(section, dict):

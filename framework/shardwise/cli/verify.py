@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 # Columns of the table: the kinds of values, some of them together, and their headings.
 _COLUMNS = {
     "initial": ("initial",),
+    "rollout": ("old_logprobs", "ref_logprobs", "values", "model_score", "advantages", "returns"),
     "scales": ("amax", "scale", "history", "sentinel"),
-    "loss": ("loss", "metric", "logprobs"),
+    "loss": ("loss", "metric"),
     "gradient": ("gradient",),
     "norm": ("clip norm",),
     "weights": ("weight",),

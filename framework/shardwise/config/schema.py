@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -106,7 +106,9 @@ class EngineConfig(Section):
 
     kind: Literal["native"] = "native"
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
+    )
     fp8: Fp8Config | None = Field(None, description="quantised products; None: off")
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
@@ -189,11 +191,19 @@ Name = Annotated[str, Field(min_length=1, default_factory=_kind, description="de
 
 
 class StageConfig(Section):
-    """What every stage has. Stages derive from it, fix ``kind`` and register themselves."""
+    """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
+
+    ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
+    """
+
+    head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
 
     kind: str
     name: Name
     steps: PositiveInt
+    start_from: str | None = Field(
+        None, description="an earlier stage; default: the latest whose model writes text"
+    )
     batch: BatchConfig = Field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -203,6 +213,27 @@ class StageConfig(Section):
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
+
+
+class RoleConfig(Section):
+    """One model of a stage that has several (actor, critic, reference, reward)."""
+
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig, description="the stage's engine, overridden key by key"
+    )
+    ranks: list[NonNegativeInt] | None = Field(
+        None, min_length=1, description="ranks of the world that hold it; none: all"
+    )
+    init_from: str | None = Field(
+        None, description="an earlier stage, a shardwise checkpoint or a Hugging Face folder"
+    )
+    optimizer: OptimizerConfig | None = Field(None, description="critic; default: the stage's")
+
+    @model_validator(mode="after")
+    def _ranks_differ(self) -> RoleConfig:
+        if self.ranks is not None and len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"ranks {self.ranks} name a rank twice")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -252,6 +283,18 @@ def _by_registry(
     return table[name].model_validate(data)
 
 
+def _inherit_engine(part: Any, above: dict[str, Any]) -> Any:
+    """A stage or a role with the keys of the engine above it, where it has none of its own."""
+    if not isinstance(part, dict) or not isinstance(part.get("engine") or {}, dict):
+        return part
+    engine = {**above, **(part.get("engine") or {})}
+    roles = part.get("roles")
+    if not isinstance(roles, dict):
+        return {**part, "engine": engine}
+    roles = {name: role and _inherit_engine(role, engine) for name, role in roles.items()}
+    return {**part, "engine": engine, "roles": roles}
+
+
 class RunConfig(Section):
     """A whole run: one model, one tokenizer, a list of stages."""
 
@@ -268,6 +311,7 @@ class RunConfig(Section):
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
         min_length=1
     )
+    evaluate_start: bool = Field(False, description="also measure what init_from holds")
     evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (
         Field(default=[], description="measured on the model after each stage")
     )
@@ -275,19 +319,13 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _stages_inherit_engine(cls, data: Any) -> Any:
-        """A stage's ``engine`` keys override the top-level ones, key by key."""
+        """Keys of ``engine`` pass from the run to its stages and from a stage to its roles."""
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
             return data
         top = data.get("engine") or {}
         if not isinstance(top, dict):
             return data
-        stages = [
-            {**s, "engine": {**top, **(s.get("engine") or {})}}
-            if isinstance(s, dict) and isinstance(s.get("engine") or {}, dict)
-            else s
-            for s in data["stages"]
-        ]
-        return {**data, "stages": stages}
+        return {**data, "stages": [_inherit_engine(s, top) for s in data["stages"]]}
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -301,6 +339,13 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{what} share the name {', '.join(double)}; give each its own name"
                 )
+        for i, s in enumerate(self.stages):
+            if s.start_from is not None and s.start_from not in lists["stages"][:i]:
+                raise ValueError(
+                    f"stage {s.name}: start_from names {s.start_from}, which is no earlier stage"
+                )
+        if self.evaluate_start and self.init_from is None:
+            raise ValueError("evaluate_start measures what init_from holds, and there is none")
         for e in self.evaluations:
             if unknown := sorted(set(e.stages) - set(lists["stages"])):
                 raise ValueError(

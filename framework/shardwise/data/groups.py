@@ -13,6 +13,7 @@ trunk (`ops.attention.causal_mask` reads them so; plain packing has trunks only)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +33,16 @@ def collate_groups(
     pad_multiple: int = 1,
     per_token: Mapping[str, Sequence[Sequence[ArrayLike]]] | None = None,
     keep: Sequence[Sequence[bool]] | None = None,
+    last_only: bool = False,
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> MicroBatch:
     """One row a prompt [B, T], T the longest row rounded up to ``pad_multiple``.
 
     ``completions[b]``: the completions of prompt ``b``. ``per_token[name][b][i]``: a number, or
-    one for each token, of completion ``i``; lands in ``extras[name]`` (float32 BT) where that
+    one for each token, of completion ``i``; lands in ``extras[name]`` (``dtype`` BT) where that
     token is the target. ``keep[b][i]`` False takes completion ``i`` out of the loss. Every token
-    of a kept completion is valid. Raises DataError for an empty prompt or completion.
+    of a kept completion is valid, or with ``last_only`` its last one. Raises DataError for an
+    empty prompt or completion.
     """
     lengths = [len(p) - 1 + sum(map(len, group)) for p, group in zip(prompts, completions)]
     if min(map(len, prompts)) < 1 or any(not c for group in completions for c in group):
@@ -50,7 +54,7 @@ def collate_groups(
     positions = np.zeros(shape, dtype=np.int64)
     segments = np.ones(shape, dtype=np.int64)  # padding is a document of its own
     mask = np.zeros(shape, dtype=np.bool_)
-    extras = {k: np.zeros(shape, dtype=np.float32) for k in per_token or {}}
+    extras = {k: np.zeros(shape, dtype=dtype) for k in per_token or {}}
     for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         trunk = len(prompt) - 1
         ids[b, :trunk], targets[b, :trunk] = prompt[:-1], prompt[1:]
@@ -62,7 +66,7 @@ def collate_groups(
             targets[b, begin:end] = completion
             positions[b, begin:end] = np.arange(trunk, trunk + len(completion))
             segments[b, begin:end] = (i + 1) << BRANCH_SHIFT
-            mask[b, begin:end] = keep is None or keep[b][i]
+            mask[b, end - 1 if last_only else begin : end] = keep is None or keep[b][i]
             for k, values in (per_token or {}).items():
                 extras[k][b, begin:end] = values[b][i]
             begin = end

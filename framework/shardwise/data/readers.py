@@ -176,6 +176,13 @@ def read_parquet(files: Sequence[Path], field: str = "text") -> Iterator[Documen
         raise DataError(f"{files[0]}: row 0: the input is empty")
 
 
+def read_json_rows(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object, with where it stands."""
+    for file in files:
+        for number, start, row in _json_lines(file):
+            yield f"{file}: line {number}, byte {start}", row
+
+
 def read_chat_jsonl(
     files: Sequence[Path], field: str = "messages"
 ) -> Iterator[tuple[str, list[dict[str, str]]]]:

@@ -16,13 +16,16 @@ from shardwise.data.readers import Document
 from shardwise.data.stdlib import read_stdlib, stdlib_files
 from shardwise.errors import DataError, UserError
 
-_SUFFIXES = {"text": (), "jsonl": (".jsonl",), "parquet": (".parquet",), "chat-jsonl": (".jsonl",)}
+_SUFFIXES = {"text": (), "jsonl": (".jsonl",), "parquet": (".parquet",)}
+_SUFFIXES |= dict.fromkeys(("chat-jsonl", "preference-jsonl"), (".jsonl",))
 
 
 class DataSource(Section):
     """One source of documents or conversations."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "indexed", "chat-jsonl"] = "stdlib"
+    kind: Literal[
+        "stdlib", "text", "jsonl", "parquet", "indexed", "chat-jsonl", "preference-jsonl"
+    ] = "stdlib"
     path: Path | None = Field(
         None, description="file, folder or glob; indexed: the prefix; stdlib: another Lib folder"
     )

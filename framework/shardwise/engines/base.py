@@ -23,7 +23,7 @@ class State:
 class Engine(Protocol):
     """A model, its optimizer and its layout."""
 
-    data_rank: int  # which slice of a global batch this rank computes
+    data_rank: int  # which slice of a global batch this rank computes; -1: none
     data_size: int  # into how many slices a global batch is cut
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
@@ -44,7 +44,11 @@ class Engine(Protocol):
         ...
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """Sum a few numbers over the data ranks, in fp64."""
+        """Sum numbers over the data ranks, in fp64; every rank of the world gets the sums."""
+        ...
+
+    def everywhere(self, value: Any) -> Any:
+        """A value (plain JSON) that the engine's ranks agree on, on every rank of the world."""
         ...
 
     def events(self) -> list[tuple[str, str]]:

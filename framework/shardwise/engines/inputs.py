@@ -92,10 +92,11 @@ class Cut:
         layout, groups = self.mesh.layout, self.mesh.groups
         if layout.tp == 1 and self.index_t is None:
             return local_BtW
-        words = -(-self.model.vocab_size // layout.tp)
+        size = self.model.head_size
+        words = -(-size // layout.tp)
         return Logits(
             local_BtW,
-            offset=min(words * self.mesh.place["tp"], self.model.vocab_size),
+            offset=min(words * self.mesh.place["tp"], size),
             vocab_group=groups["tp"] if layout.tp > 1 else None,
             index_t=self.index_t,
             padded=self.padded,

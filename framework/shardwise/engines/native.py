@@ -24,7 +24,7 @@ from shardwise.optim.build import build_optimizer, optimizer_tensors
 from shardwise.parallel import data, pipeline
 from shardwise.parallel.mesh import Mesh
 from shardwise.precision.loss_scale import DynamicLossScale
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 
 
 class NativeEngine:
@@ -53,7 +53,7 @@ class NativeEngine:
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.seed, self.stage = seed, stage
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
-        self.precision = PRECISIONS[config.precision]
+        self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed)
         self.chunks = assembled.chunks
         self.fp8 = assembled.fp8
@@ -190,6 +190,10 @@ class NativeEngine:
         """Sum a few numbers over the data ranks, in fp64."""
         vector = torch.tensor(list(values), dtype=torch.float64, device=self.mesh.device)
         return [float(v) for v in sum_over(vector, self.mesh.groups["dp"]).tolist()]
+
+    def everywhere(self, value: Any) -> Any:
+        """Its ranks are the world's: nobody has to be told."""
+        return value
 
     def _products(self, *, training: bool) -> contextlib.AbstractContextManager[None]:
         """Around the passes of a call."""

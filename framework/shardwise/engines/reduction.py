@@ -59,7 +59,7 @@ class LossSums:
         flat = [self.sums.get(n, zero) for n in terms]
         flat += [part for n in names for part in self.metrics.get(n, (zero, zero))]
         vector = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(zero) for v in flat])
-        values = sum_over(vector if mesh.speaks else vector * 0.0, dist.group.WORLD).tolist()
+        values = sum_over(vector if mesh.speaks else vector * 0.0, mesh.groups["all"]).tolist()
         means = {n: values[i] / self.totals[n] for i, n in enumerate(terms)}
         result = {"loss": sum(self.loss.weights[n] * m for n, m in means.items())}
         if terms != ["loss"]:

@@ -110,3 +110,74 @@ def preset_diff(a: str, b: str) -> dict[str, tuple[Any, Any]]:
     left, right = PRESETS[a].settings, PRESETS[b].settings
     keys = sorted(set(left) | set(right))
     return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
+
+
+PPO_PRESETS: dict[str, Preset] = {
+    "ziegler_2019": Preset(
+        "Ziegler et al. 2019, arXiv:1909.08593, section 2.2 (adaptive KL, gain 0.1), with the "
+        "start 0.2 and the target of 6 nats a response that TRL 0.4.1 documents for it",
+        {
+            "objective": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "value_clip": 0.2,
+            "gamma": 1.0,
+            "lam": 0.95,
+            "kl": "k1",
+            "kl_coef": 0.2,
+            "kl_target": 6.0,
+            "kl_gain": 0.1,
+            "whiten_rewards": True,
+        },
+    ),
+    "trl_default": Preset(
+        "TRL 1.12 experimental PPOConfig: cliprange 0.2, cliprange_value 0.2, gamma 1, lam 0.95, "
+        "kl_coef 0.05 with estimator k1, rewards not whitened",
+        {
+            "objective": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": None,
+            "value_clip": 0.2,
+            "gamma": 1.0,
+            "lam": 0.95,
+            "kl": "k1",
+            "kl_coef": 0.05,
+            "kl_target": None,
+            "whiten_rewards": False,
+        },
+    ),
+    "verl_default": Preset(
+        "verl 4a2cba76, trainer/config: clip_ratio 0.2, clip_ratio_c 3, cliprange_value 0.5, "
+        "gamma 1, lam 1, kl_coef 0.001, token-mean",
+        {
+            "objective": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": 3.0,
+            "value_clip": 0.5,
+            "gamma": 1.0,
+            "lam": 1.0,
+            "kl": "k1",
+            "kl_coef": 0.001,
+            "kl_target": None,
+            "aggregation": "token_mean",
+        },
+    ),
+    "openrlhf_default": Preset(
+        "OpenRLHF train_ppo_ray.py: eps_clip 0.2, value_clip 0.5, gamma 1, lambd 1, "
+        "init_kl_coef 0.01",
+        {
+            "objective": "clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "dual_clip": None,
+            "value_clip": 0.5,
+            "gamma": 1.0,
+            "lam": 1.0,
+            "kl": "k1",
+            "kl_coef": 0.01,
+            "kl_target": None,
+        },
+    ),
+}

@@ -82,10 +82,24 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, axis: str) -> Te
     """Sum in place; 16-bit floats are summed in fp32, and rounded once."""
     if group is None or group.size() == 1:
         return tensor
+    return begin_all_reduce(tensor, group, axis, async_op=False).wait()  # type: ignore[no-any-return]
+
+
+def begin_all_reduce(
+    tensor: Tensor, group: dist.ProcessGroup, axis: str, async_op: bool = True
+) -> Pending:
+    """`all_reduce`, without waiting."""
     count(axis, "all_reduce", tensor)
     wide = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-    dist.all_reduce(wide, group=group)
-    return tensor.copy_(wide) if wide is not tensor else tensor
+    work = dist.all_reduce(wide, group=group, async_op=async_op)
+    return _Rounded([work], tensor, wide)
+
+
+class _Rounded(Pending):
+    def wait(self) -> Any:
+        wide = self.buffers[0] if self.buffers else None
+        out = super().wait()
+        return out if wide is None or wide is out else out.copy_(wide)
 
 
 def all_max(tensor: Tensor, group: dist.ProcessGroup, axis: str) -> Tensor:

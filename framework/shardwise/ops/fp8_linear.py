@@ -19,11 +19,9 @@ from torch import Tensor
 
 from shardwise.ops import fp8
 from shardwise.ops.fp8 import OPERANDS, Operand, Quantised, Recipe
-from shardwise.ops.linear import later, linear
+from shardwise.ops.linear import Accumulate, linear
 
 # Shape suffixes: N rows (all tokens), I input features, O output features.
-
-Accumulate = Callable[[Tensor], None]
 
 
 @dataclasses.dataclass
@@ -191,6 +189,6 @@ class _Linear(torch.autograd.Function):
                 _note_product(site, "dw", dw_OI, g_NO.T @ x_NI)
             return dw_OI
 
-        if ctx.accumulate is None or not later(lambda: ctx.accumulate(weight_product())):
+        if ctx.accumulate is None or not ctx.accumulate.leave(weight_product):
             return grad_x, weight_product(), None, None, None
         return grad_x, None, None, None, None

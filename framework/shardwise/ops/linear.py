@@ -8,6 +8,7 @@ another rank waits for, and the gradients of weights when there is nothing bette
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,18 +32,28 @@ def deferred() -> Iterator[list[Callable[[], None]]]:
         _LATER.pop()
 
 
-def later(product: Callable[[], None]) -> bool:
-    """Leave a weight product to whoever opened `deferred`; False: nobody did."""
-    if _LATER:
-        _LATER[-1].append(product)
-    return bool(_LATER)
+@dataclasses.dataclass(frozen=True)
+class Accumulate:
+    """Adds to a weight's gradient outside of autograd, so that its product can wait.
+
+    ``later`` takes the products of backward passes outside of `deferred`; whoever gave it calls
+    its items. None: autograd computes them at once.
+    """
+
+    add: Callable[[Tensor], None]
+    later: list[Callable[[], None]] | None = None
+
+    def leave(self, product: Callable[[], Tensor]) -> bool:
+        """Leave a weight product for later; False: nobody would compute it."""
+        waiting = _LATER[-1] if _LATER else self.later
+        if waiting is not None:
+            waiting.append(lambda: self.add(product()))
+        return waiting is not None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, accumulate: Callable[[Tensor], None]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, accumulate: Accumulate) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.accumulate = accumulate
         return F.linear(x, weight_OI)
@@ -58,19 +69,17 @@ class _Linear(torch.autograd.Function):
             result: Tensor = grad.flatten(0, -2).T @ x.flatten(0, -2)
             return result
 
-        accumulate = ctx.accumulate
-        if not later(lambda: accumulate(product())):
+        if not ctx.accumulate.leave(product):
             return grad_x, product(), None
         return grad_x, None, None
 
 
 def linear(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, accumulate: Callable[[Tensor], None] | None
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, accumulate: Accumulate | None
 ) -> Tensor:
     """``x @ weight.T + bias``. With ``accumulate``, the weight's gradient can be deferred.
 
-    ``accumulate(grad_OI)`` adds to the weight's gradient. A bias's gradient is never deferred: it
-    is a sum, not a product.
+    A bias's gradient is never deferred: it is a sum, not a product.
     """
     if accumulate is None:
         return F.linear(x, weight_OI, bias_O)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,31 @@ def selected_logprobs(
     logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
     zeros_Bt = torch.zeros(mask_Bt.shape, dtype=logp_N.dtype, device=logp_N.device)
     return part.whole(zeros_Bt.masked_scatter(mask_Bt, logp_N))
+
+
+def selected_values(outputs: Tensor | Logits, mask_BT: Tensor) -> Tensor:
+    """A scalar head's number (BT, fp32; fp64 for fp64) at each token under the mask, else 0.
+
+    Under tensor parallelism each rank has a part of the sum.
+    """
+    part = as_logits(outputs)
+    wide = torch.float64 if part.local_BtW.dtype == torch.float64 else torch.float32
+    values_Bt = part.local_BtW.sum(dim=-1, dtype=wide)
+    if part.vocab_group is not None:
+        values_Bt = _SumParts.apply(values_Bt, part.vocab_group)
+    return torch.where(mask_BT, part.whole(values_Bt), 0.0)
+
+
+class _SumParts(torch.autograd.Function):
+    """A sum over ranks that all go on to compute the same loss: each part's gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return comm.all_reduce(part.clone(), group, "tp")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 @torch.no_grad()

@@ -61,10 +61,11 @@ class Layout:
         return self.pp * self.virtual
 
     def __str__(self) -> str:
-        parts = [f"dp{self.dp}"]
+        parts = [f"dp{self.dp}"] if self.dp > 1 else []
         if self.zero and self.shard != self.dp:
             parts.append(f"hsdp{self.shard}")
-        parts.append(f"zero{self.zero}")
+        if self.dp > 1 or self.zero != 1:
+            parts.append(f"zero{self.zero}")
         if self.tp > 1:
             parts += [f"tp{self.tp}"] + ["sp"] * self.sp
         if self.pp > 1:
@@ -75,7 +76,7 @@ class Layout:
             parts += [f"cp{self.cp}", self.cp_kind]
         if self.ep > 1:
             parts.append(f"ep{self.ep}")
-        return ".".join(parts)
+        return ".".join(parts) or "dp1"
 
 
 def world_of(text: str) -> int:

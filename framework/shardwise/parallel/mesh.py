@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -78,7 +79,7 @@ class Mesh:
     place: dict[str, int]  # coordinate by axis: pp, dp, cp, tp
     fsdp: DeviceMesh  # (replicate, shard) or (shard,): who sums gradients
     tp: DeviceMesh  # (tp,): who holds the parts of one weight
-    # By name: dp, cp, tp, pp, peers, stage, shard, replicate, unique, ends.
+    # By name: dp, cp, tp, pp, peers, stage, shard, replicate, unique, ends, all.
     groups: dict[str, dist.ProcessGroup]
 
     @property
@@ -114,8 +115,15 @@ class Mesh:
 
 
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """Arrange the world's ranks; a collective call. Tensor-parallel peers are neighbours."""
-    full = torch.arange(layout.world).view(
+    """Arrange all of the world's ranks; a collective call. Tensor-parallel peers are neighbours."""
+    mesh = place_mesh(layout, device, range(layout.world))
+    assert mesh is not None
+    return mesh
+
+
+def place_mesh(layout: Layout, device: torch.device, ranks: Sequence[int]) -> Mesh | None:
+    """Arrange some ranks of the world; None on the others, which must call it too."""
+    full = torch.tensor(list(ranks)).view(
         layout.pp, layout.replicate, layout.shard, layout.cp, layout.tp
     )
     rank = dist.get_rank()
@@ -132,6 +140,7 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         "stage": full.flatten(1),
         # Each weight of the model once: all but the replicas.
         "unique": full.movedim(1, 0).reshape(layout.replicate, -1),
+        "all": full.reshape(1, -1),
     }
     data = full.permute(0, 4, 1, 2, 3)  # pp, tp, replicate, shard, cp
     if sharded:
@@ -148,6 +157,8 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
             group = group_of(tuple(row))
             if rank in row:
                 mine[axis] = group
+    if rank not in ranks:
+        return None
     where = (full == rank).nonzero()[0].tolist()
     place = {
         "pp": where[0],

@@ -75,8 +75,9 @@ def split_model(config: DecoderConfig, parts: int) -> list[range]:
     layer = 6.0 * config.param_counts()["layers"] / config.num_layers
     layer += 6.0 * config.max_seq_len * width  # causal attention, forward and backward
     table = float(config.vocab_size * config.hidden_size)
+    head = 6.0 * config.head_size * config.hidden_size
     costs = [layer] * config.num_layers
-    return split_layers(costs, 2.0 * table / config.max_seq_len, 6.0 * table, parts)
+    return split_layers(costs, 2.0 * table / config.max_seq_len, head, parts)
 
 
 def chunks_of(layout: Layout, pp_rank: int) -> list[int]:

@@ -8,6 +8,7 @@ that hold them compile without a break.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from shardwise.ops import comm
 
 _GROUPS: dict[str, dist.ProcessGroup] = {}
 AXIS = "tp"
+Later = list[Callable[[], None]]
+_span = torch.profiler.record_function  # the name under which a trace shows what is inside
 
 
 def register(group: dist.ProcessGroup) -> str:
@@ -54,10 +57,14 @@ def _(x_BtD: Tensor, group: str, size: int) -> Tensor:
 
 @torch.library.custom_op("shardwise::tp_scatter", mutates_args=())
 def _scatter(x_BTD: Tensor, group: str, size: int) -> Tensor:
+    out_tBD = _begin_scatter(x_BTD, group, size, async_op=False).wait()
+    return out_tBD.transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+
+
+def _begin_scatter(x_BTD: Tensor, group: str, size: int, async_op: bool) -> comm.Pending:
     x_TBD = x_BTD.transpose(0, 1).contiguous()
     out_tBD = x_TBD.new_empty((x_TBD.shape[0] // size, *x_TBD.shape[1:]))
-    comm.reduce_scatter(out_tBD, x_TBD, _GROUPS[group], AXIS).wait()
-    return out_tBD.transpose(0, 1).contiguous()
+    return comm.reduce_scatter(out_tBD, x_TBD, _GROUPS[group], AXIS, async_op)
 
 
 @_scatter.register_fake
@@ -68,13 +75,18 @@ def _(x_BTD: Tensor, group: str, size: int) -> Tensor:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: str, later: Later | None) -> Tensor:
+        ctx.group, ctx.later = group, later
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_reduce(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.later is None:
+            return _all_reduce(grad, ctx.group), None, None
+        with _span("shardwise::tp_all_reduce"):
+            moving = comm.begin_all_reduce(grad.contiguous().clone(), _GROUPS[ctx.group], AXIS)
+            _finish(ctx.later)
+            return moving.wait(), None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -89,13 +101,18 @@ class _Leave(torch.autograd.Function):
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BtD: Tensor, group: str, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
+    def forward(ctx: Any, x_BtD: Tensor, group: str, size: int, later: Later | None) -> Tensor:
+        ctx.group, ctx.size, ctx.later = group, size, later
         return _gather(x_BtD, group, size)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _scatter(grad, ctx.group, ctx.size), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        if ctx.later is None:
+            return _scatter(grad, ctx.group, ctx.size), None, None, None
+        with _span("shardwise::tp_scatter"):
+            moving = _begin_scatter(grad, ctx.group, ctx.size, async_op=True)
+            _finish(ctx.later)
+            return moving.wait().transpose(0, 1).contiguous(), None, None, None
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -109,9 +126,20 @@ class _ScatterTokens(torch.autograd.Function):
         return _gather(grad, ctx.group, ctx.size), None, None
 
 
-def enter(x_BTD: Tensor, group: str) -> Tensor:
-    """Whole activations into parallel products: nothing, then an all-reduce of the gradient."""
-    return _Enter.apply(x_BTD, group)  # type: ignore[no-any-return]
+def _finish(later: Later) -> None:
+    """Compute the weight products of the region while its gradient travels."""
+    for product in later:
+        product()
+    later.clear()
+
+
+def enter(x_BTD: Tensor, group: str, later: Later | None = None) -> Tensor:
+    """Whole activations into parallel products: nothing, then an all-reduce of the gradient.
+
+    ``later`` holds weight products by the time of the backward pass; they are computed while the
+    gradient travels.
+    """
+    return _Enter.apply(x_BTD, group, later)  # type: ignore[no-any-return]
 
 
 def leave(x_BTD: Tensor, group: str) -> Tensor:
@@ -119,9 +147,9 @@ def leave(x_BTD: Tensor, group: str) -> Tensor:
     return _Leave.apply(x_BTD, group)  # type: ignore[no-any-return]
 
 
-def gather_tokens(x_BtD: Tensor, group: str, size: int) -> Tensor:
-    """This rank's tokens to all tokens; gradients are summed and cut again."""
-    return _GatherTokens.apply(x_BtD, group, size)  # type: ignore[no-any-return]
+def gather_tokens(x_BtD: Tensor, group: str, size: int, later: Later | None = None) -> Tensor:
+    """This rank's tokens to all tokens; gradients are summed and cut again. See `enter`."""
+    return _GatherTokens.apply(x_BtD, group, size, later)  # type: ignore[no-any-return]
 
 
 def scatter_tokens(x_BTD: Tensor, group: str, size: int) -> Tensor:

@@ -25,7 +25,7 @@ from shardwise.models.common.blocks import Attention, Dropout, RMSNorm
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import comm
-from shardwise.ops.linear import linear
+from shardwise.ops.linear import Accumulate, linear
 from shardwise.ops.rms_norm import rms_norm
 from shardwise.parallel import regions
 from shardwise.parallel.mesh import Mesh
@@ -33,7 +33,7 @@ from shardwise.parallel.mesh import Mesh
 # Shape suffixes: B sequences, T tokens, D model width, I input and O output features.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Axis:
     """The tp axis as the swapped modules see it."""
 
@@ -42,6 +42,8 @@ class Axis:
     size: int
     rank: int
     sequence: bool
+    overlap: bool  # of weight products with the collective behind them
+    later: regions.Later | None = None  # weight products of the region that was entered last
 
     def parameter(self, old: Tensor, placement: Placement) -> nn.Parameter:
         """``old`` (whole, on the meta device) as this rank's part of a DTensor."""
@@ -68,9 +70,11 @@ class Axis:
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """Make all tokens whole on every rank."""
+        # Without a gradient to send back, nobody would compute what was left for later.
+        self.later = [] if self.overlap and x_BTD.requires_grad else None
         if self.sequence:
-            return regions.gather_tokens(x_BTD, self.group, self.size)
-        return regions.enter(x_BTD, self.group)
+            return regions.gather_tokens(x_BTD, self.group, self.size, self.later)
+        return regions.enter(x_BTD, self.group, self.later)
 
     def own_tokens(self, x_BT: Tensor) -> Tensor:
         """This rank's slice of the second dimension under sequence parallelism, else all."""
@@ -83,7 +87,6 @@ def local(parameter: Tensor) -> Tensor:
 
 
 # ``matmul(x, weight_OI, accumulate)``: ``x @ weight.T``; see `ops.linear.linear` for the last.
-Accumulate = Callable[[Tensor], None]
 Matmul = Callable[[Tensor, Tensor, Accumulate | None], Tensor]
 
 
@@ -94,9 +97,13 @@ class Swapped(nn.Module):
     defer = False  # whether a schedule asks for weight products apart
     matmul: Matmul | None = None  # replaces the product over local parts, as FP8 does
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear layer over local parts."""
-        add = functools.partial(_add_grad, weight) if self.defer else None
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
+    ) -> Tensor:
+        """A linear layer over local parts; ``later`` takes its weight product."""
+        add = None
+        if self.defer or later is not None:
+            add = Accumulate(functools.partial(_add_grad, weight), later)
         return self.multiply(x, local(weight), None if bias is None else local(bias), add)
 
     def multiply(
@@ -159,12 +166,32 @@ class ColumnLinear(Swapped):
 
     def __init__(self, old: nn.Linear, axis: Axis) -> None:
         super().__init__()
+        self.axis = axis
         self.weight = axis.parameter(old.weight, Shard(0))
         self.bias = None if old.bias is None else axis.parameter(old.bias, Shard(0))
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """All inputs to this rank's outputs."""
-        return self.product(x_BTI, self.weight, self.bias)
+        return self.product(x_BTI, self.weight, self.bias, self.axis.later)
+
+
+class ScalarLinear(Swapped):
+    """One output cannot be cut: input features are, and each rank's result is a part of the sum.
+
+    `ops.logits.selected_values` adds the parts. (Leaving whole rows to one rank would leave its
+    peers with empty shards, which FSDP2 cannot reduce.)
+    """
+
+    def __init__(self, old: nn.Linear, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = axis.parameter(old.weight, Shard(1))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """This rank's features of whole inputs."""
+        width = -(-x_BTI.shape[-1] // self.axis.size)
+        own = x_BTI.narrow(-1, self.axis.rank * width, local(self.weight).shape[1])
+        return self.product(own, self.weight, None)
 
 
 class SharedHeadLinear(Swapped):
@@ -286,7 +313,9 @@ def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
         return SharedHeadLinear(old, axis, kv_heads) if shared else ColumnLinear(old, axis)
     if style in ("column", "row"):
         assert isinstance(old, nn.Linear)
-        return ColumnLinear(old, axis) if style == "column" else RowLinear(old, axis)
+        if style == "row":
+            return RowLinear(old, axis)
+        return ScalarLinear(old, axis) if old.out_features == 1 else ColumnLinear(old, axis)
     if style in ("sequence", "per_head"):
         return EnteringNorm(old, axis, enters=style == "sequence")
     if style == "tokens":
@@ -297,16 +326,19 @@ def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
     raise ValueError(f"unknown tensor-parallel style {style!r}")
 
 
-def parallelize(model: Decoder, table: Iterable[ShardRule], mesh: Mesh) -> list[str]:
+def parallelize(
+    model: Decoder, table: Iterable[ShardRule], mesh: Mesh, *, overlap: bool = False
+) -> list[str]:
     """Swap the modules of ``model`` (on the meta device) in place, by its family's table.
 
-    Returns the names of the parameters whose gradients are partial sums over tp ranks. Raises
-    ValueError for a module with parameters that no row of the table names.
+    ``overlap`` computes weight products while the gradient of their input travels; not for models
+    to compile. Returns the names of the parameters whose gradients are partial sums over tp ranks.
+    Raises ValueError for a module with parameters that no row of the table names.
     """
     if mesh.layout.tp == 1:
         return []
     group = mesh.groups["tp"]
-    axis = Axis(mesh, regions.register(group), group.size(), group.rank(), mesh.layout.sp)
+    axis = Axis(mesh, regions.register(group), group.size(), group.rank(), mesh.layout.sp, overlap)
     rules = tuple(table)
     partial: list[str] = []
     for path, module in list(model.named_modules()):

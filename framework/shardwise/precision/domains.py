@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.fp8_linear import Site
+from shardwise.ops.linear import Accumulate
 from shardwise.parallel.context import token_index
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.quantised import Quantised
-from shardwise.parallel.tensor import Accumulate, Matmul
+from shardwise.parallel.tensor import Matmul
 
 # Shape suffixes: B sequences, T tokens, I input and O output features.
 

@@ -28,7 +28,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.quantised import Quantised, quantised_linears
 from shardwise.parallel.tensor import Matmul, swapped_linear
 from shardwise.precision.domains import Domains
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 from shardwise.precision.sentinel import Sentinel
 from shardwise.precision.transformer_engine import TransformerEngine
 
@@ -55,7 +55,7 @@ def backend(engine: EngineConfig, layout: Layout, device: torch.device) -> tuple
     assert config is not None
     if config.backend == "emulated" or config.domains is not None:
         return "emulated", "asked for"
-    dtype = PRECISIONS[engine.precision].compute
+    dtype = precision_of(engine.precision, device).compute
     reason = transformer_engine.unusable(device, dtype, config.recipe)
     if reason is None and engine.recompute == "selective":
         reason = "Transformer Engine recomputes whole blocks only (engine.recompute=full)"
@@ -89,7 +89,7 @@ class Fp8:
         self.table = registry.sharding(model.family)
         self.library: TransformerEngine | None = None
         if backend(engine, mesh.layout, mesh.device)[0] == "te":
-            dtype = PRECISIONS[engine.precision].compute
+            dtype = precision_of(engine.precision, mesh.device).compute
             self.library = TransformerEngine(self.recipe, mesh, dtype)
         self._memory(0)
 

@@ -162,6 +162,15 @@ def compression_chart(run: RunData) -> Chart | None:
     if not stages:
         return None
     chart = Chart("Validation, bits per byte", "Learning")
+    chart.caption = "Lower is better. gzip and xz compress each held-out file alone."
+    references = (("gzip -9", "gzip_bits_per_byte", "dash"), ("xz", "xz_bits_per_byte", "dot"))
+    known = [(n, v, d) for n, k, d in references if (v := num(run.summary.get(k))) is not None]
+    if all(len(set(run.get(s, name).steps.tolist())) == 1 for s in stages):
+        rows = [(s, float(run.get(s, name).values[-1])) for s in stages]
+        _dots(
+            chart, [(n, v, PALETTE[0]) for n, v in rows] + [(n, v, "--muted") for n, v, _ in known]
+        )
+        return chart
     chart.layout = _axes("step (all stages)" if len(stages) > 1 else "step", "bits per byte")
     offsets = stage_offsets(run) if len(stages) > 1 else {}
     ends: list[float] = []
@@ -170,12 +179,29 @@ def compression_chart(run: RunData) -> Chart | None:
         offset = offsets.get(stage, 0)
         chart.add(stage, color, curve(series, color, offset=offset, marks=len(series) < 100))
         ends += [float(series.steps[0] + offset), float(series.steps[-1] + offset)]
-    references = (("gzip -9", "gzip_bits_per_byte", "dash"), ("xz", "xz_bits_per_byte", "dot"))
-    for label, key, dash in references:
-        if (value := num(run.summary.get(key))) is not None:
-            _reference(chart, label, value, dash, [min(ends), max(ends)])
-    chart.caption = "Lower is better. gzip and xz compress each held-out file alone."
+    for label, value, dash in known:
+        _reference(chart, label, value, dash, [min(ends), max(ends)])
     return chart
+
+
+def _dots(chart: Chart, rows: Sequence[tuple[str, float, str]]) -> None:
+    """One dot a row (name, value, colour), the first on top."""
+    point: Trace = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": [v for _, v, _ in rows],
+        "y": [f"{n} " for n, _, _ in rows],
+        "text": [f"{v:.3f}" for _, v, _ in rows],
+        "textposition": "top center",
+        "textfont": {"color": "--ink", "size": 13},
+        "marker": {"size": 12, "color": [c for _, _, c in rows]},
+    }
+    chart.traces.append(point)
+    chart.layout = _axes("bits per byte", "")
+    values = [v for _, v, _ in rows]
+    spread = max(max(values) - min(values), 0.1 * max(values))
+    chart.layout["xaxis"] |= {"range": [min(values) - 0.3 * spread, max(values) + 0.3 * spread]}
+    chart.layout["yaxis"] |= {"type": "category", "range": [len(rows) - 0.5, -0.7]}
 
 
 def accuracy_chart(run: RunData) -> Chart | None:

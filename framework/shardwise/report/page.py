@@ -114,7 +114,12 @@ def tiles(run: RunData) -> list[Tile]:
         rate = num(s.get("gemm_gflops"))
         notes = [f"of {gemm_rate(rate)}, measured in this run"] if rate else []
         out.append(Tile("Fraction of GEMM rate", f"{fraction:.0%}", tuple(notes)))
-    if s.get("layout"):
+    layouts = {x["name"]: str(x["layout"]) for x in summary_stages(s) if x.get("layout")}
+    if len(set(layouts.values())) > 1:
+        notes = [f"{stage} {layout}" for stage, layout in layouts.items()]
+        moved = f"{len(set(layouts.values()))} layouts"
+        out.append(Tile("Layout", moved, (*notes, *_model_notes(run))))
+    elif s.get("layout"):
         out.append(Tile("Layout", str(s["layout"]), _model_notes(run)))
     wall = num(s.get("wall_seconds"))
     if wall is None and run.first_time is not None and run.last_time is not None:

@@ -130,8 +130,10 @@ def summary_lines(summary: Mapping[str, Any], report: str | None = None) -> list
     """
     wall = num(summary.get("wall_seconds"))
     parts = [f"shardwise  {summary.get('name') or 'run'}"]
-    if summary.get("layout"):
-        parts.append(str(summary["layout"]))
+    layouts = [str(row["layout"]) for row in summary_stages(summary) if row.get("layout")]
+    layouts = [a for a, b in zip(layouts, [None, *layouts]) if a != b]  # where it changed
+    if layouts or summary.get("layout"):
+        parts.append(" > ".join(layouts or [str(summary["layout"])]))
     if wall is not None:
         parts.append(f"done in {duration(wall)}")
     lines = ["  ".join(parts), ""]

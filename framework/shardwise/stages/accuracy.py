@@ -11,7 +11,7 @@ from shardwise.config.schema import EvaluationConfig, NonNegativeInt, PositiveIn
 from shardwise.engines.base import Engine
 from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward, majority_baseline
 from shardwise.rollout.sampling import Sampling
-from shardwise.stages.base import StageContext, rank_share
+from shardwise.stages.base import StageContext
 from shardwise.stages.play import Player
 
 
@@ -35,20 +35,17 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
     """
     problems = ProblemSet(config.task, "held_out", config.num_problems)
     sampling = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
-    mine, real = rank_share(len(problems), engine)
     with build_reward(config.reward) as scorer:
         player = Player(ctx, config.task, scorer, torch.float32)
         player.sync(engine)
-        groups = player.play([problems[int(i)] for i in mine], sampling, 1, 0, mine)
+        groups = player.play(problems, sampling, 1, 0, range(len(problems)))
         best = scorer.maximum if scorer.maximum is not None else 1.0
     right = [g.rewards[0] is not None and g.rewards[0] >= best - 1e-9 for g in groups]
-    lengths = [len(g.tokens[0]) for g in groups]
-    hits, tokens = engine.sum_over_data([float(sum(right[:real])), float(sum(lengths[:real]))])
     return {
-        "accuracy": hits / len(problems),
+        "accuracy": sum(right) / len(problems),
         "num_problems": len(problems),
         "majority_baseline": majority_baseline(problems),
-        "answer_length": tokens / len(problems),
+        "answer_length": sum(len(g.tokens[0]) for g in groups) / len(problems),
         "samples": [
             {
                 "stage": ctx.stage.name,

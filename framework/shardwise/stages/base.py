@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig, RunConfig
+from shardwise.checkpoint.convert import open_model
+from shardwise.config.schema import OptimizerConfig, RoleConfig, RunConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.engines.native import NativeEngine
+from shardwise.engines.placed import PlacedEngine
+from shardwise.errors import ConfigError
 from shardwise.metrics.writers import MetricsLogger
-from shardwise.parallel.layout import parse_layout
-from shardwise.parallel.mesh import Mesh, build_mesh, pick_device
+from shardwise.models.common.config import DecoderConfig
+from shardwise.parallel.layout import Layout, parse_layout
+from shardwise.parallel.mesh import pick_device, place_mesh
 from shardwise.stages.start import load_start
+
+ACTOR = "actor"  # the role of a stage's own model, and of its only one
+SCORERS = ("critic", "reward")  # roles with a scalar head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +37,9 @@ class StageContext:
     stage: Any  # the stage's own config class
     tokenizer: Tokenizer
     directory: Path  # of the run
-    mesh: Mesh
     logger: MetricsLogger
     parent: Path | None  # the checkpoint that the stage starts from
+    finished: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # earlier stages'
 
     @property
     def is_main(self) -> bool:
@@ -43,27 +51,106 @@ class StageContext:
         """Where tokenised data lives between runs of the same directory."""
         return self.directory / "cache"
 
-    def engine(self, optimizer: OptimizerConfig | None) -> Engine:
-        """A model of the run's family under this stage's layout."""
-        config: EngineConfig = self.stage.engine
-        return NativeEngine(
-            self.run.model,
-            config,
-            self.mesh,
-            seed=self.run.seed,
-            stage=self.stage.name,
-            optimizer=optimizer,
-        )
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return pick_device(self.stage.engine.device)
 
-    def load_start(self, engine: Engine) -> None:
-        """Fill the weights that this stage starts from: its parent's, or the run's start."""
-        load_start(engine, self.run, self.parent)
+    @property
+    def layout(self) -> Layout:
+        """Of the stage's own model."""
+        return role_layout(role_of(self.stage, ACTOR), dist.get_world_size())
+
+    @property
+    def model(self) -> DecoderConfig:
+        """The model that this stage trains: the run's, with the stage's kind of head."""
+        return self.model_of(ACTOR)
+
+    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
+        """The model of a role under its layout, on its ranks; a collective call."""
+        config = role_of(self.stage, role)
+        layout = role_layout(config, dist.get_world_size())
+        ranks = range(layout.world) if config.ranks is None else config.ranks
+        mesh = place_mesh(layout, self.device, ranks)
+        inner = None
+        if mesh is not None:
+            inner = NativeEngine(
+                self.model_of(role),
+                config.engine,
+                mesh,
+                seed=self.run.seed,
+                # Part of the dropout dice.
+                stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
+                optimizer=optimizer,
+            )
+        if config.ranks is None:
+            assert inner is not None
+            return inner
+        return PlacedEngine(inner, ranks, layout.dp, self.device)
+
+    def load_start(self, engine: Engine, role: str = ACTOR) -> None:
+        """Fill the weights that a role starts from; a collective call, on all ranks."""
+        load_start(engine, self.model_of(role), self.start_of(role))
+
+    @property
+    def wide(self) -> type[np.floating[Any]]:
+        """Of what is kept a token: float32, or float64 where the stage computes in it."""
+        return np.float64 if self.stage.engine.precision == "fp64" else np.float32
+
+    def start_of(self, role: str) -> Path | None:
+        """Where a role's weights come from: named by its ``init_from``, or
+
+        - actor, reference: the stage's parent, or the run's ``init_from``,
+        - reward: the latest reward model that this run has trained,
+        - critic: the same (Ouyang et al. 2022, appendix C.4), or what the actor starts from.
+        """
+        named = role_of(self.stage, role).init_from
+        if named is not None:
+            if named in self.finished:
+                return self.finished[named]
+            if not Path(named).exists():
+                known = ", ".join(self.finished) or "none"
+                raise ConfigError(
+                    f"stages.{self.stage.name}.roles.{role}.init_from: {named} is neither an "
+                    f"earlier stage ({known}) nor a folder"
+                )
+            return Path(named)
+        if role in SCORERS:
+            heads = {s.name: s.head for s in self.run.stages}
+            models = [n for n in self.finished if heads[n] == "scalar"]
+            if models:
+                return self.finished[models[-1]]
+            if role == "reward":
+                raise ConfigError(
+                    f"stages.{self.stage.name}.roles.reward.init_from: no stage before this one "
+                    "trains a reward model; add one of kind reward, or name a checkpoint"
+                )
+        return self.parent or self.run.init_from
+
+    def model_of(self, role: str) -> DecoderConfig:
+        """A role's model: that of the folder which its ``init_from`` names, or the run's."""
+        named = role_of(self.stage, role).init_from
+        model = self.run.model
+        if named is not None and named not in {s.name for s in self.run.stages}:
+            path = self.start_of(role)
+            assert path is not None
+            model = open_model(path).config
+            if model.vocab_size == 0:  # a recipe's "the tokenizer's size"
+                model = model.model_copy(update={"vocab_size": self.run.model.vocab_size})
+        assert isinstance(model, DecoderConfig)
+        if model.vocab_size != self.run.model.vocab_size:
+            raise ConfigError(
+                f"stages.{self.stage.name}.roles.{role}.init_from: that model reads a vocabulary "
+                f"of {model.vocab_size}, the run's of {self.run.model.vocab_size}; roles share one"
+            )
+        scalar = role in SCORERS or self.stage.head == "scalar"
+        return model.as_scalar() if scalar else model
 
 
-class Stage(Protocol):
+class Stage:
     """One kind of training. Registered in `stages.registry` beside its config class."""
 
-    engine: Engine
+    engine: Engine  # of the model that the stage is about
     data_hash: str
 
     def train_step(self, step: int, lr: float) -> dict[str, float]:
@@ -71,16 +158,38 @@ class Stage(Protocol):
 
         ``tokens`` (over all ranks), ``loss`` and ``grad_norm`` are expected among them.
         """
-        ...
+        raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
         """Metrics on data that is not trained on; ``val_loss`` decides which is best."""
-        ...
+        return {}
+
+    def others(self) -> dict[str, Engine]:
+        """Further models that the stage trains, by role; they are saved with its own."""
+        return {}
+
+    def carried(self) -> dict[str, Any]:
+        """Plain JSON that the next step needs."""
+        return {}
+
+    def carry(self, state: Mapping[str, Any]) -> None:
+        """Take over what `carried` gave when the checkpoint was written."""
 
 
-def stage_mesh(config: EngineConfig, world_size: int) -> Mesh:
-    """The mesh of a stage's layout. The world's process group must exist."""
-    return build_mesh(parse_layout(config.layout, world_size), pick_device(config.device))
+def roles_of(stage: Any) -> list[str]:
+    """The roles that a stage may have."""
+    return list(type(stage.roles).model_fields) if hasattr(stage, "roles") else [ACTOR]
+
+
+def role_of(stage: Any, role: str) -> RoleConfig:
+    """The config of a role; what is not said is the stage's."""
+    said = getattr(getattr(stage, "roles", None), role, None)
+    return said if said is not None else RoleConfig(engine=stage.engine)
+
+
+def role_layout(role: RoleConfig, world_size: int) -> Layout:
+    """The layout of a role over its ranks, or over the world."""
+    return parse_layout(role.engine.layout, world_size if role.ranks is None else len(role.ranks))
 
 
 def rank_share(size: int, engine: Engine) -> tuple[np.ndarray, int]:
@@ -89,6 +198,8 @@ def rank_share(size: int, engine: Engine) -> tuple[np.ndarray, int]:
     All ranks get the same number, so that their collectives match; where ``size`` does not
     divide, the last item repeats and must not carry loss.
     """
+    if engine.data_rank < 0:  # a rank on which this engine is not
+        return np.zeros(0, dtype=np.int64), 0
     share = -(-size // engine.data_size)
     mine = np.arange(engine.data_rank * share, (engine.data_rank + 1) * share)
     return np.minimum(mine, size - 1), int(np.clip(size - mine[0], 0, share))

@@ -27,9 +27,7 @@ class ContinuationsConfig(EvaluationConfig):
 def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
     """``samples``: prompt and completion by this stage. Every rank must call it."""
     tokenizer = ctx.tokenizer
-    generator = Generator(
-        ctx.run.model, torch.float32, ctx.mesh.device, decode_text=tokenizer.decode
-    )
+    generator = Generator(ctx.run.model, torch.float32, ctx.device, decode_text=tokenizer.decode)
     generator.load(engine.weights())
     if not ctx.is_main:
         return {"samples": []}

@@ -17,7 +17,7 @@ from shardwise.errors import CheckpointError
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.mesh import pick_device, start
-from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.base import StageContext
 from shardwise.stages.pipeline import evaluate_all
 from shardwise.stages.run import with_vocabulary
 
@@ -46,12 +46,13 @@ def evaluate(ckpt: str | Path) -> dict[str, Any]:
         stage = next(s for s in run.stages if s.name == name)
         engine_config = stage.engine.model_copy(update={"layout": "auto"})
         stage = stage.model_copy(update={"engine": engine_config})
+        if hasattr(stage, "roles"):
+            stage = stage.model_copy(update={"roles": type(stage.roles)()})
         start(pick_device(stage.engine.device), stage.engine.timeout_s)
-        mesh = stage_mesh(stage.engine, dist.get_world_size())
         rank = dist.get_rank()
         with Progress([], rank=rank) as progress:
             logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
-            ctx = StageContext(run, stage, tokenizer, Path(folder), mesh, logger, path)
+            ctx = StageContext(run, stage, tokenizer, Path(folder), logger, path)
             engine = ctx.engine(None)
             ctx.load_start(engine)
             return evaluate_all(ctx, engine, progress)

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardwise import checkpoint
 from shardwise.config.export import resolved_yaml
+from shardwise.engines.base import State
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.metrics.flops import FlopsShape, training_flops_per_token
 from shardwise.metrics.meters import Throughput, memory_metrics
@@ -54,7 +55,7 @@ class Loop:
         self.ctx, self.stage, self.lineage, self.progress = ctx, stage, lineage, progress
         self.config = ctx.stage
         self.root = checkpoint_root(ctx.directory, self.config.name)
-        self.meter = Throughput(flops_per_token(ctx.run.model, self.config.batch.seq_len), gemm)
+        self.meter = Throughput(flops_per_token(ctx.model, self.config.batch.seq_len), gemm)
         keep = self.config.checkpoint.keep
         behind = self.config.checkpoint.asynchronous
         self.saver = checkpoint.AsyncSaver(self.root, keep=keep) if behind else None
@@ -109,7 +110,7 @@ class Loop:
         self.seconds += elapsed
         self.tokens += metrics.get("tokens", 0.0)
         metrics |= self.meter.update(int(metrics.get("tokens", 0)), elapsed)
-        metrics |= memory_metrics(self.ctx.mesh.device) | {"step_seconds": elapsed}
+        metrics |= memory_metrics(self.ctx.device) | {"step_seconds": elapsed}
         self.ctx.logger.log(name, done, metrics, force=last)
         self.progress.update(name, done, metrics)
         validated: dict[str, float] = {}
@@ -124,15 +125,15 @@ class Loop:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def _save(self, done: int, validated: dict[str, float]) -> None:
-        state = self.stage.engine.state_dict()
+        state = stage_state(self.stage)
         self.ctx.logger.sync()
         meta: dict[str, Any] = {
             "stage": self.config.name,
             "kind": self.config.kind,
             "finished": done == self.config.steps,
             "lineage": dataclasses.asdict(self.lineage),
-            "engine": state.meta,
-            "layout": str(self.ctx.mesh.layout),
+            **state.meta,
+            "layout": str(self.ctx.layout),
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
@@ -156,13 +157,15 @@ class Loop:
 
     def _resume(self) -> int | None:
         """Load the newest checkpoint of this stage; returns its step, None if there is none."""
-        state = self.stage.engine.state_dict()
-        found = checkpoint.load_latest(self.root, state.tensors)
+        found = checkpoint.load_latest(self.root, stage_state(self.stage).tensors)
         if found is None:
             return None
         meta = found.meta
         check_lineage(self.config.name, meta["lineage"], self.lineage)
         self.stage.engine.load_state_dict(meta["engine"])
+        for role, engine in self.stage.others().items():
+            engine.load_state_dict(meta["roles"][role])
+        self.stage.carry(meta["carried"])
         self.seconds, self.tokens = meta["seconds"], meta["tokens"]
         # The stage's own speed is over all its steps, whoever ran them.
         self.meter.num_tokens, self.meter.seconds = int(self.tokens), self.seconds
@@ -171,6 +174,20 @@ class Loop:
                 "resumed", f"continued from {found.path.name}", self.config.name, found.step
             )
         return int(found.step)
+
+
+def stage_state(stage: Stage) -> State:
+    """All that a stage's checkpoint holds of it.
+
+    Tensors of its own model as they are (``model.*``, ``optim.*``), so that whoever opens the
+    checkpoint finds that model; those of other roles behind the role's name.
+    """
+    state = stage.engine.state_dict()
+    tensors, meta = dict(state.tensors), {"engine": state.meta, "carried": stage.carried()}
+    others = {role: engine.state_dict() for role, engine in stage.others().items()}
+    for role, other in others.items():
+        tensors |= {f"{role}.{name}": tensor for name, tensor in other.tensors.items()}
+    return State(tensors, meta | {"roles": {role: other.meta for role, other in others.items()}})
 
 
 def check_lineage(stage: str, stored: dict[str, Any], wanted: Lineage) -> None:
@@ -190,10 +207,12 @@ def checkpoint_root(directory: Path, stage: str) -> Path:
 
 
 def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
-    """What makes a checkpoint complete: the recipe, the stage's name, the tokenizer."""
+    """What makes a checkpoint complete: recipe, stage, tokenizer, and a model of another kind."""
     files = {p.name: p.read_bytes() for p in sorted((ctx.directory / "tokenizer").iterdir())}
     files["config.yaml"] = resolved_yaml(ctx.run).encode()
     files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
+    if ctx.model != ctx.run.model:
+        files["model.json"] = ctx.model.model_dump_json().encode()
     return files
 
 

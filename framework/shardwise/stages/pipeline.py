@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
-from shardwise.precision.policy import PRECISIONS
-from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.precision.policy import precision_of
+from shardwise.stages.arithmetic import arithmetic
+from shardwise.stages.base import StageContext
 from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
 from shardwise.stages.registry import EVALUATIONS, STAGES
 from shardwise.stages.start import start_hash
 
 RESULT_FILE = "result.json"
+START_FILE = "start.json"
 # Keys of a stage that may change without making it another computation.
 FREE_KEYS = ("checkpoint", "validation")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
@@ -61,16 +63,39 @@ class Pipeline:
     def run_all(self) -> list[dict[str, Any]]:
         """All stages in order; their results, as stored in each stage's result.json."""
         results: list[dict[str, Any]] = []
-        parent: Path | None = None
+        done: dict[str, Path] = {}
         for stage in self.run.stages:
+            writers = [s.name for s in self.run.stages if s.name in done and s.head == "vocabulary"]
+            parent = done.get(stage.start_from or (writers or [""])[-1])
             result = self._finished(stage, parent)
             if result is None:
-                result = self._run_stage(stage, parent)
+                result = self._run_stage(stage, parent, done)
             else:
                 self.progress.message(f"{stage.name}: finished before, nothing to do")
             results.append(result)
-            parent = Path(self.run.directory, result["checkpoint"])
+            done[stage.name] = Path(self.run.directory, result["checkpoint"])
         return results
+
+    def start_metrics(self) -> dict[str, Any]:
+        """The evaluations on what ``init_from`` holds, measured once a run."""
+        writers = [s for s in self.run.stages if s.head == "vocabulary"]
+        if not self.run.evaluate_start or not writers:
+            return {}
+        path = self.run.directory / START_FILE
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        stage = writers[0].model_copy(update={"name": "start"})
+        ctx = StageContext(
+            self.run, stage, self.tokenizer, self.run.directory, self.logger, None, {}
+        )
+        engine = ctx.engine(None)
+        ctx.load_start(engine)
+        found = evaluate_all(ctx, engine, self.progress, step=0)
+        if dist.get_rank() == 0:
+            write_atomically(path, json.dumps(found, indent=1).encode())
+        dist.barrier()
+        return found
 
     # --- one stage ------------------------------------------------------------------------------
 
@@ -85,23 +110,26 @@ class Pipeline:
         check_lineage(stage.name, result, wanted)
         return result
 
-    def _run_stage(self, stage: StageConfig, parent: Path | None) -> dict[str, Any]:
+    def _run_stage(
+        self, stage: StageConfig, parent: Path | None, done: Mapping[str, Path]
+    ) -> dict[str, Any]:
         torch.compiler.reset()  # graphs of an earlier stage's model serve nobody
         began = time.perf_counter()
-        mesh = stage_mesh(stage.engine, dist.get_world_size())
         ctx = StageContext(
-            self.run, stage, self.tokenizer, self.run.directory, mesh, self.logger, parent
+            self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
         )
+        if hasattr(stage, "samples_per_prompt"):
+            self.progress.message(arithmetic(self.run, stage, dist.get_world_size()))
         live = STAGES[stage.kind](ctx)
         lineage = self._lineage(stage, live.data_hash, parent)
-        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, mesh.device))
+        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
         path = loop.run()
         metrics = evaluate_all(ctx, live.engine, self.progress)
         result = {
             "name": stage.name,
             "kind": stage.kind,
             "steps": stage.steps,
-            "layout": str(mesh.layout),
+            "layout": str(ctx.layout),
             "checkpoint": str(path.relative_to(self.run.directory)),
             "checkpoint_hash": manifest.read(path).digest,
             **dataclasses.asdict(lineage),
@@ -135,16 +163,21 @@ class Pipeline:
         name = stage.engine.precision
         if name not in self.gemm:
             dist.barrier()
-            mine = measure_gemm(PRECISIONS[name].compute, device, budget_s=1.0).flops
+            mine = measure_gemm(precision_of(name, device).compute, device, budget_s=1.0).flops
             total = torch.tensor(mine, dtype=torch.float64, device=device)
             self.gemm[name] = float(sum_over(total, dist.group.WORLD))
         return self.gemm[name]
 
 
-def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """Every evaluation of the run on the engine's weights; flat metrics."""
+def evaluate_all(
+    ctx: StageContext, engine: Engine, progress: Progress, step: int | None = None
+) -> dict[str, Any]:
+    """Every evaluation of the run on the engine's weights; flat metrics.
+
+    A model without a vocabulary's head has none: its stage validates it.
+    """
     merged: dict[str, Any] = {}
-    for config in ctx.run.evaluations:
+    for config in ctx.run.evaluations if ctx.stage.head == "vocabulary" else ():
         if config.stages and ctx.stage.name not in config.stages:
             continue
         began = time.perf_counter()
@@ -152,7 +185,7 @@ def evaluate_all(ctx: StageContext, engine: Engine, progress: Progress) -> dict[
         result = EVALUATIONS[config.kind](config, ctx, engine)
         result[f"{config.name}_seconds"] = time.perf_counter() - began
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-        ctx.logger.log(ctx.stage.name, ctx.stage.steps, numbers, "eval")
+        ctx.logger.log(ctx.stage.name, ctx.stage.steps if step is None else step, numbers, "eval")
         samples = [*merged.get("samples", []), *result.pop("samples", [])]
         merged |= result | ({"samples": samples} if samples else {})
     return merged

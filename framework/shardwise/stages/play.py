@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
 from shardwise.parallel.collectives import gather_json
-from shardwise.precision.policy import PRECISIONS
+from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import Sampling
@@ -33,12 +34,13 @@ class Group:
     texts: list[str]
     rewards: list[float | None]  # None: unscorable
     policy: str  # checksum of the weights that wrote it
-    advantages: list[float] = dataclasses.field(default_factory=list)
+    # By name, for each completion a number or one a token; what a loss reads of them.
+    tracks: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
-    def lengths(self) -> np.ndarray:
-        """[completion tokens, completions that stopped, tokens in the training row]."""
-        written = sum(map(len, self.tokens))
-        return np.array([written, sum(self.stopped), len(self.prompt) - 1 + written], dtype=float)
+    @property
+    def num_row_tokens(self) -> int:
+        """Tokens in its training row."""
+        return len(self.prompt) - 1 + sum(map(len, self.tokens))
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """One JSON record a completion; every token of it carries loss."""
@@ -58,14 +60,32 @@ class Group:
                 "text": self.texts[i],
                 "stopped": self.stopped[i],
                 "reward": self.rewards[i],
-                "advantage": self.advantages[i] if self.advantages else None,
+                **{_short(name): _plain(values[i]) for name, values in self.tracks.items()},
             }
             for i in range(len(self.tokens))
         ]
 
 
+def _without_problem(group: Group) -> dict[str, Any]:
+    fields = dataclasses.fields(group)
+    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}
+
+
+def _short(track: str) -> str:
+    """A track's name in a record: ``advantage`` for ``advantages_BT``."""
+    return track.removesuffix("_BT").removesuffix("s")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 class Player:
-    """A generator on this rank, fed from the engine's weights, with a scorer behind it."""
+    """Generators, one a rank, fed from the engine's weights, with a scorer behind each.
+
+    The ranks of the world share the prompts, whatever the layout of the model that they come
+    from, and every rank gets all completions: a rollout is tokens, which are few.
+    """
 
     def __init__(
         self,
@@ -76,11 +96,11 @@ class Player:
         max_slots: int = 128,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
-        self.dtype = dtype or PRECISIONS[ctx.stage.engine.precision].compute
+        self.dtype = dtype or precision_of(ctx.stage.engine.precision, ctx.device).compute
         self.generator = Generator(
             ctx.run.model,
             self.dtype,
-            ctx.mesh.device,
+            ctx.device,
             max_slots,
             decode_text=ctx.tokenizer.decode,
         )
@@ -100,42 +120,38 @@ class Player:
         key: int,
         prompt_ids: Sequence[int] | np.ndarray,
     ) -> list[Group]:
-        """``num_samples`` scored completions of each problem.
+        """``num_samples`` scored completions of each problem, on every rank; a collective call.
 
         ``key`` and a problem's ``prompt_id`` decide its draws, whatever else is in the batch.
         """
         tokenizer = self.ctx.tokenizer
-        prompts = [
-            encode_chat(tokenizer, prompt_messages(p, self.task), add_generation_prompt=True)[0]
-            for p in problems
-        ]
         stops = tuple(dict.fromkeys([*sampling.stop_ids, *tokenizer.stop_ids]))
         sampling = sampling.model_copy(update={"stop_ids": stops})
-        # A repeated id pads a rank's share: it is generated once.
-        unique = dict(zip(map(int, prompt_ids), prompts))
-        requests = [Request(i, p, num_samples) for i, p in unique.items()]
-        by_prompt: dict[int, list[Completion]] = {}
-        for completion in self._generate(requests, sampling, key):
-            by_prompt.setdefault(completion.prompt_id, []).append(completion)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = range(rank, len(problems), world)
+        ids = [int(prompt_ids[i]) for i in mine]
+        prompts = [
+            encode_chat(
+                tokenizer, prompt_messages(problems[i], self.task), add_generation_prompt=True
+            )[0]
+            for i in mine
+        ]
+        requests = [Request(i, p, num_samples) for i, p in zip(ids, prompts, strict=True)]
+        found: dict[int, list[Completion]] = {}
+        for completion in self.generator.generate(requests, sampling, key):
+            found.setdefault(completion.prompt_id, []).append(completion)
         groups = [
-            self._group(problem, int(i), prompt, by_prompt[int(i)])
-            for problem, i, prompt in zip(problems, prompt_ids, prompts, strict=True)
+            self._group(problems[i], id_, prompt, found[id_])
+            for i, id_, prompt in zip(mine, ids, prompts, strict=True)
         ]
         self._score(groups)
-        return groups
-
-    def _generate(self, requests: list[Request], sampling: Sampling, key: int) -> list[Completion]:
-        """Ranks that share a slice of the batch (tp, pp, cp) share its generation too."""
-        peers = self.ctx.mesh.groups["peers"]
-        mine = requests[peers.rank() :: peers.size()]
-        completions = self.generator.generate(mine, sampling, key) if mine else []
-        if peers.size() == 1:
-            return completions
-        parts = gather_json([dataclasses.asdict(c) for c in completions], peers)
+        if world == 1:
+            return groups
+        assert dist.group.WORLD is not None
+        parts = gather_json([_without_problem(g) for g in groups], dist.group.WORLD)
         return [
-            Completion(**c | {"prompt_tokens": tuple(c["prompt_tokens"])})
-            for part in parts
-            for c in part
+            Group(problem=problem, **parts[i % world][i // world])
+            for i, problem in enumerate(problems)
         ]
 
     def _group(self, problem: Problem, prompt_id: int, prompt: list[int], found: Any) -> Group:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
 from shardwise.config.schema import EvaluationConfig, StageConfig
-from shardwise.stages import accuracy, bits, continuations, grpo, pretrain, sft
+from shardwise.stages import accuracy, bits, continuations, grpo, ppo, pretrain, reward, sft
 from shardwise.stages.base import Stage, StageContext
 
 STAGES: dict[str, Callable[[StageContext], Stage]] = {}
@@ -33,7 +33,9 @@ def register_evaluation(
 
 register_stage("pretrain", pretrain.PretrainConfig, pretrain.PretrainStage)
 register_stage("sft", sft.SftConfig, sft.SftStage)
+register_stage("reward", reward.RewardModelConfig, reward.RewardStage)
 register_stage("grpo", grpo.GrpoConfig, grpo.GrpoStage)
+register_stage("ppo", ppo.PpoConfig, ppo.PpoStage)
 register_evaluation("bits_per_byte", bits.BitsConfig, bits.evaluate)
 register_evaluation("problems", accuracy.ProblemsConfig, accuracy.evaluate)
 register_evaluation("continuations", continuations.ContinuationsConfig, continuations.evaluate)

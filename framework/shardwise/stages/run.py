@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shardwise.config.export import provenance_json, resolved_yaml
@@ -23,8 +24,9 @@ from shardwise.metrics.writers import MetricsLogger, check_listeners
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
-from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import pick_device, start
+from shardwise.precision.policy import multiplies_bf16
+from shardwise.stages.base import role_layout, role_of, roles_of
 from shardwise.stages.pipeline import Pipeline, write_atomically
 from shardwise.stages.summary import summarize
 
@@ -42,6 +44,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     start(pick_device(run.engine.device), run.engine.timeout_s)
     rank = dist.get_rank()
     began = time.perf_counter()
+    run = with_precision(run)
     directory = run.directory
     if rank == 0:
         _claim(directory, loaded)
@@ -54,11 +57,14 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     pipeline = Pipeline(run, tokenizer, logger, progress)
     try:
         logger.note("started", f"{dist.get_world_size()} ranks")
+        start_metrics = pipeline.start_metrics()
         results = pipeline.run_all()
     finally:
         logger.close()
         progress.close()
     summary = summarize(run, results, pipeline.gemm, host_info())
+    if "accuracy" in start_metrics:
+        summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
     summary["wall_seconds"] = time.perf_counter() - began
     if rank == 0:
         text = json.dumps(summary, indent=1)
@@ -78,9 +84,14 @@ def preflight(run: RunConfig, world_size: int) -> None:
                 f"model.max_seq_len {run.model.max_seq_len}; lower one or raise the other"
             )
     if run.init_from is not None and not run.init_from.exists():
-        raise ConfigError(f"init_from: {run.init_from} does not exist")
+        raise ConfigError(
+            f"init_from: {run.init_from} does not exist (from {Path.cwd()}); run the recipe that "
+            "makes it, or name another checkpoint or Hugging Face folder"
+        )
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():
-        raise ConfigError(f"tokenizer.path: {run.tokenizer.path} does not exist")
+        raise ConfigError(
+            f"tokenizer.path: {run.tokenizer.path} does not exist (from {Path.cwd()})"
+        )
     if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
         tokenizer_data(run)
 
@@ -88,21 +99,29 @@ def preflight(run: RunConfig, world_size: int) -> None:
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
     """Refuse a layout that this model, batch or engine cannot have."""
     assert isinstance(run.model, DecoderConfig)
-    layout = parse_layout(stage.engine.layout, world_size)
-    compiled = blocks.wants_compile(stage.engine, pick_device(stage.engine.device))
     updates = getattr(stage, "updates_per_rollout", 1)
-    for size in {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}:
-        feasible.check(
-            feasible.Case(
-                layout,
-                run.model,
-                compiled,
-                size // updates,
-                stage.batch.micro_batch,
-                stage.engine.precision,
-                stage.engine.fp8,
+    sizes = {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}
+    for name in roles_of(stage):
+        role = role_of(stage, name)
+        if role.ranks is not None and max(role.ranks) >= world_size:
+            raise ConfigError(
+                f"stages.{stage.name}.roles.{name}.ranks: {role.ranks} go beyond the {world_size} "
+                f"ranks of this run; start {max(role.ranks) + 1}, or place it on lower ranks"
             )
-        )
+        layout = role_layout(role, world_size)
+        compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
+        for size in sizes:
+            feasible.check(
+                feasible.Case(
+                    layout,
+                    run.model,
+                    compiled,
+                    size // updates,
+                    stage.batch.micro_batch,
+                    role.engine.precision,
+                    role.engine.fp8,
+                )
+            )
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:
@@ -145,6 +164,26 @@ def with_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
             "use 0 to take the tokenizer's"
         )
     return run
+
+
+def with_precision(run: RunConfig) -> RunConfig:
+    """Say what ``engine.precision: auto`` is here: the same on all ranks, a part of the lineage."""
+
+    def named(part: Any) -> Any:
+        """A run, stage or role with its engine's precision by name, and that of its roles."""
+        updates: dict[str, Any] = {}
+        if part.engine.precision == "auto":
+            device = pick_device(part.engine.device)
+            able = torch.tensor([float(multiplies_bf16(device))], device=device)
+            dist.all_reduce(able, op=dist.ReduceOp.MIN)
+            precision = "bf16" if float(able) else "fp32"
+            updates["engine"] = part.engine.model_copy(update={"precision": precision})
+        if (roles := getattr(part, "roles", None)) is not None:
+            said = {n: named(r) for n in type(roles).model_fields if (r := getattr(roles, n))}
+            updates["roles"] = roles.model_copy(update=said)
+        return part.model_copy(update=updates)
+
+    return named(run).model_copy(update={"stages": [named(s) for s in run.stages]})  # type: ignore[no-any-return]
 
 
 def _claim(directory: Path, loaded: LoadedConfig) -> None:

@@ -15,39 +15,54 @@ from shardwise.config.schema import RunConfig
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
 from shardwise.models import registry as models
+from shardwise.models.common.config import DecoderConfig
+
+HEAD = "model.head.weight"
 
 
-def load_start(engine: Engine, run: RunConfig, parent: Path | None) -> None:
-    """The weights that a stage starts from: its parent's, ``init_from``'s, or the initial ones."""
+def load_start(engine: Engine, model: DecoderConfig, source: Path | None) -> None:
+    """The weights that a stage starts from: a checkpoint's or a folder's, or the initial ones.
+
+    A model with a scalar head takes all but the head from one that predicts words; its head then
+    keeps its (small) initial weights.
+    """
     weights = {n: t for n, t in engine.state_dict().tensors.items() if n.startswith("model.")}
-    if parent is not None:
-        checkpoint.load(parent, weights, partial=True)
-    elif run.init_from is not None:
-        if checkpoint.latest(run.init_from) or (run.init_from / "manifest.json").exists():
-            checkpoint.load(run.init_from, weights, partial=True)
-        else:
-            _load_hf(run, weights)
+    if source is None:
+        return
+    if is_native(source):
+        stored = manifest.read(checkpoint.resolve(source)).tensors
+        if model.head == "scalar" and (HEAD not in stored or stored[HEAD].shape[0] != 1):
+            weights.pop(HEAD, None)
+        checkpoint.load(source, weights, partial=True)
+    else:
+        _load_hf(source, model, weights)
 
 
-def _load_hf(run: RunConfig, weights: dict[str, Tensor]) -> None:
-    assert run.init_from is not None
-    config, tensors = models.from_hf(run.init_from)
-    wanted = run.model.model_dump(exclude={"max_seq_len"})
-    found = config.model_dump(exclude={"max_seq_len"})
+def is_native(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint of ours, or a folder of them."""
+    return bool(checkpoint.latest(path) or (path / "manifest.json").exists())
+
+
+def _load_hf(source: Path, model: DecoderConfig, weights: dict[str, Tensor]) -> None:
+    config, tensors = models.from_hf(source)
+    new_head = model.head == "scalar" and config.head != "scalar"
+    free = {"max_seq_len"} | ({"head", "tie_embeddings"} if new_head else set())
+    wanted, found = model.model_dump(exclude=free), config.model_dump(exclude=free)
     differ = [
         f"{k}: {found.get(k)} there, {wanted[k]} here" for k in wanted if wanted[k] != found.get(k)
     ]
     if differ:
         raise ConfigError(
-            f"init_from: {run.init_from} holds another model ({'; '.join(differ)}); "
+            f"init_from: {source} holds another model ({'; '.join(differ)}); "
             "make the model section agree"
         )
-    seen: set[str] = set()
+    seen = {HEAD} if new_head else set()
     for name, value in tensors:
-        copy_full(weights[f"model.{name}"], value)
-        seen.add(f"model.{name}")
+        if f"model.{name}" in weights and f"model.{name}" not in seen:
+            copy_full(weights[f"model.{name}"], value)
+            seen.add(f"model.{name}")
     if missing := sorted(weights.keys() - seen):
-        raise ConfigError(f"init_from: {run.init_from} lacks {', '.join(missing[:5])}")
+        raise ConfigError(f"init_from: {source} lacks {', '.join(missing[:5])}")
 
 
 def copy_full(target: Tensor, full: Tensor) -> None:
@@ -63,13 +78,18 @@ def copy_full(target: Tensor, full: Tensor) -> None:
 
 def start_hash(run: RunConfig) -> str:
     """What stands for the parent of the first stage."""
-    if run.init_from is None:
-        return f"seed-{run.seed}"
-    book = checkpoint.latest(run.init_from) or run.init_from
+    return f"seed-{run.seed}" if run.init_from is None else folder_hash(run.init_from)
+
+
+def folder_hash(folder: Path | None) -> str:
+    """Of the weights in a checkpoint (or the latest of a folder of them) or Hugging Face folder."""
+    if folder is None:
+        return ""
+    book = checkpoint.latest(folder) or folder
     if (book / "manifest.json").exists():
         return manifest.read(book).digest
     total = xxhash.xxh3_128()
-    for file in sorted(run.init_from.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):
                 total.update(block)

@@ -13,7 +13,7 @@ from shardwise.engines.base import Engine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.optim.schedules import consumed_before, global_batch_at
-from shardwise.stages.base import StageContext, micro_batches, rank_share
+from shardwise.stages.base import Stage, StageContext, micro_batches, rank_share
 
 
 class Rows(Protocol):
@@ -35,7 +35,7 @@ class Order(Protocol):
         ...
 
 
-class SupervisedStage:
+class SupervisedStage(Stage):
     """Next-token training over a dataset of rows. Subclasses say which dataset."""
 
     # Whether rows hold several documents: said once, so that all steps compile to one graph.
@@ -86,6 +86,8 @@ def sum_nll(
     chunk = micro * engine.data_size
     for start in range(0, num_rows, chunk):
         mine, real = rank_share(min(chunk, num_rows - start), engine)
+        if not len(mine):
+            continue
         batch = collate([rows.row(int(i)) for i in start + mine], start + mine, packed)
         [batch] = micro_batches(batch, real, micro)
         [logp_BT] = engine.forward([batch], valid_logprobs)

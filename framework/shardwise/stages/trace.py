@@ -34,10 +34,10 @@ def trace_step(ctx: StageContext, progress: Progress) -> Iterator[None]:
         yield
     profiler.export_chrome_trace(str(folder / f"{name}.rank_{rank}.json"))
     (folder / f"{name}.rank_{rank}.communication.json").write_text(
-        json.dumps({"layout": str(ctx.mesh.layout), "rank": rank, "rows": tally.rows()}, indent=1)
+        json.dumps({"layout": str(ctx.layout), "rank": rank, "rows": tally.rows()}, indent=1)
     )
     parts = [
         f"{r['axis']} {r['operation']} {r['calls']} x, {r['bytes'] / 1e6:.2f} MB"
         for r in tally.rows()
     ]
-    progress.message(f"{name}: rank 0 of {ctx.mesh.layout} sent in one step: " + "; ".join(parts))
+    progress.message(f"{name}: rank 0 of {ctx.layout} sent in one step: " + "; ".join(parts))

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.checkpoint.layout import pieces
-from shardwise.data.batch import join
+from shardwise.config.schema import OptimizerConfig
+from shardwise.data.batch import MicroBatch, join
+from shardwise.data.tokenizer import load_tokenizer
+from shardwise.engines.base import Engine
 from shardwise.engines.native import NativeEngine
-from shardwise.losses.logprobs import valid_logprobs
+from shardwise.engines.placed import PlacedEngine
+from shardwise.losses.contract import Loss
+from shardwise.metrics.writers import MetricsLogger
 from shardwise.ops import comm, dice
 from shardwise.ops.fp8_linear import Seen, listening
-from shardwise.parallel.layout import parse_layout
-from shardwise.parallel.mesh import build_mesh
 from shardwise.precision.policy import PRECISIONS
+from shardwise.rewards import RewardConfig
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import Sampling
 from shardwise.rollout.scheduler import Request
 from shardwise.rollout.weights import digest
-from shardwise.verify.tape import Tape
+from shardwise.stages.base import ACTOR, StageContext, role_layout, role_of
+from shardwise.stages.play import Group
+from shardwise.stages.registry import STAGES
+from shardwise.verify.roles import with_layouts
+from shardwise.verify.tape import Call, FreshContext, Tape
 
 NEW_TOKENS = 6
 
@@ -54,99 +67,71 @@ def play(
     # Here, the library of a GPU is whatever runs in its place.
     changes = {"domains": domains, "backend": "auto"}
     fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
-    updates = {
-        "layout": layout,
-        "precision": precision,
-        "compile": compiled,
-        "device": "cpu",
-        "fp8": fp8,
-    }
-    config = stage.engine.model_copy(update=updates)
-    mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-    engines = [
-        NativeEngine(
-            tape.run.model, config, mesh, seed=tape.run.seed, stage=tape.stage, optimizer=optimizer
-        )
-        for optimizer in tape.optimizers
-    ]
-    player = _Player(tape, engines)
-    player.note_weights("initial")
-    for number, call in enumerate(tape.calls):
-        player.call(number, call)
-    player.note_weights("weight")
-    player.note_moments()
-    player.note_histories()
-    checksum = player.generate(PRECISIONS[precision].compute) if tape.prompts else ""
-    digests = {name: digest(value) for name, value in player.values.items()}
-    values = player.values if dist.get_rank() == 0 else {}
-    volumes = player.volumes or []
-    return Played(values, player.scales, digests, player.boxes(), volumes, checksum)
+    updates = {"precision": precision, "compile": compiled, "device": "cpu", "fp8": fp8}
+    stage = with_layouts(stage, layout, **updates)
+    with tempfile.TemporaryDirectory(prefix="shardwise-replay-") as folder:
+        logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
+        tokenizer = load_tokenizer(tape.run.tokenizer)
+        ctx = FreshContext(tape.run, stage, tokenizer, Path(folder), logger, None)
+        again = _StageAgain(tape, ctx) if tape.rollouts else _Calls(tape, ctx)
+        again.note_weights("initial")
+        again.run()
+        again.note_weights("weight")
+        again.note_moments()
+        again.note_histories()
+        checksum = again.generate(PRECISIONS[precision].compute) if tape.prompts else ""
+    digests = {name: digest(value) for name, value in again.values.items()}
+    values = again.values if dist.get_rank() == 0 else {}
+    volumes = again.volumes or []
+    return Played(values, again.scales, digests, again.boxes(), volumes, checksum)
 
 
-class _Player:
+class _Notes:
     """Notes values in the order in which they come about: what differs first is nearest the bug.
 
-    Kinds: initial, logprobs, loss, metric, sentinel, gradient, clip norm, weight, moment, generated
-    tokens, generated logprobs. Kinds of scales: amax, scale, history.
+    Kinds: initial, what a stage reads and makes of its rollouts (logprobs, values, advantages,
+    returns), loss, metric, sentinel, gradient, clip norm, weight, moment, generated tokens,
+    generated logprobs. Kinds of scales: amax, scale, history.
     """
 
-    def __init__(self, tape: Tape, engines: list[NativeEngine]) -> None:
-        self.tape, self.engines = tape, engines
+    def __init__(self, tape: Tape, ctx: StageContext) -> None:
+        self.tape, self.ctx = tape, ctx
+        self.engines: list[Engine] = []
         self.values: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.volumes: list[dict[str, Any]] | None = None
+        self.seen: set[int] = set()  # engines whose first gradients are noted
 
     def note(self, kind: str, name: str, value: Tensor | float) -> None:
         self.values[f"{kind}/{name}"] = torch.as_tensor(value, dtype=torch.float64).clone()
 
     def note_weights(self, kind: str) -> None:
         for number, engine in enumerate(self.engines):
-            for name, value in engine.full("weights"):
+            for name, value in full(engine, "weights"):
                 self.note(kind, f"{self.label(number)}{name}", value)
 
     def note_moments(self) -> None:
         for number, engine in enumerate(self.engines):
-            if engine.optimizer is None:
-                continue
-            some = next(iter(engine.optimizer.state.values()))
-            for state in sorted(k for k in some if k != "step"):
-                for name, value in engine.full(state):
+            inner = inner_of(engine)
+            optimizer = None if inner is None else inner.optimizer
+            states = sorted(next(iter(optimizer.state.values()))) if optimizer is not None else []
+            for state in engine.everywhere([s for s in states if s != "step"]):
+                for name, value in full(engine, state):
                     self.note("moment", f"{self.label(number)}{name} {state}", value)
 
     def label(self, number: int) -> str:
-        return f"engine {number} " if len(self.engines) > 1 else ""
+        return f"{self.tape.parts[number].role} " if len(self.engines) > 1 else ""
 
-    def call(self, number: int, call: Any) -> None:
-        engine = self.engines[call.engine]
-        where = f"{self.label(call.engine)}call {number + 1}"
-        share = len(call.batches) // engine.data_size
-        mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
-        same_size = len({b.num_tokens for b in call.batches}) == 1
-        # A micro-batch is a scaling domain of its own.
-        if engine.mesh.layout.pp == 1 and same_size and engine.fp8 is None:
-            # A layout without a pipeline computes few and large micro-batches faster; how many
-            # there are may change nothing (design decision 2).
-            half = -(-len(mine) // 2)
-            mine = [join(mine[:half]), join(mine[half:])] if len(mine) > 1 else mine
-        if call.kind == "forward":
-            found = engine.forward(mine, valid_logprobs)
-            rows = torch.cat([f.double().sum(dim=1) for f in found])
-            start = sum(b.num_rows for b in call.batches[: engine.data_rank * share])
-            everyone = torch.zeros(sum(b.num_rows for b in call.batches), dtype=torch.float64)
-            everyone[start : start + len(rows)] = rows
-            self.note("logprobs", where, torch.tensor(engine.sum_over_data(everyone.tolist())))
-            return
-        with comm.tally() as tally, self.noting_scales(where, engine.data_rank * share):
-            metrics = engine.forward_backward(mine, call.loss)
-        self.note("loss", where, metrics.pop("loss"))
-        for name, value in metrics.items():
-            kind = "sentinel" if name.startswith("fp8") else "metric"
-            self.note(kind, f"{where} {name}", value)
-        if self.volumes is None:
-            self.volumes = tally.rows()
-            for name, value in engine.full("grads"):
-                self.note("gradient", f"{self.label(call.engine)}{name}", value)
-        self.note("clip norm", where, engine.step(call.lr))
+    def note_gradients(self, number: int) -> None:
+        """Of an engine's first update."""
+        if number not in self.seen:
+            self.seen.add(number)
+            for name, value in full(self.engines[number], "grads"):
+                self.note("gradient", f"{self.label(number)}{name}", value)
+
+    def run(self) -> None:
+        """The whole tape."""
+        raise NotImplementedError
 
     def noting_scales(self, where: str, first: int) -> contextlib.AbstractContextManager[None]:
         """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
@@ -165,11 +150,13 @@ class _Player:
 
     def note_histories(self) -> None:
         for number, engine in enumerate(self.engines):
-            for name, value in engine.fp8.tensors() if engine.fp8 is not None else ():
+            inner = inner_of(engine)
+            for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
                 self.scales[f"history/{self.label(number)}{name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
-        named = self.engines[0].named.parameters
+        inner = inner_of(self.engines[0])
+        named = {} if inner is None else inner.named.parameters
         return {n: [tuple(p.box) for p in pieces(n, t.data)] for n, t in named.items()}
 
     def generate(self, dtype: torch.dtype) -> str:
@@ -185,3 +172,140 @@ class _Player:
         self.note("generated tokens", "greedy", torch.tensor(ids))
         self.note("generated logprobs", "greedy", torch.tensor(logprobs))
         return checksum
+
+
+class _Calls(_Notes):
+    """A supervised stage: its recorded updates."""
+
+    def __init__(self, tape: Tape, ctx: StageContext) -> None:
+        super().__init__(tape, ctx)
+        self.engines = [ctx.engine(part.optimizer, part.role) for part in tape.parts]
+
+    def run(self) -> None:
+        """All calls."""
+        for number, call in enumerate(self.tape.calls):
+            self.call(number, call)
+
+    def call(self, number: int, call: Call) -> None:
+        """One update, in this layout's micro-batches."""
+        engine = inner_of(self.engines[call.engine])
+        assert engine is not None
+        where = f"{self.label(call.engine)}call {number + 1}"
+        share = len(call.batches) // engine.data_size
+        mine = call.batches[engine.data_rank * share : (engine.data_rank + 1) * share]
+        same_size = len({b.num_tokens for b in call.batches}) == 1
+        # A micro-batch is a scaling domain of its own.
+        if engine.mesh.layout.pp == 1 and same_size and engine.fp8 is None:
+            # A layout without a pipeline computes few and large micro-batches faster; how many
+            # there are may change nothing (design decision 2).
+            half = -(-len(mine) // 2)
+            mine = [join(mine[:half]), join(mine[half:])] if len(mine) > 1 else mine
+        with comm.tally() as tally, self.noting_scales(where, engine.data_rank * share):
+            metrics = engine.forward_backward(mine, call.loss)
+        self.note("loss", where, metrics.pop("loss"))
+        for name, value in metrics.items():
+            kind = "sentinel" if name.startswith("fp8") else "metric"
+            self.note(kind, f"{where} {name}", value)
+        if self.volumes is None:
+            self.volumes = tally.rows()
+            self.note_gradients(call.engine)
+        self.note("clip norm", where, engine.step(call.lr))
+
+
+class _Watched:
+    """An engine whose updates are noted."""
+
+    def __init__(self, inner: Engine, number: int, notes: _StageAgain) -> None:
+        self.inner, self.number, self.notes = inner, number, notes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+        notes = self.notes
+        with comm.tally() as tally:
+            metrics = self.inner.forward_backward(microbatches, loss)
+        if notes.volumes is None:
+            notes.volumes = tally.rows()
+        notes.updates += 1
+        where = f"{notes.label(self.number)}update {notes.updates}"
+        for name, value in self.inner.everywhere(metrics).items():
+            kind = "loss" if name == "loss" else "metric"
+            notes.note(kind, where if name == "loss" else f"{where} {name}", value)
+        notes.note_gradients(self.number)
+        return metrics
+
+    def step(self, lr: float) -> float:
+        norm = self.inner.step(lr)
+        where = f"{self.notes.label(self.number)}update {self.notes.updates}"
+        self.notes.note("clip norm", where, self.inner.everywhere(norm))
+        return norm
+
+
+class _StageAgain(_Notes):
+    """A stage that writes its own batches: it runs again, told what was written."""
+
+    def __init__(self, tape: Tape, ctx: StageContext) -> None:
+        super().__init__(tape, ctx)
+        self.updates = 0
+        self.step = 0
+        whole = role_layout(role_of(ctx.stage, ACTOR), dist.get_world_size())
+        batch = ctx.stage.batch
+        if whole.pp == 1 and dist.get_world_size() > 1:
+            # Fewer and larger micro-batches than one process has: that may change nothing.
+            batch = batch.model_copy(update={"micro_batch": 2 * batch.micro_batch})
+        # Rewards come from the tape too.
+        stage = ctx.stage.model_copy(update={"reward": RewardConfig(), "batch": batch})
+        context = _WatchingContext(
+            ctx.run, stage, ctx.tokenizer, ctx.directory, ctx.logger, None, notes=self
+        )
+        live: Any = STAGES[stage.kind](context)
+        live.player, live.observe = self, self.observe
+        self.live = live
+
+    def run(self) -> None:
+        """As many steps as were recorded."""
+        for step in range(len(self.tape.rollouts)):
+            self.live.train_step(step, self.ctx.stage.optimizer.lr)
+
+    def sync(self, engine: Engine) -> None:
+        """What a player does; nothing is written here."""
+
+    def play(self, *args: Any, **kwargs: Any) -> list[Group]:
+        """What was written in this step."""
+        self.step += 1
+        return copy.deepcopy(self.tape.rollouts[self.step - 1])
+
+    def observe(self, groups: list[Group]) -> None:
+        """What the stage has read and made of it."""
+        for track in groups[0].tracks:
+            found = [v for g in groups for v in g.tracks[track]]
+            if any(v is None for v in found):
+                continue
+            flat = np.concatenate([np.atleast_1d(np.asarray(v, dtype=float)) for v in found])
+            self.note(track.removesuffix("_BT"), f"step {self.step}", torch.from_numpy(flat))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WatchingContext(FreshContext):
+    notes: _StageAgain | None = None
+
+    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
+        assert self.notes is not None
+        engine = super().engine(optimizer, role)
+        self.notes.engines.append(engine)
+        return _Watched(engine, len(self.notes.engines) - 1, self.notes)
+
+
+def inner_of(engine: Engine) -> NativeEngine | None:
+    """What computes on this rank; None where the engine is elsewhere."""
+    inner: Any = engine.inner if isinstance(engine, PlacedEngine) else engine
+    assert inner is None or isinstance(inner, NativeEngine)
+    return inner
+
+
+def full(engine: Engine, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """`NativeEngine.full`, on every rank of the world."""
+    inner = inner_of(engine)
+    stream = iter(()) if inner is None else inner.full(kind)
+    yield from engine.spread(stream) if isinstance(engine, PlacedEngine) else stream

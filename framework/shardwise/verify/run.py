@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardwise.config.load import load_config
 from shardwise.config.schema import RunConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
-from shardwise.parallel.layout import parse_layout, world_of
+from shardwise.parallel.layout import parse_layout
+from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.compare import (
@@ -25,6 +28,7 @@ from shardwise.verify.compare import (
 )
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Played, play
+from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
 from shardwise.verify.tape import Tape, record
 
 SINGLE = "dp1.zero0"
@@ -76,7 +80,7 @@ class Verifier:
 
     def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
         self.recipe, self.pool = dict(recipe), pool
-        self.layouts = [parse_layout(text, world_of(text)) for text in layouts]
+        self.layouts = [layout for text in layouts for layout in layouts_of(text)]
         self.tapes: dict[str, Tape] = {}
         self.references: dict[tuple[str, str, str | None], Played] = {}
 
@@ -192,7 +196,12 @@ def domains_of(layout: str) -> str | None:
 
 
 def sub_layouts(layout: str) -> list[str]:
-    """Layouts with some of this one's axes, the fewest first; never the layout itself."""
+    """Layouts with some of this one's axes, the fewest first; never the layout itself.
+
+    Of layouts by role: each role's alone.
+    """
+    if "=" in layout:
+        return parts_of(layout)
     axes: list[list[str]] = []
     whole = parse_layout(layout, world_of(layout))
     if whole.dp > 1:
@@ -255,8 +264,9 @@ def verify(
         for one in chosen:
             wanted = _layouts(run, one, layouts, refused)
             verifier = Verifier(recipe, [*wanted, SINGLE], mine)
+            own = resolve(one.engine.precision, torch.device("cpu"))
             for layout in wanted:
-                for precision in dict.fromkeys(("fp64", one.engine.precision)):
+                for precision in dict.fromkeys(("fp64", own)):
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
                     if tell is not None:
@@ -281,8 +291,7 @@ def _layouts(
     found: list[str] = []
     for text in asked:
         for layout in suite.LAYOUTS if text == "suite" else [text]:
-            engine = stage.engine.model_copy(update={"layout": layout, "compile": False})
-            named = stage.model_copy(update={"engine": engine})
+            named = with_layouts(stage, layout, compile=False)
             try:
                 check_stage(run, named, world_of(layout))
             except ConfigError as error:

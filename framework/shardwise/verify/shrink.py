@@ -46,6 +46,8 @@ def shrink(
     recipe["tokenizer"] = {"kind": "bytes"}
     recipe["evaluations"] = []
     recipe["stages"] = [stage]
+    for key in ("start_from", "roles"):  # every model starts afresh, laid out as verify says
+        stage.pop(key, None)
     updates = stage.get("updates_per_rollout", 1)
     batches = _num_batches(recipe, layouts)
     stage["batch"] = {
@@ -156,8 +158,8 @@ def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
     [config] = [s for s in run.stages if s.name == stage["name"]]
     data = getattr(config, "data", None)
     if data is not None and data.sources and not _is_small(data.sources):
-        rows = list(_chats() if stage["kind"] == "sft" else _documents())
-        kind = "chat-jsonl" if stage["kind"] == "sft" else "jsonl"
+        kind = {"sft": "chat-jsonl", "reward": "preference-jsonl"}.get(stage["kind"], "jsonl")
+        rows = list(_STAND_INS[kind]())
         file = folder / "standin.jsonl"
         write_jsonl(file, rows)
         stage["data"] |= {"sources": [{"kind": kind, "path": str(file)}]}
@@ -169,6 +171,9 @@ def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
             stage["data"]["too_long"] = "truncate"
     if "num_problems" in stage:
         stage["num_problems"] = min(stage["num_problems"], 64)
+    if "answers_per_problem" in stage:
+        stage["answers_per_problem"] = min(stage["answers_per_problem"], 3)
+        stage["num_held_out"] = 0
     if "samples_per_prompt" in stage:
         stage["samples_per_prompt"] = min(stage["samples_per_prompt"], 3)
         stage["sampling"]["max_new_tokens"] = NEW_TOKENS
@@ -216,3 +221,13 @@ def _chats() -> Iterator[dict[str, Any]]:
                 {"role": "assistant", "content": said},
             ]
         }
+
+
+def _preferences() -> Iterator[dict[str, Any]]:
+    dice = random.Random(2)
+    for i in range(64):
+        answers = ["".join(dice.choices("wxyz ", k=dice.randint(1, 9))) for _ in range(2 + i % 3)]
+        yield {"prompt": "".join(dice.choices("abcd ", k=dice.randint(2, 9))), "answers": answers}
+
+
+_STAND_INS = {"jsonl": _documents, "chat-jsonl": _chats, "preference-jsonl": _preferences}

@@ -74,6 +74,31 @@ _BATCH = {"global_batch": 32, "micro_batch": 2, "seq_len": 128}
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"kind": "pretrain", "steps": 3, "batch": _BATCH},
     "sft": {"kind": "sft", "steps": 3, "batch": _BATCH, "task": {"kind": "count_letters"}},
+    "reward": {
+        "kind": "reward",
+        "steps": 3,
+        "batch": _BATCH,
+        "task": {"kind": "count_letters"},
+        "answers_per_problem": 3,
+        "loss": {"margin": 0.2, "label_smoothing": 0.1, "centring": 0.1},
+    },
+    "ppo": {
+        "kind": "ppo",
+        "steps": 3,
+        "batch": _BATCH,
+        "task": {"kind": "count_letters"},
+        "samples_per_prompt": 2,
+        "updates_per_rollout": 2,
+        "epochs_per_rollout": 2,
+        "reward_model_weight": 0.5,
+        # Bounds that bind within a few small steps.
+        "loss": {
+            "kl_coef": 0.1,
+            "kl_target": 0.1,
+            "value_clip": 0.001,
+            "missing_eos_penalty": 0.3,
+        },
+    },
     "grpo": {
         "kind": "grpo",
         "steps": 3,

@@ -1,8 +1,10 @@
 """What a stage asks of its engines, recorded once on one process, to be asked again elsewhere.
 
 A stage talks to engines alone (design decision 8). So its calls, with their micro-batches and
-losses, are all that a layout could change the answer to: recording them covers every stage,
-rollouts and rewards included, without knowing any.
+losses, are all that a layout could change the answer to: recording them covers every stage without
+knowing any. A stage that writes its own batches (it has a ``player``) computes between its calls
+too: advantages, returns, old log-probabilities. Of it the completions and their rewards are
+recorded, and the stage itself runs again on the layout, told what was written.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, State
 from shardwise.losses.contract import Loss
 from shardwise.metrics.writers import MetricsLogger
+from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
-from shardwise.stages.base import StageContext, stage_mesh
+from shardwise.stages.base import ACTOR, SCORERS, StageContext
+from shardwise.stages.play import Group
 from shardwise.stages.registry import STAGES
 from shardwise.stages.run import prepare_tokenizer, with_vocabulary
 from shardwise.verify.shrink import STEPS, shrink
@@ -32,25 +36,34 @@ from shardwise.verify.shrink import STEPS, shrink
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an engine: ``update`` (forward_backward and step) or ``forward``."""
+    """One update of an engine: forward_backward and step."""
 
-    kind: str
     engine: int
     step: int
     batches: list[MicroBatch]
-    loss: Loss | None = None
-    lr: float = 0.0
+    loss: Loss
+    lr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One engine of a stage."""
+
+    role: str
+    model: DecoderConfig
+    optimizer: OptimizerConfig | None
 
 
 @dataclasses.dataclass
 class Tape:
-    """A stage's calls, the engines that it made, and prompts that it had answered."""
+    """A stage's engines and calls, what it wrote in each step, and prompts that it answers."""
 
     run: RunConfig
     stage: str
-    optimizers: list[OptimizerConfig | None]
-    calls: list[Call]
-    prompts: list[list[int]]
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    rollouts: list[list[Group]] = dataclasses.field(default_factory=list)
+    prompts: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class _Recorder:
@@ -72,16 +85,13 @@ class _Recorder:
     def step(self, lr: float) -> float:
         assert self._open is not None, "a stage that steps without gradients"
         batches, loss = self._open
-        call = Call("update", self.number, self.step_number, batches, loss, lr)
-        self.tape.calls.append(call)
+        self.tape.calls.append(Call(self.number, self.step_number, batches, loss, lr))
         self._open = None
         return float(self.inner.step(lr))
 
     def forward(
         self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
     ) -> list[Tensor]:
-        batches = copy.deepcopy(list(microbatches))
-        self.tape.calls.append(Call("forward", self.number, self.step_number, batches))
         found: list[Tensor] = self.inner.forward(microbatches, fn)
         return found
 
@@ -102,16 +112,34 @@ class _Recorder:
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         self.inner.load_state_dict(state)
 
+    def everywhere(self, value: Any) -> Any:
+        return self.inner.everywhere(value)
+
 
 @dataclasses.dataclass(frozen=True)
-class _Context(StageContext):
+class FreshContext(StageContext):
+    """A stage of which all models start from their initial weights."""
+
+    def start_of(self, role: str) -> Path | None:
+        """Nowhere."""
+        return None
+
+    def model_of(self, role: str) -> DecoderConfig:
+        """The run's, with the role's head."""
+        assert isinstance(self.run.model, DecoderConfig)
+        scalar = role in SCORERS or self.stage.head == "scalar"
+        return self.run.model.as_scalar() if scalar else self.run.model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context(FreshContext):
     tape: Tape | None = None
 
-    def engine(self, optimizer: OptimizerConfig | None) -> Engine:
+    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
         assert self.tape is not None
-        number = len(self.tape.optimizers)
-        self.tape.optimizers.append(optimizer)
-        return _Recorder(super().engine(optimizer), number, self.tape)
+        number = len(self.tape.parts)
+        self.tape.parts.append(Part(role, self.model_of(role), optimizer))
+        return _Recorder(super().engine(optimizer, role), number, self.tape)
 
 
 def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -> Tape:
@@ -123,11 +151,12 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         tokenizer = prepare_tokenizer(run, directory, 0)
         run = with_vocabulary(run, tokenizer)
         [stage] = [s for s in run.stages if s.name == stage_name]
-        tape = Tape(run, stage_name, [], [], [])
+        tape = Tape(run, stage_name)
         logger = MetricsLogger(directory, run.logging, run.name, {}, rank=0)
-        mesh = stage_mesh(stage.engine, 1)
-        ctx = _Context(run, stage, tokenizer, directory, mesh, logger, None, tape)
+        ctx = _Context(run, stage, tokenizer, directory, logger, None, tape=tape)
         live = STAGES[stage.kind](ctx)
+        if hasattr(live, "player"):
+            live.player = _RecordingPlayer(live.player, tape)
         for step in range(STEPS):
             for engine in _recorders(live):
                 engine.step_number = step
@@ -136,9 +165,26 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         if hasattr(stage, "sampling"):
             texts = ("Count: ", "a b a", "1 + 1 =")
             tape.prompts = [tokenizer.encode(t)[:8] for t in texts]
-    if not hasattr(stage, "sampling"):
+    if tape.rollouts:
+        tape.calls = []  # the stage makes them again
+    else:
         _leave_one_token(tape.calls[-1].batches)
     return tape
+
+
+class _RecordingPlayer:
+    """Keeps what was written before a stage adds anything to it."""
+
+    def __init__(self, inner: Any, tape: Tape) -> None:
+        self.inner, self.tape = inner, tape
+
+    def sync(self, engine: Engine) -> None:
+        self.inner.sync(engine)
+
+    def play(self, *args: Any, **kwargs: Any) -> list[Group]:
+        groups: list[Group] = self.inner.play(*args, **kwargs)
+        self.tape.rollouts.append(copy.deepcopy(groups))
+        return groups
 
 
 def _recorders(live: Any) -> list[_Recorder]:
@@ -146,12 +192,18 @@ def _recorders(live: Any) -> list[_Recorder]:
 
 
 def _leave_one_token(batches: list[MicroBatch]) -> None:
-    """The last update of a supervised stage learns from a single token of the global batch."""
+    """The last update of a supervised stage learns from a single token of the global batch.
+
+    Of rankings, from a single one: a token of it says nothing.
+    """
     seen = False
     for i, batch in enumerate(batches):
         mask_BT = torch.zeros_like(batch.loss_mask_BT)
         if not seen and bool(batch.loss_mask_BT.any()):
             seen = True
             row, column = batch.loss_mask_BT.nonzero()[-1].tolist()
-            mask_BT[row, column] = True
+            if batch.extras:
+                mask_BT[row] = batch.loss_mask_BT[row]
+            else:
+                mask_BT[row, column] = True
         batches[i] = dataclasses.replace(batch, loss_mask_BT=mask_BT)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
 from shardwise.config.schema import ModelConfig, PositiveInt
 
 
@@ -12,6 +16,24 @@ class DecoderConfig(ModelConfig):
     num_layers: PositiveInt
     num_heads: PositiveInt
     tie_embeddings: bool = True
+    head: Literal["vocabulary", "scalar"] = Field(
+        "vocabulary", description="scalar: one number a token, as reward models and critics have"
+    )
+
+    @model_validator(mode="after")
+    def _scalar_is_not_tied(self) -> Self:
+        if self.head == "scalar" and self.tie_embeddings:
+            raise ValueError("head scalar cannot be tied; set tie_embeddings: false")
+        return self
+
+    def as_scalar(self) -> Self:
+        """The same decoder with a scalar head."""
+        return self.model_copy(update={"head": "scalar", "tie_embeddings": False})
+
+    @property
+    def head_size(self) -> int:
+        """Outputs of the head."""
+        return 1 if self.head == "scalar" else self.vocab_size
 
     @property
     def kv_heads(self) -> int:
@@ -41,4 +63,4 @@ class DecoderConfig(ModelConfig):
         are under 0.1 % of a model of any use).
         """
         counts = self.param_counts()
-        return counts["layers"] + counts["norm"] + self.vocab_size * self.hidden_size
+        return counts["layers"] + counts["norm"] + self.head_size * self.hidden_size

@@ -19,7 +19,7 @@ Masks = Callable[[int | None], Any]  # the mask of a layer with this sliding win
 
 
 class Decoder(nn.Module):
-    """``model(input_ids_BT, position_ids_BT, segment_ids_BT) -> logits_BTV``.
+    """``model(input_ids_BT, position_ids_BT, segment_ids_BT) -> logits_BTV`` (V 1: a scalar head).
 
     A family derives from it, builds ``layers`` and ``norm``, and defines `embed_tokens` and, where
     layers differ, `context`. A part of a model (`keep`) holds some of its layers; absent modules
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.head_size, bias=False)
         self.retie()
 
     def retie(self) -> None:

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwise.errors import CheckpointError
+
+# Where a decoder's head stands, by `DecoderConfig.head`.
+HEADS = {"vocabulary": "lm_head.weight", "scalar": "score.weight"}
+_SCORES = "ForSequenceClassification"
+
+
+def head_from_hf(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """``head`` and ``tie_embeddings`` of a config.json; a class of several labels is refused."""
+    names = raw.get("architectures") or []
+    if not any(str(name).endswith(_SCORES) for name in names):
+        return {"tie_embeddings": tied}
+    labels = raw.get("num_labels", len(raw.get("id2label") or {}) or 2)
+    if labels != 1:
+        raise CheckpointError(
+            f"config.json: a {names[0]} of {labels} labels; only one, a score, can be a head here"
+        )
+    return {"head": "scalar", "tie_embeddings": False}
+
+
+def head_to_hf(head: str, name: str, decoder: str) -> dict[str, Any]:
+    """Keys of config.json that choose the class: the family's decoder, or its scorer."""
+    if head == "vocabulary":
+        return {"architectures": [decoder]}
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": [name + _SCORES], "problem_type": "regression", **labels}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 Style = Literal[
     "vocab",  # embedding: rows (vocabulary) are cut, outputs summed
-    "column",  # linear: output features are cut, outputs stay cut
+    "column",  # linear: output features are cut, outputs stay cut (a scalar's: parts of a sum)
     "kv",  # like column, or, with fewer key/value heads than ranks, whole and used in part
     "row",  # linear: input features are cut, outputs summed
     "sequence",  # norm before column linears, on tokens cut among ranks (sp); weight whole

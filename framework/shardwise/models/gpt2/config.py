@@ -44,7 +44,7 @@ class GPT2Config(DecoderConfig):
             "embedding": (self.vocab_size + self.max_seq_len) * d,
             "layers": self.num_layers * (attention + 2 * d * f + f + d + 4 * d),
             "norm": 2 * d,
-            "head": 0 if self.tie_embeddings else self.vocab_size * d,
+            "head": 0 if self.tie_embeddings else self.head_size * d,
         }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.errors import CheckpointError
-from shardwise.models.common.hf import Rule
+from shardwise.models.common.hf import HEADS, Rule, head_from_hf, head_to_hf
 from shardwise.models.gpt2.config import GPT2Config
 
 MODEL_TYPES = ("gpt2",)
@@ -39,7 +39,7 @@ def rules(config: GPT2Config) -> list[Rule]:
                 found.append(Rule(f"transformer.h.{i}.{theirs}.{kind}", names, transpose))
     found += [Rule(f"transformer.ln_f.{kind}", (f"norm.{kind}",)) for kind in ("weight", "bias")]
     if not config.tie_embeddings:
-        found.append(Rule("lm_head.weight", ("head.weight",)))
+        found.append(Rule(HEADS[config.head], ("head.weight",)))
     return found
 
 
@@ -64,7 +64,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPT2Config:
         num_heads=raw["n_head"],
         ffn_size=raw.get("n_inner"),
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
+        **head_from_hf(raw, tied=bool(raw.get("tie_word_embeddings", True))),
         embed_dropout=raw.get("embd_pdrop", 0.1),
         attn_dropout=raw.get("attn_pdrop", 0.1),
         dropout=raw.get("resid_pdrop", 0.1),
@@ -75,7 +75,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
     """A config.json that transformers loads."""
     return {
         "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
+        **head_to_hf(config.head, "GPT2", "GPT2LMHeadModel"),
         "vocab_size": config.vocab_size,
         "n_positions": config.max_seq_len,
         "n_embd": config.hidden_size,

@@ -88,7 +88,7 @@ class LlamaConfig(DecoderConfig):
             "embedding": self.vocab_size * d,
             "layers": self.num_layers * (attention + 3 * d * f + 2 * d),
             "norm": d,
-            "head": 0 if self.tie_embeddings else self.vocab_size * d,
+            "head": 0 if self.tie_embeddings else self.head_size * d,
         }
 
 

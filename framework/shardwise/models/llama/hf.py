@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.errors import CheckpointError
-from shardwise.models.common.hf import Rule
+from shardwise.models.common.hf import HEADS, Rule, head_from_hf, head_to_hf
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,7 +42,7 @@ def rules(config: LlamaConfig) -> list[Rule]:
         found += [Rule(f"model.layers.{i}.{hf}", (f"layers.{i}.{ours}",)) for ours, hf in layer]
     found.append(Rule("model.norm.weight", ("norm.weight",)))
     if not config.tie_embeddings:
-        found.append(Rule("lm_head.weight", ("head.weight",)))
+        found.append(Rule(HEADS[config.head], ("head.weight",)))
     return found
 
 
@@ -71,7 +71,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         rope_base=float(base),
         rope_scaling=_rope_from_hf(rope, raw),
         norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        **head_from_hf(raw, tied=bool(raw.get("tie_word_embeddings", False))),
         qkv_bias=qwen2 or bias,
         o_bias=bias,
         qk_norm=kind == "qwen3",
@@ -170,7 +170,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
             "sliding_window; see Llama (both biases or none), Mistral (window), Qwen2 (qkv_bias), "
             "Qwen3 (qk_norm)"
         )
-    return raw | {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"]}
+    return raw | {"model_type": name.lower()} | head_to_hf(c.head, name, f"{name}ForCausalLM")
 
 
 def _window_to_hf(c: LlamaConfig) -> dict[str, Any]:

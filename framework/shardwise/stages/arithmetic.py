@@ -1,0 +1,135 @@
+"""What a stage of reinforcement learning is about to do, in numbers, on one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from shardwise import memory
+from shardwise.config.schema import RoleConfig, RunConfig
+from shardwise.models.common.config import DecoderConfig
+from shardwise.parallel import pipeline
+from shardwise.parallel.layout import Layout
+from shardwise.parallel.mesh import pick_device
+from shardwise.precision.policy import precision_of
+from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of
+
+_LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
+TRAINED = (ACTOR, "critic")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleNumbers:
+    """One role: where it is, what a rank of it does in an update, and what it holds."""
+
+    role: str
+    ranks: str
+    layout: str
+    parameters: int
+    micro_batches: int  # of a data rank, an update
+    bytes_a_rank: int  # the most of any pipeline rank, by `shardwise.memory`
+
+
+def roles_in_use(stage: Any) -> list[str]:
+    """The roles that the stage's settings ask for."""
+    loss = stage.loss
+    used = {
+        ACTOR: True,
+        "critic": "critic" in roles_of(stage),
+        "reference": getattr(loss, "kl", "none") != "none" and bool(loss.kl_coef),
+        "reward": bool(getattr(stage, "reward_model_weight", 0.0)),
+    }
+    return [role for role in used if used[role]]
+
+
+def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int) -> RoleNumbers:
+    """See `RoleNumbers`. Rows are taken as ``batch.seq_len`` tokens, the most there may be."""
+    config = role_of(stage, role)
+    layout = role_layout(config, world_size)
+    model = run.model
+    assert isinstance(model, DecoderConfig)
+    model = model.as_scalar() if role in SCORERS else model
+    prompts = stage.batch.global_batch // stage.updates_per_rollout
+    share = -(-prompts // layout.dp)
+    batches = -(-share // stage.batch.micro_batch)
+    names = "all" if config.ranks is None else ", ".join(map(str, config.ranks))
+    most = max(
+        _bytes(model, stage, config, layout, rank, batches, role in TRAINED)
+        for rank in range(layout.pp)
+    )
+    return RoleNumbers(role, names, str(layout), model.num_parameters(), batches, most)
+
+
+def _bytes(
+    model: DecoderConfig,
+    stage: Any,
+    config: RoleConfig,
+    layout: Layout,
+    rank: int,
+    batches: int,
+    trained: bool,
+) -> int:
+    shape = memory.ModelShape(
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.kv_heads,
+        head_width=model.head_width,
+        ffn_size=getattr(model, "ffn_width", None) or model.ffn_size,  # type: ignore[attr-defined]
+        vocab_size=max(1, model.vocab_size),
+        tied=model.tie_embeddings or model.head == "scalar",
+    )
+    cuts = pipeline.split_model(model, layout.num_chunks)
+    held = 1
+    if layout.pp > 1:
+        kind: Any = "gpipe" if layout.schedule == "gpipe" else "1f1b"
+        held = memory.in_flight(kind, layout.pp, rank, batches)
+    parts = tuple(
+        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held)
+        for c in pipeline.chunks_of(layout, rank)
+    )
+    place = memory.Place(parts, **{n: getattr(layout, n) for n in _LAYOUT_NUMBERS})
+    precision = precision_of(config.engine.precision, pick_device(config.engine.device))
+    work = memory.Work(
+        seq_len=stage.batch.seq_len,
+        micro_batch=stage.batch.micro_batch,
+        micro_batches=batches,
+        compute_bytes=precision.compute.itemsize,
+        master_bytes=precision.master.itemsize,
+        recompute=config.engine.recompute,
+    )
+    found = memory.occupancy(shape, place, work)
+    if not trained:
+        return found.master_shards + found.compute_copies
+    at_backward = found.peak_gradients + found.activations + found.buffers
+    steady = found.master_shards + found.compute_copies + found.optimizer_states
+    return steady + max(at_backward, found.gradients)
+
+
+def arithmetic(run: RunConfig, stage: Any, world_size: int) -> str:
+    """The screen."""
+    prompts, samples = stage.batch.global_batch, stage.samples_per_prompt
+    cuts, epochs, steps = stage.updates_per_rollout, stage.epochs_per_rollout, stage.steps
+    longest = stage.sampling.max_new_tokens
+    lines = [
+        f"{stage.name}: {steps} steps of one rollout each",
+        f"  a rollout: {prompts} prompts x {samples} samples = {prompts * samples} completions "
+        f"of at most {longest} tokens ({prompts * samples * longest:,})",
+        f"  its updates: {cuts} mini-batches of {prompts // cuts} prompts "
+        f"({prompts * samples // cuts} completions) x {epochs} epochs = {cuts * epochs}",
+        f"  in all: {steps * prompts * samples:,} completions, {steps * cuts * epochs:,} updates, "
+        f"{steps * prompts / stage.num_problems:.2f} times through {stage.num_problems:,} problems",
+        f"  {'role':<10} {'ranks':<10} {'layout':<22} {'parameters':>11} "
+        f"{'micro-batches':>14} {'memory a rank':>14}",
+    ]
+    total = 0
+    for role in roles_in_use(stage):
+        n = role_numbers(run, stage, role, world_size)
+        total += n.bytes_a_rank
+        work = f"{n.micro_batches} x {stage.batch.micro_batch}"
+        lines.append(
+            f"  {n.role:<10} {n.ranks:<10} {n.layout:<22} {n.parameters:>11,} "
+            f"{work:>14} {n.bytes_a_rank / 1e9:>11.3f} GB"
+        )
+    lines.append(f"  on a rank that holds every role: at most {total / 1e9:.3f} GB")
+    return "\n".join(lines)

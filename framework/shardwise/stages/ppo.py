@@ -1,0 +1,295 @@
+"""PPO: an actor, its critic, a reference and a reward model, each a role with its own layout.
+
+One step: sample completions of fresh problems from the actor, score them by a verifier, a reward
+model or both, turn scores and the KL to the reference into advantages with the critic's values,
+and update actor and critic over mini-batches, several times. Everything is a pure function of
+(seed, step), so a run resumes exactly. Prompts stand in a row once, with all their completions
+(`data.groups`); the critic's value of a state stands where the actor predicts from that state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, StageConfig
+from shardwise.data.sampler import Sampler
+from shardwise.engines.base import Engine
+from shardwise.losses.advantages import whiten
+from shardwise.losses.gae import (
+    KLController,
+    PenaltyController,
+    explained_variance,
+    gae,
+    token_rewards,
+)
+from shardwise.losses.ppo import PolicyLoss, PpoLossConfig, ValueLoss
+from shardwise.ops import dice
+from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward
+from shardwise.rollout.sampling import Sampling
+from shardwise.stages.base import Stage, StageContext, mean_metrics, role_of
+from shardwise.stages.grpo import GrpoRoles
+from shardwise.stages.play import Group, Player
+from shardwise.stages.rollouts import (
+    Logprobs,
+    Reading,
+    TrainingRows,
+    keep_rollout,
+    read_tracks,
+    rewards_table,
+    rollout_metrics,
+    values_of,
+)
+from shardwise.stages.share import own_batches
+from shardwise.stages.start import folder_hash
+
+# Shape suffixes: C completions of a step, T tokens of the longest.
+
+ACTOR_TRACKS = ("old_logprobs_BT", "advantages_BT")
+CRITIC_TRACKS = ("values_BT", "returns_BT")
+
+
+class PpoRoles(GrpoRoles):
+    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
+
+    critic: RoleConfig | None = None
+    reward: RoleConfig | None = None
+
+
+class PpoConfig(StageConfig):
+    """``batch.global_batch`` prompts a step, ``samples_per_prompt`` completions each.
+
+    ``batch.micro_batch`` counts prompts, each with all its completions.
+    """
+
+    kind: Literal["ppo"]
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
+    samples_per_prompt: PositiveInt = 1
+    sampling: Sampling = Field(default_factory=Sampling)
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
+    verifier_weight: float = Field(1.0, description="of the verifier's reward in the score")
+    reward_model_weight: float = Field(0.0, description="of the reward model's; 0: no such role")
+    loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
+    roles: PpoRoles = Field(default_factory=PpoRoles)
+    updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
+    epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
+    critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
+    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
+
+    @model_validator(mode="after")
+    def _divides(self) -> PpoConfig:
+        if self.batch.global_batch % self.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} must divide "
+                f"batch.global_batch {self.batch.global_batch}"
+            )
+        if self.sampling.greedy:
+            raise ValueError("sampling.greedy explores nothing; nothing can be learnt")
+        if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
+            raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+        return self
+
+
+class PpoStage(Stage):
+    """See `PpoConfig`."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self.ctx, self.config = ctx, ctx.stage
+        config: PpoConfig = ctx.stage
+        self.engine: Engine = ctx.engine(config.optimizer)
+        critic = role_of(config, "critic")
+        self.critic: Engine = ctx.engine(critic.optimizer or config.optimizer, "critic")
+        ctx.load_start(self.critic, "critic")
+        self.critic_lr = (critic.optimizer or config.optimizer).lr / config.optimizer.lr
+        # Both stand still: the reference is the actor at the start, also after a resume.
+        self.reference = self._frozen("reference") if config.loss.kl_coef else None
+        self.reward_model = self._frozen("reward") if config.reward_model_weight else None
+        self.problems = ProblemSet(config.task, "train_rl", config.num_problems)
+        self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
+        loss = config.loss
+        if loss.aggregation == "constant" and loss.length_constant is None:
+            length = config.sampling.max_new_tokens
+            loss = loss.model_copy(update={"length_constant": length})
+        self.loss = PolicyLoss(loss, config.sampling.temperature)
+        self.value_loss = ValueLoss(loss)
+        self.kl = KLController(loss.kl_coef, loss.kl_target, loss.kl_gain)
+        self.penalty = PenaltyController(loss.penalty_coef, loss.penalty_target)
+        self.player = Player(ctx, config.task, build_reward(config.reward))
+        starts = {"critic": self.critic, "reference": self.reference, "reward": self.reward_model}
+        said = [config.task.model_dump(mode="json"), config.num_problems]
+        said += [folder_hash(ctx.start_of(r)) for r, engine in starts.items() if engine is not None]
+        self.data_hash = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
+
+    def _frozen(self, role: str) -> Engine:
+        engine = self.ctx.engine(None, role)
+        self.ctx.load_start(engine, role)
+        return engine
+
+    def train_step(self, step: int, lr: float) -> dict[str, float]:
+        """Roll out, score, update actor and critic ``updates * epochs`` times."""
+        config: PpoConfig = self.config
+        size = config.batch.global_batch
+        ids = range(step * size, (step + 1) * size)
+        self.player.sync(self.engine)
+        groups = self.player.play(
+            [self.problems[int(i)] for i in self.order.batch(step * size, size)],
+            config.sampling,
+            config.samples_per_prompt,
+            key=dice.key(self.ctx.run.seed, "rollout", config.name, step),
+            prompt_ids=ids,
+        )
+        self._read(groups, ids)
+        metrics = self._add_experience(groups)
+        self.observe(groups)
+        every = config.keep_rollouts_every
+        if every and step % every == 0 and self.ctx.is_main:
+            keep_rollout(self.ctx.directory / "rollouts" / config.name, step, groups)
+        return metrics | self._update(groups, ids, lr, step >= config.critic_warmup_steps)
+
+    def observe(self, groups: list[Group]) -> None:
+        """Called when a rollout is complete, before the first update; for whoever watches."""
+
+    def others(self) -> dict[str, Engine]:
+        """The critic is saved with the actor."""
+        return {"critic": self.critic}
+
+    def carried(self) -> dict[str, Any]:
+        """Where the controllers stand."""
+        return {"kl": self.kl.state_dict(), "penalty": self.penalty.state_dict()}
+
+    def carry(self, state: Mapping[str, Any]) -> None:
+        """See `carried`."""
+        self.kl.load_state_dict(state["kl"])
+        self.penalty.load_state_dict(state["penalty"])
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def _read(self, groups: list[Group], ids: Sequence[int]) -> None:
+        """What every role has to say of the rollout, by the weights that wrote it."""
+        micro = self.config.batch.micro_batch
+        logprobs = Logprobs(self.config.sampling.temperature)
+        readings = [
+            Reading("old_logprobs_BT", self.engine, logprobs, micro),
+            Reading("values_BT", self.critic, values_of, micro),
+        ]
+        if self.reference is not None:
+            readings.append(Reading("ref_logprobs_BT", self.reference, logprobs, micro))
+        if self.reward_model is not None:
+            readings.append(Reading("model_score", self.reward_model, values_of, micro, True))
+        read_tracks(readings, groups, ids, self.ctx.tokenizer.pad_id)
+
+    def _add_experience(self, groups: list[Group]) -> dict[str, float]:
+        """Scores to rewards to advantages and returns, over the global batch, in float64."""
+        loss: PpoLossConfig = self.config.loss
+        for group in groups:
+            self._score(group)
+        mask_CT = _pad([[np.full(len(t), r is not None) for t, r in _pairs(g)] for g in groups])
+        mask_CT = mask_CT.bool()
+        logp_CT, values_CT = (_track(groups, n) for n in ("old_logprobs_BT", "values_BT"))
+        ref_CT = None if self.reference is None else _track(groups, "ref_logprobs_BT")
+        score_C = torch.from_numpy(np.nan_to_num(rewards_table(groups)).reshape(-1))
+        rewards_CT = token_rewards(score_C, logp_CT, ref_CT, mask_CT, self.kl.coef, loss.kl)
+        if loss.whiten_rewards:
+            rewards_CT = whiten(rewards_CT, mask_CT, shift_mean=False)
+        advantages_CT, returns_CT = gae(rewards_CT, values_CT, mask_CT, loss.gamma, loss.lam)
+        explained = explained_variance(values_CT, returns_CT, mask_CT)
+        if loss.whiten_advantages:
+            advantages_CT = whiten(advantages_CT, mask_CT)
+        _set_track(groups, "advantages_BT", advantages_CT)
+        _set_track(groups, "returns_BT", returns_CT)
+        metrics = rollout_metrics(groups) | {
+            "explained_variance": explained,
+            "return_mean": float(returns_CT.sum() / mask_CT.sum().clamp(min=1)),
+        }
+        for name in ("verifier", "model_score"):
+            found = [float(s) for g in groups for s in g.tracks.get(name, []) if s is not None]
+            if found:
+                metrics[f"{name}_mean"] = sum(found) / len(found)
+        if ref_CT is not None:
+            gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)
+            kl = float(gap_CT.sum() / mask_CT.any(dim=1).sum().clamp(min=1))
+            metrics |= {"kl": kl, "kl_coef": self.kl.coef}
+            self.kl.update(kl)
+        return metrics
+
+    def _score(self, group: Group) -> None:
+        """The weighted sum of verifier and reward model; unscorable where the verifier was."""
+        config: PpoConfig = self.config
+        group.tracks["verifier"] = list(group.rewards)
+        for i, verdict in enumerate(group.rewards):
+            score = 0.0
+            if config.verifier_weight:
+                if verdict is None:
+                    continue
+                score += config.verifier_weight * verdict
+            if config.reward_model_weight:
+                score += config.reward_model_weight * group.tracks["model_score"][i]
+            if not group.stopped[i]:
+                score -= config.loss.missing_eos_penalty
+            group.rewards[i] = score
+
+    def _update(
+        self, groups: list[Group], ids: Sequence[int], lr: float, with_actor: bool
+    ) -> dict[str, float]:
+        """All updates of a step. Actor and critic talk to nobody, so disjoint ranks overlap."""
+        config: PpoConfig = self.config
+        micro, each = config.batch.micro_batch, len(groups) // config.updates_per_rollout
+        if "penalty" in self.loss.weights:
+            self.loss.weights = {"policy": 1.0, "penalty": self.penalty.coef}
+        jobs: list[tuple[list[Any], list[Any]]] = []
+        for i in range(0, len(groups), each):
+            part = (groups[i : i + each], ids[i : i + each], self.ctx.tokenizer.pad_id)
+            actor = TrainingRows(*part, self.ctx.wide, ACTOR_TRACKS)
+            critic = TrainingRows(*part, self.ctx.wide, CRITIC_TRACKS)
+            jobs.append(
+                (own_batches(actor, self.engine, micro), own_batches(critic, self.critic, micro))
+            )
+        actors, critics = [], []
+        for _ in range(config.epochs_per_rollout):
+            for actor_batches, critic_batches in jobs:
+                if with_actor:
+                    found = self.engine.forward_backward(actor_batches, self.loss)
+                    actors.append(found | {"grad_norm": self.engine.step(lr)})
+                found = self.critic.forward_backward(critic_batches, self.value_loss)
+                norm = self.critic.step(lr * self.critic_lr)
+                critics.append(found | {"critic_grad_norm": norm})
+        last, metrics = self.engine.everywhere([actors[-1:], mean_metrics(actors)])
+        if last:
+            self.penalty.update(last[0]["approx_kl"])
+        of_critic: dict[str, float] = self.critic.everywhere(mean_metrics(critics))
+        of_critic["loss_value"] = of_critic.pop("loss")
+        result: dict[str, float] = {"loss": of_critic["loss_value"]} | of_critic | metrics
+        if not np.isfinite(of_critic["critic_grad_norm"]):
+            result["grad_norm"] = of_critic["critic_grad_norm"]
+        return result
+
+
+def _pairs(group: Group) -> list[tuple[list[int], float | None]]:
+    return list(zip(group.tokens, group.rewards, strict=True))
+
+
+def _pad(per_completion: Sequence[Sequence[np.ndarray]]) -> Tensor:
+    """Arrays of the completions of all groups as one float64 [C, T], zeros behind each."""
+    flat = [a for of_group in per_completion for a in of_group]
+    out = np.zeros((len(flat), max(map(len, flat))))
+    for row, values in zip(out, flat, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(out)
+
+
+def _track(groups: Sequence[Group], name: str) -> Tensor:
+    return _pad([g.tracks[name] for g in groups])
+
+
+def _set_track(groups: Sequence[Group], name: str, values_CT: Tensor) -> None:
+    rows = iter(values_CT.numpy())
+    for group in groups:
+        group.tracks[name] = [next(rows)[: len(t)].copy() for t in group.tokens]

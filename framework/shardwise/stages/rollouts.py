@@ -1,0 +1,152 @@
+"""Rollouts as rows of trees, and what the stages that learn from them share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from shardwise.data.batch import MicroBatch
+from shardwise.data.groups import collate_groups
+from shardwise.engines.base import Engine
+from shardwise.losses.logprobs import valid_logprobs
+from shardwise.metrics.jsonl import write_jsonl
+from shardwise.ops.logits import selected_values
+from shardwise.stages.play import Group
+from shardwise.stages.share import exchange, forward_share, own_batches
+
+PAD_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRows:
+    """A prompt a row, with all its completions; see `share.Rows`.
+
+    ``tracks`` go along as extras. With ``scored``, each completion's one valid token is where its
+    last token is the *input*: there a reward model is read.
+    """
+
+    groups: Sequence[Group]
+    row_ids: Sequence[int]
+    pad_id: int
+    dtype: type[np.floating[Any]] = np.float32
+    tracks: tuple[str, ...] = ()
+    scored: bool = False
+
+    def sizes(self) -> list[list[int]]:
+        """Valid tokens of every completion."""
+        return [[1 if self.scored else len(t) for t in g.tokens] for g in self.groups]
+
+    def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
+        """See `share.Rows`."""
+        some = [self.groups[i] for i in rows]
+        end = [self.pad_id] if self.scored else []
+        return collate_groups(
+            [g.prompt for g in some],
+            [[[*t, *end] for t in g.tokens] for g in some],
+            np.asarray([self.row_ids[i] for i in rows]),
+            self.pad_id,
+            pad_multiple=PAD_MULTIPLE,
+            per_token={name: [g.tracks[name] for g in some] for name in self.tracks},
+            keep=[[b < num_real] * len(g.tokens) for b, g in enumerate(some)],
+            last_only=self.scored,
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRows(RolloutRows):
+    """Rows to learn from: an unscorable completion teaches nothing."""
+
+    def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
+        """See `share.Rows`."""
+        batch = super().collate(rows, num_real)
+        if all(r is not None for i in rows for r in self.groups[i].rewards):
+            return batch
+        mask_BT = batch.loss_mask_BT.clone()
+        for b, i in enumerate(rows):
+            start = len(self.groups[i].prompt) - 1
+            for tokens, reward in zip(self.groups[i].tokens, self.groups[i].rewards, strict=True):
+                if reward is None:
+                    mask_BT[b, start : start + len(tokens)] = False
+                start += len(tokens)
+        return dataclasses.replace(batch, loss_mask_BT=mask_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One forward pass over a rollout, and the track that its numbers become."""
+
+    track: str
+    engine: Engine
+    fn: Callable[[Any, MicroBatch], Tensor]
+    micro_batch: int
+    scored: bool = False
+
+
+def read_tracks(
+    readings: Sequence[Reading],
+    groups: Sequence[Group],
+    row_ids: Sequence[int],
+    pad_id: int,
+) -> None:
+    """Give every group the tracks of several forward passes, on every rank.
+
+    All of them run before their results are exchanged, so that roles on disjoint ranks work at
+    the same time.
+    """
+    rows = [RolloutRows(groups, row_ids, pad_id, scored=r.scored) for r in readings]
+    shares = [
+        forward_share(own_batches(some, r.engine, r.micro_batch), r.engine, r.fn)
+        for some, r in zip(rows, readings, strict=True)
+    ]
+    for some, share, reading in zip(rows, shares, readings, strict=True):
+        for group, found in zip(groups, exchange(some, reading.engine, share), strict=True):
+            one = reading.scored
+            group.tracks[reading.track] = [float(v[0]) for v in found] if one else found
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of the valid targets, as `Engine.forward` takes a function."""
+
+    temperature: float
+
+    def __call__(self, logits_BTV: Any, batch: MicroBatch) -> Tensor:
+        return valid_logprobs(logits_BTV, batch, self.temperature)
+
+
+def values_of(outputs: Any, batch: MicroBatch) -> Tensor:
+    """A scalar head's numbers at the valid tokens."""
+    return selected_values(outputs, batch.loss_mask_BT)
+
+
+def rewards_table(groups: Sequence[Group]) -> np.ndarray:
+    """Rewards [prompts, samples], NaN where one is unscorable."""
+    return np.array([[np.nan if r is None else r for r in g.rewards] for g in groups], dtype=float)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How a rollout went."""
+    known = rewards_table(groups)
+    count = known.size
+    scorable = np.isfinite(known)
+    return {
+        "reward_mean": float(known[scorable].mean()) if scorable.any() else 0.0,
+        "reward_std": float(known[scorable].std()) if scorable.any() else 0.0,
+        "unscorable_fraction": 1.0 - float(scorable.sum()) / count,
+        "completion_length": sum(len(t) for g in groups for t in g.tokens) / count,
+        "stopped_fraction": sum(sum(g.stopped) for g in groups) / count,
+        "tokens": float(sum(g.num_row_tokens for g in groups)),
+    }
+
+
+def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:
+    """Store a rollout as JSON lines: tokens, log-probabilities, tracks, policy version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = [r for g in groups for r in g.records(step)]
+    write_jsonl(folder / f"step_{step:08d}.jsonl", rows)

@@ -1,0 +1,73 @@
+"""From rows of trees to an engine's micro-batches, and from its outputs to every rank.
+
+A rollout, or a batch of rankings, is known whole on every rank: it is tokens and a few numbers a
+token, thousands of times less than activations. What a layout cuts is the computation. So each
+engine, whatever its layout and placement, takes its own share of the same rows, and statistics
+over the global batch (whitening, group advantages) are what one process computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardwise.data.batch import MicroBatch
+from shardwise.engines.base import Engine
+from shardwise.stages.base import rank_share
+
+Output = Callable[[Any, MicroBatch], Tensor]
+
+
+class Rows(Protocol):
+    """Rows of which micro-batches can be made; each row has branches, each with valid tokens."""
+
+    def sizes(self) -> list[list[int]]:
+        """Valid tokens of every branch of every row."""
+        ...
+
+    def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
+        """Some rows, of which those from ``num_real`` on carry no loss."""
+        ...
+
+
+def own_batches(rows: Rows, engine: Engine, micro_batch: int) -> list[MicroBatch]:
+    """This rank's share of the rows, in micro-batches; every data rank gets as many."""
+    mine, real = rank_share(len(rows.sizes()), engine)
+    return [
+        rows.collate(mine[i : i + micro_batch].tolist(), max(0, real - i))
+        for i in range(0, len(mine), micro_batch)
+    ]
+
+
+def forward_share(batches: Sequence[MicroBatch], engine: Engine, fn: Output) -> np.ndarray:
+    """This rank's values of ``fn(outputs, batch)`` [B, T] at the valid tokens, in order."""
+    found = [
+        value.cpu()[batch.loss_mask_BT].double()
+        for value, batch in zip(engine.forward(batches, fn), batches, strict=True)
+    ]
+    return torch.cat(found).numpy() if found else np.zeros(0)
+
+
+def exchange(rows: Rows, engine: Engine, share: np.ndarray) -> list[list[np.ndarray]]:
+    """From the data ranks' parts, every branch's values, float64, on every rank of the world."""
+    sizes = rows.sizes()
+    starts = np.cumsum([0, *(sum(branches) for branches in sizes)])
+    first = rank_share(len(sizes), engine)[0]
+    flat = np.zeros(starts[-1])
+    if len(first):
+        flat[starts[first[0]] : starts[first[0]] + len(share)] = share
+    # Each number comes from one data rank, zeros from the others: a sum is a copy.
+    whole = np.array(engine.sum_over_data(flat.tolist()))
+    cuts = np.cumsum([n for branches in sizes for n in branches])[:-1]
+    pieces = iter(np.split(whole, cuts))
+    return [[next(pieces) for _ in branches] for branches in sizes]
+
+
+def measure(rows: Rows, engine: Engine, micro_batch: int, fn: Output) -> list[list[np.ndarray]]:
+    """``fn(outputs, batch)`` [B, T] at the valid tokens of every branch, on every rank."""
+    batches = own_batches(rows, engine, micro_batch)
+    return exchange(rows, engine, forward_share(batches, engine, fn))

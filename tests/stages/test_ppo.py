@@ -1,0 +1,168 @@
+"""PPO does not depend on ranks, cuts, layouts or placements; resume is exact (traps 1, 11, 15)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from shardwise import checkpoint
+from shardwise.checkpoint.convert import open_model
+from shardwise.stages.play import Player
+from shardwise.verify.pool import RankError
+from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
+from tests.support.pool import RankPool
+
+FP64 = "engine.precision=fp64"
+
+
+def ppo(folder: Path, *before: str, **roles: Any) -> dict[str, Any]:
+    config = recipe(folder, *before, "ppo")
+    config["stages"][-1]["roles"] = roles
+    return config
+
+
+def train_rows(folder: Path, stage: str = "ppo") -> list[dict[str, Any]]:
+    return [r for r in metrics(folder) if r["kind"] == "train" and r["stage"] == stage]
+
+
+def assert_same(one: Path, two: Path) -> None:
+    for a, b in zip(train_rows(one), train_rows(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"kind", "stage"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-8, abs=1e-9), name
+    a, b = weights(one, "ppo"), weights(two, "ppo")
+    assert a.keys() == b.keys() and any(n.startswith("critic.model.") for n in a)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options,layout",
+    [
+        ([], "dp2.zero2"),
+        (["stages.ppo.batch.global_batch=6", "stages.ppo.loss.whiten_rewards=true"], "dp2.zero0"),
+        (["stages.ppo.loss.objective=kl_penalty", "stages.ppo.loss.penalty_target=0.1"], "tp2.sp"),
+        (["stages.ppo.loss.aggregation=seq_mean_token_mean"], "cp2.ring"),
+    ],
+)
+def test_layout_and_micro_batch_change_nothing(
+    ranks: RankPool, tmp_path: Path, options: list[str], layout: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = [FP64, *options]
+    ranks.run(run, ppo(one), *common, "stages.ppo.batch.micro_batch=4", world=1)
+    cut = ["stages.ppo.batch.micro_batch=1", f"engine.layout={layout}"]
+    ranks.run(run, ppo(two), *common, *cut, world=2)
+    assert_same(one, two)
+    assert any(r["grad_norm"] > 0 for r in train_rows(one)), "it learnt something"
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        {"actor": {"ranks": [0]}, "critic": {"ranks": [1]}},
+        {"actor": {"ranks": [1]}, "critic": {"engine": {"layout": "tp2"}}},
+        {"reference": {"ranks": [1]}, "critic": {"ranks": [0], "engine": {"layout": "dp1.zero0"}}},
+    ],
+    ids=["disjoint", "actor on one, critic on both", "frozen elsewhere"],
+)
+def test_placement_of_roles_changes_nothing(
+    ranks: RankPool, tmp_path: Path, roles: dict[str, Any]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks.run(run, ppo(one), FP64, world=1)
+    ranks.run(run, ppo(two, **roles), FP64, world=2)
+    assert_same(one, two)
+    # Evaluation and export find the actor, wherever it was.
+    opened = open_model(two / "stages" / "ppo" / "checkpoints")
+    assert opened.config.head == "vocabulary"  # type: ignore[attr-defined]
+
+
+def kill_in_rollout(config: dict[str, Any], step: int, *overrides: str) -> None:
+    """Die when a step's completions are written, before anything is learnt from them."""
+    original, count = Player.play, 0
+
+    def play(self: Player, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        found = original(self, *args, **kwargs)
+        if count == step:
+            raise KilledError
+        count += 1
+        return found
+
+    with mock.patch.object(Player, "play", play), pytest.raises(KilledError):
+        run(config, *overrides)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    """Between steps, and in the middle of a rollout."""
+    clean, broken = tmp_path / "clean", tmp_path / "broken"
+    ranks.run(run, recipe(clean, kind), world=2)
+    ranks.run(kill_in_rollout, recipe(broken, kind), 1, world=2)
+    ranks.run(run_and_die, recipe(broken, kind), kind, 3, world=2)
+    ranks.run(run, recipe(broken, kind), world=2)
+    a, b = weights(clean, kind), weights(broken, kind)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert metrics(clean) == metrics(broken)
+    if kind == "ppo":
+        metas = [checkpoint.read_meta(d / "stages/ppo/checkpoints") for d in (clean, broken)]
+        assert metas[0]["carried"] == metas[1]["carried"]
+        assert metas[0]["carried"]["kl"]["coef"] != 0.05, "the controller has moved"
+
+
+def test_critic_starts_from_the_reward_model_and_scores_come_from_it(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    keys = ("optimizer.lr=1e-30", "optimizer.weight_decay=0.0")
+    still = [f"stages.ppo.{k}" for k in keys]
+    mixed = ["stages.ppo.reward_model_weight=2.0", "stages.ppo.verifier_weight=0.5"]
+    summary, _ = ranks.run(run, ppo(tmp_path / "run", "sft", "reward"), *still, *mixed, world=2)
+    sft, reward, last = (weights(tmp_path / "run", s) for s in ("sft", "reward", "ppo"))
+    for name in (n for n in reward if n.startswith("model.")):
+        assert torch.equal(last[f"critic.{name}"], reward[name]), name
+    for name in (n for n in sft if n.startswith("model.")):
+        assert torch.equal(last[name], sft[name]), name
+    assert summary["stages"][2]["parent_hash"] == summary["stages"][0]["checkpoint_hash"]
+    for row in records(tmp_path / "run", 1):
+        stopped = 0.0 if row["stopped"] else 0.5
+        expected = 2.0 * row["model_score"] + 0.5 * row["verifier"] - stopped
+        assert row["reward"] == pytest.approx(expected, rel=1e-6)
+
+
+def records(folder: Path, step: int) -> list[dict[str, Any]]:
+    file = folder / "rollouts" / "ppo" / f"step_{step:08d}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_first_update_is_on_policy_and_the_kl_starts_at_zero(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    once = ["stages.ppo.updates_per_rollout=1", "stages.ppo.epochs_per_rollout=1"]
+    ranks.run(run, ppo(tmp_path / "run"), *once, world=1)
+    rows = train_rows(tmp_path / "run")
+    assert all(r["ratio_mean"] == 1.0 and r["clip_fraction"] == 0.0 for r in rows)
+    assert rows[0]["kl"] == 0.0 and rows[-1]["kl"] != 0.0
+    for row in records(tmp_path / "run", 0):
+        assert row["old_logprob"] == pytest.approx(row["logprobs"], abs=1e-5)
+        assert len(row["return"]) == len(row["value"]) == len(row["tokens"])
+
+
+def test_what_cannot_be_is_refused_with_a_mend(ranks: RankPool, tmp_path: Path) -> None:
+    for roles, words in (
+        ({"critic": {"ranks": [1]}}, "start 2"),
+        ({"reward": {"init_from": "nowhere"}}, "neither an earlier stage"),
+        ({"critic": {"engine": {"layout": "tp3"}}}, "tp3"),
+    ):
+        with pytest.raises(RankError, match=words):
+            config = ppo(tmp_path / "run", **roles)
+            ranks.run(run, config, "stages.ppo.reward_model_weight=1.0", world=1)
+    with pytest.raises(RankError, match="add one of kind reward"):
+        ranks.run(run, ppo(tmp_path / "run"), "stages.ppo.reward_model_weight=1.0", world=1)
+    with pytest.raises(RankError, match="must divide"):
+        ranks.run(run, ppo(tmp_path / "run"), "stages.ppo.updates_per_rollout=3", world=1)

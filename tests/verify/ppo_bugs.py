@@ -1,0 +1,168 @@
+"""Planted bugs of PPO, each a patch of one place in the room where it has been made before."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.engines.native import NativeEngine
+from shardwise.losses import ppo as losses
+from shardwise.stages import ppo
+from shardwise.verify.replay import Played, play
+from shardwise.verify.tape import Tape
+from tests.verify.bugs import Bug, _patch
+
+PPO_BUGS: dict[str, Bug] = {}
+
+
+def bug(layout: str) -> Callable[[Any], Any]:
+    def add(plant: Any) -> Any:
+        PPO_BUGS[plant.__name__] = Bug("llama", "ppo", layout, plant)
+        return plant
+
+    return add
+
+
+def play_with(name: str, tape: Tape, layout: str) -> Played:
+    """`replay.play` with a bug planted; runs on every rank."""
+    with contextlib.ExitStack() as stack:
+        for patch in PPO_BUGS[name].plant():
+            stack.enter_context(patch)
+        return play(tape, layout, "fp64")
+
+
+@bug("dp2.zero2")
+def whitening_per_rank() -> Iterator[Any]:
+    real = ppo.whiten
+
+    def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        parts = zip(x.chunk(dist.get_world_size()), mask.chunk(dist.get_world_size()), strict=True)
+        return torch.cat([real(a, b, shift_mean) for a, b in parts])
+
+    yield _patch(ppo, "whiten", whiten)
+
+
+@bug("dp2.zero2")
+def gae_across_padding() -> Iterator[Any]:
+    """What stands behind a completion goes on into it: the mask is not looked at."""
+    real = ppo.gae
+
+    def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Any:
+        last = torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        padded = torch.where(mask, values, last[:, None])
+        return real(rewards, padded, torch.ones_like(mask), gamma, lam)
+
+    yield _patch(ppo, "gae", gae)
+
+
+@bug("tp2.sp")
+def reward_on_padding() -> Iterator[Any]:
+    real = ppo.token_rewards
+
+    def token_rewards(score: Tensor, logp: Tensor, ref: Any, mask: Tensor, *rest: Any) -> Tensor:
+        whole = torch.ones_like(mask)
+        return real(score, logp, ref, whole, *rest)
+
+    yield _patch(ppo, "token_rewards", token_rewards)
+
+
+@bug("dp2.zero2")
+def kl_with_the_wrong_sign() -> Iterator[Any]:
+    real = ppo.token_rewards
+
+    def token_rewards(score: Tensor, logp: Tensor, ref: Tensor, *rest: Any) -> Tensor:
+        return real(score, ref, logp, *rest)
+
+    yield _patch(ppo, "token_rewards", token_rewards)
+
+
+@bug("dp2.zero2")
+def reference_follows_the_actor() -> Iterator[Any]:
+    real = ppo.PpoStage._read
+
+    def read(self: Any, *args: Any) -> None:
+        self.reference = self.engine
+        real(self, *args)
+
+    yield _patch(ppo.PpoStage, "_read", read)
+
+
+@bug("dp2.zero2")
+def old_logprobs_taken_after_the_first_update() -> Iterator[Any]:
+    real = ppo.PolicyLoss.__call__
+
+    def call(self: Any, logits: Any, batch: Any) -> Any:
+        now = losses.valid_logprobs(logits, batch, self.temperature).detach()
+        extras = {**batch.extras, "old_logprobs_BT": now}
+        return real(self, logits, dataclasses.replace(batch, extras=extras))
+
+    yield _patch(ppo.PolicyLoss, "__call__", call)
+
+
+@bug("tp2.sp")
+def value_clip_dropped() -> Iterator[Any]:
+    real = losses.value_loss
+
+    def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float | None) -> Tensor:
+        return real(value, old, target, None)
+
+    yield _patch(losses, "value_loss", value_loss)
+
+
+@bug("dp2.zero2")
+def values_of_the_critic_one_rollout_ago() -> Iterator[Any]:
+    """Roles out of sync: the critic reads with weights that its updates have left behind."""
+    real = ppo.PpoStage._read
+
+    def read(self: Any, groups: Any, *args: Any) -> None:
+        real(self, groups, *args)
+        now = [g.tracks["values_BT"] for g in groups]
+        before = getattr(self, "before", now)
+        self.before = now
+        for group, values in zip(groups, before, strict=True):
+            group.tracks["values_BT"] = [
+                [0.0] * len(t) if len(v) != len(t) else v
+                for v, t in zip(values, group.tokens, strict=True)
+            ]
+
+    yield _patch(ppo.PpoStage, "_read", read)
+
+
+@bug("actor=dp1.zero0@0-0,critic=dp1.zero0@1-1")
+def critic_skips_an_update_on_its_own_rank() -> Iterator[Any]:
+    real = NativeEngine.step
+
+    def step(self: Any, lr: float) -> float:
+        skip = self.stage.endswith("critic") and self.updates == 1
+        return real(self, 0.0 if skip else lr)
+
+    yield _patch(NativeEngine, "step", step)
+
+
+@bug("dp2.zero2")
+def advantages_of_another_completion() -> Iterator[Any]:
+    real = ppo._set_track
+
+    def set_track(groups: Any, name: str, values: Tensor) -> None:
+        real(groups, name, values.roll(1, dims=0) if name == "advantages_BT" else values)
+
+    yield _patch(ppo, "_set_track", set_track)
+
+
+@bug("dp2.zero2")
+def truncated_completions_scored_like_whole_ones() -> Iterator[Any]:
+    real = ppo.PpoStage._score
+
+    def score(self: Any, group: Any) -> None:
+        real(self, group)
+        for i, stopped in enumerate(group.stopped):
+            if not stopped:
+                group.rewards[i] += self.config.loss.missing_eos_penalty
+
+    yield _patch(ppo.PpoStage, "_score", score)

@@ -1,0 +1,73 @@
+"""Verify over roles: layouts of all or of one, placements, and planted bugs of PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from shardwise.errors import UserError
+from shardwise.verify import suite
+from shardwise.verify.compare import disagreements
+from shardwise.verify.roles import parse, world_of
+from shardwise.verify.run import Verifier
+from tests.support.pool import RankPool
+from tests.verify.ppo_bugs import PPO_BUGS, play_with
+
+ROLES = (
+    "actor=tp2.sp",
+    "critic=pp2.1f1b,actor=dp2.zero3",
+    "actor=dp1.zero0@0-0,critic=dp1.zero0@1-1,reward=dp1.zero0@1-1",
+    "actor=tp2@1-2,critic=dp2.zero2@2-3,reference=cp2.ring@0-1",
+)
+# What the first differing value must be.
+FIRST = {
+    "whitening_per_rank": "advantages",
+    "gae_across_padding": "advantages",
+    "reward_on_padding": "advantages",
+    "kl_with_the_wrong_sign": "advantages",
+    "reference_follows_the_actor": "ref_logprobs",
+    "old_logprobs_taken_after_the_first_update": "loss or metric",
+    "value_clip_dropped": "loss",
+    "values_of_the_critic_one_rollout_ago": "values",
+    "critic_skips_an_update_on_its_own_rank": "loss",
+    "advantages_of_another_completion": "advantages",
+    "truncated_completions_scored_like_whole_ones": "advantages",
+}
+
+
+@pytest.fixture(scope="module")
+def verifier(ranks: RankPool) -> Iterator[Verifier]:
+    layouts = {b.layout for b in PPO_BUGS.values()} | set(ROLES)
+    yield Verifier(suite.recipe("llama"), [*sorted(layouts), "dp1.zero0"], ranks)
+
+
+@pytest.mark.parametrize("layout", ROLES)
+def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> None:
+    verdict = verifier.check("ppo", layout)
+    assert verdict.passed, verdict.sentence()
+    assert {"values", "advantages", "returns", "gradient", "loss"} <= verdict.worst.keys()
+
+
+@pytest.mark.parametrize("name", PPO_BUGS)
+def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -> None:
+    bug = PPO_BUGS[name]
+    found = ranks.run(play_with, name, verifier.tape("ppo"), bug.layout, world=world_of(bug.layout))
+    wrong = [d for d in verifier.judge("ppo", bug.layout, "fp64", found) if d.is_bug]
+    assert wrong or disagreements(found)
+    assert wrong[0].kind in FIRST[name].split(" or "), wrong[0]
+
+
+@pytest.mark.parametrize("layout", sorted({b.layout for b in PPO_BUGS.values()}))
+def test_the_sound_code_is_not_flagged(verifier: Verifier, layout: str) -> None:
+    verdict = verifier.check("ppo", layout)
+    assert verdict.passed, verdict.sentence()
+
+
+def test_grammar() -> None:
+    assert world_of("actor=tp2@1-2,critic=dp2.zero2@2-3") == 4
+    assert world_of("dp2.zero2.tp2") == 4
+    assert [str(p) for p in parse("actor=tp2@0-1,critic=pp2")] == ["actor=tp2@0-1", "critic=pp2"]
+    for text, words in (("actor=", "no role's layout"), ("actor=tp2@0-2", "needs 2 ranks")):
+        with pytest.raises(UserError, match=words):
+            parse(text)
