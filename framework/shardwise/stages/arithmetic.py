@@ -10,7 +10,8 @@ from shardwise.config.schema import RoleConfig, RunConfig
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel import pipeline
 from shardwise.parallel.layout import Layout
-from shardwise.precision.policy import PRECISIONS
+from shardwise.parallel.mesh import pick_device
+from shardwise.precision.policy import precision_of
 from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of
 
 _LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
@@ -88,7 +89,7 @@ def _bytes(
         for c in pipeline.chunks_of(layout, rank)
     )
     place = memory.Place(parts, **{n: getattr(layout, n) for n in _LAYOUT_NUMBERS})
-    precision = PRECISIONS[config.engine.precision]
+    precision = precision_of(config.engine.precision, pick_device(config.engine.device))
     work = memory.Work(
         seq_len=stage.batch.seq_len,
         micro_batch=stage.batch.micro_batch,

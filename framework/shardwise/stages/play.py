@@ -96,7 +96,7 @@ class Player:
         max_slots: int = 128,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
-        self.dtype = dtype or precision_of(ctx.stage.engine.precision, ctx.mesh.device).compute
+        self.dtype = dtype or precision_of(ctx.stage.engine.precision, ctx.device).compute
         self.generator = Generator(
             ctx.run.model,
             self.dtype,

@@ -13,6 +13,7 @@ from typing import Any
 from shardwise.config.schema import RoleConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.parallel.layout import Layout, parse_layout
+from shardwise.parallel.layout import world_of as size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +51,6 @@ def parse(text: str) -> list[Placing]:
                 )
         found.append(Placing(role, layout, ranks))
     return found
-
-
-def size_of(layout: str) -> int:
-    """Ranks that a layout's own numbers ask for."""
-    world = 1
-    for number in re.findall(r"(?:^|\.)(?:dp|tp|pp|cp)(\d+)", layout):
-        world *= int(number)
-    return world
 
 
 def world_of(text: str) -> int:

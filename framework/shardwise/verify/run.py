@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.config.load import load_config
 from shardwise.config.schema import RunConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
-from shardwise.parallel.layout import parse_layout, world_of
+from shardwise.parallel.layout import parse_layout
 from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
