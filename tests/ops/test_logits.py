@@ -7,7 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.ops import comm
-from shardwise.ops.logits import Logits, entropies, greedy_tokens, selected_logprobs
+from shardwise.ops.logits import (
+    Logits,
+    entropies,
+    greedy_tokens,
+    selected_logprobs,
+    selected_values,
+)
 from tests.support.pool import RankPool
 
 VOCAB, ROWS, TOKENS = 9, 2, 5
@@ -62,3 +68,35 @@ def test_equals_whole_logits_and_moves_three_numbers_a_token(ranks: RankPool) ->
             assert found["bytes"] == 3 * 8 * mask.sum()
         grad = torch.cat([found["grad"] for found in parts], dim=-1)
         torch.testing.assert_close(grad, expected["grad"], rtol=1e-12, atol=1e-12)
+
+
+def _scalar_case() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(ROWS, TOKENS, 6, generator=g, dtype=torch.float64)
+    weight = torch.randn(1, 6, generator=g, dtype=torch.float64)
+    return x, weight, torch.rand(ROWS, TOKENS, generator=g) < 0.7
+
+
+def _scalar(part: bool) -> tuple[Tensor, Tensor]:
+    """Values and the gradient of the inputs; with ``part``, each rank multiplies its features."""
+    x, weight, mask = _scalar_case()
+    own = slice(0, 6)
+    if part:
+        each = 6 // dist.get_world_size()
+        own = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    leaf = x.clone().requires_grad_()
+    out = leaf[..., own] @ weight[:, own].T
+    values = selected_values(Logits(out, 0, dist.group.WORLD) if part else out, mask)
+    (values * torch.arange(values.numel()).view_as(values)).sum().backward()
+    assert leaf.grad is not None
+    return values.detach(), leaf.grad
+
+
+def test_a_scalar_heads_parts_add_up_and_each_keeps_its_gradient(ranks: RankPool) -> None:
+    values, grad = _scalar(False)
+    for world in (2, 3):
+        parts = ranks.run(_scalar, True, world=world)
+        for found, _ in parts:
+            torch.testing.assert_close(found, values, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sum(g for _, g in parts), grad)
+    assert not values[~_scalar_case()[2]].any()

@@ -230,9 +230,9 @@ class RoleConfig(Section):
     optimizer: OptimizerConfig | None = Field(None, description="critic; default: the stage's")
 
     @model_validator(mode="after")
-    def _ranks_differ(self) -> RoleConfig:
-        if self.ranks is not None and len(set(self.ranks)) < len(self.ranks):
-            raise ValueError(f"ranks {self.ranks} name a rank twice")
+    def _ranks_ascend(self) -> RoleConfig:
+        if self.ranks is not None and self.ranks != sorted(set(self.ranks)):
+            raise ValueError(f"ranks {self.ranks} must ascend, each named once")
         return self
 
 

@@ -122,7 +122,7 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
 
 
 def place_mesh(layout: Layout, device: torch.device, ranks: Sequence[int]) -> Mesh | None:
-    """Arrange some ranks of the world; None on the others, which must call it too."""
+    """Arrange some ranks of the world (ascending); None on the others, which must call it too."""
     full = torch.tensor(list(ranks)).view(
         layout.pp, layout.replicate, layout.shard, layout.cp, layout.tp
     )
