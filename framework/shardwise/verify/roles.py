@@ -14,7 +14,6 @@ from shardwise.config.schema import RoleConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
-from shardwise.parallel.layout import world_of as size_of
 
 
 @dataclasses.dataclass(frozen=True)
