@@ -24,10 +24,9 @@ from shardwise import memory
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
-from shardwise.models.llama.config import LlamaConfig
-from shardwise.parallel import data, pipeline
+from shardwise.parallel import data
+from shardwise.parallel.occupied import model_shape, place_of
 
-LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
 GRADIENT, ACTIVATION, BUFFER = "gradients", "activations", "buffers"
 
 
@@ -191,27 +190,8 @@ def shapes_of(
     engine: NativeEngine, batches: Sequence[MicroBatch]
 ) -> tuple[memory.ModelShape, memory.Place, memory.Work]:
     """What `shardwise.memory` takes, of this rank and a step of ``batches``."""
-    model, layout, mesh = engine.model_config, engine.mesh.layout, engine.mesh
-    assert isinstance(model, LlamaConfig)
-    shape = memory.ModelShape(
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        head_width=model.head_width,
-        ffn_size=model.ffn_size,
-        vocab_size=model.vocab_size,
-        tied=model.tie_embeddings,
-    )
-    rank, cuts = mesh.place["pp"], pipeline.split_model(model, layout.num_chunks)
-    held = 1
-    if layout.pp > 1:
-        held = memory.in_flight(layout.schedule, layout.pp, rank, len(batches))  # type: ignore[arg-type]
-    parts = tuple(
-        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held)
-        for c in pipeline.chunks_of(layout, rank)
-    )
-    numbers = {n: getattr(layout, n) for n in LAYOUT_NUMBERS}
+    model, mesh = engine.model_config, engine.mesh
+    place = place_of(model, mesh.layout, mesh.place["pp"], len(batches))
     rows, tokens = batches[0].input_ids_BT.shape
     work = memory.Work(
         seq_len=tokens,
@@ -222,7 +202,7 @@ def shapes_of(
         recompute=engine.config.recompute,
         device=engine.mesh.device.type,  # type: ignore[arg-type]
     )
-    return shape, memory.Place(parts, **numbers), work
+    return model_shape(model), place, work
 
 
 def formula(engine: NativeEngine, batches: Sequence[MicroBatch]) -> dict[str, int]:

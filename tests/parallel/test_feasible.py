@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.config.schema import Fp8Config
 from shardwise.errors import ConfigError
 from shardwise.parallel.feasible import REFUSALS, Case, check
 from shardwise.parallel.layout import SCHEDULES, SINGLE, V_SHAPED, Layout, parse_layout
@@ -17,6 +20,19 @@ MODEL = toy.llama(num_layers=4)  # 4 heads, 2 of keys and values
 
 def case(text: str, world: int, *, compiled: bool = False, batch: int = 8, micro: int = 1) -> Case:
     return Case(parse_layout(text, world), MODEL, compiled, batch, micro)
+
+
+def fp8_case(
+    text: str = "dp1",
+    world: int = 1,
+    *,
+    compiled: bool = False,
+    precision: str = "bf16",
+    **fp8: Any,
+) -> Case:
+    model = toy.llama(num_layers=4, ffn_size=64)
+    section = Fp8Config.model_validate(fp8)
+    return Case(parse_layout(text, world), model, compiled, 8, 1, precision, section)
 
 
 ROWS = [
@@ -47,6 +63,14 @@ ROWS = [
         case("pp2.zbv", 2, compiled=True),
         "compile=false, or nearest: .*interleaved",
     ),
+    ("_fp8_precision", fp8_case(precision="fp16"), "fp16 scales its loss.*use bf16"),
+    ("_fp8_compile", fp8_case(compiled=True), "engine.compile: true.*use false or auto"),
+    ("_fp8_modules", fp8_case(first_layers=3), "first_layers: 3 and last_layers 1 leave none"),
+    ("_fp8_modules", fp8_case(modules=["layers.*.ffn.*"]), "modules: no linear.*mlp"),
+    ("_fp8_widths", fp8_case(recipe="block"), "block needs output features.*128.*nearest: 128"),
+    ("_fp8_widths", fp8_case("tp4", 4), "multiples of 16, and .* has 8 a rank of tp4.*smaller tp"),
+    ("_fp8_widths", fp8_case("tp2", 2, recipe="mxfp8"), "has 16 a rank of tp2.*nearest: 32"),
+    ("_fp8_domains", fp8_case("dp2", 2, domains="tp2"), "emulated on one rank, and .* has 2"),
 ]
 
 

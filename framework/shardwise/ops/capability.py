@@ -30,11 +30,13 @@ def capabilities() -> list[Capability]:
         ("transformer_engine", f"FP8 linear layers ({_scalings()})", _transformer_engine),
         ("apex", "fused optimizers and norms", _apex),
         ("triton", "our own kernels", _triton),
+        ("float8", "engine.fp8, emulated", _float8),
     ]
     found = []
     for library, purpose, probe in rows:
         reason = probe()
-        detail = reason if reason is not None else f"version {_version(library)}"
+        version = "part of torch" if library == "float8" else f"version {_version(library)}"
+        detail = reason if reason is not None else version
         found.append(Capability(library, purpose, reason is None, detail))
     return found
 
@@ -86,6 +88,17 @@ def _apex() -> str | None:
 def _has_module(folder: str, name: str) -> bool:
     finder = importlib.machinery.PathFinder()
     return finder.find_spec(name, [folder]) is not None
+
+
+def _float8() -> str | None:
+    """Casts to and from the 8-bit types, on the CPU."""
+    try:
+        ones = torch.ones(1)
+        for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+            ones.to(kind).float()
+    except (AttributeError, RuntimeError) as error:
+        return f"this torch cannot cast to 8-bit floats ({error}); install torch 2.11 or newer"
+    return None
 
 
 def _triton() -> str | None:

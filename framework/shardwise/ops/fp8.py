@@ -267,18 +267,19 @@ def _by_kernels(
 
 
 def product(a_RK: Quantised, b_CK: Quantised, dtype: torch.dtype) -> Tensor:
-    """``a @ b.T`` (RC) of the quantised numbers, summed in fp32 (fp64) and rounded to ``dtype``.
+    """``a @ b.T`` (RC) of the quantised numbers, summed in fp32 (fp64) and rounded once.
 
-    Power-of-two scales of tiles are exact in bf16, so they multiply in front; one scale for a
-    tensor multiplies the sum, as it does on a GPU.
+    Scales of tiles multiply in front, exactly where they are powers of two; one scale for a tensor
+    multiplies the sum, as it does on a GPU.
     """
-    out_RC: Tensor = _factors(a_RK, dtype) @ _factors(b_CK, dtype).T
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out_RC: Tensor = _factors(a_RK, wide) @ _factors(b_CK, wide).T
     for one in (a_RK, b_CK):
         if one.block is None:
             out_RC = out_RC * one.scale_inv
-    return out_RC
+    return out_RC.to(dtype)
 
 
 def _factors(q: Quantised, dtype: torch.dtype) -> Tensor:
     numbers = values(q.data_RK, dtype)
-    return numbers if q.block is None else numbers * q.spread().to(dtype)
+    return numbers if q.block is None else numbers * q.spread()

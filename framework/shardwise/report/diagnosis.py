@@ -352,6 +352,30 @@ def degenerate_groups(degenerate: Series, reward: Series) -> Check:
     )
 
 
+def fp8_sound(error: Series, underflow: Series, overflow: Series, fallbacks: Series) -> Check:
+    """Did every FP8 layer that the sentinel looked at stay close to its unquantised shadow?"""
+    rule = "FP8 layers"
+    fallen = int(fallbacks.values[-1]) if len(fallbacks) else 0
+    worst = {
+        name: float(series.values.max())
+        for name, series in (("error", error), ("underflow", underflow), ("overflow", overflow))
+        if len(series)
+    }
+    seen = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())
+    numbers = {"fallbacks": float(fallen), "looks": float(len(error)), **worst}
+    if not fallen:
+        return Check(rule, "clear", f"{len(error)} looks, none fell back; worst {seen}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"{fallen} layers fell back to unquantised products (see the events); worst {seen}",
+        numbers,
+        "Underflow or error with one scale for a tensor points to outlier channels: try "
+        "engine.fp8.recipe=block or mxfp8, or leave those layers out by engine.fp8.modules. "
+        "Overflow with delayed scaling: a shorter history, or a margin.",
+    )
+
+
 REWARD = ("reward_mean", "reward")
 ENTROPY = ("entropy", "entropy_mean", "entropy_estimate", "policy_entropy")
 DEGENERATE = ("degenerate_fraction", "fraction_degenerate", "degenerate_groups")
@@ -367,6 +391,9 @@ def diagnose(get: Callable[..., Series]) -> list[Check]:
     """
     loss, grad_norm, reward = get("loss"), get("grad_norm"), get(*REWARD)
     checks = [nonfinite(loss, grad_norm)] if len(loss) or loss.num_nonfinite else []
+    if len(error := get("fp8_error")):
+        rest = (get(f"fp8_{name}") for name in ("underflow", "overflow", "fallbacks"))
+        checks.append(fp8_sound(error, *rest))
     if len(reward):
         checks += [
             reward_never_rises(reward),

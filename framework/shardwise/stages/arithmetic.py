@@ -8,13 +8,12 @@ from typing import Any
 from shardwise import memory
 from shardwise.config.schema import RoleConfig, RunConfig
 from shardwise.models.common.config import DecoderConfig
-from shardwise.parallel import pipeline
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import pick_device
+from shardwise.parallel.occupied import model_shape, place_of
 from shardwise.precision.policy import precision_of
 from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of
 
-_LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
 TRAINED = (ACTOR, "critic")
 
 
@@ -69,26 +68,6 @@ def _bytes(
     batches: int,
     trained: bool,
 ) -> int:
-    shape = memory.ModelShape(
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        head_width=model.head_width,
-        ffn_size=getattr(model, "ffn_width", None) or model.ffn_size,  # type: ignore[attr-defined]
-        vocab_size=max(1, model.vocab_size),
-        tied=model.tie_embeddings or model.head == "scalar",
-    )
-    cuts = pipeline.split_model(model, layout.num_chunks)
-    held = 1
-    if layout.pp > 1:
-        kind: Any = "gpipe" if layout.schedule == "gpipe" else "1f1b"
-        held = memory.in_flight(kind, layout.pp, rank, batches)
-    parts = tuple(
-        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held)
-        for c in pipeline.chunks_of(layout, rank)
-    )
-    place = memory.Place(parts, **{n: getattr(layout, n) for n in _LAYOUT_NUMBERS})
     precision = precision_of(config.engine.precision, pick_device(config.engine.device))
     work = memory.Work(
         seq_len=stage.batch.seq_len,
@@ -98,7 +77,8 @@ def _bytes(
         master_bytes=precision.master.itemsize,
         recompute=config.engine.recompute,
     )
-    found = memory.occupancy(shape, place, work)
+    place = place_of(model, layout, rank, batches)
+    found = memory.occupancy(model_shape(model), place, work)
     if not trained:
         return found.master_shards + found.compute_copies
     at_backward = found.peak_gradients + found.activations + found.buffers

@@ -1,0 +1,122 @@
+"""FP8 under verify: sound layouts pass with bitwise equal scales, every planted bug is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shardwise.verify import suite
+from shardwise.verify.compare import disagreements
+from shardwise.verify.run import Verifier, world_of
+from tests.support.pool import RankPool
+from tests.verify.fp8_bugs import BUGS, play_with
+
+RECIPES = ("delayed", "current", "block", "mxfp8")
+# One of each axis for each recipe; all of them together are slow.
+FAST = {
+    "delayed": ("dp2.zero2", "tp2.sp", "pp2.zbv"),
+    "current": ("dp2.zero3", "tp2.sp", "pp2.1f1b"),
+    "block": ("dp2.zero1", "tp2", "tp2.sp"),
+    "mxfp8": ("dp2.zero2", "tp2.sp", "pp2.zbv"),
+}
+MANY = (
+    "dp2.zero0",
+    "dp4.hsdp2.zero3",
+    "tp4.sp",
+    "pp2.gpipe",
+    "pp2.interleavedzb.v2",
+    "pp2.dualpipev",
+    "dp2.zero2.tp2.sp",
+    "dp2.zero3.pp2.zbv",
+    "tp2.sp.pp2.1f1b",
+    "dp2.zero3.tp2.sp.pp2.zbv",
+    "cp2.ring",
+    "tp2.sp.cp2.ulysses",
+)
+# What the first differing value must be.
+FIRST = {
+    "amax_not_reduced_over_data_ranks": "history",
+    "amax_reduced_over_the_wrong_group": "history",
+    "scale_never_updated": "scale",
+    "scales_of_weight_tiles_transposed": "scale",
+    "amax_of_another_ranks_weight": "scale",
+}
+
+
+def recipe(name: str, **fp8: Any) -> dict[str, Any]:
+    """Three layers, of which the middle one is quantised; a window of two steps."""
+    model = suite.MODELS["llama"] | {"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}
+    if name == "delayed":
+        model |= {"num_layers": 4, "num_kv_heads": 2}
+    stage = {"kind": "pretrain", "steps": 3, "batch": {"global_batch": 16, "seq_len": 32}}
+    engine = {"compile": False, "precision": "bf16"}
+    engine["fp8"] = {"recipe": name, "amax_history_len": 2, **fp8}
+    return {"name": "fp8", "seed": 7, "model": model, "engine": engine, "stages": [stage]}
+
+
+def verifier(name: str, layouts: tuple[str, ...], ranks: RankPool) -> Verifier:
+    return Verifier(recipe(name), [*layouts, "dp1.zero0"], ranks)
+
+
+@pytest.fixture(scope="module")
+def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
+    needed = {
+        r: tuple({*FAST[r], *(b.layout for b in BUGS.values() if b.recipe == r)}) for r in RECIPES
+    }
+    yield {r: verifier(r, needed[r], ranks) for r in RECIPES}
+
+
+@pytest.mark.parametrize("name,layout", [(r, x) for r, all_ in FAST.items() for x in all_])
+def test_layouts_scale_as_one_process_with_their_domains(
+    name: str, layout: str, verifiers: dict[str, Verifier]
+) -> None:
+    verdict = verifiers[name].check("pretrain", layout)
+    assert verdict.passed, verdict.sentence()
+    assert verdict.worst["amax"] == verdict.worst["scale"] == 0.0
+    assert "sentinel" in verdict.worst and ("history" in verdict.worst) == (name == "delayed")
+
+
+@pytest.mark.parametrize("name,layout", [("delayed", "dp2.zero2"), ("block", "tp2.sp")])
+def test_layouts_stay_within_the_bound_of_bf16(
+    name: str, layout: str, verifiers: dict[str, Verifier]
+) -> None:
+    verdict = verifiers[name].check("pretrain", layout, "bf16")
+    assert verdict.passed, verdict.sentence()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_many_layouts(name: str, ranks: RankPool) -> None:
+    judge = verifier(name, MANY, ranks)
+    for layout in MANY:
+        for precision in ("fp64", "bf16"):
+            verdict = judge.check("pretrain", layout, precision)
+            assert verdict.passed, f"{layout} {precision}: {verdict.sentence()}"
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
+    bug = BUGS[name]
+    judge = verifiers[bug.recipe]
+    tape = judge.tape("pretrain")
+    found = ranks.run(play_with, name, tape, bug.layout, world=world_of(bug.layout))
+    wrong = [d for d in judge.judge("pretrain", bug.layout, "fp64", found) if d.is_bug]
+    assert wrong or disagreements(found)
+    if name in FIRST:
+        assert wrong[0].kind == FIRST[name], wrong[0]
+
+
+def test_another_layouts_domains_are_not_taken_for_ones_own(
+    verifiers: dict[str, Verifier],
+) -> None:
+    """With one scale for a tensor, tp's scales differ from one process's: the reference matters."""
+    judge = verifiers["current"]
+    ranks = judge._play("pretrain", "tp2.sp", "fp64", False)
+    wrong = [d for d in judge.judge("pretrain", "dp1.zero0", "fp64", ranks) if d.is_bug]
+    assert wrong and wrong[0].kind == "amax"
+
+
+def test_there_are_enough_kinds() -> None:
+    assert len(BUGS) >= 12
