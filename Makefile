@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help venv demo checks test prove bench clean
 
 help:
-	@echo "make demo    install, then train a model end to end (under 10 minutes on 2 cores)"
+	@echo "make demo    install, then train a model end to end on two cores"
 	@echo "make venv    install only            make checks  lint, types, import rules, spelling"
 	@echo "make test    all tests but the slow  make prove   the slow proofs"
 	@echo "make bench   the benchmarks          make clean   remove environment and caches"
