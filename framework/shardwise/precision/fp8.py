@@ -88,7 +88,9 @@ class Fp8:
             )
         self.table = registry.sharding(model.family)
         self.library: TransformerEngine | None = None
-        if backend(engine, mesh.layout, mesh.device)[0] == "te":
+        name, why = backend(engine, mesh.layout, mesh.device)
+        self.events.append(("fp8", f"engine.fp8 is computed by {name}: {why}"))
+        if name == "te":
             dtype = precision_of(engine.precision, mesh.device).compute
             self.library = TransformerEngine(self.recipe, mesh, dtype)
         self._memory(0)
