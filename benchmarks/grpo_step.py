@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from common import Laps, clock, load, stage_context, table, use_threads, verdict
 from peers.trl_grpo import Replayed, TrlGrpo
+from rl import EndlessTokenizer, Replay, text_of
 
 from shardwise.data.chat import encode_chat
-from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.losses.logprobs import valid_logprobs
-from shardwise.rewards import Problem, RewardItem, prompt_messages
+from shardwise.rewards import RewardItem, prompt_messages
 from shardwise.stages.grpo import GrpoStage
 from shardwise.stages.play import Group
 
@@ -32,29 +32,6 @@ TOLERANCE = 1e-4
 OURS, TRL = "shardwise", "TRL"
 LR = 1e-6
 NUM_PROMPTS, GROUP, LENGTH = 2, 8, 64
-
-
-class EndlessTokenizer(ByteTokenizer):
-    """Bytes and a bare template; nothing ends a completion."""
-
-    stop_ids = (-1,)
-
-    def __init__(self) -> None:
-        super().__init__("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
-
-
-class Replay:
-    """Stands in for the stage's player: hands out stored groups."""
-
-    def __init__(self, groups: list[Group]) -> None:
-        self.groups = groups
-
-    def sync(self, engine: object) -> None:
-        """Nothing is generated, so no weights are needed."""
-
-    def play(self, problems: list[Problem], *_: Any, **__: Any) -> list[Group]:
-        """The stored groups of these problems."""
-        return [next(g for g in self.groups if g.problem == p) for p in problems]
 
 
 def our_stage(hidden: int, layers: int, length: int) -> GrpoStage:
@@ -82,14 +59,6 @@ def our_stage(hidden: int, layers: int, length: int) -> GrpoStage:
         "engine": {"precision": "fp32", "device": "cpu"},
     }
     return GrpoStage(stage_context(model, stage, tokenizer))
-
-
-def text_of(stage: Any, problem: Problem) -> str:
-    """The prompt as text, control tokens spelt out."""
-    tokenizer = stage.ctx.tokenizer
-    messages = prompt_messages(problem, stage.config.task)
-    ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer.decode(ids, skip_special=False)
 
 
 def trl_trainer(stage: GrpoStage, length: int) -> TrlGrpo:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import Laps, clock, load, stage_context, table, use_threads, verdict
-from grpo_step import EndlessTokenizer, Replay, text_of
+from rl import EndlessTokenizer, Replay, text_of
 
 from shardwise.data.chat import encode_chat
 from shardwise.rewards import prompt_messages
