@@ -73,7 +73,6 @@ def play(
         player.call(number, call)
     player.note_weights("weight")
     player.note_moments()
-    player.note_histories()
     checksum = player.generate(PRECISIONS[precision].compute) if tape.prompts else ""
     digests = {name: digest(value) for name, value in player.values.items()}
     values = player.values if dist.get_rank() == 0 else {}
@@ -144,6 +143,9 @@ class _Player:
             self.volumes = tally.rows()
             for name, value in engine.full("grads"):
                 self.note("gradient", f"{self.label(call.engine)}{name}", value)
+        if engine.fp8 is not None:
+            for name, value in engine.fp8.tensors():
+                self.scales[f"history/{where} {name}"] = value.clone()
         self.note("clip norm", where, engine.step(call.lr))
 
     def noting_scales(self, where: str, first: int) -> contextlib.AbstractContextManager[None]:
@@ -160,11 +162,6 @@ class _Player:
                 self.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
 
         return listening(note)
-
-    def note_histories(self) -> None:
-        for number, engine in enumerate(self.engines):
-            for name, value in engine.fp8.tensors() if engine.fp8 is not None else ():
-                self.scales[f"history/{self.label(number)}{name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
         named = self.engines[0].named.parameters
