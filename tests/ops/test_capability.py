@@ -18,10 +18,16 @@ def _row(library: str) -> tuple[bool, str]:
 
 def test_every_row_has_a_reason() -> None:
     rows = capabilities()
-    assert [r.library for r in rows] == ["flash_attn", "transformer_engine", "apex", "triton"]
+    assert [r.library for r in rows] == [
+        "flash_attn",
+        "transformer_engine",
+        "apex",
+        "triton",
+        "float8",
+    ]
     assert all(r.detail and r.purpose for r in rows)
     if not torch.cuda.is_available():
-        assert not any(r.used for r in rows)
+        assert {r.library for r in rows if r.used} == {"float8"}  # part of torch
 
 
 def test_the_recipes_that_a_gpu_has_products_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,11 @@ def build(layout: str = "dp1", recipe: str = "delayed", model: Any = MODEL, **en
     return NativeEngine(model, EngineConfig.model_validate(config), mesh, **options)
 
 
-def step(it: NativeEngine, number: int, micro: int = 2) -> dict[str, float]:
+def step(it: NativeEngine, number: int, micro: int = 2, lr: float = 1e-2) -> dict[str, float]:
     batch = toy.batch(8, tokens=16, seed=number)
     mine = batch.split(8 // it.data_size)[it.data_rank].split(micro)
     metrics = it.forward_backward(mine, CausalLM())
-    it.step(1e-2)
+    it.step(lr)
     return metrics
 
 

@@ -154,14 +154,14 @@ def scale_in_the_place_of_its_inverse() -> Iterator[Any]:
 
 
 @bug("block", "dp2.zero2")
-def scales_of_weight_tiles_transposed() -> Iterator[Any]:
+def scales_of_tiles_transposed() -> Iterator[Any]:
     real = fp8.quantise_blocks
 
     def quantise_blocks(x: Tensor, block: Any, dtype: torch.dtype, **options: Any) -> Any:
         q = real(x, block, dtype, **options)
         rows, columns = q.scale_inv.shape
         swapped = q.scale_inv.T.reshape(rows, columns)
-        return dataclasses.replace(q, scale_inv=swapped) if block[0] > 1 else q
+        return dataclasses.replace(q, scale_inv=swapped)
 
     yield _patch(fp8, "quantise_blocks", quantise_blocks)
 

@@ -78,7 +78,6 @@ def play(
         again.run()
         again.note_weights("weight")
         again.note_moments()
-        again.note_histories()
         checksum = again.generate(PRECISIONS[precision].compute) if tape.prompts else ""
     digests = {name: digest(value) for name, value in again.values.items()}
     values = again.values if dist.get_rank() == 0 else {}
@@ -148,11 +147,11 @@ class _Notes:
 
         return listening(note)
 
-    def note_histories(self) -> None:
-        for number, engine in enumerate(self.engines):
-            inner = inner_of(engine)
-            for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
-                self.scales[f"history/{self.label(number)}{name}"] = value.clone()
+    def note_history(self, number: int, where: str) -> None:
+        """What an engine's scales will follow from."""
+        inner = inner_of(self.engines[number])
+        for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
+            self.scales[f"history/{where} {name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
         inner = inner_of(self.engines[0])
@@ -209,6 +208,7 @@ class _Calls(_Notes):
         if self.volumes is None:
             self.volumes = tally.rows()
             self.note_gradients(call.engine)
+        self.note_history(call.engine, where)
         self.note("clip norm", where, engine.step(call.lr))
 
 
@@ -233,6 +233,7 @@ class _Watched:
             kind = "loss" if name == "loss" else "metric"
             notes.note(kind, where if name == "loss" else f"{where} {name}", value)
         notes.note_gradients(self.number)
+        notes.note_history(self.number, where)
         return metrics
 
     def step(self, lr: float) -> float:
