@@ -29,7 +29,7 @@ def test_numbers_of_ppo(tmp_path: Any) -> None:
     assert roles_in_use(stage) == ["actor", "critic", "reference", "reward"]
     actor, critic = (role_numbers(run, stage, r, 4) for r in ("actor", "critic"))
     assert (actor.ranks, actor.layout, actor.micro_batches) == ("0, 1", "dp2.zero1", 1)
-    assert (critic.ranks, critic.layout, critic.micro_batches) == ("2, 3", "dp1.zero1.tp2", 1)
+    assert (critic.ranks, critic.layout, critic.micro_batches) == ("2, 3", "tp2", 1)
     assert critic.parameters - actor.parameters == 32, "one row of a head more"
     # Masters, two moments and gradients at least, of all or of half the parameters.
     assert actor.bytes_a_rank >= 16 * actor.parameters
