@@ -145,7 +145,7 @@ class Fp8:
 
         Returns the sentinel's metrics, the same on every rank.
         """
-        metrics, events = self.sentinel.finish(step, self.sites)
+        metrics, events = self.sentinel.finish(step, self.sites, self.mesh.groups["all"])
         self.events += events
         if self.recipe.scaling == "delayed" and self.sites:
             comm.all_max(self.amax_S3, self.mesh.groups["stage"], "amax")

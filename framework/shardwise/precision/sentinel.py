@@ -105,9 +105,9 @@ class Sentinel:
         return sorted({there[(first + i) % len(there)] for i in range(count)}, key=there.index)
 
     def finish(
-        self, step: int, sites: Mapping[str, Site]
+        self, step: int, sites: Mapping[str, Site], group: dist.ProcessGroup
     ) -> tuple[dict[str, float], list[tuple[str, str]]]:
-        """Metrics and events of the look, the same on every rank; a collective call."""
+        """Metrics and events of the look, the same on every rank of ``group`` (the model's)."""
         if not self.looking:
             return {}, []
         assert self.tally_LN is not None
@@ -116,9 +116,8 @@ class Sentinel:
             if path in sites:
                 amax_L3[row] = sites[path].amax_3
                 sites[path].watched, sites[path].tally = False, None
-        assert dist.group.WORLD is not None
-        comm.all_reduce(self.tally_LN, dist.group.WORLD, "sentinel")
-        comm.all_max(amax_L3, dist.group.WORLD, "sentinel")
+        comm.all_reduce(self.tally_LN, group, "sentinel")
+        comm.all_max(amax_L3, group, "sentinel")
         metrics: dict[str, float] = {}
         events: list[tuple[str, str]] = []
         for path, sums, amax in zip(
