@@ -47,7 +47,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     run = with_precision(run)
     directory = run.directory
     if rank == 0:
-        _claim(directory, loaded)
+        _claim(directory, run, loaded)
     dist.barrier()
     tokenizer = prepare_tokenizer(run, directory, rank)
     run = with_vocabulary(run, tokenizer)
@@ -186,9 +186,9 @@ def with_precision(run: RunConfig) -> RunConfig:
     return named(run).model_copy(update={"stages": [named(s) for s in run.stages]})  # type: ignore[no-any-return]
 
 
-def _claim(directory: Path, loaded: LoadedConfig) -> None:
+def _claim(directory: Path, run: RunConfig, loaded: LoadedConfig) -> None:
     """Make the run's directory and store the resolved recipe with the source of each value."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "config.yaml", resolved_yaml(loaded.config).encode())
+    write_atomically(directory / "config.yaml", resolved_yaml(run).encode())
     text = json.dumps(provenance_json(loaded), indent=1)
     write_atomically(directory / "provenance.json", text.encode())
