@@ -90,13 +90,20 @@ def criterion(loss: float, twin: float) -> bool:
     return abs(loss - twin) <= 0.01 * twin
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8"])
+# A hundred steps each: one recipe every day, the others among the slow proofs.
+RECIPES = [
+    "delayed",
+    *(pytest.param(r, marks=pytest.mark.slow) for r in ("current", "block", "mxfp8")),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_learns_as_its_bf16_twin(ranks: RankPool, twin: float, recipe: str) -> None:
     [loss] = ranks.run(learn, recipe, world=1)
     assert criterion(loss, twin), (loss, twin)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_with_all_scales_one_it_does_not(ranks: RankPool, twin: float, recipe: str) -> None:
     [loss] = ranks.run(learn, recipe, False, world=1)
     assert not criterion(loss, twin) and loss > twin

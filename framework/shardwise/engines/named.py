@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -96,7 +97,7 @@ class Named:
         self, pick: Callable[[nn.Parameter], Tensor], dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, global tensor) of every parameter of the model, on every rank, in one order."""
-        for name, (shape, home) in self._catalogue().items():
+        for name, (shape, home) in self._catalogue.items():
             value: Tensor | None = None
             if name in self.parameters:
                 value = whole(pick(self.parameters[name]), self.mesh)
@@ -114,6 +115,7 @@ class Named:
         dist.broadcast(value, group_src=home, group=self.mesh.groups["pp"])
         return value
 
+    @functools.cached_property
     def _catalogue(self) -> dict[str, tuple[torch.Size, int]]:
         """Shape and pipeline rank of every parameter of the model, from its config alone."""
         layout = self.mesh.layout
