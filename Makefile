@@ -35,9 +35,9 @@ checks: venv
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/codespell
 
-# Two workers for two cores; a file stays on one, and with it the models and ranks that it shares.
+# Two workers for two cores, see tests/conftest.py.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 prove: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
