@@ -22,6 +22,7 @@ settings.register_profile("shardwise", deadline=None)
 settings.load_profile("shardwise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With two workers, a file stays on one; `tests/verify`, many ranks at a time, starts first.
 
