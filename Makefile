@@ -35,9 +35,11 @@ checks: venv
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/codespell
 
-# Two workers for two cores, see tests/conftest.py.
+# Two workers for two cores, a file on one of them; but `tests/verify` starts up to eight ranks at a
+# time, and two such worlds at once would wait for each other's turns.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore tests/verify -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/verify
 
 prove: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
