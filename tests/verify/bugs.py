@@ -91,8 +91,8 @@ def dropout_from_the_wrong_rank() -> Iterator[Any]:
 def attention_dropout_with_local_head_numbers() -> Iterator[Any]:
     real = tensor.parallelize
 
-    def parallelize(model: Any, *args: Any) -> Any:
-        found = real(model, *args)
+    def parallelize(model: Any, *args: Any, **options: Any) -> Any:
+        found = real(model, *args, **options)
         for module in model.modules():
             if hasattr(module, "head_offset"):
                 module.head_offset = 0
