@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.config.load import load_config
 from shardwise.launch.train import train
 
-FOLDER = Path(__file__).parents[2] / "configs"
+RECIPE = Path(__file__).parents[2] / "configs" / "ppo_cpu.yaml"
 SEEDS = (1, 2, 3)
 LAST = 10  # steps over which the critic's explained variance is averaged
 
@@ -23,24 +22,17 @@ def explained_variance(run_dir: Path) -> float:
 
 
 @pytest.mark.slow
-def test_ppo_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
-    base = tmp_path / "quickstart"
-    start = load_config(FOLDER / "quickstart.yaml").config.model_dump(
-        mode="json", exclude_none=True
-    )
-    start["stages"] = [s for s in start["stages"] if s["kind"] != "grpo"]
-    start["evaluations"] = []
-    train(start | {"run_dir": str(base)}, nproc=2)
+def test_ppo_keeps_its_promise_over_three_seeds(quickstart: Path, tmp_path: Path) -> None:
     lifts, explained = [], []
     for seed in SEEDS:
         run_dir = tmp_path / str(seed)
         overrides = [
             f"seed={seed}",
             f"run_dir={run_dir}",
-            f"init_from={base}/stages/sft/checkpoints",
-            f"tokenizer.path={base}/tokenizer/tokenizer.json",
+            f"init_from={quickstart}/stages/sft/checkpoints",
+            f"tokenizer.path={quickstart}/tokenizer/tokenizer.json",
         ]
-        summary = train(FOLDER / "ppo_cpu.yaml", overrides, nproc=2)
+        summary = train(RECIPE, overrides, nproc=2)
         assert summary["num_problems"] == 500
         lifts.append(summary["accuracy"]["ppo"] - summary["accuracy"]["start"])
         explained.append(explained_variance(run_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from shardwise.config.load import load_config
 from shardwise.launch.train import train
 from shardwise.stages.evaluate import evaluate
+from tests.prove.conftest import RECIPE
 
-RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SEEDS = (1234, 7, 99)
 
 
@@ -27,11 +28,10 @@ def without_pretraining(base: Path, run_dir: Path, seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_quickstart_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    summaries = [train(RECIPE, [f"run_dir={base}"], nproc=2)]
+def test_quickstart_keeps_its_promise_over_three_seeds(quickstart: Path, tmp_path: Path) -> None:
+    summaries = [json.loads((quickstart / "summary.json").read_text())]
     for seed in SEEDS[1:]:
-        recipe = without_pretraining(base, tmp_path / str(seed), seed)
+        recipe = without_pretraining(quickstart, tmp_path / str(seed), seed)
         summaries.append(train(recipe, nproc=2))
     first = summaries[0]
     assert first["val_bits_per_byte"] < first["gzip_bits_per_byte"]
@@ -43,5 +43,5 @@ def test_quickstart_keeps_its_promise_over_three_seeds(tmp_path: Path) -> None:
     assert statistics.mean(lifts) >= 0.15
     assert all(lift > 0 for lift in lifts)
     last = first["stages"][-1]
-    again = evaluate(base / last["checkpoint"])
+    again = evaluate(quickstart / last["checkpoint"])
     assert again["accuracy"] == last["metrics"]["accuracy"]

@@ -246,3 +246,37 @@ def test_accuracy_measured_once_is_no_curve(tmp_path: Path) -> None:
     assert "Held-out accuracy after each stage" in titles
     assert "Held-out accuracy, grpo" not in titles
     assert page.tiles(run)[1].value == "87.0%"
+
+
+def test_fp8_layers_have_charts_and_a_table(tmp_path: Path) -> None:
+    looks = [
+        {
+            "stage": "pretrain",
+            "step": step,
+            "kind": "train",
+            "loss": 3.0,
+            "fp8_error": 0.05,
+            "fp8.blocks.1.mlp.up.error": 0.02,
+            "fp8.blocks.2.mlp.up.error": 0.01 * step,
+            "fp8.blocks.2.mlp.up.underflow": 0.125,
+            "fp8.blocks.2.mlp.up.overflow": 0.0,
+            "fp8.blocks.2.mlp.up.drift": -0.75 if step == 10 else 0.5,
+        }
+        for step in (5, 10)
+    ]
+    fallback = {
+        "stage": "pretrain",
+        "step": 10,
+        "kind": "event",
+        "event": "fp8_fallback",
+        "message": "blocks.1.mlp.up computes unquantised from now on: error 0.5 over 0.3",
+    }
+    run = load_run(synthetic.write_run(tmp_path / "run", metrics=[*looks, fallback]))
+    fallen, worse = page.fp8_layers(run)
+    assert (fallen.layer, fallen.fell, fallen.drift) == ("blocks.1.mlp.up", "at step 10", None)
+    assert (worse.layer, worse.looks, worse.fell) == ("blocks.2.mlp.up", 2, "")
+    assert (worse.error, worse.underflow, worse.drift) == (0.1, 0.125, -0.75)
+    shown = render(run)
+    assert "The worst look at each of 2 layers" in shown
+    assert "Error of the FP8 products" in shown
+    assert "fp8.blocks" not in shown  # not once more among the small curves

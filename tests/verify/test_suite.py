@@ -17,6 +17,7 @@ from shardwise.verify.run import Verifier, world_of
 from tests.support import toy
 from tests.support.pool import RankPool
 
+SPLIT = "dp2.zero3.pp2.zbv"
 Verifiers = dict[tuple[str, str], Verifier]
 
 
@@ -64,6 +65,12 @@ def test_bf16(verifiers: Verifiers, model: str, stage: str) -> None:
     for layout in ("dp2.zero2", "tp2.sp", "pp2.zbv", "cp2.ring", "cp2.ulysses"):
         verdict = verifiers[model, layout].check(stage, layout, "bf16")
         assert verdict.passed, verdict.sentence()
+
+
+def test_split_backward_under_zero_reduces_one_dtype(verifiers: Verifiers) -> None:
+    """Gradients that a hook made bf16 and those that the weight pass added meet in fp32."""
+    verdict = verifiers["llama", SPLIT].check("pretrain", SPLIT, "bf16")
+    assert verdict.passed, verdict.sentence()
 
 
 def _random_layouts(count: int) -> list[str]:

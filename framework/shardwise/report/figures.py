@@ -325,13 +325,24 @@ def all_charts(run: RunData) -> list[Chart]:
         ),
         over_all_stages(run, "Memory", ["memory_gb"], "GB, peak of rank 0", "Speed"),
     ]
+    for title, name, unit in _FP8:
+        found.append(over_all_stages(run, title, [name], unit, "FP8"))
     return [chart for chart in found if chart is not None]
 
+
+# The worst layer of each look of the sentinel; the page has a table of all layers.
+_FP8 = (
+    ("Error of the FP8 products", "fp8_error", "share of the product's norm"),
+    ("Drift of the amaxes", "fp8_drift", "log2 of the change since the last look"),
+    ("Underflow", "fp8_underflow", "share of the non-zero elements"),
+    ("Overflow", "fp8_overflow", "share of the non-zero elements"),
+)
 
 _DRAWN = {
     "loss", "val_loss", "val_bits_per_byte", "grad_norm", "lr", "tokens_per_second",
     "fraction_of_gemm", "memory_gb",
     *(name for _, names, _ in _POLICY for name in names),
+    *(name for _, name, _ in _FP8),
 }  # fmt: skip
 
 
@@ -352,7 +363,9 @@ def sparks(run: RunData, width: int = 160, height: int = 28) -> list[Spark]:
     """Every remaining metric, drawn in ``width`` x ``height`` pixels."""
     out = []
     for (stage, name), series in run.series.items():
-        if not len(series) or (name in _DRAWN and (stage, name) not in _only_in_summary(run)):
+        if name in _DRAWN and (stage, name) not in _only_in_summary(run):
+            continue
+        if not len(series) or name.startswith("fp8."):  # a layer's: the page has their table
             continue
         drawn = envelope(series, width // 2)
         low, high = float(series.values.min()), float(series.values.max())

@@ -12,7 +12,7 @@ from shardwise.config.redact import redact
 from shardwise.metrics.progress import duration, number
 from shardwise.report.diagnosis import Check, diagnose
 from shardwise.report.rundata import RunData, summary_stages
-from shardwise.report.series import wilson
+from shardwise.report.series import Series, wilson
 from shardwise.report.summary import accuracies, compared, gemm_rate, interval, num, sample_size
 
 MAX_EVENTS = 200
@@ -269,6 +269,60 @@ def machine(run: RunData) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
+class Fp8Layer:
+    """What the sentinel saw of one quantised layer: its worst look, and whether it fell back."""
+
+    stage: str
+    layer: str
+    looks: int
+    error: float
+    underflow: float
+    overflow: float
+    drift: float | None
+    fell: str
+
+
+def fp8_layers(run: RunData) -> list[Fp8Layer]:
+    """Every layer that the sentinel looked at, the worst error of a stage first."""
+    fell = {
+        (str(e.get("stage")), str(e.get("message")).split(" ", 1)[0]): f"at step {e.get('step')}"
+        for e in run.events
+        if e.get("event") == "fp8_fallback"
+    }
+    out = []
+    for stage in run.stages:
+        # `fp8.<layer>.<figure>`, as `shardwise.precision.sentinel` names them.
+        errors = [n for n in run.names(stage) if n.startswith("fp8.") and n.endswith(".error")]
+        rows = []
+        for path in (n.removesuffix(".error") for n in errors):
+            error, underflow, overflow, drift = (
+                _furthest(run.get(stage, f"{path}.{figure}"))
+                for figure in ("error", "underflow", "overflow", "drift")
+            )
+            layer = path.removeprefix("fp8.")
+            looks = len(run.get(stage, f"{path}.error"))
+            rows.append(
+                Fp8Layer(
+                    stage,
+                    layer,
+                    looks,
+                    error or 0.0,
+                    underflow or 0.0,
+                    overflow or 0.0,
+                    drift,
+                    fell.get((stage, layer), ""),
+                )
+            )
+        out += sorted(rows, key=lambda row: (not row.fell, -row.error))
+    return out
+
+
+def _furthest(series: Series) -> float | None:
+    """The value furthest from 0, with its sign; None of an empty series."""
+    return float(max(series.values, key=abs)) if len(series) else None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """All rules' answers for one stage."""
 
@@ -308,6 +362,7 @@ def view(run: RunData) -> dict[str, Any]:
         "num_events": num_events,
         "machine": machine(run),
         "diagnoses": diagnoses(run),
+        "fp8_layers": fp8_layers(run),
         "config": redact(run.config_text),
         "num_lines": run.num_lines,
     }
