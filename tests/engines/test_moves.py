@@ -34,6 +34,7 @@ CHAIN = (
     "dp2.zero1.cp2.ulysses",
     "dp1.zero0",
 )
+SLOW = pytest.mark.slow
 MODELS = {
     "tied": toy.llama(num_layers=5),
     "untied": toy.llama(num_layers=5, tie_embeddings=False, num_kv_heads=4),
@@ -72,7 +73,9 @@ def _step(name: str, layout: str, root: str, step: int) -> dict[str, Any]:
     return {"loaded": loaded, "made": _everything(engine), "loss": loss["loss"], "norm": norm}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["tied", pytest.param("untied", marks=SLOW), pytest.param("dropout", marks=SLOW)]
+)
 def test_a_chain_of_layouts_equals_one_process(ranks: RankPool, tmp_path: Path, name: str) -> None:
     before: dict[str, Tensor] = {}
     for step, layout in enumerate(CHAIN):

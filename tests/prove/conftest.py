@@ -14,9 +14,10 @@ RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's directory. ``QUICKSTART_RUN`` may name one of ``make demo``; it goes on from where
-    that stopped, so a finished one costs nothing."""
-    named = os.environ.get("QUICKSTART_RUN")
-    run_dir = Path(named).resolve() if named else tmp_path_factory.mktemp("quickstart")
+    """The run's directory; ``QUICKSTART_RUN`` may name one that `make demo` has finished."""
+    if named := os.environ.get("QUICKSTART_RUN"):
+        assert Path(named, "summary.json").exists(), f"{named} is no finished run"
+        return Path(named).resolve()
+    run_dir = tmp_path_factory.mktemp("quickstart")
     train(RECIPE, [f"run_dir={run_dir}"], nproc=2)
     return run_dir

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -176,3 +177,15 @@ def test_missing_limits_are_said(
     monkeypatch.setattr(user, "_LIMITS_WANTED", {"memory", "gravity"})
     with caplog.at_level(logging.WARNING), UserReward(config(path)):
         assert "cannot limit gravity" in caplog.text
+
+
+def test_a_worker_that_cannot_start_again_stops_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with UserReward(config(path)) as reward:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/nonexistent/python")
+            found = reward.score([item("exit"), item("4"), item("4")])
+        assert [s.value for s in found] == [None, None, None]
+        assert "no worker could be started" in found[-1].reason
+        assert [s.value for s in reward.score([item("4")])] == [1.0], "the next batch has one"

@@ -33,6 +33,12 @@ from shardwise.rewards.verifiers import (
         (r"\boxed{1", "boxed", None),
         ("from 1,234 to (56)!", "last_number", "56"),
         ("no number", "last_number", None),
+        ("first 7, so **42**.", "last_number", "42"),
+        ("7, (42).", "last_number", "42"),
+        (r"7 = \boxed{42}", "last_number", r"\boxed{42}"),
+        (r"7 = \frac{3}{4}.", "last_number", r"\frac{3}{4}"),
+        ("of 7, x=5", "last_number", "5"),
+        ("is `-3`, then", "last_number", "-3"),
     ],
 )
 def test_extraction(text: str, how: Extract, answer: str | None) -> None:

@@ -22,19 +22,19 @@ def stage_of(tmp_path: Any, kind: str, **changes: Any) -> tuple[Any, Any]:
 def test_numbers_of_ppo(tmp_path: Any) -> None:
     roles = {"critic": {"ranks": [2, 3], "engine": {"layout": "tp2"}}, "actor": {"ranks": [0, 1]}}
     run, stage = stage_of(tmp_path, "ppo", roles=roles, reward_model_weight=1.0)
-    text = arithmetic(run, stage, 4)
+    text = arithmetic(run, stage, 4, 100)
     assert "4 prompts x 3 samples = 12 completions of at most 4 tokens (48)" in text
     assert "2 mini-batches of 2 prompts (6 completions) x 3 epochs = 6" in text
     assert "48 completions, 24 updates, 0.80 times through 20 problems" in text
     assert roles_in_use(stage) == ["actor", "critic", "reference", "reward"]
-    actor, critic = (role_numbers(run, stage, r, 4) for r in ("actor", "critic"))
+    actor, critic = (role_numbers(run, stage, r, 4, 100) for r in ("actor", "critic"))
     assert (actor.ranks, actor.layout, actor.micro_batches) == ("0, 1", "dp2.zero1", 1)
     assert (critic.ranks, critic.layout, critic.micro_batches) == ("2, 3", "tp2", 1)
     assert critic.parameters - actor.parameters == 32, "one row of a head more"
     # Masters, two moments and gradients at least, of all or of half the parameters.
     assert actor.bytes_a_rank >= 16 * actor.parameters
     assert 8 * critic.parameters <= critic.bytes_a_rank < actor.bytes_a_rank
-    frozen = role_numbers(run, stage, "reference", 4)
+    frozen = role_numbers(run, stage, "reference", 4, 100)
     assert 4 * frozen.parameters <= frozen.bytes_a_rank < 9 * frozen.parameters
 
 

@@ -13,7 +13,7 @@ import torch
 from shardwise import checkpoint
 from shardwise.rewards.user import UserRewardConfig
 from shardwise.stages.grpo import GrpoStage
-from tests.stages.recipes import metrics, recipe, run, weights
+from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -70,9 +70,13 @@ def test_rollouts_are_the_same_on_any_number_of_ranks(ranks: RankPool, tmp_path:
     assert a[0]["policy"] != records(one, 1)[0]["policy"], "weights moved between steps"
 
 
-def test_the_first_update_is_on_policy(ranks: RankPool, tmp_path: Path) -> None:
-    """Ratio exactly 1, no clipping; sampler and trainer agree on log-probabilities."""
+@pytest.mark.parametrize("sampling", [[], ["temperature=0.6", "top_k=40"]], ids=["plain", "cut"])
+def test_the_first_update_is_on_policy(
+    ranks: RankPool, tmp_path: Path, sampling: list[str]
+) -> None:
+    """Ratio exactly 1, no clipping; sampler and trainer agree on log-probabilities (trap 5)."""
     options = ["stages.grpo.loss.importance_cap=2.0", "engine.precision=fp32"]
+    options += [f"stages.grpo.sampling.{s}" for s in sampling]
     ranks.run(run, recipe(tmp_path / "run", "grpo"), *options, world=1)
     for row in train_rows(tmp_path / "run"):
         assert row["ratio_mean"] == 1.0 and row["clip_fraction"] == 0.0
@@ -86,15 +90,21 @@ def test_kl_to_the_reference_starts_at_zero_and_survives_resume(
     ranks.run(run, recipe(tmp_path / "run", "grpo"), *options, world=1)
     kl = [row["kl"] for row in train_rows(tmp_path / "run")]
     assert kl[0] == pytest.approx(0.0, abs=1e-15) and kl[-1] > 1e-12
+    broken = recipe(tmp_path / "broken", "grpo")
+    ranks.run(run_and_die, broken, "grpo", 3, *options, world=1)
+    ranks.run(run, broken, *options, world=1)
+    assert [row["kl"] for row in train_rows(tmp_path / "broken")] == kl
 
 
-def unscorable(config: dict[str, Any], *overrides: str) -> None:
-    """Every third completion cannot be scored."""
+def unscorable(config: dict[str, Any], absent: bool, *overrides: str) -> None:
+    """The first completion of every group cannot be scored, or was never written."""
     original = GrpoStage._add_advantages
 
     def add(self: GrpoStage, groups: Any) -> dict[str, float]:
         for group in groups:
             group.rewards[0] = None
+            for name in ("tokens", "logprobs", "stopped", "texts", "rewards"):
+                setattr(group, name, getattr(group, name)[absent:])
         return original(self, groups)
 
     with mock.patch.object(GrpoStage, "_add_advantages", add):
@@ -104,12 +114,20 @@ def unscorable(config: dict[str, Any], *overrides: str) -> None:
 def test_unscorable_completions_are_left_out_not_scored_zero(
     ranks: RankPool, tmp_path: Path
 ) -> None:
-    ranks.run(unscorable, recipe(tmp_path / "run", "grpo"), FP64, world=1)
+    for absent in (False, True):
+        folder = tmp_path / ("absent" if absent else "run")
+        ranks.run(unscorable, recipe(folder, "grpo"), absent, FP64, world=1)
+    a, b = (weights(tmp_path / name, "grpo") for name in ("run", "absent"))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-9, atol=1e-12)
     rows = train_rows(tmp_path / "run")
     assert all(r["unscorable_fraction"] == pytest.approx(0.25) for r in rows)
     for record in records(tmp_path / "run", 0):
         if record["sample_id"] == 0:
             assert record["reward"] is None and record["advantage"] == 0.0
+            assert not any(record["mask"])
+        else:
+            assert all(record["mask"])
     assert all(r["reward_mean"] is not None for r in rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,9 @@ import torch
 
 from shardwise import checkpoint
 from shardwise.checkpoint.convert import open_model
-from shardwise.stages.play import Player
+from shardwise.rewards import Problem
+from shardwise.stages.play import Group, Player
+from shardwise.stages.ppo import PpoConfig, PpoStage
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool
@@ -116,6 +119,40 @@ def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, k
         assert metas[0]["carried"]["kl"]["coef"] != 0.05, "the controller has moved"
 
 
+def test_a_run_goes_on_under_other_layouts_of_its_roles(ranks: RankPool, tmp_path: Path) -> None:
+    clean, broken = tmp_path / "clean", tmp_path / "broken"
+    critic = {"optimizer": {"lr": 5e-3}}
+    ranks.run(run, ppo(clean, critic=critic), FP64, world=2)
+    ranks.run(run_and_die, ppo(broken, critic=critic), "ppo", 3, FP64, world=2)
+    moved = ppo(broken, critic=critic | {"engine": {"layout": "dp1.zero0"}, "ranks": [1]})
+    changes = [FP64, "engine.layout=tp2.sp", "stages.ppo.batch.micro_batch=1"]
+    ranks.run(run, moved, *changes, world=2)
+    assert_same(clean, broken)
+
+
+def test_dropout_is_off_and_the_first_ratio_is_one(ranks: RankPool, tmp_path: Path) -> None:
+    """Trap 11 with a model that has dropout."""
+    config = ppo(tmp_path / "run")
+    config["model"] |= {"dropout": 0.2}
+    once = ["stages.ppo.updates_per_rollout=1", "stages.ppo.epochs_per_rollout=1"]
+    ranks.run(run, config, *once, world=1)
+    assert all(r["ratio_mean"] == 1.0 for r in train_rows(tmp_path / "run"))
+
+
+def test_a_score_that_is_no_number_is_unscorable() -> None:
+    stage = PpoStage.__new__(PpoStage)
+    stage.config = PpoConfig.model_validate(
+        {"kind": "ppo", "steps": 1, "verifier_weight": 0.0, "reward_model_weight": 1.0}
+    )
+    scores = [math.nan, 0.5, math.inf]
+    group = Group(
+        Problem("", "", "", {}), 0, [1], [[2]] * 3, [[0.0]] * 3, [True] * 3, [""] * 3,
+        [None] * 3, "", {"model_score": scores},
+    )  # fmt: skip
+    stage._score(group)
+    assert group.rewards == [None, 0.5, None]
+
+
 def test_critic_starts_from_the_reward_model_and_scores_come_from_it(
     ranks: RankPool, tmp_path: Path
 ) -> None:
@@ -140,10 +177,12 @@ def records(folder: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("sampling", [[], ["temperature=0.6", "top_p=0.8"]], ids=["plain", "cut"])
 def test_the_first_update_is_on_policy_and_the_kl_starts_at_zero(
-    ranks: RankPool, tmp_path: Path
+    ranks: RankPool, tmp_path: Path, sampling: list[str]
 ) -> None:
     once = ["stages.ppo.updates_per_rollout=1", "stages.ppo.epochs_per_rollout=1"]
+    once += [f"stages.ppo.sampling.{s}" for s in sampling]
     ranks.run(run, ppo(tmp_path / "run"), *once, world=1)
     rows = train_rows(tmp_path / "run")
     assert all(r["ratio_mean"] == 1.0 and r["clip_fraction"] == 0.0 for r in rows)
@@ -164,5 +203,10 @@ def test_what_cannot_be_is_refused_with_a_mend(ranks: RankPool, tmp_path: Path) 
             ranks.run(run, config, "stages.ppo.reward_model_weight=1.0", world=1)
     with pytest.raises(RankError, match="add one of kind reward"):
         ranks.run(run, ppo(tmp_path / "run"), "stages.ppo.reward_model_weight=1.0", world=1)
+    with pytest.raises(RankError, match="holds a language model, no reward model"):
+        config = ppo(tmp_path / "two", "sft", reward={"init_from": "sft"})
+        ranks.run(run, config, "stages.ppo.reward_model_weight=1.0", world=1)
+    with pytest.raises(RankError, match="same number of prompts"):
+        ranks.run(run, ppo(tmp_path / "run"), "stages.ppo.batch.ramp_start=2", world=1)
     with pytest.raises(RankError, match="must divide"):
         ranks.run(run, ppo(tmp_path / "run"), "stages.ppo.updates_per_rollout=3", world=1)

@@ -43,7 +43,9 @@ def show(report: VerifyReport, json: str | None) -> None:
     lines = [f"cannot be: {layout}: {reason}" for layout, reason in report.refused.items()]
     failed = [v for v in report.verdicts if not v.passed]
     count = len(report.verdicts)
-    if not failed:
+    if not count:
+        lines.append("nothing was compared: no layout asked for can be")
+    elif not failed:
         lines.append(f"{count} of {count} compute what one process computes, within rounding")
     document: dict[str, Any] = {
         "passed": report.passed,
@@ -53,6 +55,8 @@ def show(report: VerifyReport, json: str | None) -> None:
         ],
     }
     emit(document, "\n".join(lines), json)
+    if not count:
+        raise CheckFailed("no layout could be tried")
     if failed:
         names = ", ".join(dict.fromkeys(f"{v.layout} ({v.stage})" for v in failed))
         raise CheckFailed(f"{len(failed)} of {count} differ from one process: {names}")

@@ -7,10 +7,12 @@ from `Section`; models and stages register theirs in `shardwise.config.registry`
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -60,6 +62,17 @@ class TokenizerConfig(Section):
     vocab_size: PositiveInt = Field(4096, description="size of a BPE vocabulary trained here")
     sample_bytes: PositiveInt = Field(8_000_000, description="bytes of text that train a BPE")
     chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
+
+    @model_validator(mode="after")
+    def _path_and_kind_agree(self) -> TokenizerConfig:
+        if self.kind == "bytes" and self.path is not None:
+            raise ValueError(
+                "path is given, but kind bytes reads no file; write kind: file (tokenizer.json), "
+                "tiktoken or sentencepiece, or leave path out"
+            )
+        if self.kind in ("file", "tiktoken", "sentencepiece") and self.path is None:
+            raise ValueError(f"kind {self.kind} needs a path")
+        return self
 
 
 class SentinelConfig(Section):
@@ -168,7 +181,9 @@ class ValidationConfig(Section):
     """Validation during a stage."""
 
     every: NonNegativeInt = Field(0, description="steps between validations; 0: only at the end")
-    max_batches: NonNegativeInt = Field(0, description="0: the whole validation set")
+    max_batches: NonNegativeInt = Field(
+        0, description="of batch.global_batch rows; 0: the whole validation set"
+    )
 
 
 class LoggingConfig(Section):
@@ -190,16 +205,45 @@ def _kind(data: dict[str, Any]) -> str:
 Name = Annotated[str, Field(min_length=1, default_factory=_kind, description="default: the kind")]
 
 
+# Names become folders of a run, and what is built from them must stay inside of it.
+_STAGE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$"
+_RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+
+
+def _shown_as(pattern: str) -> Any:
+    return Field(json_schema_extra={"pattern": pattern})
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(_STAGE_NAME.strip("^$"), name):
+        raise ValueError(
+            f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, '_' and '-', the "
+            "first one no '-'"
+        )
+    return name
+
+
+def _run_name(name: str) -> str:
+    if not re.fullmatch(_RUN_NAME.strip("^$"), name):
+        raise ValueError(
+            f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, '_', '-' and '.', "
+            "the first one no '-' or '.'"
+        )
+    return name
+
+
 class StageConfig(Section):
     """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
 
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
+    ``learns_from_itself``: from its own completions, whose log-probabilities must be exact.
     """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
+    learns_from_itself: ClassVar[bool] = False
 
     kind: str
-    name: Name
+    name: Annotated[Name, AfterValidator(_folder_name), _shown_as(_STAGE_NAME)]
     steps: PositiveInt
     start_from: str | None = Field(
         None, description="an earlier stage; default: the latest whose model writes text"
@@ -298,7 +342,7 @@ def _inherit_engine(part: Any, above: dict[str, Any]) -> Any:
 class RunConfig(Section):
     """A whole run: one model, one tokenizer, a list of stages."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_run_name), _shown_as(_RUN_NAME)] = "run"
     run_dir: Path | None = Field(None, description="default: runs/<name>")
     seed: NonNegativeInt = 0
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]

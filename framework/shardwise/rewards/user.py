@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -34,6 +35,7 @@ from shardwise.errors import ConfigError
 
 log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 16
+OVER = "timed out: the batch's time is over"
 _LIMITS_WANTED = {"memory", "cpu", "processes", "network", "writes"}
 
 
@@ -74,7 +76,7 @@ class Scored:
 class _Worker:
     """One sandboxed process and the socket to it."""
 
-    def __init__(self, config: UserRewardConfig) -> None:
+    def __init__(self, config: UserRewardConfig, until: float = math.inf) -> None:
         self.config = config
         path, _, name = config.function.rpartition(":")
         settings = config.model_dump(exclude={"function", "kind"}) | {
@@ -106,10 +108,10 @@ class _Worker:
         self.buffer = b""
         self.item: int | None = None  # which item it is working on
         self.deadline = 0.0
-        self.limits = self._wait_ready()
+        self.limits = self._wait_ready(until)
 
-    def _wait_ready(self) -> set[str]:
-        self.deadline = time.monotonic() + self.config.start_timeout_s
+    def _wait_ready(self, until: float) -> set[str]:
+        self.deadline = min(time.monotonic() + self.config.start_timeout_s, until)
         try:
             line = None
             while line is None:
@@ -166,9 +168,11 @@ class UserReward:
         self.config = config
         self.name = name
         self.num_replaced = 0  # workers killed so far, because of a hostile or broken item
-        self.workers = [_Worker(config) for _ in range(config.num_workers)]
+        first = _Worker(config)
+        self.workers: list[_Worker | None] = [first]
+        self.workers += [_Worker(config) for _ in range(config.num_workers - 1)]
         allowed = {k for k in ("processes", "network", "writes") if getattr(config, k)}
-        missing = _LIMITS_WANTED - self.workers[0].limits - allowed
+        missing = _LIMITS_WANTED - first.limits - allowed
         if missing:
             log.warning(
                 "the reward sandbox cannot limit %s on this system: run only code you trust",
@@ -181,19 +185,23 @@ class UserReward:
         todo = deque(range(len(items)))
         until = time.monotonic() + self.config.batch_timeout_s
         with selectors.DefaultSelector() as selector:
-            for slot in range(len(self.workers)):
+            for slot, worker in enumerate(self.workers):
+                if worker is None:
+                    self._start(slot, until)
                 self._next(slot, todo, items, results, selector, until)
-            while any(w.item is not None for w in self.workers):
-                first = min(w.deadline for w in self.workers if w.item is not None)
+            while busy := [w for w in self.workers if w is not None and w.item is not None]:
+                first = min(w.deadline for w in busy)
                 ready = selector.select(max(first - time.monotonic(), 0))
                 for key, _ in ready:
                     self._collect(key.data, todo, items, results, selector, until)
                 now = time.monotonic()
                 for slot, worker in enumerate(self.workers):
-                    if worker.item is not None and worker.deadline <= now:
-                        self._fail(slot, "timed out", results, selector)
+                    if worker is not None and worker.item is not None and worker.deadline <= now:
+                        self._fail(slot, "timed out", results, selector, until)
                         self._next(slot, todo, items, results, selector, until)
-        return [r if r is not None else Scored(None, "not scored") for r in results]
+        over = time.monotonic() >= until
+        left = Scored(None, OVER if over else "no worker could be started")
+        return [r if r is not None else left for r in results]
 
     def _next(
         self,
@@ -205,18 +213,16 @@ class UserReward:
         until: float,
     ) -> None:
         """Give the worker of a slot its next item, if any is left and there is time."""
-        while todo and self.workers[slot].item is None:
+        while todo and (worker := self.workers[slot]) is not None and worker.item is None:
             if time.monotonic() >= until:
-                while todo:
-                    results[todo.popleft()] = Scored(None, "timed out: the batch's time is over")
                 return
-            worker, index = self.workers[slot], todo.popleft()
+            index = todo.popleft()
             if worker.socket not in {k.fileobj for k in selector.get_map().values()}:
                 selector.register(worker.socket, selectors.EVENT_READ, slot)
             try:
                 worker.send(index, items[index], until)
             except OSError as e:
-                self._fail(slot, f"crashed: {e}", results, selector)
+                self._fail(slot, f"crashed: {e}", results, selector, until)
 
     def _collect(
         self,
@@ -228,6 +234,7 @@ class UserReward:
         until: float,
     ) -> None:
         worker = self.workers[slot]
+        assert worker is not None
         try:
             line = worker.receive()
             if line is None:
@@ -239,7 +246,7 @@ class UserReward:
             results[worker.item] = Scored(value, reason)
             worker.item = None
         except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
-            self._fail(slot, f"crashed: {e}", results, selector)
+            self._fail(slot, f"crashed: {e}", results, selector, until)
         self._next(slot, todo, items, results, selector, until)
 
     def _fail(
@@ -248,9 +255,11 @@ class UserReward:
         reason: str,
         results: list[Scored | None],
         selector: selectors.BaseSelector,
+        until: float,
     ) -> None:
         """The worker of this slot is lost, with its item; put a new one in its place."""
         worker = self.workers[slot]
+        assert worker is not None
         selector.unregister(worker.socket)
         ended = worker.kill()
         if worker.item is not None:
@@ -258,12 +267,23 @@ class UserReward:
             results[worker.item] = Scored(None, reason + detail)
         self.num_replaced += 1
         log.warning("reward %s %s on one completion; worker replaced", self.name, reason)
-        self.workers[slot] = _Worker(self.config)
+        self._start(slot, until)
+
+    def _start(self, slot: int, until: float) -> None:
+        """A new worker, or none until the next batch: a machine under load stops no training."""
+        self.workers[slot] = None
+        if time.monotonic() >= until:
+            return
+        try:
+            self.workers[slot] = _Worker(self.config, until)
+        except (ConfigError, OSError) as e:
+            log.warning("reward %s: a worker could not be started again: %s", self.name, e)
 
     def close(self) -> None:
         """End all workers."""
         for worker in self.workers:
-            worker.kill()
+            if worker is not None:
+                worker.kill()
         self.workers = []
 
     def __enter__(self) -> UserReward:

@@ -8,6 +8,7 @@ every parser here takes linear time.
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
@@ -53,7 +54,16 @@ def _last_boxed(text: str) -> str | None:
 
 def _number_tokens(text: str) -> list[str]:
     """Words without the punctuation that prose puts around numbers."""
-    return [t for w in text.split() if (t := w.strip("()[]{}\"'`*:;?!=").rstrip(".,"))]
+    return [t for w in re.split(r"[\s=]+", text) if (t := _bare(w))]
+
+
+def _bare(word: str) -> str:
+    """LaTeX keeps its braces and what stands before its backslash's word."""
+    opening, closing = "([{\"'`*:;?!", ")]}\"'`*:;?!.,"
+    word = word.strip("*`").rstrip(".,;:!?")
+    if word.lstrip("$").startswith("\\"):
+        return word.rstrip("*`'\"")
+    return word.lstrip(opening).rstrip(closing)
 
 
 def parse_number(text: str) -> Fraction | None:

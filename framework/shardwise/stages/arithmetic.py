@@ -41,8 +41,8 @@ def roles_in_use(stage: Any) -> list[str]:
     return [role for role in used if used[role]]
 
 
-def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int) -> RoleNumbers:
-    """See `RoleNumbers`. Rows are taken as ``batch.seq_len`` tokens, the most there may be."""
+def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int, row: int) -> RoleNumbers:
+    """See `RoleNumbers`. ``row``: tokens of the longest row of an update."""
     config = role_of(stage, role)
     layout = role_layout(config, world_size)
     model = run.model
@@ -53,7 +53,7 @@ def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int) -> Role
     batches = -(-share // stage.batch.micro_batch)
     names = "all" if config.ranks is None else ", ".join(map(str, config.ranks))
     most = max(
-        _bytes(model, stage, config, layout, rank, batches, role in TRAINED)
+        _bytes(model, stage, config, layout, rank, (row, batches), role in TRAINED)
         for rank in range(layout.pp)
     )
     return RoleNumbers(role, names, str(layout), model.num_parameters(), batches, most)
@@ -65,12 +65,13 @@ def _bytes(
     config: RoleConfig,
     layout: Layout,
     rank: int,
-    batches: int,
+    rows: tuple[int, int],  # tokens of one, and micro-batches of them
     trained: bool,
 ) -> int:
+    row, batches = rows
     precision = precision_of(config.engine.precision, pick_device(config.engine.device))
     work = memory.Work(
-        seq_len=stage.batch.seq_len,
+        seq_len=row,
         micro_batch=stage.batch.micro_batch,
         micro_batches=batches,
         compute_bytes=precision.compute.itemsize,
@@ -86,15 +87,15 @@ def _bytes(
     return steady + max(at_backward, found.gradients)
 
 
-def arithmetic(run: RunConfig, stage: Any, world_size: int) -> str:
-    """The screen."""
+def arithmetic(run: RunConfig, stage: Any, world_size: int, row: int) -> str:
+    """The screen; ``row``: tokens of the longest row, a prompt with all its completions."""
     prompts, samples = stage.batch.global_batch, stage.samples_per_prompt
     cuts, epochs, steps = stage.updates_per_rollout, stage.epochs_per_rollout, stage.steps
     longest = stage.sampling.max_new_tokens
     lines = [
         f"{stage.name}: {steps} steps of one rollout each",
         f"  a rollout: {prompts} prompts x {samples} samples = {prompts * samples} completions "
-        f"of at most {longest} tokens ({prompts * samples * longest:,})",
+        f"of at most {longest} tokens ({prompts * samples * longest:,}); rows of at most {row}",
         f"  its updates: {cuts} mini-batches of {prompts // cuts} prompts "
         f"({prompts * samples // cuts} completions) x {epochs} epochs = {cuts * epochs}",
         f"  in all: {steps * prompts * samples:,} completions, {steps * cuts * epochs:,} updates, "
@@ -104,7 +105,7 @@ def arithmetic(run: RunConfig, stage: Any, world_size: int) -> str:
     ]
     total = 0
     for role in roles_in_use(stage):
-        n = role_numbers(run, stage, role, world_size)
+        n = role_numbers(run, stage, role, world_size, row)
         total += n.bytes_a_rank
         work = f"{n.micro_batches} x {stage.batch.micro_batch}"
         lines.append(

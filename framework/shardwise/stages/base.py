@@ -26,6 +26,7 @@ from shardwise.parallel.mesh import pick_device, place_mesh
 from shardwise.stages.start import load_start
 
 ACTOR = "actor"  # the role of a stage's own model, and of its only one
+REFERENCE = "reference"
 SCORERS = ("critic", "reward")  # roles with a scalar head
 
 
@@ -90,17 +91,23 @@ class StageContext:
 
     def load_start(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""
-        load_start(engine, self.model_of(role), self.start_of(role))
+        load_start(engine, self.model_of(role), self.start_of(role), new_head=role != "reward")
 
     @property
     def wide(self) -> type[np.floating[Any]]:
         """Of what is kept a token: float32, or float64 where the stage computes in it."""
-        return np.float64 if self.stage.engine.precision == "fp64" else np.float32
+        return np.float64 if self.precision == "fp64" else np.float32
+
+    @property
+    def precision(self) -> str:
+        """Of the stage's own model."""
+        return role_of(self.stage, ACTOR).engine.precision
 
     def start_of(self, role: str) -> Path | None:
         """Where a role's weights come from: named by its ``init_from``, or
 
-        - actor, reference: the stage's parent, or the run's ``init_from``,
+        - actor: the stage's parent, or the run's ``init_from``,
+        - reference: what the actor starts from,
         - reward: the latest reward model that this run has trained,
         - critic: the same (Ouyang et al. 2022, appendix C.4), or what the actor starts from.
         """
@@ -115,10 +122,10 @@ class StageContext:
                     f"earlier stage ({known}) nor a folder"
                 )
             return Path(named)
+        if self._shares_start(role):
+            return self.start_of(ACTOR)
         if role in SCORERS:
-            heads = {s.name: s.head for s in self.run.stages}
-            models = [n for n in self.finished if heads[n] == "scalar"]
-            if models:
+            if models := self._reward_models():
                 return self.finished[models[-1]]
             if role == "reward":
                 raise ConfigError(
@@ -127,9 +134,19 @@ class StageContext:
                 )
         return self.parent or self.run.init_from
 
+    def _reward_models(self) -> list[str]:
+        heads = {s.name: s.head for s in self.run.stages}
+        return [name for name in self.finished if heads[name] == "scalar"]
+
+    def _shares_start(self, role: str) -> bool:
+        """Whether a role starts from what the actor does."""
+        if role_of(self.stage, role).init_from is not None:
+            return False
+        return role == REFERENCE or (role == "critic" and not self._reward_models())
+
     def model_of(self, role: str) -> DecoderConfig:
         """A role's model: that of the folder which its ``init_from`` names, or the run's."""
-        named = role_of(self.stage, role).init_from
+        named = role_of(self.stage, ACTOR if self._shares_start(role) else role).init_from
         model = self.run.model
         if named is not None and named not in {s.name for s in self.run.stages}:
             path = self.start_of(role)
@@ -143,6 +160,13 @@ class StageContext:
                 f"stages.{self.stage.name}.roles.{role}.init_from: that model reads a vocabulary "
                 f"of {model.vocab_size}, the run's of {self.run.model.vocab_size}; roles share one"
             )
+        return self.fitted(model, role)
+
+    def fitted(self, model: DecoderConfig, role: str) -> DecoderConfig:
+        """A model with the head that a role has, and the dropout that the stage can bear."""
+        if self.stage.learns_from_itself:
+            # Its noise would be in the ratio to the log-probabilities that were taken without.
+            model = model.without_dropout()
         scalar = role in SCORERS or self.stage.head == "scalar"
         return model.as_scalar() if scalar else model
 

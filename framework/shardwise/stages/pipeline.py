@@ -32,21 +32,25 @@ from shardwise.precision.policy import precision_of
 from shardwise.stages.arithmetic import arithmetic
 from shardwise.stages.base import StageContext
 from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
+from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import EVALUATIONS, STAGES
 from shardwise.stages.start import start_hash
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
 # Keys of a stage that may change without making it another computation.
-FREE_KEYS = ("checkpoint", "validation")
+FREE_KEYS = ("checkpoint", "validation", "keep_rollouts_every")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
 
 
 def stage_hash(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> str:
     """xxh3-128 of all that decides what a stage computes, but its data and its parent."""
     body = stage.model_dump(mode="json", exclude=set(FREE_KEYS))
-    for key in FREE_ENGINE_KEYS:
-        body["engine"].pop(key)
+    body["batch"].pop("micro_batch")
+    for part in (body, *filter(None, body.get("roles", {}).values())):
+        part.pop("ranks", None)
+        for key in FREE_ENGINE_KEYS:
+            part["engine"].pop(key)
     said = [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
@@ -118,9 +122,10 @@ class Pipeline:
         ctx = StageContext(
             self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
         )
-        if hasattr(stage, "samples_per_prompt"):
-            self.progress.message(arithmetic(self.run, stage, dist.get_world_size()))
         live = STAGES[stage.kind](ctx)
+        if isinstance(live, PolicyStage):
+            world, row = dist.get_world_size(), live.longest_row()
+            self.progress.message(arithmetic(self.run, stage, world, row))
         lineage = self._lineage(stage, live.data_hash, parent)
         loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
         path = loop.run()

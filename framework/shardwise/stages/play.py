@@ -43,7 +43,7 @@ class Group:
         return len(self.prompt) - 1 + sum(map(len, self.tokens))
 
     def records(self, step: int) -> list[dict[str, Any]]:
-        """One JSON record a completion; every token of it carries loss."""
+        """One JSON record a completion; ``mask``: which tokens carry loss (none, if unscorable)."""
         return [
             {
                 "step": step,
@@ -56,7 +56,7 @@ class Group:
                 "prompt_tokens": self.prompt,
                 "tokens": self.tokens[i],
                 "logprobs": self.logprobs[i],
-                "mask": [True] * len(self.tokens[i]),
+                "mask": [self.rewards[i] is not None] * len(self.tokens[i]),
                 "text": self.texts[i],
                 "stopped": self.stopped[i],
                 "reward": self.rewards[i],
@@ -96,7 +96,7 @@ class Player:
         max_slots: int = 128,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
-        self.dtype = dtype or precision_of(ctx.stage.engine.precision, ctx.device).compute
+        self.dtype = dtype or precision_of(ctx.precision, ctx.device).compute
         self.generator = Generator(
             ctx.run.model,
             self.dtype,
@@ -111,6 +111,11 @@ class Player:
         The generator checks that what it serves is what it received (a checksum by tensor).
         """
         self.generator.load(engine.weights())
+
+    def prompt_of(self, problem: Problem) -> list[int]:
+        """The token ids that ask for a problem's answer."""
+        messages = prompt_messages(problem, self.task)
+        return encode_chat(self.ctx.tokenizer, messages, add_generation_prompt=True)[0]
 
     def play(
         self,
@@ -130,12 +135,7 @@ class Player:
         rank, world = dist.get_rank(), dist.get_world_size()
         mine = range(rank, len(problems), world)
         ids = [int(prompt_ids[i]) for i in mine]
-        prompts = [
-            encode_chat(
-                tokenizer, prompt_messages(problems[i], self.task), add_generation_prompt=True
-            )[0]
-            for i in mine
-        ]
+        prompts = [self.prompt_of(problems[i]) for i in mine]
         requests = [Request(i, p, num_samples) for i, p in zip(ids, prompts, strict=True)]
         found: dict[int, list[Completion]] = {}
         for completion in self.generator.generate(requests, sampling, key):

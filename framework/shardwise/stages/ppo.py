@@ -9,18 +9,16 @@ and update actor and critic over mini-batches, several times. Everything is a pu
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, StageConfig
-from shardwise.data.sampler import Sampler
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import whiten
 from shardwise.losses.gae import (
@@ -31,24 +29,19 @@ from shardwise.losses.gae import (
     token_rewards,
 )
 from shardwise.losses.ppo import PolicyLoss, PpoLossConfig, ValueLoss
-from shardwise.ops import dice
-from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward
-from shardwise.rollout.sampling import Sampling
-from shardwise.stages.base import Stage, StageContext, mean_metrics, role_of
-from shardwise.stages.grpo import GrpoRoles
-from shardwise.stages.play import Group, Player
+from shardwise.stages.base import StageContext, mean_metrics, role_of
+from shardwise.stages.play import Group
+from shardwise.stages.policy import PolicyConfig, PolicyRoles, PolicyStage
 from shardwise.stages.rollouts import (
     Logprobs,
     Reading,
     TrainingRows,
-    keep_rollout,
     read_tracks,
     rewards_table,
     rollout_metrics,
     values_of,
 )
 from shardwise.stages.share import own_batches
-from shardwise.stages.start import folder_hash
 
 # Shape suffixes: C completions of a step, T tokens of the longest.
 
@@ -56,106 +49,60 @@ ACTOR_TRACKS = ("old_logprobs_BT", "advantages_BT")
 CRITIC_TRACKS = ("values_BT", "returns_BT")
 
 
-class PpoRoles(GrpoRoles):
-    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
+class PpoRoles(PolicyRoles):
+    """See `PolicyRoles`."""
 
     critic: RoleConfig | None = None
     reward: RoleConfig | None = None
 
 
-class PpoConfig(StageConfig):
-    """``batch.global_batch`` prompts a step, ``samples_per_prompt`` completions each.
-
-    ``batch.micro_batch`` counts prompts, each with all its completions.
-    """
+class PpoConfig(PolicyConfig):
+    """See `PolicyConfig`."""
 
     kind: Literal["ppo"]
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
-    samples_per_prompt: PositiveInt = 1
-    sampling: Sampling = Field(default_factory=Sampling)
-    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
     verifier_weight: float = Field(1.0, description="of the verifier's reward in the score")
     reward_model_weight: float = Field(0.0, description="of the reward model's; 0: no such role")
     loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
     roles: PpoRoles = Field(default_factory=PpoRoles)
-    updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
     epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
     critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
-    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
 
     @model_validator(mode="after")
-    def _divides(self) -> PpoConfig:
-        if self.batch.global_batch % self.updates_per_rollout:
-            raise ValueError(
-                f"updates_per_rollout {self.updates_per_rollout} must divide "
-                f"batch.global_batch {self.batch.global_batch}"
-            )
-        if self.sampling.greedy:
-            raise ValueError("sampling.greedy explores nothing; nothing can be learnt")
+    def _rewards_something(self) -> PpoConfig:
         if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
             raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
         return self
 
 
-class PpoStage(Stage):
+class PpoStage(PolicyStage):
     """See `PpoConfig`."""
 
     def __init__(self, ctx: StageContext) -> None:
-        self.ctx, self.config = ctx, ctx.stage
+        super().__init__(ctx)
         config: PpoConfig = ctx.stage
-        self.engine: Engine = ctx.engine(config.optimizer)
         critic = role_of(config, "critic")
         self.critic: Engine = ctx.engine(critic.optimizer or config.optimizer, "critic")
         ctx.load_start(self.critic, "critic")
         self.critic_lr = (critic.optimizer or config.optimizer).lr / config.optimizer.lr
-        # Both stand still: the reference is the actor at the start, also after a resume.
-        self.reference = self._frozen("reference") if config.loss.kl_coef else None
-        self.reward_model = self._frozen("reward") if config.reward_model_weight else None
-        self.problems = ProblemSet(config.task, "train_rl", config.num_problems)
-        self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
-        loss = config.loss
-        if loss.aggregation == "constant" and loss.length_constant is None:
-            length = config.sampling.max_new_tokens
-            loss = loss.model_copy(update={"length_constant": length})
+        self.reference = self.frozen("reference") if config.loss.kl_coef else None
+        self.reward_model = self.frozen("reward") if config.reward_model_weight else None
+        loss = self.loss_with_length(config.loss)
         self.loss = PolicyLoss(loss, config.sampling.temperature)
         self.value_loss = ValueLoss(loss)
         self.kl = KLController(loss.kl_coef, loss.kl_target, loss.kl_gain)
         self.penalty = PenaltyController(loss.penalty_coef, loss.penalty_target)
-        self.player = Player(ctx, config.task, build_reward(config.reward))
-        starts = {"critic": self.critic, "reference": self.reference, "reward": self.reward_model}
-        said = [config.task.model_dump(mode="json"), config.num_problems]
-        said += [folder_hash(ctx.start_of(r)) for r, engine in starts.items() if engine is not None]
-        self.data_hash = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
-
-    def _frozen(self, role: str) -> Engine:
-        engine = self.ctx.engine(None, role)
-        self.ctx.load_start(engine, role)
-        return engine
+        self.data_hash = self.started_from(
+            {"critic": self.critic, "reference": self.reference, "reward": self.reward_model}
+        )
 
     def train_step(self, step: int, lr: float) -> dict[str, float]:
         """Roll out, score, update actor and critic ``updates * epochs`` times."""
         config: PpoConfig = self.config
-        size = config.batch.global_batch
-        ids = range(step * size, (step + 1) * size)
-        self.player.sync(self.engine)
-        groups = self.player.play(
-            [self.problems[int(i)] for i in self.order.batch(step * size, size)],
-            config.sampling,
-            config.samples_per_prompt,
-            key=dice.key(self.ctx.run.seed, "rollout", config.name, step),
-            prompt_ids=ids,
-        )
+        groups, ids = self.roll_out(step)
         self._read(groups, ids)
         metrics = self._add_experience(groups)
-        self.observe(groups)
-        every = config.keep_rollouts_every
-        if every and step % every == 0 and self.ctx.is_main:
-            keep_rollout(self.ctx.directory / "rollouts" / config.name, step, groups)
+        self.experienced(step, groups)
         return metrics | self._update(groups, ids, lr, step >= config.critic_warmup_steps)
-
-    def observe(self, groups: list[Group]) -> None:
-        """Called when a rollout is complete, before the first update; for whoever watches."""
 
     def others(self) -> dict[str, Engine]:
         """The critic is saved with the actor."""
@@ -234,7 +181,8 @@ class PpoStage(Stage):
                 score += config.reward_model_weight * group.tracks["model_score"][i]
             if not group.stopped[i]:
                 score -= config.loss.missing_eos_penalty
-            group.rewards[i] = score
+            # What is no number is unscorable, like a verdict that is missing.
+            group.rewards[i] = score if math.isfinite(score) else None
 
     def _update(
         self, groups: list[Group], ids: Sequence[int], lr: float, with_actor: bool

@@ -120,8 +120,8 @@ class RewardStage(Stage):
         """Loss, accuracy and calibration on held-out rankings, as ``val_*``."""
         if not self.held_out:
             return {}
-        micro, limit = self.config.batch.micro_batch, self.config.validation.max_batches
-        some = self.held_out[: limit * micro * self.engine.data_size or None]
+        batch, limit = self.config.batch, self.config.validation.max_batches
+        micro, some = batch.micro_batch, self.held_out[: limit * batch.global_batch or None]
         scores = measure(self._rows(some, 0), self.engine, micro, values_of)
         flat = torch.from_numpy(np.concatenate([s for of_row in scores for s in of_row]))
         ratings = torch.tensor([r for s in some for r in s.ratings], dtype=torch.float64)

@@ -20,11 +20,14 @@ from shardwise.models.common.config import DecoderConfig
 HEAD = "model.head.weight"
 
 
-def load_start(engine: Engine, model: DecoderConfig, source: Path | None) -> None:
+def load_start(
+    engine: Engine, model: DecoderConfig, source: Path | None, new_head: bool = True
+) -> None:
     """The weights that a stage starts from: a checkpoint's or a folder's, or the initial ones.
 
     A model with a scalar head takes all but the head from one that predicts words; its head then
-    keeps its (small) initial weights.
+    keeps its (small) initial weights, unless ``new_head`` is False: a reward model's noise would
+    be learnt from. Raises ConfigError for a source that holds something else.
     """
     weights = {n: t for n, t in engine.state_dict().tensors.items() if n.startswith("model.")}
     if source is None:
@@ -32,10 +35,19 @@ def load_start(engine: Engine, model: DecoderConfig, source: Path | None) -> Non
     if is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
         if model.head == "scalar" and (HEAD not in stored or stored[HEAD].shape[0] != 1):
+            _check_head(source, new_head)
             weights.pop(HEAD, None)
         checkpoint.load(source, weights, partial=True)
     else:
-        _load_hf(source, model, weights)
+        _load_hf(source, model, weights, new_head)
+
+
+def _check_head(source: Path, new_head: bool) -> None:
+    if not new_head:
+        raise ConfigError(
+            f"{source} holds a language model, no reward model; name a stage of kind reward, or a "
+            "checkpoint of one"
+        )
 
 
 def is_native(path: Path) -> bool:
@@ -43,10 +55,16 @@ def is_native(path: Path) -> bool:
     return bool(checkpoint.latest(path) or (path / "manifest.json").exists())
 
 
-def _load_hf(source: Path, model: DecoderConfig, weights: dict[str, Tensor]) -> None:
+def _load_hf(
+    source: Path, model: DecoderConfig, weights: dict[str, Tensor], may_add_head: bool
+) -> None:
     config, tensors = models.from_hf(source)
     new_head = model.head == "scalar" and config.head != "scalar"
-    free = {"max_seq_len"} | ({"head", "tie_embeddings"} if new_head else set())
+    if new_head:
+        _check_head(source, may_add_head)
+    # How a model is trained is the recipe's to say.
+    free = {"max_seq_len", *(k for k in type(model).model_fields if "dropout" in k)}
+    free |= {"head", "tie_embeddings"} if new_head else set()
     wanted, found = model.model_dump(exclude=free), config.model_dump(exclude=free)
     differ = [
         f"{k}: {found.get(k)} there, {wanted[k]} here" for k in wanted if wanted[k] != found.get(k)

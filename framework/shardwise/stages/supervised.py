@@ -72,8 +72,9 @@ class SupervisedStage(Stage):
         """Mean loss over the validation rows (all, or the first ``max_batches`` batches)."""
         if self.validation is None:
             return {}
-        micro, limit = self.config.batch.micro_batch, self.config.validation.max_batches
-        total = min(self.validation.num_rows, limit * micro * self.engine.data_size or 1 << 62)
+        batch, limit = self.config.batch, self.config.validation.max_batches
+        micro = batch.micro_batch
+        total = min(self.validation.num_rows, limit * batch.global_batch or 1 << 62)
         nll, tokens = sum_nll(self.engine, self.validation, total, micro, self.packed)
         return {"val_loss": nll / max(tokens, 1.0), "val_tokens": tokens}
 

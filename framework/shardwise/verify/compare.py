@@ -125,11 +125,13 @@ def disagreements(ranks: list[Played]) -> list[tuple[int, str]]:
 
 
 def holders(name: str, worst: tuple[int, ...], ranks: list[Played]) -> list[int]:
-    """The ranks that hold the element ``worst`` of a parameter."""
-    parameter = name.split(" ")[-1] if name.startswith("engine") else name.split(" ")[0]
+    """The ranks that hold the element ``worst`` of the parameter that a value's name begins with.
+
+    A moment's name goes on with the moment's.
+    """
     found = []
     for rank, played in enumerate(ranks):
-        for offset, shape in played.boxes.get(parameter, []):
+        for offset, shape in played.boxes.get(name, played.boxes.get(name.rpartition(" ")[0], [])):
             if all(o <= i < o + n for o, i, n in zip(offset, worst, shape, strict=True)):
                 found.append(rank)
     return found

@@ -52,7 +52,6 @@ class Played:
     digests: dict[str, str]
     boxes: dict[str, list[Any]]  # parameter: the boxes of it that this rank holds
     volumes: list[dict[str, Any]]  # communication of the first update
-    checksum: str  # of the weights that generated
 
 
 def play(
@@ -78,11 +77,12 @@ def play(
         again.run()
         again.note_weights("weight")
         again.note_moments()
-        checksum = again.generate(PRECISIONS[precision].compute) if tape.prompts else ""
+        if tape.prompts:
+            again.generate(PRECISIONS[precision].compute)
     digests = {name: digest(value) for name, value in again.values.items()}
     values = again.values if dist.get_rank() == 0 else {}
     volumes = again.volumes or []
-    return Played(values, again.scales, digests, again.boxes(), volumes, checksum)
+    return Played(values, again.scales, digests, again.boxes(), volumes)
 
 
 class _Notes:
@@ -103,6 +103,12 @@ class _Notes:
 
     def note(self, kind: str, name: str, value: Tensor | float) -> None:
         self.values[f"{kind}/{name}"] = torch.as_tensor(value, dtype=torch.float64).clone()
+
+    def note_metric(self, where: str, name: str, value: float) -> None:
+        if name == "loss":
+            self.note("loss", where, value)
+        else:
+            self.note("sentinel" if name.startswith("fp8") else "metric", f"{where} {name}", value)
 
     def note_weights(self, kind: str) -> None:
         for number, engine in enumerate(self.engines):
@@ -154,15 +160,20 @@ class _Notes:
             self.scales[f"history/{where} {name}"] = value.clone()
 
     def boxes(self) -> dict[str, list[Any]]:
-        inner = inner_of(self.engines[0])
-        named = {} if inner is None else inner.named.parameters
-        return {n: [tuple(p.box) for p in pieces(n, t.data)] for n, t in named.items()}
+        found = {}
+        for number, engine in enumerate(self.engines):
+            inner = inner_of(engine)
+            named = {} if inner is None else inner.named.parameters
+            for name, value in named.items():
+                boxes = [tuple(p.box) for p in pieces(name, value.data)]
+                found[self.label(number) + name] = boxes
+        return found
 
-    def generate(self, dtype: torch.dtype) -> str:
+    def generate(self, dtype: torch.dtype) -> None:
         """Greedy completions from the weights that stream out of the layout."""
         served = torch.float32 if dtype == torch.float64 else dtype
         generator = Generator(self.tape.run.model, served, accelerate=False)
-        checksum = generator.load(self.engines[0].weights())
+        generator.load(self.engines[0].weights())
         requests = [Request(i, p, 1) for i, p in enumerate(self.tape.prompts)]
         sampling = Sampling(greedy=True, max_new_tokens=NEW_TOKENS)
         done = generator.generate(requests, sampling, dice.key(0, "verify"))
@@ -170,7 +181,6 @@ class _Notes:
         logprobs = list(itertools.chain(*(c.logprobs for c in done)))
         self.note("generated tokens", "greedy", torch.tensor(ids))
         self.note("generated logprobs", "greedy", torch.tensor(logprobs))
-        return checksum
 
 
 class _Calls(_Notes):
@@ -201,10 +211,8 @@ class _Calls(_Notes):
             mine = [join(mine[:half]), join(mine[half:])] if len(mine) > 1 else mine
         with comm.tally() as tally, self.noting_scales(where, engine.data_rank * share):
             metrics = engine.forward_backward(mine, call.loss)
-        self.note("loss", where, metrics.pop("loss"))
         for name, value in metrics.items():
-            kind = "sentinel" if name.startswith("fp8") else "metric"
-            self.note(kind, f"{where} {name}", value)
+            self.note_metric(where, name, value)
         if self.volumes is None:
             self.volumes = tally.rows()
             self.note_gradients(call.engine)
@@ -223,15 +231,15 @@ class _Watched:
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
         notes = self.notes
-        with comm.tally() as tally:
+        notes.updates += 1
+        where = f"{notes.label(self.number)}update {notes.updates}"
+        first = max(self.inner.data_rank, 0) * len(microbatches)
+        with comm.tally() as tally, notes.noting_scales(where, first):
             metrics = self.inner.forward_backward(microbatches, loss)
         if notes.volumes is None:
             notes.volumes = tally.rows()
-        notes.updates += 1
-        where = f"{notes.label(self.number)}update {notes.updates}"
         for name, value in self.inner.everywhere(metrics).items():
-            kind = "loss" if name == "loss" else "metric"
-            notes.note(kind, where if name == "loss" else f"{where} {name}", value)
+            notes.note_metric(where, name, value)
         notes.note_gradients(self.number)
         notes.note_history(self.number, where)
         return metrics
@@ -252,7 +260,8 @@ class _StageAgain(_Notes):
         self.step = 0
         whole = role_layout(role_of(ctx.stage, ACTOR), dist.get_world_size())
         batch = ctx.stage.batch
-        if whole.pp == 1 and dist.get_world_size() > 1:
+        # A micro-batch is a scaling domain of its own.
+        if whole.pp == 1 and dist.get_world_size() > 1 and ctx.stage.engine.fp8 is None:
             # Fewer and larger micro-batches than one process has: that may change nothing.
             batch = batch.model_copy(update={"micro_batch": 2 * batch.micro_batch})
         # Rewards come from the tape too.

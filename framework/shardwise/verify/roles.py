@@ -14,6 +14,8 @@ from shardwise.config.schema import RoleConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
+from shardwise.stages.arithmetic import roles_in_use
+from shardwise.stages.base import ACTOR, role_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +82,47 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
                     f"--layout {text}: stage {stage.name} has no role {p.role}; "
                     f"known: {', '.join(known)}"
                 )
-        updates["roles"] = type(roles)().model_copy(
-            update={
-                p.role: RoleConfig(
-                    engine=base.model_copy(update={"layout": p.layout}),
-                    ranks=None if p.ranks is None else list(p.ranks),
+        by_role = {p.role: p for p in named}
+        found = {}
+        for role in known:
+            said, placing = getattr(roles, role), by_role.get(role)
+            if said is not None or placing is not None:
+                found[role] = RoleConfig(
+                    engine=base.model_copy(update={"layout": placing.layout if placing else whole}),
+                    ranks=list(placing.ranks) if placing and placing.ranks else None,
+                    optimizer=None if said is None else said.optimizer,
                 )
-                for p in named
-            }
-        )
+        updates["roles"] = type(roles)().model_copy(update=found)
     elif named:
         raise UserError(f"--layout {text}: stage {stage.name} has one model; give one layout")
     return stage.model_copy(update=updates)
+
+
+def own_layouts(stage: StageConfig) -> str:
+    """The layouts that the recipe itself gives the stage's models, as ``--layout`` takes them.
+
+    Raises UserError where that leaves the number of ranks open.
+    """
+    roles = roles_in_use(stage) if hasattr(stage, "roles") else [ACTOR]
+    said = {role: role_of(stage, role) for role in roles}
+    if any(r.engine.layout == "auto" for r in said.values()):
+        raise UserError(
+            f"stage {stage.name} has engine.layout auto, which any number of ranks can be; "
+            "say which with --layout, for example --layout dp2.zero2"
+        )
+    if all(r.ranks is None and r.engine.layout == stage.engine.layout for r in said.values()):
+        return stage.engine.layout
+    for role, r in said.items():
+        if r.ranks is not None and len(r.ranks) != r.ranks[-1] - r.ranks[0] + 1:
+            raise UserError(
+                f"stages.{stage.name}.roles.{role}.ranks {r.ranks} have gaps; verify places a "
+                f"role on neighbouring ranks, as in --layout {role}={r.engine.layout}@0-1"
+            )
+    placings = [
+        Placing(role, r.engine.layout, None if r.ranks is None else tuple(r.ranks))
+        for role, r in said.items()
+    ]
+    return ",".join(map(str, placings))
 
 
 def parts_of(text: str) -> list[str]:

@@ -37,7 +37,7 @@ def shrink(
 
     Raises ConfigError if a layout cannot be made small (none that the user's own sizes allow).
     """
-    recipe = run.model_dump(mode="json", exclude_none=True, exclude={"init_from", "run_dir"})
+    recipe = run.model_dump(mode="json", exclude={"init_from", "run_dir", "evaluate_start"})
     [stage] = [s for s in recipe["stages"] if s["name"] == stage_name]
     chat = stage["kind"] != "pretrain"
     tokens = CHAT_TOKENS if chat else PRETRAIN_TOKENS
@@ -46,8 +46,11 @@ def shrink(
     recipe["tokenizer"] = {"kind": "bytes"}
     recipe["evaluations"] = []
     recipe["stages"] = [stage]
-    for key in ("start_from", "roles"):  # every model starts afresh, laid out as verify says
-        stage.pop(key, None)
+    # Every model starts afresh, laid out as verify says.
+    stage.pop("start_from", None)
+    if "roles" in stage:
+        said = {name: (role or {}).get("optimizer") for name, role in stage["roles"].items()}
+        stage["roles"] = {n: {"optimizer": o} for n, o in said.items() if o is not None}
     updates = stage.get("updates_per_rollout", 1)
     batches = _num_batches(recipe, layouts)
     stage["batch"] = {
@@ -178,6 +181,10 @@ def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
         stage["samples_per_prompt"] = min(stage["samples_per_prompt"], 3)
         stage["sampling"]["max_new_tokens"] = NEW_TOKENS
         stage["keep_rollouts_every"] = 0
+        # The second time, a rollout's weights have moved; a third shows nothing new.
+        stage["epochs_per_rollout"] = min(stage["epochs_per_rollout"], 2)
+        if "critic_warmup_steps" in stage:  # two steps of three train the actor
+            stage["critic_warmup_steps"] = min(stage["critic_warmup_steps"], 1)
         # An untrained model earns nothing from a verifier, and nothing would be learnt.
         file = folder / "reward.py"
         file.write_text(_REWARD, encoding="utf-8")

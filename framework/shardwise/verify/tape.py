@@ -27,7 +27,7 @@ from shardwise.losses.contract import Loss
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
-from shardwise.stages.base import ACTOR, SCORERS, StageContext
+from shardwise.stages.base import ACTOR, StageContext
 from shardwise.stages.play import Group
 from shardwise.stages.registry import STAGES
 from shardwise.stages.run import prepare_tokenizer, with_vocabulary
@@ -127,8 +127,7 @@ class FreshContext(StageContext):
     def model_of(self, role: str) -> DecoderConfig:
         """The run's, with the role's head."""
         assert isinstance(self.run.model, DecoderConfig)
-        scalar = role in SCORERS or self.stage.head == "scalar"
-        return self.run.model.as_scalar() if scalar else self.run.model
+        return self.fitted(self.run.model, role)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,10 @@ class DecoderConfig(ModelConfig):
         """The same decoder with a scalar head."""
         return self.model_copy(update={"head": "scalar", "tie_embeddings": False})
 
+    def without_dropout(self) -> Self:
+        """The same decoder, drawing no dice."""
+        return self.model_copy(update={k: 0.0 for k in type(self).model_fields if "dropout" in k})
+
     @property
     def head_size(self) -> int:
         """Outputs of the head."""

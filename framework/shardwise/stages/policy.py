@@ -1,0 +1,123 @@
+"""What stages share that learn from their own completions: the config, and half of each step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Section, StageConfig
+from shardwise.data.sampler import Sampler
+from shardwise.engines.base import Engine
+from shardwise.ops import dice
+from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward
+from shardwise.rollout.sampling import Sampling
+from shardwise.stages.base import ACTOR, Stage, StageContext
+from shardwise.stages.play import Group, Player
+from shardwise.stages.rollouts import keep_rollout
+from shardwise.stages.start import folder_hash
+
+
+class PolicyRoles(Section):
+    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
+
+    actor: RoleConfig | None = None
+    reference: RoleConfig | None = None
+
+
+class PolicyConfig(StageConfig):
+    """``batch.global_batch`` prompts a step, ``samples_per_prompt`` completions each.
+
+    ``batch.micro_batch`` counts prompts, each with all its completions.
+    """
+
+    learns_from_itself = True
+
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
+    samples_per_prompt: PositiveInt = 1
+    sampling: Sampling = Field(default_factory=Sampling)
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
+    updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
+    epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
+    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> PolicyConfig:
+        if self.batch.global_batch % self.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} must divide "
+                f"batch.global_batch {self.batch.global_batch}"
+            )
+        if self.sampling.greedy:
+            raise ValueError("sampling.greedy explores nothing; nothing can be learnt")
+        if self.batch.ramp_start is not None:
+            raise ValueError(
+                "batch.ramp_start: every rollout has the same number of prompts; leave it out"
+            )
+        return self
+
+
+class PolicyStage(Stage):
+    """A policy, its problems in order, and who plays them."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self.ctx, self.config = ctx, ctx.stage
+        config = ctx.stage
+        self.engine: Engine = ctx.engine(config.optimizer)
+        self.problems = ProblemSet(config.task, "train_rl", config.num_problems)
+        self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
+        self.player = Player(ctx, config.task, build_reward(config.reward))
+
+    def frozen(self, role: str) -> Engine:
+        """A model that stands still: also after a resume it is what it was at the start."""
+        engine = self.ctx.engine(None, role)
+        self.ctx.load_start(engine, role)
+        return engine
+
+    def started_from(self, engines: Mapping[str, Engine | None]) -> str:
+        """A hash of the problems and of the weights that the roles in use start from."""
+        said = [self.config.task.model_dump(mode="json"), self.config.num_problems]
+        roles = [ACTOR, *(role for role, engine in engines.items() if engine is not None)]
+        said += [folder_hash(self.ctx.start_of(role)) for role in roles]
+        return xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
+
+    def loss_with_length(self, loss: Any) -> Any:
+        """The loss's config, its length constant (Dr. GRPO) filled in: the longest completion."""
+        if loss.aggregation != "constant" or loss.length_constant is not None:
+            return loss
+        return loss.model_copy(update={"length_constant": self.config.sampling.max_new_tokens})
+
+    def longest_row(self) -> int:
+        """Tokens that a training row may have: the longest prompt and all its completions."""
+        prompt = max(len(self.player.prompt_of(p)) for p in self.problems)
+        completions = self.config.samples_per_prompt * self.config.sampling.max_new_tokens
+        return prompt - 1 + int(completions)
+
+    def roll_out(self, step: int) -> tuple[list[Group], range]:
+        """The completions of a step by the weights of now, on every rank; a collective call."""
+        config = self.config
+        size = config.batch.global_batch
+        ids = range(step * size, (step + 1) * size)
+        self.player.sync(self.engine)
+        groups = self.player.play(
+            [self.problems[int(i)] for i in self.order.batch(step * size, size)],
+            config.sampling,
+            config.samples_per_prompt,
+            key=dice.key(self.ctx.run.seed, "rollout", config.name, step),
+            prompt_ids=ids,
+        )
+        return groups, ids
+
+    def experienced(self, step: int, groups: Sequence[Group]) -> None:
+        """A rollout with all that is learnt from: shown to whoever watches, and stored."""
+        self.observe(list(groups))
+        every = self.config.keep_rollouts_every
+        if every and step % every == 0 and self.ctx.is_main:
+            keep_rollout(self.ctx.directory / "rollouts" / self.config.name, step, groups)
+
+    def observe(self, groups: list[Group]) -> None:
+        """Called when a rollout is complete, before the first update; for whoever watches."""
