@@ -77,6 +77,17 @@ def test_layouts_scale_as_one_process_with_their_domains(
     assert "sentinel" in verdict.worst and ("history" in verdict.worst) == (name == "delayed")
 
 
+@pytest.mark.parametrize("layout", ["dp2.zero2", "pp2.1f1b"])
+def test_stages_that_write_their_own_batches_scale_alike(layout: str, ranks: RankPool) -> None:
+    """Each micro-batch is a scaling domain: a layout must not be given larger ones."""
+    rl = recipe("current")
+    rl["stages"] = [suite.STAGES["grpo"] | {"updates_per_rollout": 1, "samples_per_prompt": 2}]
+    verdict = Verifier(rl, [layout, "dp1.zero0"], ranks).check("grpo", layout)
+    assert verdict.passed, verdict.sentence()
+    assert verdict.worst["amax"] == verdict.worst["scale"] == 0.0
+    assert "sentinel" in verdict.worst
+
+
 @pytest.mark.parametrize("name,layout", [("delayed", "dp2.zero2"), ("block", "tp2.sp")])
 def test_layouts_stay_within_the_bound_of_bf16(
     name: str, layout: str, verifiers: dict[str, Verifier]
