@@ -62,7 +62,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
             quantised.attach(model)
         # 5. Recompute and compile, per block.
         checkpoint = quantised.checkpoint if quantised is not None else None
-        blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint)
+        blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint, breaks=layout.cp > 1)
         # 6. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute)
         # 7. Memory for this rank's shards alone, then their values.

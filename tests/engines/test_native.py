@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.engines.inputs import Cut
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
+from shardwise.losses.logprobs import valid_logprobs
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
+from shardwise.ops.attention import has_branches, visible
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
 from tests.support import toy
@@ -24,8 +31,6 @@ OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-4)
 
 
 def build(layout: str, model: Any, **engine: Any) -> NativeEngine:
-    import torch.distributed as dist
-
     config = EngineConfig.model_validate({"layout": layout, "compile": False, **engine})
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     return NativeEngine(model, config, mesh, seed=7, stage="test", optimizer=OPTIMIZER)
@@ -238,3 +243,89 @@ def test_weights_stream_full_tensors_under_hugging_face_names(ranks: RankPool) -
         assert two.keys() == one.keys()
         assert "model.layers.0.self_attn.q_proj.weight" in two
         assert all(t.shape == one[n].shape for n, t in two.items())
+
+
+def twice() -> str:
+    it = build("dp1", toy.llama())
+    batch = [toy.batch(4)]
+    it.forward_backward(batch, CausalLM())
+    with pytest.raises(RuntimeError) as caught:
+        it.forward_backward(batch, CausalLM())
+    it.step(LR)
+    it.forward_backward(batch, CausalLM())
+    return str(caught.value)
+
+
+def test_gradients_are_not_summed_over_two_calls(ranks: RankPool) -> None:
+    assert "without a step between them" in ranks.run(twice, world=1)[0]
+
+
+def outputs_alive() -> list[int]:
+    """How many earlier logits live when a micro-batch of a forward-only pass is looked at."""
+    it = build("pp2", toy.llama())
+    seen: list[Any] = []
+    alive: list[int] = []
+
+    def look(logits: Tensor, batch: Any) -> Tensor:
+        alive.append(sum(r() is not None for r in seen))
+        seen.append(weakref.ref(logits))
+        return logits.sum()
+
+    assert len(it.forward(toy.batch(6).split(1), look)) == 6
+    return alive
+
+
+def test_a_pipeline_without_gradient_keeps_no_logits(ranks: RankPool) -> None:
+    assert ranks.run(outputs_alive, world=2) == [[], [0] * 6]
+
+
+def test_padding_is_a_document_and_no_branch() -> None:
+    layout = parse_layout("tp2.sp", 2)
+    mesh: Any = SimpleNamespace(layout=layout, device=torch.device("cpu"), place={"cp": 0})
+    batch = toy.batch(2, tokens=9)
+    batch = dataclasses.replace(batch, segment_ids_BT=torch.arange(9).expand(2, -1) // 4)
+    segments = Cut(batch, mesh, toy.llama()).arguments(None, 0, "s")["segment_ids_BT"]
+    assert segments.shape == (2, 10) and not has_branches(segments)
+    assert not visible(segments[:, -1:], segments[:, :-1]).any()
+
+
+def log_probabilities(layout: str, tied: bool, wide: bool) -> dict[str, Any]:
+    """Of an engine, by an fp32 product of its hidden states and head; and one update."""
+    model = toy.llama(num_layers=4, tie_embeddings=tied)
+    config = EngineConfig(layout=layout, precision="bf16", compile=False)
+    mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
+    it = NativeEngine(model, config, mesh, seed=7, optimizer=OPTIMIZER, wide_logits=wide)
+    last = it.chunks.get(mesh.layout.num_chunks - 1)
+    hidden: list[Tensor] = []
+    hook = None
+    if last is not None:
+        hook = last.head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    batch = toy.batch(4)
+    found = it.forward(batch.split(2), valid_logprobs)
+    out: dict[str, Any] = {"found": torch.cat(found)}
+    head = dict(it.full("weights"))["embed.weight" if tied else "head.weight"].bfloat16()
+    if hook is not None:
+        hook.remove()
+        logits = torch.cat(hidden).float() @ head.float().T
+        exact = logits.log_softmax(-1).gather(-1, batch.targets_BT[..., None])[..., 0]
+        out["exact"] = torch.where(batch.loss_mask_BT, exact, 0.0)
+    out["loss"] = it.forward_backward(batch.split(2), CausalLM())["loss"]
+    out["norm"] = it.step(LR)
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout,world", [("dp1", 1), ("tp2", 2), ("tp2.sp", 2), ("pp2.zbv", 2)])
+def test_wide_logits_are_an_fp32_product(
+    ranks: RankPool, layout: str, world: int, tied: bool
+) -> None:
+    [narrow] = ranks.run(log_probabilities, "dp1", tied, False, world=1)
+    assert (narrow["found"] - narrow["exact"]).abs().max() > 1e-4
+    mask = toy.batch(4).loss_mask_BT
+    for result in ranks.run(log_probabilities, layout, tied, True, world=world):
+        if "exact" in result:
+            torch.testing.assert_close(result["found"], result["exact"], rtol=1e-6, atol=1e-6)
+        mean = -float(result["found"].sum() / mask.sum())
+        # Attention of small heads differs between training and evaluation on CPU.
+        assert result["loss"] == pytest.approx(mean, rel=1e-3)
+        assert result["norm"] == pytest.approx(narrow["norm"], rel=2e-2)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.losses.advantages import group_advantages, returns_to_go, rewards_tensor, whiten
+from shardwise.losses.advantages import group_advantages, rewards_tensor, whiten
 
 rewards = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.1]), st.floats(-5, 5, width=32))
 groups = st.lists(st.lists(rewards, min_size=1, max_size=6), min_size=1, max_size=5)
@@ -110,11 +110,3 @@ def test_whitening_ignores_what_is_masked(pairs: list[tuple[float, bool]]) -> No
     assert kept[mask].tolist() == pytest.approx(
         [(v - mean) * scale + mean for v in known], rel=1e-6, abs=1e-6
     )
-
-
-def test_returns_skip_masked_tokens() -> None:
-    nan = float("nan")
-    rewards_BT = torch.tensor([[1.0, nan, 2.0, 4.0], [nan, nan, 8.0, nan]])
-    mask_BT = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    got = returns_to_go(rewards_BT, mask_BT, gamma=0.5)
-    assert got.tolist() == [[3.0, 0.0, 4.0, 4.0], [0.0, 0.0, 8.0, 0.0]]

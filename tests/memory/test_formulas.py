@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.errors import ConfigError
-from shardwise.memory import ModelShape, Part, Place, Work, activations, in_flight, occupancy
+from shardwise.memory import ModelShape, Part, Place, Work, activations, occupancy
 from shardwise.memory.formulas import backward_buffers, loss_buffers, reduce_buffers, transit
 from shardwise.memory.parameters import held, trained
 from shardwise.models.llama.config import LlamaConfig
@@ -127,13 +127,6 @@ def test_pipeline_parts_add_up(model: ModelShape, pp: int) -> None:
     assert held(model, v) - trained(model, v) == table
 
 
-# 1F1B: as many as ranks to the end, never more than there are. Narayanan et al. 2021, figure 4.
-def test_micro_batches_in_flight() -> None:
-    assert [in_flight("1f1b", 4, r, 8) for r in range(4)] == [4, 3, 2, 1]
-    assert [in_flight("1f1b", 4, r, 2) for r in range(4)] == [2, 2, 2, 1]
-    assert [in_flight("gpipe", 4, r, 8) for r in range(4)] == [8] * 4
-
-
 def test_a_block_by_hand() -> None:
     # bf16 elements a token: 2 norms x (fp32 in and out) = 8 d, two product inputs 2 d, attention
     # q + k + v + 2 x out = 5 d, feed-forward 4 f; fp32: 1 / rms of 2 norms, a log-sum-exp a head.
@@ -183,12 +176,11 @@ def test_logits_and_messages_by_hand() -> None:
     # Five fp32 tensors of a norm's backward pass (its sum beats 3 x 128 bf16), and the gradient.
     width = 5 * 4 * EVEN.hidden_size + 2 * EVEN.hidden_size
     assert backward_buffers(EVEN, place, WORK, place.parts[0]) == 2 * 4096 * width
-    work = dataclasses.replace(WORK, micro_batches=8)
     message = 2 * 4096 * EVEN.hidden_size * 2
-    assert transit(EVEN, place, work) == 8 * message  # activations received, or gradients sent
-    first = Place((Part(2, last=False),), pp=2)
-    assert transit(EVEN, first, work) == (8 + 1) * message  # activations sent, a gradient received
-    assert transit(EVEN, whole(EVEN), work) == 0
+    assert transit(EVEN, dataclasses.replace(place, messages=3), WORK) == 3 * message
+    assert transit(EVEN, whole(EVEN), WORK) == 0
+    wide = dataclasses.replace(WORK, wide_logits=True)
+    assert loss_buffers(EVEN, place, wide, place.parts[0]) == 8 * logits + 4 * (1 << 18)
 
 
 def test_messages_go_by_blocks_on_gpus_and_under_zero3() -> None:

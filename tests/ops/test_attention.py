@@ -197,6 +197,23 @@ def test_flash_attn_is_called_rightly(
     torch.testing.assert_close(again, dropped, atol=1e-12, rtol=0)
 
 
-def test_flash_attn_says_why_not() -> None:
+def test_flash_attn_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
     assert "CUDA only" in str(flash.unusable(torch.device("cpu"), torch.bfloat16))
-    assert "float32" in str(flash.unusable(torch.device("cuda"), torch.float32))
+    assert "float32" in str(flash.unusable(gpu, torch.float32))
+    assert "up to 256 wide, and these have 264" in str(flash.unusable(gpu, torch.bfloat16, 264))
+    monkeypatch.setattr(flash, "_library", lambda: (object(), ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or more; this one has 7.5" in str(flash.unusable(gpu, torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert flash.unusable(gpu, torch.bfloat16, 256) is None
+
+
+def test_heads_too_wide_for_flash_attn_are_computed_without_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 6, 264, generator=g) for _ in range(3))
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 3, 3]])
+    starts = torch.tensor([0, 2, 6, 10, 12], dtype=torch.int32)
+    plain = causal_mask(torch.arange(6).expand(2, -1), q.dtype, segments, 3)
+    short = Mask(cu_seqlens=starts, window=3, flash=True)
+    torch.testing.assert_close(attention(q, k, v, short), attention(q, k, v, plain))

@@ -81,6 +81,10 @@ def test_each_row_refuses_with_the_numbers(row: str, refused: Case, words: str) 
         check(refused)
 
 
+def test_a_precision_that_the_hardware_decides_is_not_refused() -> None:
+    check(fp8_case(precision="auto"))
+
+
 def test_every_row_has_its_case() -> None:
     assert {r.__name__ for r in REFUSALS} == {row for row, _, _ in ROWS}
 

@@ -143,6 +143,78 @@ def test_evaluation_records_nothing_and_weights_stream_unquantised(ranks: RankPo
     assert ranks.run(look_on, world=1) == [(True, True, True)]
 
 
+def calibrated(it: NativeEngine) -> set[tuple[bool, ...]]:
+    assert it.fp8 is not None
+    return {tuple(site.calibrated) for site in it.fp8.sites.values()}
+
+
+def one_step_of_history() -> tuple[Any, ...]:
+    """Whether scales came from the first step, and the second step scaled by them."""
+    it = build(fp8={"amax_history_len": 1})
+    step(it, 0)
+    before = scales(it)
+    loss = step(it, 1)["loss"]
+    current = build(recipe="current")
+    step(current, 0)
+    moved = any(n.endswith("scale") and bool((t != 1).any()) for n, t in before.items())
+    return calibrated(it), moved, loss != step(current, 1)["loss"]
+
+
+def test_a_history_of_one_step_delays_by_one(ranks: RankPool) -> None:
+    [(known, moved, differs)] = ranks.run(one_step_of_history, world=1)
+    assert known == {(True,) * 3} and moved and differs
+
+
+def infinite_start() -> list[Any]:
+    """What is known after an infinite first step and the finite ones behind it."""
+    it = build()
+    assert it.fp8 is not None
+    found = []
+    for amax in (torch.inf, 2.0, 2.0, 2.0):
+        it.fp8.amax_S3.fill_(amax)
+        it.fp8.finish_step(0)
+        found.append((calibrated(it), it.fp8.scale_S3.unique().tolist()))
+    return found
+
+
+def test_a_scale_is_known_once_a_finite_history_has_given_it(ranks: RankPool) -> None:
+    [found] = ranks.run(infinite_start, world=1)
+    unknown = ({(False,) * 3}, [1.0])
+    assert found[:2] == [unknown] * 2  # the infinity is still in the window
+    assert found[-1] == ({(True,) * 3}, [224.0, 28672.0])
+
+
+# --- how long a micro-batch is ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domains,tokens", [("cp2.ring", 12), ("tp2.sp", 10), ("tp2", 9)])
+def test_domains_pad_as_their_layout_does(ranks: RankPool, domains: str, tokens: int) -> None:
+    found = ranks.run(padded_to, domains, world=1)
+    assert found == [(tokens, 9)]
+
+
+def padded_to(domains: str) -> tuple[int, int]:
+    it = build(recipe="current", fp8={"domains": domains})
+    batch = toy.batch(2, tokens=9)
+    it.forward_backward([batch], CausalLM())
+    [logprobs] = it.forward([batch], valid_logprobs)
+    return it._cut(batch).padded, logprobs.shape[1]
+
+
+def odd_length(layout: str, domains: str | None) -> tuple[float, float]:
+    it = build(layout, "current", precision="fp64", fp8={"domains": domains})
+    loss = it.forward_backward([toy.batch(2, tokens=9)], CausalLM())["loss"]
+    return loss, it.step(1e-3)
+
+
+@pytest.mark.parametrize("layout", ["cp2.ring", "tp2.sp"])
+def test_a_length_that_does_not_divide_is_scaled_as_by_its_layout(
+    ranks: RankPool, layout: str
+) -> None:
+    found = ranks.run(odd_length, layout, None, world=2)[0]
+    assert ranks.run(odd_length, "dp1", layout, world=1)[0] == pytest.approx(found, rel=1e-9)
+
+
 # --- what is carried ------------------------------------------------------------------------------
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,17 @@ def test_what_is_cut_off_is_counted() -> None:
     site.watched, site.tally = True, tally
     site.linear(x, torch.ones(1, 4), None).sum().backward()
     assert look(tally.tolist(), [1.0] * 3, None).overflow == 0.5
+
+
+def test_what_is_carried_is_json() -> None:
+    sentinel = Sentinel(SentinelConfig(every=1, layers=1), ["a"])
+    site = Site("a", fp8.Recipe("current"), torch.ones(3), torch.zeros(3))
+    sentinel.begin(0, {"a": site}, torch.device("cpu"))
+    site.amax_3.copy_(torch.tensor([2.0, math.inf, math.nan]))
+    alone: Any = SimpleNamespace(size=lambda: 1)
+    sentinel.finish(0, {"a": site}, alone)
+    assert sentinel.state_dict()["amax"] == {"a": [2.0, 0.0, 0.0]}
+    json.dumps(sentinel.state_dict(), allow_nan=False)
 
 
 # --- in the engine --------------------------------------------------------------------------------

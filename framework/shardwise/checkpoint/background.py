@@ -29,7 +29,8 @@ class AsyncSaver:
     """Saves behind the training loop: copies to host memory, then writes in a thread.
 
     At most one save is in flight; the next one waits for it. What goes wrong in the thread is
-    logged at once and raised by the next call. Making the object is a collective call: the thread
+    logged at once. It does not keep the next save from starting; after the last one, `wait` and
+    `close` raise it. Making the object is a collective call: the thread
     communicates over a group of its own.
     """
 
@@ -71,10 +72,13 @@ class AsyncSaver:
     ) -> None:
         """Start a save as `save` does; returns when the tensors may change again.
 
-        Raises CheckpointError if this one cannot start, or if the one before failed; then this
-        one was not started, and calling again starts it.
+        Raises CheckpointError if this one cannot start. If the one before failed, this one takes
+        its place.
         """
-        self.wait()
+        try:
+            self.wait()
+        except Exception as error:
+            log.error("step %d is saved in place of one that failed: %s", step, error)
         request = Request(
             self.root, step, meta, dict(files or {}), self.keep, tuple(protect),
             None if metric is None else float(metric),

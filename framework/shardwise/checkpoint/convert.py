@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -128,19 +130,31 @@ def convert(
 
 
 def _write_hf(model: OpenModel, out: Path, dtype: torch.dtype | None) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
+    """Write beside ``out`` and rename, so that ``out`` is complete or as it was."""
+    final = out.resolve()
+    staged = final.with_name(f".{final.name}.tmp-{secrets.token_hex(6)}")
+    try:
+        staged.mkdir(parents=True)
+        _fill_hf(model, staged, dtype)
+        staged.rename(final)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return out
+
+
+def _fill_hf(model: OpenModel, folder: Path, dtype: torch.dtype | None) -> None:
     for name, data in model.tokenizer_files.items():
-        (out / name).write_bytes(data)
+        (folder / name).write_bytes(data)
     ids: dict[str, int | None] = {}
     if model.tokenizer_files:
-        tokenizer = load_tokenizer(out)
+        tokenizer = load_tokenizer(folder)
         ids = {
             "eos_id": tokenizer.eos_id,
             "bos_id": tokenizer.bos_id,
             "pad_id": tokenizer.pad_id,
         }
-    models.to_hf(out, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
-    return out
+    models.to_hf(folder, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
 
 
 def _write_native(model: OpenModel, out: Path, source: str) -> Path:

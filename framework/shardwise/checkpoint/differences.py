@@ -18,8 +18,9 @@ from shardwise.checkpoint.loading import Reader
 class TensorDifference:
     """Values that are not bitwise equal.
 
-    ``max_rel`` is ``max_abs`` over the largest magnitude in either tensor; both are NaN if a NaN
-    or an infinity stands against something else.
+    ``max_rel`` is ``max_abs`` over the largest magnitude among the values that differ. A NaN
+    against anything else makes both NaN; an infinity makes ``max_abs`` infinite and ``max_rel``
+    NaN.
     """
 
     name: str

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from shardwise.checkpoint.manifest import DamagedError, MismatchError
 from shardwise.errors import CheckpointError
+from shardwise.parallel.mesh import timeout
 
 _KINDS: dict[str, type[CheckpointError]] = {
     c.__name__: c for c in (CheckpointError, DamagedError, MismatchError)
@@ -47,7 +48,7 @@ class Ranks:
         key = "background" if background else "foreground"
         world = dist.group.WORLD
         if key not in _created or _created[key][0] is not world:
-            _created[key] = (world, dist.new_group(backend="gloo"))
+            _created[key] = (world, dist.new_group(backend="gloo", timeout=timeout()))
         return cls(_created[key][1])
 
     def exchange(self, value: Any) -> list[Any]:

@@ -82,7 +82,8 @@ def save(
         group: ranks that take part; by default all.
 
     Raises CheckpointError, on every rank and naming the rank at fault. Then nothing of the new
-    checkpoint remains, the older ones are untouched, and training may go on.
+    checkpoint remains, the older ones are untouched, and training may go on. Once it is committed,
+    a pointer that cannot be written or an older checkpoint that cannot be removed is a warning.
     """
     ranks = Ranks.of(group)
     metric = None if metric is None else float(metric)
@@ -243,12 +244,16 @@ def _commit(
     )
     writer.manifest(staged, data)
     writer.rename(staged, request.root / steps.directory_name(request.step))
-    fields = {"step": request.step, "manifest": manifest.digest_of(data)}
-    if _improves(request, best):
-        writer.pointer(request.root, steps.BEST, {**fields, "metric": request.metric})
-    writer.pointer(request.root, steps.LATEST, fields)
-    if request.keep is not None:
-        writer.prune(request.root, request.keep, request.protect)
+    try:
+        fields = {"step": request.step, "manifest": manifest.digest_of(data)}
+        if _improves(request, best):
+            writer.pointer(request.root, steps.BEST, {**fields, "metric": request.metric})
+        writer.pointer(request.root, steps.LATEST, fields)
+        if request.keep is not None:
+            writer.prune(request.root, request.keep, request.protect)
+    except (CheckpointError, OSError) as error:
+        # The checkpoint exists, and is found without its pointer; the next save tries again.
+        log.warning("step %d is saved, but not all that follows: %s", request.step, error)
 
 
 def _improves(request: Request, best: dict[str, Any] | None) -> bool:

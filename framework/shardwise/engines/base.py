@@ -27,7 +27,11 @@ class Engine(Protocol):
     data_size: int  # into how many slices a global batch is cut
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
-        """Accumulate gradients of the global batch; returns reduced metrics, with `loss`."""
+        """Accumulate gradients of the global batch; returns reduced metrics, with `loss`.
+
+        One call for all micro-batches of an update, then `step`; a second call before it may
+        raise RuntimeError.
+        """
         ...
 
     def step(self, lr: float) -> float:

@@ -13,26 +13,40 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import dice
+from shardwise.ops.attention import PADDING
 from shardwise.ops.logits import Logits
 from shardwise.parallel.context import ContextMask, gather_tokens, multiple_of, token_index
+from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
 
 # Shape suffixes: B sequences, T tokens, t tokens of this context rank, V vocabulary.
+
+
+def _tokens_multiple(layout: Layout) -> int:
+    """What the number of tokens must be a multiple of."""
+    pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
+    # Sequence parallelism cuts what context parallelism leaves.
+    return math.lcm(pieces, layout.cp * (layout.tp if layout.sp else 1))
 
 
 class Cut:
     """One micro-batch, padded to what the layout divides, and this rank's share of its tokens.
 
     Losses never see padding or cuts: `logits` maps the model's output back to the micro-batch.
+    ``padded_as``: pad to what this layout divides, one that a single rank imitates.
     """
 
-    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig) -> None:
+    def __init__(
+        self,
+        batch: MicroBatch,
+        mesh: Mesh,
+        model: DecoderConfig,
+        padded_as: Layout | None = None,
+    ) -> None:
         layout = mesh.layout
         self.batch, self.mesh, self.model = batch, mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
-        # Sequence parallelism cuts what context parallelism leaves.
-        pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
-        multiple = math.lcm(pieces, layout.cp * (layout.tp if layout.sp else 1))
+        multiple = _tokens_multiple(padded_as or layout)
         self.padded = -(-self.num_tokens // multiple) * multiple
         self.index_t: Tensor | None = None
         if layout.cp > 1:
@@ -71,7 +85,7 @@ class Cut:
             "position_ids_BT": self.own(batch.position_ids_BT),
         }
         if segments_BT is not None:
-            segments_BT = self.pad(segments_BT, -1)  # padding is a document of its own
+            segments_BT = self.pad(segments_BT, PADDING)
         if self.mesh.layout.cp > 1:
             assert self.index_t is not None
             positions_BT = self.pad(batch.position_ids_BT)

@@ -20,8 +20,8 @@ from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
-from shardwise.optim.build import build_optimizer, optimizer_tensors
-from shardwise.parallel import data, pipeline
+from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
+from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.mesh import Mesh
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import precision_of
@@ -37,6 +37,8 @@ class NativeEngine:
         seed: root of the initial weights and of dropout.
         stage: the training stage's name; part of the dropout dice.
         optimizer: None for a model that is only evaluated.
+        wide_logits: the head's product gives fp32 logits of bf16 or fp16 operands, for losses
+            that compare log-probabilities of two computations.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class NativeEngine:
         seed: int,
         stage: str = "",
         optimizer: OptimizerConfig | None = None,
+        wide_logits: bool = False,
     ) -> None:
         assert isinstance(model_config, DecoderConfig)
         self.model_config, self.config, self.mesh = model_config, config, mesh
@@ -56,9 +59,13 @@ class NativeEngine:
         self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed)
         self.chunks = assembled.chunks
+        if wide_logits and self.precision.compute.itemsize < 4:
+            for chunk in self.chunks.values():
+                tensor.widen_logits(chunk)
         self.fp8 = assembled.fp8
         self.named = Named(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
+        self._has_gradients = False
         self.updates = 0  # optimizer steps tried; with the stage's name, the time on the dice
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer) if optimizer else None
@@ -80,8 +87,15 @@ class NativeEngine:
 
         Counts are reduced over micro-batches and data ranks first (decision 2), so every rank may
         bring its own number of micro-batches as long as ZeRO does not gather per micro-batch; the
-        samplers give equal numbers.
+        samplers give equal numbers. Raises RuntimeError if no `step` came since the last call:
+        what is summed over ranks behind the backward passes would be summed twice.
         """
+        if self._has_gradients:
+            raise RuntimeError(
+                "forward_backward was called twice without a step between them; give all "
+                "micro-batches of an update to one call"
+            )
+        self._has_gradients = True
         self._train(True)
         self.named.refresh_mirror()
         if self.fp8 is not None:
@@ -105,9 +119,9 @@ class NativeEngine:
         layout, mesh = self.mesh.layout, self.mesh
         for chunk in self.chunks.values():
             data.before_pipeline(chunk, mesh)
-        work = _PipelineWork(self, cuts, sums)
+        work = _PipelineWork(self, cuts, lambda i, out: self._objective(cuts[i], out, sums))
         executor = pipeline.Executor(layout, mesh.groups["pp"], work)
-        executor.run(pipeline.program(layout, len(cuts))[mesh.place["pp"]])
+        executor.run(pipeline.program(layout, len(cuts)))
 
     def _objective(self, cut: Cut, output: Tensor, sums: LossSums) -> Tensor:
         scale = self.scale.value if self.scale else 1.0
@@ -120,7 +134,10 @@ class NativeEngine:
         return chunk(**arguments, x_BTD=x_BTD)  # type: ignore[no-any-return]
 
     def _cut(self, batch: MicroBatch) -> Cut:
-        return Cut(batch.to(self.mesh.device), self.mesh, self.model_config)
+        padded_as = None
+        if self.fp8 is not None and self.fp8.domains is not None:
+            padded_as = self.fp8.domains.layout
+        return Cut(batch.to(self.mesh.device), self.mesh, self.model_config, padded_as)
 
     def step(self, lr: float) -> float:
         """Clip to ``max_grad_norm`` and update. Non-finite gradients leave the weights untouched.
@@ -138,12 +155,12 @@ class NativeEngine:
             factor = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
             if factor != 1.0 or scale != 1.0:
                 torch._foreach_mul_(self.named.local_gradients(), factor / scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr)
             self.optimizer.step()
         if self.scale:
             self.scale.update(found_nonfinite=not finite)
         self.optimizer.zero_grad(set_to_none=True)
+        self._has_gradients = False
         self.updates += 1
         return norm
 
@@ -169,14 +186,14 @@ class NativeEngine:
         if self.mesh.layout.pp == 1:
             return [fn(c.logits(self._call(self.model, c)), c.batch) for c in cuts]
         results: list[Tensor | None] = [None] * len(cuts)
-        layout, last = self.mesh.layout, self.mesh.layout.num_chunks - 1
-        executor = pipeline.Executor(
-            layout, self.mesh.groups["pp"], _PipelineWork(self, cuts, None)
-        )
-        executor.run(pipeline.forward_program(layout, len(cuts))[self.mesh.place["pp"]])
-        for (chunk, i), output in executor.outputs.items():
-            if chunk == last:
-                results[i] = fn(cuts[i].logits(output), cuts[i].batch)
+
+        def keep(i: int, output: Tensor) -> Tensor:
+            results[i] = result = fn(cuts[i].logits(output), cuts[i].batch)
+            return result
+
+        layout, group = self.mesh.layout, self.mesh.groups["pp"]
+        executor = pipeline.Executor(layout, group, _PipelineWork(self, cuts, keep))
+        executor.run(pipeline.forward_program(layout, len(cuts)))
         return broadcast_from_last(results, self.mesh)
 
     def events(self) -> list[tuple[str, str]]:
@@ -268,20 +285,23 @@ class NativeEngine:
 
 
 class _PipelineWork(pipeline.Work):
-    """What one step asks of the engine, micro-batch by micro-batch."""
+    """What one step asks of the engine, micro-batch by micro-batch.
 
-    def __init__(self, engine: NativeEngine, cuts: Sequence[Cut], sums: LossSums | None) -> None:
-        self.engine, self.cuts, self.sums = engine, cuts, sums
+    ``finish(i, output)`` makes of the model's output of micro-batch i what the last pipeline
+    stage returns.
+    """
+
+    def __init__(
+        self, engine: NativeEngine, cuts: Sequence[Cut], finish: Callable[[int, Tensor], Tensor]
+    ) -> None:
+        self.engine, self.cuts, self.finish = engine, cuts, finish
         self.last = engine.mesh.layout.num_chunks - 1
         self.open = dict.fromkeys(engine.chunks, len(cuts))
 
     def forward(self, chunk: int, microbatch: int, x: Tensor | None) -> Tensor:
         """See `pipeline.Work`."""
-        engine, cut = self.engine, self.cuts[microbatch]
-        output = engine._call(engine.chunks[chunk], cut, x)
-        if chunk < self.last or self.sums is None:
-            return output
-        return engine._objective(cut, output, self.sums)
+        output = self.engine._call(self.engine.chunks[chunk], self.cuts[microbatch], x)
+        return output if chunk < self.last else self.finish(microbatch, output)
 
     def boundary(self, microbatch: int) -> Tensor:
         """See `pipeline.Work`."""

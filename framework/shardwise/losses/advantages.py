@@ -91,17 +91,3 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     centred = torch.where(mask, x - mean, 0.0)
     scaled = centred * torch.rsqrt(centred.square().sum() / number + 1e-8)
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0.0)
-
-
-def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
-    """Discounted sum of the rewards from each valid token on (REINFORCE++).
-
-    A token outside the mask (padding, a tool's output) neither adds nor discounts; it gets 0.
-    """
-    returns_BT = torch.zeros_like(rewards_BT)
-    running_B = torch.zeros_like(rewards_BT[:, 0])
-    for t in range(rewards_BT.shape[1] - 1, -1, -1):
-        valid_B = mask_BT[:, t]
-        running_B = torch.where(valid_B, rewards_BT[:, t] + gamma * running_B, running_B)
-        returns_BT[:, t] = torch.where(valid_B, running_B, 0.0)
-    return returns_BT

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from shardwise.config.schema import NonNegativeFloat, PositiveFloat
 from shardwise.data.batch import MicroBatch
 from shardwise.errors import ConfigError
 from shardwise.losses.advantages import AdvantageKind
-from shardwise.losses.aggregate import Aggregation, fold
 from shardwise.losses.contract import LossOutput
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import (
+    SurrogateConfig,
     cispo,
     clipped_surrogate,
+    extra,
     log_ratio,
+    masked_sum,
+    means,
     ratio_metrics,
     sequence_log_ratio,
     truncated_importance,
@@ -31,8 +33,10 @@ from shardwise.ops.logits import Logits
 # Shape suffixes: B rows, T tokens, V vocabulary.
 
 
-class PolicyLossConfig(Section):
-    """Advantage, ratio, clipping, KL and aggregation. A preset fills what is not given."""
+class PolicyLossConfig(SurrogateConfig):
+    """Advantage, ratio and KL, besides `SurrogateConfig`."""
+
+    presets = PRESETS
 
     preset: (
         Literal["grpo_deepseekmath", "dapo_paper", "dr_grpo", "gspo", "trl_default", "verl_default"]
@@ -41,30 +45,14 @@ class PolicyLossConfig(Section):
     advantage: AdvantageKind = "group_std"
     advantage_eps: NonNegativeFloat = Field(1e-6, description="added to a group's std")
     ratio: Literal["token", "sequence", "cispo"] = "token"
-    clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
-    clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
-        None, description="bound of the loss for negative advantages, in units of -A"
-    )
     kl: Literal["none", "k1", "k2", "k3"] = Field(
         "none", description="estimator in the loss; k2 has the on-policy gradient of the KL"
     )
     kl_coef: NonNegativeFloat = 0.0
-    aggregation: Aggregation = "token_mean"
-    length_constant: PositiveInt | None = Field(
-        None, description="aggregation constant: the longest response allowed, in tokens"
-    )
     importance_cap: PositiveFloat | None = Field(
         None, description="truncate trainer/sampler importance weights here; None: no correction"
     )
     importance_level: Literal["token", "sequence"] = "token"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PRESETS:
-            return {**PRESETS[data["preset"]].settings, **data}
-        return data
 
     @model_validator(mode="after")
     def _kl_is_whole(self) -> PolicyLossConfig:
@@ -80,12 +68,10 @@ class GRPOLoss:
 
     Reads from ``batch.extras``, where only valid positions matter (NaN elsewhere is harmless):
 
-    - ``advantages_BT``, or ``advantages_B`` where every row holds one sequence.
+    - ``advantages_BT``.
     - ``old_logprobs_BT``: at the start of the update, under ``temperature``. Without it the
       current ones are taken, which is exact for a single on-policy update.
     - ``ref_logprobs_BT``: only with ``kl``. ``rollout_logprobs_BT``: only with importance_cap.
-    - ``weight_BT``, ``count_BT`` (both or neither): from `aggregate.fold`, for sequences that are
-      cut over ranks; otherwise folded here from mask and segments.
 
     An unscorable completion, or one to leave out, has no True in its mask row.
     """
@@ -103,16 +89,16 @@ class GRPOLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Tokens or sequences, by the aggregation; the same for every term."""
-        count = self._fold(batch)[1].sum()
+        count = self.config.fold(batch)[1].sum()
         return dict.fromkeys(self.weights, count)
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT
         logp_BT = valid_logprobs(logits_BTV, batch, self.temperature)
-        weight_BT = self._fold(batch)[0].to(logp_BT.dtype)
-        old_BT = self._extra(batch, "old_logprobs_BT", default=logp_BT.detach())
-        advantages_BT = self._advantages(batch).to(logp_BT.dtype)
+        weight_BT = config.fold(batch)[0].to(logp_BT.dtype)
+        old_BT = extra(batch, "old_logprobs_BT", logp_BT, default=logp_BT)
+        advantages_BT = extra(batch, "advantages_BT", logp_BT)
         log_ratio_BT = log_ratio(logp_BT, old_BT)
         if config.ratio == "sequence":
             log_ratio_BT = sequence_log_ratio(log_ratio_BT, mask_BT, batch.segment_ids_BT)
@@ -126,50 +112,14 @@ class GRPOLoss:
         if config.importance_cap is not None:
             figures["importance_mean"] = self._importance(batch, old_BT, config.importance_cap)
             policy_BT = policy_BT * figures["importance_mean"]
-        sums = {"policy": _masked_sum(policy_BT * weight_BT, mask_BT)}
+        sums = {"policy": masked_sum(policy_BT * weight_BT, mask_BT)}
         if config.kl != "none":
-            kl_BT = kl_estimate(config.kl, logp_BT, self._extra(batch, "ref_logprobs_BT"))
-            sums["kl"] = _masked_sum(kl_BT * weight_BT, mask_BT)
+            kl_BT = kl_estimate(config.kl, logp_BT, extra(batch, "ref_logprobs_BT", logp_BT))
+            sums["kl"] = masked_sum(kl_BT * weight_BT, mask_BT)
             figures["kl"] = kl_BT.detach()
-        number = mask_BT.sum(dtype=torch.float64)
-        metrics = {k: (_masked_sum(v.double(), mask_BT), number) for k, v in figures.items()}
-        return LossOutput(sums, metrics)
-
-    def _fold(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        if "weight_BT" in batch.extras:
-            mask_BT = batch.loss_mask_BT
-            weight_BT, count_BT = batch.extras["weight_BT"], batch.extras["count_BT"]
-            zero = weight_BT.new_zeros(())
-            return torch.where(mask_BT, weight_BT, zero), torch.where(mask_BT, count_BT, zero)
-        return fold(
-            self.config.aggregation,
-            batch.loss_mask_BT,
-            batch.segment_ids_BT,
-            self.config.length_constant,
-        )
+        return LossOutput(sums, means(figures, mask_BT))
 
     def _importance(self, batch: MicroBatch, old_BT: Tensor, cap: float) -> Tensor:
-        rollout_BT = self._extra(batch, "rollout_logprobs_BT")
+        rollout_BT = extra(batch, "rollout_logprobs_BT", old_BT)
         level, segments_BT = self.config.importance_level, batch.segment_ids_BT
         return truncated_importance(old_BT, rollout_BT, batch.loss_mask_BT, cap, level, segments_BT)
-
-    def _advantages(self, batch: MicroBatch) -> Tensor:
-        if "advantages_BT" in batch.extras:
-            return self._extra(batch, "advantages_BT")
-        if batch.segment_ids_BT is not None:
-            raise ValueError("packed rows hold several sequences: give extras['advantages_BT']")
-        if "advantages_B" not in batch.extras:
-            raise ValueError("GRPOLoss needs extras['advantages_BT'] or extras['advantages_B']")
-        rows_BT = batch.extras["advantages_B"][:, None].expand(batch.loss_mask_BT.shape)
-        return torch.where(batch.loss_mask_BT, rows_BT, 0.0)
-
-    def _extra(self, batch: MicroBatch, name: str, default: Tensor | None = None) -> Tensor:
-        """A detached [B, T] extra with zeros at masked positions: selected, never multiplied."""
-        value_BT = batch.extras.get(name, default)
-        if value_BT is None:
-            raise ValueError(f"GRPOLoss needs extras[{name!r}] with this config")
-        return torch.where(batch.loss_mask_BT, value_BT.detach(), 0.0)
-
-
-def _masked_sum(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return torch.where(mask_BT, x_BT, 0.0).sum()

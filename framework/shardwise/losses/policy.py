@@ -5,17 +5,70 @@ r = exp(logp - logp_old) is the importance ratio, A the advantage. All return lo
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.losses.aggregate import sequence_sum
+from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveInt, Section
+from shardwise.data.batch import MicroBatch
+from shardwise.losses.aggregate import Aggregation, fold, sequence_sum
 from shardwise.losses.kl import kl_estimate
+from shardwise.losses.presets import Preset
 
 # Shape suffixes: B rows, T tokens.
 
 _MAX_LOG_RATIO = 20.0  # beyond it a token is lost anyway; keeps the exponential finite
+
+
+class SurrogateConfig(Section):
+    """Clipping and aggregation. A preset fills what is not given."""
+
+    presets: ClassVar[Mapping[str, Preset]]
+
+    clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
+    clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="bound of the loss for negative advantages, in units of -A"
+    )
+    aggregation: Aggregation = "token_mean"
+    length_constant: PositiveInt | None = Field(
+        None, description="aggregation constant: the longest response allowed, in tokens"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in cls.presets:
+            return {**cls.presets[data["preset"]].settings, **data}
+        return data
+
+    def fold(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """See `aggregate.fold`."""
+        return fold(
+            self.aggregation, batch.loss_mask_BT, batch.segment_ids_BT, self.length_constant
+        )
+
+
+def extra(batch: MicroBatch, name: str, like: Tensor, default: Tensor | None = None) -> Tensor:
+    """A detached [B, T] extra with zeros at masked positions: selected, never multiplied."""
+    value_BT = batch.extras.get(name, default)
+    if value_BT is None:
+        raise ValueError(f"this loss needs extras[{name!r}] with this config")
+    return torch.where(batch.loss_mask_BT, value_BT.detach(), 0.0).to(like.dtype)
+
+
+def masked_sum(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Over the valid tokens; what stands elsewhere may be NaN."""
+    return torch.where(mask_BT, x_BT, 0.0).sum()
+
+
+def means(figures: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Metrics: the sum of each figure over the valid tokens, and their number, in float64."""
+    number = mask_BT.sum(dtype=torch.float64)
+    return {k: (masked_sum(v.double(), mask_BT), number) for k, v in figures.items()}
 
 
 def log_ratio(logp_BT: Tensor, old_logp_BT: Tensor) -> Tensor:

@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat
 from shardwise.data.batch import MicroBatch
-from shardwise.losses.aggregate import Aggregation, fold
 from shardwise.losses.contract import LossOutput
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.logprobs import valid_logprobs
-from shardwise.losses.policy import clipped_surrogate, log_ratio, ratio_metrics
+from shardwise.losses.policy import (
+    SurrogateConfig,
+    clipped_surrogate,
+    extra,
+    log_ratio,
+    masked_sum,
+    means,
+    ratio_metrics,
+)
 from shardwise.losses.presets import PPO_PRESETS
 from shardwise.ops.logits import Logits, selected_values
 
 # Shape suffixes: B rows, T tokens, V vocabulary.
 
 
-class PpoLossConfig(Section):
-    """Rewards, advantages, both objectives. A preset fills what is not given."""
+class PpoLossConfig(SurrogateConfig):
+    """Rewards, advantages and objective, besides `SurrogateConfig`."""
+
+    presets = PPO_PRESETS
 
     preset: Literal["ziegler_2019", "trl_default", "verl_default", "openrlhf_default"] | None = (
         Field(None, description="published settings, see shardwise.losses.presets")
     )
     objective: Literal["clip", "kl_penalty"] = "clip"
-    clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
-    clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
-        None, description="bound of the loss for negative advantages, in units of -A"
-    )
     penalty_coef: PositiveFloat = Field(1.0, description="kl_penalty: weight of KL(old || new)")
     penalty_target: PositiveFloat | None = Field(
         None, description="kl_penalty: adapt the weight to this KL a token; none: fixed"
-    )
-    aggregation: Aggregation = "token_mean"
-    length_constant: PositiveInt | None = Field(
-        None, description="aggregation constant: the longest response allowed, in tokens"
     )
     value_clip: PositiveFloat | None = Field(0.2, description="none: values are not clipped")
     gamma: Fraction = 1.0
@@ -56,13 +56,6 @@ class PpoLossConfig(Section):
     missing_eos_penalty: NonNegativeFloat = Field(
         0.0, description="taken off the score of a completion that did not stop by itself"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PPO_PRESETS:
-            return {**PPO_PRESETS[data["preset"]].settings, **data}
-        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> PpoLossConfig:
@@ -87,15 +80,15 @@ class PolicyLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Tokens or sequences, by the aggregation; the same for every term."""
-        return dict.fromkeys(self.weights, _fold(self.config, batch)[1].sum())
+        return dict.fromkeys(self.weights, self.config.fold(batch)[1].sum())
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT
         logp_BT = valid_logprobs(logits_BTV, batch, self.temperature)
-        weight_BT = _fold(config, batch)[0].to(logp_BT.dtype)
-        old_BT = _extra(batch, "old_logprobs_BT", logp_BT)
-        advantages_BT = _extra(batch, "advantages_BT", logp_BT)
+        weight_BT = config.fold(batch)[0].to(logp_BT.dtype)
+        old_BT = extra(batch, "old_logprobs_BT", logp_BT)
+        advantages_BT = extra(batch, "advantages_BT", logp_BT)
         log_ratio_BT = log_ratio(logp_BT, old_BT)
         clip = (config.clip_low, config.clip_high)
         sums = {}
@@ -104,11 +97,11 @@ class PolicyLoss:
         else:
             loss_BT = clipped_surrogate(log_ratio_BT, advantages_BT, 1.0, float("inf"))
             penalty_BT = kl_estimate("k3", old_BT, logp_BT)
-            sums["penalty"] = _masked_sum(penalty_BT * weight_BT, mask_BT)
-        sums["policy"] = _masked_sum(loss_BT * weight_BT, mask_BT)
+            sums["penalty"] = masked_sum(penalty_BT * weight_BT, mask_BT)
+        sums["policy"] = masked_sum(loss_BT * weight_BT, mask_BT)
         figures = ratio_metrics(log_ratio_BT, advantages_BT, *clip)
         figures["entropy_estimate"] = -logp_BT.detach()
-        return LossOutput(sums, _means(figures, mask_BT))
+        return LossOutput(sums, means(figures, mask_BT))
 
 
 class ValueLoss:
@@ -126,21 +119,21 @@ class ValueLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """As `PolicyLoss.counts`."""
-        return {"value": _fold(self.config, batch)[1].sum()}
+        return {"value": self.config.fold(batch)[1].sum()}
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch."""
         mask_BT = batch.loss_mask_BT
         value_BT = selected_values(logits_BTV, mask_BT)
-        old_BT = _extra(batch, "values_BT", value_BT)
-        return_BT = _extra(batch, "returns_BT", value_BT)
+        old_BT = extra(batch, "values_BT", value_BT)
+        return_BT = extra(batch, "returns_BT", value_BT)
         loss_BT = value_loss(value_BT, old_BT, return_BT, self.config.value_clip)
-        weight_BT = _fold(self.config, batch)[0].to(value_BT.dtype)
+        weight_BT = self.config.fold(batch)[0].to(value_BT.dtype)
         moved_BT = (value_BT.detach() - old_BT).abs()
         clipped_BT = moved_BT > (self.config.value_clip or float("inf"))
         figures = {"value_mean": value_BT.detach(), "value_clip_fraction": clipped_BT}
-        sums = {"value": _masked_sum(loss_BT * weight_BT, mask_BT)}
-        return LossOutput(sums, _means(figures, mask_BT))
+        sums = {"value": masked_sum(loss_BT * weight_BT, mask_BT)}
+        return LossOutput(sums, means(figures, mask_BT))
 
 
 def value_loss(value_BT: Tensor, old_BT: Tensor, return_BT: Tensor, clip: float | None) -> Tensor:
@@ -150,23 +143,3 @@ def value_loss(value_BT: Tensor, old_BT: Tensor, return_BT: Tensor, clip: float 
         near_BT = old_BT + (value_BT - old_BT).clamp(-clip, clip)
         loss_BT = torch.maximum(loss_BT, (near_BT - return_BT).square())
     return 0.5 * loss_BT
-
-
-def _fold(config: PpoLossConfig, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    return fold(
-        config.aggregation, batch.loss_mask_BT, batch.segment_ids_BT, config.length_constant
-    )
-
-
-def _extra(batch: MicroBatch, name: str, like: Tensor) -> Tensor:
-    """A detached [B, T] extra with zeros at masked positions: selected, never multiplied."""
-    return torch.where(batch.loss_mask_BT, batch.extras[name].detach(), 0.0).to(like.dtype)
-
-
-def _masked_sum(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return torch.where(mask_BT, x_BT, 0.0).sum()
-
-
-def _means(figures: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    number = mask_BT.sum(dtype=torch.float64)
-    return {k: (_masked_sum(v.double(), mask_BT), number) for k, v in figures.items()}

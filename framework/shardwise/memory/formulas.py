@@ -121,23 +121,29 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
 def buffers(model: ModelShape, place: Place, work: Work) -> int:
     """Logits, messages, workspace: the largest of four moments, and what a pipeline has in transit.
 
-    Kernels' own workspace is not seen.
+    Gradients are reduced in the last backward pass, by when little is in transit; from ZeRO-2 on,
+    in each. Kernels' own workspace is not seen.
     """
-    return transit(model, place, work) + max(
-        max(
-            loss_buffers(model, place, work, part),
-            backward_buffers(model, place, work, part),
-            gather_buffers(model, place, work, part),
-            reduce_buffers(model, place, work, part),
+    moving = transit(model, place, work)
+
+    def of_part(part: Part) -> int:
+        settled = part.last_messages * activations.boundary(model, place, work)
+        by_batch = place.zero > 1 and work.micro_batches > 1
+        return max(
+            moving + loss_buffers(model, place, work, part),
+            moving + backward_buffers(model, place, work, part),
+            moving + gather_buffers(model, place, work, part),
+            (moving if by_batch else settled) + reduce_buffers(model, place, work, part),
         )
-        for part in place.parts
-    )
+
+    return max(map(of_part, place.parts))
 
 
 def logits(model: ModelShape, place: Place, work: Work) -> int:
-    """This rank's words of the logits of one micro-batch, in the compute dtype."""
+    """This rank's words of the logits of one micro-batch."""
     words = -(-model.vocab_size // place.tp)
-    return work.compute_bytes * activations.tokens(place, work) * words
+    size = work.wide_bytes if work.wide_logits else work.compute_bytes
+    return size * activations.tokens(place, work) * words
 
 
 def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
@@ -213,15 +219,5 @@ def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
 
 
 def transit(model: ModelShape, place: Place, work: Work) -> int:
-    """A pipeline rank's messages: all that it sent, kept until the step ends, and what it received.
-
-    Activations received become gradients sent, so they add up to the micro-batches; of gradients
-    received there is one at a time.
-    """
-    if place.pp == 1:
-        return 0
-    messages = 0
-    for part in place.parts:
-        messages += 0 if part.first else work.micro_batches
-        messages += 0 if part.last else work.micro_batches + 1
-    return messages * activations.boundary(model, place, work)
+    """A pipeline rank's messages to and from its neighbours."""
+    return place.messages * activations.boundary(model, place, work)

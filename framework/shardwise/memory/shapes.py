@@ -34,6 +34,7 @@ class Work:
     compute_bytes: int = 2
     master_bytes: int = 4
     recompute: Recompute = "none"
+    wide_logits: bool = False  # fp32 ones, whatever the activations are
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property
@@ -50,6 +51,7 @@ class Part:
     first: bool = True  # has the embedding
     last: bool = True  # has the norm, the head and the loss
     in_flight: int = 1  # micro-batches whose activations are held at once
+    last_messages: int = 0  # of `Place.messages`, those held during its last backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Place:
     pp: int = 1
     cp: int = 1
     cp_kind: Literal["ring", "ulysses"] = "ring"
+    messages: int = 0  # activations and gradients between pipeline stages, held at once
 
     def __post_init__(self) -> None:
         sizes = (self.dp, self.shard, self.tp, self.pp, self.cp)
@@ -80,11 +83,3 @@ class Place:
     def holders(self) -> int:
         """Ranks that share one copy of a parameter; context ranks are data ranks to ZeRO."""
         return self.shard * self.cp if self.zero else 1
-
-
-def in_flight(schedule: Literal["gpipe", "1f1b"], pp: int, rank: int, micro_batches: int) -> int:
-    """Micro-batches that a pipeline rank holds at once (Narayanan et al. 2021, section 2.2.1).
-
-    GPipe holds all; 1F1B as many as there are ranks from this one to the last.
-    """
-    return micro_batches if schedule == "gpipe" else min(pp - rank, micro_batches)

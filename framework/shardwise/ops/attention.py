@@ -18,6 +18,7 @@ from shardwise.ops.dropout import keep_mask
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
 
 BRANCH_SHIFT = 32  # segment id = document + (branch << BRANCH_SHIFT); branch 0 is the trunk
+PADDING = (1 << BRANCH_SHIFT) - 1  # the segment id of what fills a row up: no document's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,10 @@ def attention(
         dice_BT = dice.fold(dice_BT, salt)
         return _explicit(q_BHTK, k_BGSK, v_BGSK, mask, dropout_p, dice_BT, head_offset)
     if mask.flash:
-        return flash.attention(q_BHTK, k_BGSK, v_BGSK, mask.cu_seqlens, mask.window)
+        if q_BHTK.shape[3] <= flash.MAX_HEAD_WIDTH:
+            return flash.attention(q_BHTK, k_BGSK, v_BGSK, mask.cu_seqlens, mask.window)
+        # A mask is made without knowing how wide the heads are.
+        mask = Mask(_dense(mask, q_BHTK, q_BHTK.shape[2], k_BGSK.shape[2]))
     dtype = q_BHTK.dtype
     if _small_on_cpu(q_BHTK):
         q_BHTK, k_BGSK, v_BGSK = q_BHTK.float(), k_BGSK.float(), v_BGSK.float()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.ops import flash, transformer_engine
+from shardwise.ops import flash, fp8_kernels, transformer_engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ def capabilities() -> list[Capability]:
         ("flash_attn", "attention", _flash_attn),
         ("transformer_engine", f"FP8 linear layers ({_scalings()})", _transformer_engine),
         ("apex", "fused optimizers and norms", _apex),
-        ("triton", "our own kernels", _triton),
+        ("triton", "FP8 quantisers of the emulation", _triton),
         ("float8", "engine.fp8, emulated", _float8),
     ]
     found = []
@@ -46,13 +46,6 @@ def _version(library: str) -> str:
         return importlib.metadata.version(library.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _missing(library: str, mend: str) -> str | None:
-    """Why ``library`` cannot be used on this machine, from its absence or that of a GPU."""
-    if importlib.util.find_spec(library) is None:
-        return f"not installed; {mend}"
-    return None if torch.cuda.is_available() else "installed, but there is no CUDA device"
 
 
 def _flash_attn() -> str | None:
@@ -72,17 +65,22 @@ def _scalings() -> str:
     return ", ".join(f"{s}: {'yes' if why is None else why}" for s, why in usable.items())
 
 
-def _apex() -> str | None:
-    """NVIDIA's apex comes from its own source; PyPI's package of that name is a web toolkit."""
-    mend = "build NVIDIA's apex from github.com/NVIDIA/apex (never from PyPI)"
+def _apex() -> str:
+    """Nothing calls it yet, so only a wrong one is worth a mend.
+
+    NVIDIA's apex comes from its own source; PyPI's package of that name is a web toolkit.
+    """
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return f"not installed; {mend}"
+        return "not installed; nothing uses it yet"
     # NVIDIA's has these subpackages; looking for them on disk runs none of the other's code.
     folders = spec.submodule_search_locations or []
     if not any(_has_module(folder, name) for folder in folders for name in ("optimizers", "amp")):
-        return f"the installed apex is not NVIDIA's but PyPI's web toolkit; uninstall it and {mend}"
-    return None if torch.cuda.is_available() else "installed, but there is no CUDA device"
+        return (
+            "the installed apex is not NVIDIA's but PyPI's web toolkit; uninstall it (NVIDIA's is "
+            "built from github.com/NVIDIA/apex)"
+        )
+    return "installed; nothing uses it yet: PyTorch's own optimizers and norms run"
 
 
 def _has_module(folder: str, name: str) -> bool:
@@ -102,4 +100,8 @@ def _float8() -> str | None:
 
 
 def _triton() -> str | None:
-    return _missing("triton", "it comes with CUDA builds of torch")
+    if importlib.util.find_spec("triton") is None:
+        return "not installed; it comes with CUDA builds of torch"
+    if not torch.cuda.is_available():
+        return "installed, but there is no CUDA device"
+    return fp8_kernels.unusable(torch.device("cuda"))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
 
+MAX_HEAD_WIDTH = 256
+NEEDS = (8, 0)  # compute capability
+
 
 @functools.cache
 def _library() -> tuple[Any, str]:
@@ -23,14 +26,23 @@ def _library() -> tuple[Any, str]:
         return None, f"flash-attn cannot be imported ({error}); pip install 'shardwise[gpu]'"
 
 
-def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unusable(device: torch.device, dtype: torch.dtype, head_width: int = 0) -> str | None:
     """None when flash-attn will compute attention for such activations, else the reason."""
     if device.type != "cuda":
         return f"flash-attn runs on CUDA only, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn computes in bf16 and fp16 only, not in {dtype}"
+    if head_width > MAX_HEAD_WIDTH:
+        return f"flash-attn computes heads up to {MAX_HEAD_WIDTH} wide, and these have {head_width}"
     library, reason = _library()
-    return None if library is not None else reason
+    if library is None:
+        return reason
+    if (found := torch.cuda.get_device_capability(device)) < NEEDS:
+        return (
+            f"flash-attn needs a GPU of compute capability {NEEDS[0]}.{NEEDS[1]} or more; "
+            f"this one has {found[0]}.{found[1]}"
+        )
+    return None
 
 
 def attention(

@@ -89,8 +89,9 @@ def delayed_update(
     """History and scales after a step whose amaxes are known.
 
     The history is a window of ``recipe.history`` steps, the newest at its end, with a free place
-    in front. ``scale = max(dtype) / 2^margin / amax`` of the window (or of the newest); an operand
-    that was not seen (amax 0) keeps both; an amax that is not finite keeps the scale.
+    in front (of a window of one step, nothing but that place remains).
+    ``scale = max(dtype) / 2^margin / amax`` of the window (or of the newest); an operand that was
+    not seen (amax 0) keeps both; an amax that is not finite keeps the scale.
     """
     seen_S3 = amax_S3 != 0
     rolled_SH3 = torch.roll(history_SH3, -1, dims=1)

@@ -53,25 +53,36 @@ class Accumulate:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, accumulate: Accumulate) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, accumulate: Accumulate | None, wide: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.accumulate = accumulate
-        return F.linear(x, weight_OI)
+        return _fp32_product(x, weight_OI) if wide else F.linear(x, weight_OI)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         x, weight_OI = ctx.saved_tensors
+        grad = grad.to(x.dtype)
         grad_x = grad @ weight_OI if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
+            return grad_x, None, None, None
 
         def product() -> Tensor:
             result: Tensor = grad.flatten(0, -2).T @ x.flatten(0, -2)
             return result
 
-        if not ctx.accumulate.leave(product):
-            return grad_x, product(), None
-        return grad_x, None, None
+        if ctx.accumulate is None or not ctx.accumulate.leave(product):
+            return grad_x, product(), None, None
+        return grad_x, None, None, None
+
+
+def _fp32_product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x @ weight.T`` in fp32, of 16-bit operands as they are."""
+    if x.is_cuda:
+        out_NO: Tensor = torch.mm(x.flatten(0, -2), weight_OI.T, out_dtype=torch.float32)
+        return out_NO.view(*x.shape[:-1], -1)
+    return F.linear(x.float(), weight_OI.float())
 
 
 def linear(
@@ -83,5 +94,13 @@ def linear(
     """
     if accumulate is None:
         return F.linear(x, weight_OI, bias_O)
-    out: Tensor = _Linear.apply(x, weight_OI, accumulate)
+    out: Tensor = _Linear.apply(x, weight_OI, accumulate, False)
     return out if bias_O is None else out + bias_O
+
+
+def wide_linear(x: Tensor, weight_OI: Tensor, accumulate: Accumulate | None = None) -> Tensor:
+    """`linear` of 16-bit operands with an fp32 result.
+
+    The gradient is rounded to the operands' dtype, in which the backward products are.
+    """
+    return _Linear.apply(x, weight_OI, accumulate, True)  # type: ignore[no-any-return]

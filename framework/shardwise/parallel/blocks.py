@@ -34,7 +34,10 @@ KEPT_OPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
 }
+# Those of flash-attn (2.7 or newer) are there only once it has been imported.
+KEPT_NAMES = {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
 # The compiled counterpart: the partitioner may keep this fraction of what it would like to keep.
 COMPILED_SELECTIVE_BUDGET = 0.5
 
@@ -71,16 +74,20 @@ def wrap_blocks(
     recompute: Recompute,
     compile: bool,
     checkpoint: Callable[..., Any] | None = None,
+    *,
+    breaks: bool = False,
 ) -> None:
     """Replace the forward of every ``model.layers[i]``; parameter names do not change.
 
+    ``breaks``: a compiled block may have graph breaks, as context parallelism makes; without it,
+    one is an error.
     ``checkpoint(forward, *args)`` is for blocks that must be recomputed (in full) in a way of
     their own.
     """
     for block in filter(None, model.layers):  # type: ignore[arg-type]
         forward = block.forward
         if compile:
-            forward = torch.compile(forward, fullgraph=True)
+            forward = torch.compile(forward, fullgraph=not breaks)
             if recompute == "selective":
                 forward = _with_budget(forward)
         if recompute == "full" or (recompute == "selective" and not compile):
@@ -110,7 +117,8 @@ def _recomputed(forward: Any, *, selective: bool) -> Any:
 
 
 def _keep_dear_ops(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in KEPT_OPS or op.name() in KEPT_NAMES
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _with_budget(forward: Any) -> Any:

@@ -54,9 +54,9 @@ class CountedAllGather(_Allocate, AllGather):  # type: ignore[misc]
         input_tensor: Tensor,
         group: dist.ProcessGroup,
         async_op: bool = False,
-    ) -> dist.Work | None:
-        pending = comm.all_gather(output_tensor, input_tensor, group, "shard", async_op)
-        return pending if async_op else None  # type: ignore[return-value]
+    ) -> None:
+        assert not async_op, "FSDP2 gathers so only where it is asked to"
+        comm.all_gather(output_tensor, input_tensor, group, "shard").wait()
 
 
 def broadcast_bytes(data: bytes | None, source: int, group: dist.ProcessGroup) -> bytes:

@@ -128,7 +128,7 @@ def _compile_split(case: Case) -> str | None:
 
 
 def _fp8_precision(case: Case) -> str | None:
-    if case.fp8 is None or case.precision in ("bf16", "fp32"):
+    if case.fp8 is None or case.precision in ("auto", "bf16", "fp32"):
         return None
     why = "scales its loss itself" if case.precision == "fp16" else "has no 8-bit products"
     return f"engine.precision: {case.precision} {why}; with engine.fp8, use bf16 (or fp32)"

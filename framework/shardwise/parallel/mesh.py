@@ -19,6 +19,7 @@ from shardwise.errors import ConfigError
 from shardwise.parallel.layout import V_SHAPED, Layout
 
 _GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_TIMEOUT: timedelta | None = None
 
 
 def pick_device(wish: str = "auto") -> torch.device:
@@ -33,26 +34,35 @@ def pick_device(wish: str = "auto") -> torch.device:
 def start(device: torch.device, timeout_s: float = 600.0) -> None:
     """Join the process group that torchrun's environment describes, or make one of a single rank.
 
-    Does nothing when a process group exists already.
+    Every group made from now on has the same timeout. When a process group exists already, it
+    stays as it is.
     """
+    global _TIMEOUT
+    _TIMEOUT = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _TIMEOUT
     _GROUPS.clear()
+    _TIMEOUT = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def timeout() -> timedelta | None:
+    """What `start` was given; None (torch's own) if another than it made the process group."""
+    return _TIMEOUT
 
 
 def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
@@ -62,7 +72,7 @@ def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
             assert dist.group.WORLD is not None
             _GROUPS[ranks] = dist.group.WORLD
         else:
-            _GROUPS[ranks] = dist.new_group(list(ranks))
+            _GROUPS[ranks] = dist.new_group(list(ranks), timeout=_TIMEOUT)
     return _GROUPS[ranks]
 
 
@@ -102,11 +112,6 @@ class Mesh:
     def is_last_stage(self) -> bool:
         """Whether the loss is computed on this rank."""
         return self.place["pp"] == self.last_stage
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the first of the ranks that share a slice of the batch."""
-        return self.place["pp"] == self.place["cp"] == self.place["tp"] == 0
 
     @property
     def speaks(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from shardwise import memory
 from shardwise.models.common.config import DecoderConfig
-from shardwise.parallel import pipeline
+from shardwise.parallel import pipeline, timetable
 from shardwise.parallel.layout import Layout
 
 _LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
@@ -29,15 +32,33 @@ def place_of(
 ) -> memory.Place:
     """A rank of a layout: its pipeline stages and the micro-batches that they hold at once.
 
-    The schedules that split the backward pass are taken as 1F1B.
+    They are counted in the program that the engine would run, for each pipeline stage at its own
+    worst moment, and until all of its backward pass is done. Where that is split, gradients that
+    wait for the weights' half come on top, and are not seen.
     """
     cuts = pipeline.split_model(model, layout.num_chunks)
-    held = 1
+    held, messages, last = {0: 1}, 0, {0: 0}
     if layout.pp > 1:
-        kind = "gpipe" if layout.schedule == "gpipe" else "1f1b"
-        held = memory.in_flight(kind, layout.pp, pipeline_rank, micro_batches)  # type: ignore[arg-type]
+        programs = _programs(layout, micro_batches)
+        held = timetable.in_flight(programs[pipeline_rank])
+        messages, last = timetable.messages(programs, pipeline_rank)
     parts = tuple(
-        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held)
+        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held[c], last[c])
         for c in pipeline.chunks_of(layout, pipeline_rank)
     )
-    return memory.Place(parts, **{n: getattr(layout, n) for n in _LAYOUT_NUMBERS})
+    numbers = {n: getattr(layout, n) for n in _LAYOUT_NUMBERS}
+    return memory.Place(parts, **numbers, messages=messages)
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(layout: Layout, micro_batches: int) -> list[list[Any]]:
+    """Where the schedule cannot do with so few (`parallel.feasible` says so), with the next more.
+
+    Every schedule can do with any multiple of pp from twice that number on.
+    """
+    for number in range(micro_batches, micro_batches + 2 * layout.pp):
+        try:
+            return pipeline.program(layout, number)
+        except ValueError:
+            continue
+    return pipeline.program(layout, micro_batches + 2 * layout.pp)

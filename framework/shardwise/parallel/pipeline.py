@@ -20,6 +20,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.ops.linear import deferred
+from shardwise.parallel import timetable
 from shardwise.parallel.layout import SINGLE, V_SHAPED, Layout
 
 AXIS = "pp"
@@ -172,7 +173,10 @@ class Work:
     """What the executor asks of the engine, for chunk numbers and micro-batch numbers."""
 
     def forward(self, chunk: int, microbatch: int, x: Tensor | None) -> Tensor:
-        """Activations after the chunk, or the scalar to differentiate after the last one."""
+        """Activations after the chunk, or the scalar to differentiate after the last one.
+
+        Without gradient, what the last one returns is not kept.
+        """
         raise NotImplementedError
 
     def boundary(self, microbatch: int) -> Tensor:
@@ -185,7 +189,11 @@ class Work:
 
 
 class Executor:
-    """Runs one rank's actions for one step."""
+    """Runs one rank's actions for one step, or for one pass without gradient.
+
+    What nobody needs any more is dropped as it goes; without gradient, that is all that has been
+    handed on.
+    """
 
     def __init__(self, layout: Layout, group: dist.ProcessGroup, work: Work) -> None:
         self.layout, self.group, self.work = layout, group, work
@@ -196,27 +204,39 @@ class Executor:
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.grads: dict[tuple[int, int], Tensor] = {}  # of a chunk's output
         self.later: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.sent: list[comm.Pending] = []
+        self.sent: dict[timetable.Message, comm.Pending] = {}
 
-    def run(self, actions: Sequence[Any]) -> None:
-        """All actions; returns when every message has left."""
+    def run(self, programs: Sequence[Sequence[Any]]) -> None:
+        """This rank's actions of all ranks' programs; returns when every message has left."""
+        rank = self.group.rank()
         do = {
             "F": self._forward,
             "B": lambda c, m: self._backward(c, m, split=False),
             "I": lambda c, m: self._backward(c, m, split=True),
             "W": self._weights,
-            "SEND_F": lambda c, m: self._send(self.outputs[c, m].detach(), c + 1),
+            "SEND_F": lambda c, m: self._send("SEND_F", c, m, self._output(c, m), c + 1),
             "RECV_F": lambda c, m: self._receive("F", c, m, c - 1),
-            "SEND_B": lambda c, m: self._send(self._grad_of_input(c, m), c - 1),
+            "SEND_B": lambda c, m: self._send("SEND_B", c, m, self._grad_of_input(c, m), c - 1),
             "RECV_B": lambda c, m: self._receive("B", c, m, c + 1),
         }
-        for action in actions:
+        release = timetable.releases(programs, rank)
+        for i, action in enumerate(programs[rank]):
+            for message in release.get(i, ()):
+                self.sent.pop(message).wait()
             do[action.computation_type.value](action.stage_index, action.microbatch_index)
-        for message in self.sent:
-            message.wait()
+        for pending in self.sent.values():
+            pending.wait()
+        self.sent.clear()
 
-    def _send(self, tensor: Tensor, chunk: int) -> None:
-        self.sent.append(comm.send(tensor, self.home[chunk], self.group, AXIS))
+    def _send(self, kind: str, chunk: int, microbatch: int, tensor: Tensor, to: int) -> None:
+        pending = comm.send(tensor, self.home[to], self.group, AXIS)
+        self.sent[kind, chunk, microbatch] = pending
+
+    def _output(self, chunk: int, microbatch: int) -> Tensor:
+        """Activations for the next chunk; kept for the backward pass, if there will be one."""
+        key = (chunk, microbatch)
+        kept = torch.is_grad_enabled()
+        return self.outputs[key].detach() if kept else self.outputs.pop(key)
 
     def _receive(self, kind: str, chunk: int, microbatch: int, source: int) -> None:
         memory = self.work.boundary(microbatch)
@@ -224,16 +244,18 @@ class Executor:
         self.arriving[kind, chunk, microbatch] = pending
 
     def _forward(self, chunk: int, microbatch: int) -> None:
-        key = (chunk, microbatch)
+        key, training = (chunk, microbatch), torch.is_grad_enabled()
         x = None
         if chunk > 0:
             if self.home[chunk - 1] == self.home[chunk]:
-                x = self.outputs[chunk - 1, microbatch].detach()
+                x = self._output(chunk - 1, microbatch)
             else:
                 x = self.arriving.pop(("F", *key)).wait()
-            x = x.requires_grad_(torch.is_grad_enabled())
-            self.inputs[key] = x
-        self.outputs[key] = self.work.forward(chunk, microbatch, x)
+            if training:
+                self.inputs[key] = x.requires_grad_()
+        output = self.work.forward(chunk, microbatch, x)
+        if training or chunk < self.last:
+            self.outputs[key] = output
 
     def _backward(self, chunk: int, microbatch: int, *, split: bool) -> None:
         key = (chunk, microbatch)

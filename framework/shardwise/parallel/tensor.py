@@ -25,7 +25,7 @@ from shardwise.models.common.blocks import Attention, Dropout, RMSNorm
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import comm
-from shardwise.ops.linear import Accumulate, linear
+from shardwise.ops.linear import Accumulate, linear, wide_linear
 from shardwise.ops.rms_norm import rms_norm
 from shardwise.parallel import regions
 from shardwise.parallel.mesh import Mesh
@@ -159,6 +159,20 @@ def swapped_linear(model: Decoder, path: str) -> Swapped:
         model.retie()
     assert isinstance(module, Swapped)
     return module
+
+
+def widen_logits(model: Decoder) -> None:
+    """Make the head, of 16-bit weights, give fp32 logits, in place; nothing if it is not here.
+
+    A sampler and a trainer that round logits to bf16 each in its way disagree on probabilities,
+    which reinforcement learning takes for off-policy samples (MiniMax 2025, "MiniMax-M1",
+    section 3.2, where an fp32 head mended it).
+    """
+    head = model.head
+    if isinstance(head, Swapped):
+        head.matmul = wide_linear
+    elif head is not None:
+        head.forward = lambda input: wide_linear(input, head.weight)  # type: ignore[method-assign]
 
 
 class ColumnLinear(Swapped):

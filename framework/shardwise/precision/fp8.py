@@ -161,10 +161,15 @@ class Fp8:
         return metrics
 
     def _calibrate(self) -> None:
-        """Tell the layers which operands have a history."""
+        """Tell the layers which operands have a scale from a history.
+
+        A scale that is not its initial 1 has; a history of one step leaves nothing else behind. A
+        history with an infinity has given none yet.
+        """
         if not all(all(site.calibrated) for site in self.sites.values()):
-            known_S3 = (self.history_SH3 != 0).any(dim=1).tolist()
-            for site, known in zip(self.sites.values(), known_S3, strict=True):
+            window_S3 = self.history_SH3.nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+            known_S3 = (self.scale_S3 != 1) | (window_S3.isfinite() & (window_S3 > 0))
+            for site, known in zip(self.sites.values(), known_S3.tolist(), strict=True):
                 site.calibrated = known
 
     # --- state ----------------------------------------------------------------------------------
@@ -186,7 +191,10 @@ class Fp8:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over `state_dict`; `tensors` were filled in place before."""
-        self._calibrate()
         self.sentinel.load_state_dict(state["sentinel"], self.sites)
-        if self.library is not None and self.recipe.scaling == "delayed":
-            self.library.write(self._rows())
+        if self.recipe.scaling == "delayed":
+            for site in self.sites.values():
+                site.calibrated = (False, False, False)
+            self._calibrate()
+            if self.library is not None:
+                self.library.write(self._rows())

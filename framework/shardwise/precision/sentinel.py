@@ -124,7 +124,8 @@ class Sentinel:
             self.looking, self.tally_LN.tolist(), amax_L3.tolist(), strict=True
         ):
             seen = look(sums, amax, self.amax.get(path))
-            self.amax[path] = amax
+            # Checkpoints hold JSON, which knows no infinity; 0 is an amax that nobody saw.
+            self.amax[path] = [v if math.isfinite(v) else 0.0 for v in amax]
             self._note(metrics, path, seen)
             if (reason := seen.beyond(self.config)) and self.config.fallback:
                 self.fallen[path] = step + 1

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shardwise.models.common.decoder import Decoder
+from shardwise.parallel.tensor import widen_logits
 from shardwise.rollout import sampling as sampling_
 from shardwise.rollout.cache import SlotCache
 from shardwise.rollout.sampling import Sampling
@@ -20,6 +21,7 @@ class PlainBackend:
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
+        widen_logits(model)  # as the trainer's are
         self.config = model.config
         self.cache = self._new_cache(1, 16)
 

@@ -77,6 +77,7 @@ def _bytes(
         compute_bytes=precision.compute.itemsize,
         master_bytes=precision.master.itemsize,
         recompute=config.engine.recompute,
+        wide_logits=True,
     )
     place = place_of(model, layout, rank, batches)
     found = memory.occupancy(model_shape(model), place, work)

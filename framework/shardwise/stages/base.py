@@ -83,6 +83,7 @@ class StageContext:
                 # Part of the dropout dice.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
+                wide_logits=self.stage.learns_from_itself,
             )
         if config.ranks is None:
             assert inner is not None

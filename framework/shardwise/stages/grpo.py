@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-from shardwise.losses.advantages import group_advantages
+from shardwise.losses.advantages import group_advantages, rewards_tensor
 from shardwise.losses.grpo import GRPOLoss, PolicyLossConfig
 from shardwise.stages.base import StageContext, mean_metrics
 from shardwise.stages.play import Group
@@ -23,7 +22,6 @@ from shardwise.stages.rollouts import (
     Reading,
     TrainingRows,
     read_tracks,
-    rewards_table,
     rollout_metrics,
 )
 from shardwise.stages.share import own_batches
@@ -86,7 +84,7 @@ class GrpoStage(PolicyStage):
     def _add_advantages(self, groups: list[Group]) -> dict[str, float]:
         """Advantages within the global batch, and the rollout's metrics."""
         loss: PolicyLossConfig = self.config.loss
-        known = torch.from_numpy(rewards_table(groups))
+        known = rewards_tensor([g.rewards for g in groups])
         result = group_advantages(loss.advantage, known, loss.advantage_eps)
         for group, advantages_N in zip(groups, result.advantages_GN, strict=True):
             group.tracks["advantages_BT"] = advantages_N.tolist()

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,3 @@ def write_atomically(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     staged.replace(path)
-
-
-def checkpoints_of(directory: Path) -> Iterator[Path]:
-    """The last checkpoint of each stage in a run's directory."""
-    for result in sorted((directory / "stages").glob(f"*/{RESULT_FILE}")):
-        yield directory / json.loads(result.read_text())["checkpoint"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig
 from shardwise.engines.base import Engine
-from shardwise.losses.advantages import whiten
+from shardwise.losses.advantages import rewards_tensor, whiten
 from shardwise.losses.gae import (
     KLController,
     PenaltyController,
@@ -37,7 +37,6 @@ from shardwise.stages.rollouts import (
     Reading,
     TrainingRows,
     read_tracks,
-    rewards_table,
     rollout_metrics,
     values_of,
 )
@@ -142,7 +141,7 @@ class PpoStage(PolicyStage):
         mask_CT = mask_CT.bool()
         logp_CT, values_CT = (_track(groups, n) for n in ("old_logprobs_BT", "values_BT"))
         ref_CT = None if self.reference is None else _track(groups, "ref_logprobs_BT")
-        score_C = torch.from_numpy(np.nan_to_num(rewards_table(groups)).reshape(-1))
+        score_C = rewards_tensor([g.rewards for g in groups]).nan_to_num().reshape(-1)
         rewards_CT = token_rewards(score_C, logp_CT, ref_CT, mask_CT, self.kl.coef, loss.kl)
         if loss.whiten_rewards:
             rewards_CT = whiten(rewards_CT, mask_CT, shift_mean=False)

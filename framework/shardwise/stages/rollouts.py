@@ -13,6 +13,7 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
 from shardwise.engines.base import Engine
+from shardwise.losses.advantages import rewards_tensor
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.ops.logits import selected_values
@@ -125,14 +126,9 @@ def values_of(outputs: Any, batch: MicroBatch) -> Tensor:
     return selected_values(outputs, batch.loss_mask_BT)
 
 
-def rewards_table(groups: Sequence[Group]) -> np.ndarray:
-    """Rewards [prompts, samples], NaN where one is unscorable."""
-    return np.array([[np.nan if r is None else r for r in g.rewards] for g in groups], dtype=float)
-
-
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """How a rollout went."""
-    known = rewards_table(groups)
+    known = rewards_tensor([g.rewards for g in groups]).numpy()
     count = known.size
     scorable = np.isfinite(known)
     return {
