@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import shardwise as package
 from shardwise.cli.main import main
+from shardwise.errors import UserError
 from tests.cli.conftest import Command, write_recipe
 
 COMMANDS = ["train", "generate", "evaluate", "convert", "report", "doctor", "schema"]
@@ -125,6 +127,43 @@ def test_a_bug_is_70_with_its_traceback(
     monkeypatch.setattr("shardwise.launch.doctor.doctor", broken)
     code, _, err = shardwise("doctor")
     assert code == 70 and "KeyError: 'oops'" in err and "bug in shardwise" in err
+
+
+def test_a_file_that_cannot_be_used_is_no_bug(
+    shardwise: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        (tmp_path / "nowhere").read_text()
+
+    monkeypatch.setattr("shardwise.launch.doctor.doctor", broken)
+    code, _, err = shardwise("doctor")
+    assert (code, err) == (2, f"error: {tmp_path / 'nowhere'}: No such file or directory\n")
+    assert "Traceback" in shardwise("--debug", "doctor")[2]
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shardwise.launch.doctor.doctor", full)
+    assert shardwise("doctor")[::2] == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("kind", [KeyError, UserError, OSError])
+def test_complaints_hold_no_secret(
+    shardwise: Command, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "very-secret-value")
+
+    def broken() -> None:
+        raise kind("at https://me:very-secret-value@example.org")
+
+    monkeypatch.setattr("shardwise.launch.doctor.doctor", broken)
+    _, _, err = shardwise("--debug", "doctor")
+    assert "Traceback" in err and "<redacted>" in err and "very-secret" not in err
+
+
+def test_verify_shows_no_table_when_nothing_is_compared(shardwise: Command, tmp_path: Path) -> None:
+    code, out, err = shardwise("verify", write_recipe(tmp_path), "--stage", "nothing")
+    assert (code, out) == (2, "") and "nothing" in err
 
 
 def test_launch_dry_run_says_what_would_start(shardwise: Command, tmp_path: Path) -> None:

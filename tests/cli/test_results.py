@@ -57,7 +57,26 @@ def test_verify_finds_a_flipped_bit(shardwise: Command, ckpt: Path, tmp_path: Pa
     assert code == 1 and shard.name in err and "Traceback" not in err
     assert json.loads(out)["sound"] is False
     assert shardwise("checkpoint", "diff", ckpt, ckpt)[0] == 0
-    assert shardwise("checkpoint", "verify", tmp_path / "nothing")[0] == 1
+
+
+def test_a_missing_checkpoint_is_bad_usage(shardwise: Command, ckpt: Path, tmp_path: Path) -> None:
+    for args in (["inspect"], ["verify"], ["diff", ckpt]):
+        for path, message in (("nothing", "no such file or folder"), ("", "no checkpoint here")):
+            code, _, err = shardwise("checkpoint", *args, tmp_path / path)
+            assert code == 2 and message in err, err
+    for path in ("nothing", ""):
+        assert shardwise("evaluate", tmp_path / path)[0] == 2
+        assert shardwise("generate", tmp_path / path, "-p", "a")[0] == 2
+    (tmp_path / "step_00000001").mkdir()  # by its name a checkpoint: a damaged one
+    assert shardwise("checkpoint", "verify", tmp_path / "step_00000001")[0] == 1
+
+
+def test_json_on_stdout_is_alone(shardwise: Command, run: Path) -> None:
+    recipe = run.parent / "tiny.yaml"
+    for command in (["train"], ["launch", "local"]):
+        code, out, err = shardwise(*command, recipe, "--nproc", 2, "--json", "-")
+        assert code == 0 and json.loads(out)["name"] == "tiny", err
+        assert "report: " in err  # what a rank prints goes there
 
 
 def test_report(shardwise: Command, run: Path, tmp_path: Path) -> None:
@@ -142,9 +161,36 @@ def test_generate(shardwise: Command, ckpt: Path) -> None:
     assert [len(row["completions"]) for row in found] == [2, 2]
     assert shardwise(*args, "--temperature", 1, "--samples", 2, "-p", "fox")[1] == out
     assert shardwise(*args, "--precision", "fp8")[0] == 2
-    assert shardwise("generate", ckpt.parents[4], "-p", "a")[0] in (1, 2)
+    assert shardwise("generate", ckpt.parents[4], "-p", "a")[0] == 2
 
 
 def test_evaluate_needs_evaluations(shardwise: Command, ckpt: Path) -> None:
     code, _, err = shardwise("evaluate", ckpt)
     assert code == 1 and "no evaluations" in err
+
+
+def test_data_inspect_knows_the_byte_tokenizer(shardwise: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    assert shardwise("data", "prepare", tmp_path / "a.txt", "-o", tmp_path / "s")[0] == 0
+    code, out, err = shardwise("data", "inspect", tmp_path / "s", "--tokenizer", "bytes")
+    assert code == 0 and "some text" in out, err
+
+
+def test_data_prepare_refuses_what_it_would_misread(shardwise: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    prepare = ["data", "prepare", folder, "-o", tmp_path / "s"]
+    code, out, err = shardwise(*prepare)
+    assert code == 0 and "2 documents" in out, err
+    (folder / "notes.txt").write_text("three")
+    code, _, err = shardwise(*prepare)
+    assert code == 2 and "(.jsonl, .txt); say which to read with --kind" in err
+    code, out, err = shardwise(*prepare, "--kind", "jsonl")
+    assert code == 0 and "2 documents" in out, err
+    code, _, err = shardwise(*prepare, "--kind", "jsonl", "--bpe", 5)
+    assert code == 2 and "--bpe 5: bytes and control tokens alone need 260" in err
+    (tmp_path / "corpus.bin").write_text("mine")
+    code, _, err = shardwise("data", "prepare", tmp_path / "corpus.bin", "-o", tmp_path / "corpus")
+    assert code == 2 and "would be written over" in err
+    assert (tmp_path / "corpus.bin").read_text() == "mine"

@@ -28,7 +28,7 @@ from shardwise.data.readers import Document
 from shardwise.data.sampler import Sampler
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import ByteTokenizer
-from shardwise.errors import DataError, UserError
+from shardwise.errors import DataError
 
 BYTES = ByteTokenizer()
 
@@ -164,7 +164,7 @@ def test_indexed_source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records
     # Without a manifest the files themselves are hashed.
     with_manifest = data.hash
-    (tmp_path / "store.json").unlink()
+    (tmp_path / "store.store.json").unlink()
     bare = build_pretrain_dataset(config, BYTES, 8, 0, tmp_path / "cache")
     assert bare.hash != with_manifest and _text(bare) == "hellowörld"
 
@@ -214,10 +214,13 @@ def test_configs_that_cannot_be(tmp_path: Path) -> None:
         DataConfig(sources=[indexed], held_out=0.1)
     with pytest.raises(ValidationError, match="reads chat-jsonl sources, not text"):
         ChatDataConfig(sources=[text])
-    with pytest.raises(UserError, match="must be the only one"):
-        build_validation(
-            DataConfig(sources=[text], validation=[indexed, DataSource()]), BYTES, 8, tmp_path
-        )
+    with pytest.raises(ValidationError, match="must be the only one"):
+        DataConfig(sources=[text], validation=[indexed, DataSource()])
+    for kind in ("chat-jsonl", "preference-jsonl"):
+        with pytest.raises(ValidationError, match=f"reads documents, not {kind}"):
+            DataConfig(sources=[DataSource(kind=kind, path=tmp_path)])
+    with pytest.raises(ValidationError, match="training and a validation source at once"):
+        DataConfig(sources=[DataSource(split="all")], validation=[DataSource(split="validation")])
 
 
 CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

@@ -19,6 +19,7 @@ from shardwise.data.indexed import (
 )
 from shardwise.errors import DataError
 
+MANIFEST = {"format": 1, "content_hash": "x", "num_bytes": 3}
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1, max_size=20)
 
 # Two documents, of sequences [1, 2], [3] and [700, 65535, 0], as Megatron writes them in uint16.
@@ -98,7 +99,7 @@ def test_an_error_leaves_nothing_behind(
     if exists:
         with IndexedWriter(folder / "s", np.uint16) as writer:
             writer.add([1, 2, 3])
-            writer.manifest = {"kept": True}
+            writer.manifest = dict(MANIFEST)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with (
         pytest.raises(DataError, match="do not fit"),
@@ -117,7 +118,7 @@ def test_a_crash_inside_the_commit_never_pairs_old_with_new(
     """At every file operation of the commit: the old store, no store, or the new store."""
     with IndexedWriter(tmp_path / "s", np.uint16) as writer:
         writer.add([1, 2, 3])
-        writer.manifest = {"which": "old"}
+        writer.manifest = MANIFEST | {"which": "old"}
 
     class Killed(BaseException):
         pass
@@ -141,7 +142,7 @@ def test_a_crash_inside_the_commit_never_pairs_old_with_new(
     try:
         with writer:
             writer.add([7, 8, 9])
-            writer.manifest = {"which": "new"}
+            writer.manifest = MANIFEST | {"which": "new"}
             monkeypatch.setattr(Path, "unlink", counted(unlink))
             monkeypatch.setattr(Path, "replace", counted(replace))
     except Killed:
@@ -242,3 +243,17 @@ def test_dtype_follows_megatron() -> None:
     assert token_dtype(65500) == np.int32
     with pytest.raises(DataError, match="float"):
         IndexedWriter("x", np.float32)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"text": "mine"}', '{"format": 2}', "no JSON"])
+def test_what_is_no_manifest_is_kept(tmp_path: Path, text: str) -> None:
+    with IndexedWriter(tmp_path / "s", np.uint16) as writer:
+        writer.add([1])
+    file = tmp_path / "s.store.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"s\.store\.json: not a store's manifest.*move it") as told:
+        read_manifest(tmp_path / "s")
+    assert "delete" not in str(told.value)
+    with pytest.raises(DataError, match="move it"), IndexedWriter(tmp_path / "s", np.uint16):
+        pass
+    assert file.read_text() == text

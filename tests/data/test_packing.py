@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from shardwise.data.packing import (
     Example,
@@ -16,13 +19,21 @@ from shardwise.data.packing import (
     SlidingRows,
     best_fit,
     collate,
-    collate_sequences,
 )
 from shardwise.errors import DataError, UserError
 
 BOS, EOS, PAD = 1, 2, 3
 # Documents may contain the ids of BOS, EOS and PAD: nothing may be inferred from ids.
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=25), min_size=1, max_size=12)
+
+
+def rows_of(
+    documents: Sequence[ArrayLike], seq_len: int, start_id: int, eos_id: int, pad_id: int
+) -> PackedRows:
+    """Rows over token lists; EOS is appended to each."""
+    arrays = [np.append(np.asarray(d, dtype=np.int64), eos_id) for d in documents]
+    starts = np.cumsum([0, *(a.size for a in arrays)])
+    return PackedRows(np.concatenate(arrays), starts, seq_len, start_id, pad_id)
 
 
 def pieces(row: Row) -> list[tuple[list[int], list[int], bool]]:
@@ -42,7 +53,7 @@ def pieces(row: Row) -> list[tuple[list[int], list[int], bool]]:
 
 @given(DOCUMENTS, st.integers(1, 16))
 def test_documents_can_be_read_back_from_rows(docs: list[list[int]], seq_len: int) -> None:
-    packed = PackedRows.from_documents(docs, seq_len, BOS, EOS, PAD)
+    packed = rows_of(docs, seq_len, BOS, EOS, PAD)
     assert packed.num_rows == -(-sum(len(d) + 1 for d in docs) // seq_len)
     flat: list[int] = []
     for i in range(packed.num_rows):
@@ -59,7 +70,7 @@ def test_documents_can_be_read_back_from_rows(docs: list[list[int]], seq_len: in
 @given(DOCUMENTS, st.integers(1, 16))
 def test_segments_are_documents(docs: list[list[int]], seq_len: int) -> None:
     """Each lies in one document, opens with BOS at its start and ends on EOS at its end."""
-    packed = PackedRows.from_documents(docs, seq_len, BOS, EOS, PAD)
+    packed = rows_of(docs, seq_len, BOS, EOS, PAD)
     queue = [(d, t) for d, ids in enumerate(docs) for t in range(len(ids) + 1)]
     previous = None
     for i in range(packed.num_rows):
@@ -82,7 +93,7 @@ def test_segments_are_documents(docs: list[list[int]], seq_len: int) -> None:
 
 
 def test_a_row_by_hand() -> None:
-    packed = PackedRows.from_documents([[10, 11], [], [20, 21, 22]], 5, BOS, EOS, PAD)
+    packed = rows_of([[10, 11], [], [20, 21, 22]], 5, BOS, EOS, PAD)
     first, second = packed.row(0), packed.row(1)
     assert first.input_ids.tolist() == [BOS, 10, 11, BOS, BOS]
     assert first.targets.tolist() == [10, 11, EOS, EOS, 20]
@@ -107,13 +118,13 @@ def test_refusals() -> None:
     with pytest.raises(DataError, match="no tokens"):
         PackedRows(np.array([], dtype=np.uint16), np.array([0, 0]), 4, BOS, PAD)
     with pytest.raises(UserError, match="seq_len"):
-        PackedRows.from_documents([[1]], 0, BOS, EOS, PAD)
+        rows_of([[1]], 0, BOS, EOS, PAD)
     with pytest.raises(IndexError):
-        PackedRows.from_documents([[1]], 4, BOS, EOS, PAD).row(1)
+        rows_of([[1]], 4, BOS, EOS, PAD).row(1)
 
 
 def test_collate() -> None:
-    packed = PackedRows.from_documents([[10, 11], [12], [13, 14, 15, 16]], 5, BOS, EOS, PAD)
+    packed = rows_of([[10, 11], [12], [13, 14, 15, 16]], 5, BOS, EOS, PAD)
     batch = collate([packed.row(0), packed.row(1)], [40, 41])
     assert batch.segment_ids_BT is not None and batch.segment_ids_BT.shape == (2, 5)
     assert batch.sample_ids_B.tolist() == [40, 41]
@@ -200,42 +211,6 @@ def test_mask_and_ids_must_agree() -> None:
 
 
 @given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=10),
-        min_size=1,
-        max_size=6,
-    ),
-    st.sampled_from([None, 9, 20]),
-)
-def test_sequences_are_masked_by_length_alone(raw: list, pad_to: int | None) -> None:
-    """Ids equal to the padding id inside a sequence keep their loss (TRL#4970)."""
-    ids = [[i for i, _ in s] for s in raw]
-    masks = [[m for _, m in s] for s in raw]
-    values = [np.arange(len(s), dtype=np.float64) + 1 for s in raw]
-    batch = collate_sequences(
-        ids, masks, range(len(raw)), pad_id=PAD, pad_to=pad_to, per_token={"advantages": values}
-    )
-    width = batch.input_ids_BT.shape[1]
-    assert width == (pad_to or max(map(len, ids)) - 1)
-    assert batch.segment_ids_BT is None
-    for b, (row, mask) in enumerate(zip(ids, masks)):
-        n = len(row) - 1
-        assert batch.input_ids_BT[b, :n].tolist() == row[:-1]
-        assert batch.targets_BT[b, :n].tolist() == row[1:]
-        assert batch.loss_mask_BT[b].tolist() == mask[1:] + [False] * (width - n)
-        assert batch.position_ids_BT[b].tolist() == list(range(width))
-        advantages = batch.extras["advantages"][b].tolist()
-        assert advantages == [float(t + 1) for t in range(1, n + 1)] + [0.0] * (width - n)
-
-
-def test_sequences_that_do_not_fit() -> None:
-    with pytest.raises(DataError, match="do not fit"):
-        collate_sequences([[1, 2, 3]], [[True] * 3], [0], PAD, pad_to=1)
-    with pytest.raises(DataError, match="do not fit"):
-        collate_sequences([[1]], [[True]], [0], PAD)
-
-
-@given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     seq_len=st.integers(1, 8),
     data=st.data(),
@@ -245,7 +220,7 @@ def test_sliding_rows_score_every_token_once_with_its_context(
 ) -> None:
     stride = data.draw(st.integers(1, seq_len))
     docs = [list(range(100 * i + 1, 100 * i + n + 1)) for i, n in enumerate(lengths)]
-    rows = PackedRows.from_documents(docs, seq_len, start_id=0, eos_id=99, pad_id=98)
+    rows = rows_of(docs, seq_len, start_id=0, eos_id=99, pad_id=98)
     sliding = SlidingRows(rows, stride)
     scored = [sliding.row(i) for i in range(sliding.num_rows)]
     found = [int(t) for r in scored for t in r.targets[r.loss_mask]]

@@ -30,7 +30,7 @@ def test_prepare_and_inspect(tmp_path: Path) -> None:
     assert (report.num_documents, report.num_tokens, report.num_bytes) == (10, 116, 106)
     assert seen[-1] == report and report.bytes_per_token == 106 / 116
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["store.bin", "store.idx", "store.json", "store.tokenizer"]
+    assert names == ["store.bin", "store.idx", "store.store.json", "store.tokenizer"]
     store = IndexedStore(tmp_path / "out" / "store")
     assert [store[i].tolist() for i in range(5)] == [[*t.encode(), BYTES.eos_id] for t in texts]
 
@@ -85,3 +85,27 @@ def test_the_content_hash_follows_text_and_tokenizer(tmp_path: Path) -> None:
         content_hash(["ab", "c"], other),
     ]
     assert len(set(hashes)) == 3 and content_hash(["ab", "c"], BYTES) == hashes[0]
+
+
+def test_the_input_is_never_written_over(tmp_path: Path) -> None:
+    source = _jsonl(tmp_path / "corpus.json", ["a", "b"])
+    before = (tmp_path / "corpus.json").read_bytes()
+    prepare([source], BYTES, tmp_path / "corpus")
+    assert (tmp_path / "corpus.json").read_bytes() == before
+    for name in ("x.bin", "x.store.json", "x.tokenizer/notes.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        source = _jsonl(tmp_path / name, ["mine"])
+        with pytest.raises(DataError, match="is an input and would be written over"):
+            prepare([source], BYTES, tmp_path / "x")
+        assert "mine" in (tmp_path / name).read_text()
+        (tmp_path / name).unlink()
+
+
+def test_ids_that_cannot_be_are_named(tmp_path: Path) -> None:
+    for bad in (-7, 2**40):
+        with IndexedWriter(tmp_path / "s", np.int64) as writer:
+            writer.add([1, 2])
+        ids = np.array([1, bad], dtype="<i8")
+        (tmp_path / "s.bin").write_bytes(ids.tobytes())
+        with pytest.raises(DataError, match=rf"s\.bin: byte 8: {bad} is no token id"):
+            inspect(tmp_path / "s", BYTES)

@@ -25,6 +25,8 @@ def test_find_files(tmp_path: Path) -> None:
 
     assert names(tmp_path) == ["a.txt", "b.txt", "sub/c.txt", "sub/d.md"]
     assert names(tmp_path, ".md") == ["sub/d.md"]
+    (tmp_path / "sub" / "e.MD").write_text("")
+    assert names(tmp_path, ".md") == ["sub/d.md", "sub/e.MD"]
     assert names(tmp_path / "b.txt") == ["b.txt"]
     assert names(tmp_path / "**" / "*.txt", ".ignored") == ["a.txt", "b.txt", "sub/c.txt"]
     with pytest.raises(DataError, match=r"nowhere: no such file"):
@@ -140,3 +142,10 @@ def test_chat_jsonl(tmp_path: Path) -> None:
     assert messages == chat and where.endswith("c.jsonl: line 1, byte 0")
     with pytest.raises(DataError, match=r"c\.jsonl: line 2, byte \d+: field 'messages': message 0"):
         next(rows)
+
+
+def test_json_nested_beyond_reason_is_an_error_of_the_data(tmp_path: Path) -> None:
+    file = tmp_path / "deep.jsonl"
+    file.write_text('{"text": "fine"}\n' + "[" * 200_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl: line 2, byte 17: not JSON"):
+        list(readers.read_jsonl([file]))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.data.sampler import _SORTED_BELOW, Permutation, Sampler, slice_for, stream_key
+from shardwise.data.sampler import _SORTED_BELOW, Permutation, Sampler, stream_key
 from shardwise.errors import UserError
 
 # Both ways to shuffle: by sorting (small), by a Feistel network.
@@ -39,8 +39,8 @@ def test_any_split_consumes_what_one_process_does(
     position = start
     for size, world in steps:
         batch = Sampler(n, seed).batch(position, size)  # a fresh object: there is no hidden state
-        for rank in range(world):
-            consumed.extend(batch[slice_for(rank, world, size)])
+        for part in np.array_split(batch, world):
+            consumed.extend(part)
         position += size
     assert consumed == sampler.batch(start, position - start).tolist()
 
@@ -108,15 +108,6 @@ def test_unshuffled() -> None:
     assert Sampler(3, 0, shuffle=False).batch(2, 5).tolist() == [2, 0, 1, 2, 0]
 
 
-@given(st.integers(0, 100), st.integers(1, 12))
-def test_slices_tile_the_batch(size: int, world: int) -> None:
-    parts = [list(range(size))[slice_for(r, world, size)] for r in range(world)]
-    assert [i for part in parts for i in part] == list(range(size))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_refusals() -> None:
     with pytest.raises(UserError, match="no samples"):
         Sampler(0, 0)
-    with pytest.raises(UserError, match="rank 2"):
-        slice_for(2, 2, 8)

@@ -126,3 +126,36 @@ def test_damage_is_named(pair: Any, tmp_path: Path) -> None:
             load_sentencepiece(bad)
     with pytest.raises(DataError, match=r"no\.model: cannot be read"):
         load_sentencepiece(tmp_path / "no.model")
+
+
+def _field(number: int, value: bytes | int) -> bytes:
+    """One field of a protocol buffer message (numbers and lengths below 128)."""
+    if isinstance(value, int):
+        return bytes([number << 3, value])
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+_SCORE = b"\x15\0\0\0\0"
+_END = _field(1, b"</s>") + _SCORE + _field(3, 3)
+_A = _field(1, b"a") + _SCORE
+_UNK = _field(1, b"<unk>") + _SCORE + _field(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([_UNK, _A, _SCORE], "a piece has no text"),
+        ([_END, _A], "no piece is marked as the unknown one"),
+        ([_UNK, _END, _field(1, b"a") + _field(2, 7)], "no 32-bit float"),
+        ([_UNK, _END, _field(1, 7)], "a number where a text belongs"),
+        ([_UNK, _END], ""),  # no ordinary piece
+    ],
+)
+def test_damaged_pieces_are_named(tmp_path: Path, pieces: list[bytes], message: str) -> None:
+    path = tmp_path / "bad.model"
+    for kind in (1, 2):
+        trainer = _field(2, _field(3, kind))
+        path.write_bytes(b"".join(_field(1, p) for p in pieces) + trainer)
+        if message or kind == 1:
+            with pytest.raises(DataError, match=rf"bad\.model: .*{message}"):
+                load_sentencepiece(path)

@@ -54,3 +54,34 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert source.fingerprint() != before
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     assert source.fingerprint() == before
+
+
+@pytest.mark.parametrize("split", ["validation", "all"])
+def test_only_the_standard_library_has_a_split(split: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=f"split {split} divides the standard library only"):
+        DataSource(kind="text", path=tmp_path, split=split)  # type: ignore[arg-type]
+    DataSource(kind="text", path=tmp_path, split="train")  # as a resolved recipe writes it
+
+
+@pytest.mark.parametrize("kind", ["chat-jsonl", "preference-jsonl"])
+def test_no_weight_where_none_is_used(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="have no weight"):
+        DataSource(kind=kind, path=tmp_path, weight=2.0)  # type: ignore[arg-type]
+
+
+def test_check_opens_nothing_but_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("text", "jsonl", "indexed", "chat-jsonl"):
+        with pytest.raises(DataError, match="nowhere"):
+            DataSource(kind=kind, path=tmp_path / "nowhere").check()  # type: ignore[arg-type]
+    (tmp_path / "a.parquet").write_text("not read")
+    DataSource(kind="parquet", path=tmp_path).check()
+    DataSource().check()
+    (tmp_path / "b.txt").write_text("")
+    for kind, name in (("text", "a.parquet"), ("chat-jsonl", "a.parquet"), ("parquet", "b.txt")):
+        with pytest.raises(DataError, match=f"{name}: a .* file is not of kind {kind}"):
+            DataSource(kind=kind, path=tmp_path / name).check()  # type: ignore[arg-type]
+    monkeypatch.setattr("shardwise.data.readers.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="needs pyarrow"):
+        DataSource(kind="parquet", path=tmp_path).check()

@@ -104,3 +104,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
             load_tiktoken(path)
     with pytest.raises(DataError, match="cannot be read"):
         load_tiktoken(tmp_path / "none.tiktoken")
+
+
+def test_a_rank_out_of_range_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.tiktoken", {b"a": -3})
+    with pytest.raises(DataError, match=r"line 1: .*rank -3 is out of range"):
+        load_tiktoken(path)

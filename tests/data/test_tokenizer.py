@@ -26,6 +26,7 @@ from shardwise.data.tokenizer import (
     Tokenizer,
     byte_alphabet,
     load_tokenizer,
+    tokenizer_fingerprint,
     train_bpe,
 )
 from shardwise.errors import DataError, UserError
@@ -218,6 +219,13 @@ def test_template_option(tmp_path: Path) -> None:
     assert load_tokenizer(config).chat_template == "{{ y }}"
     with pytest.raises(UserError, match=r"tokenizer\.chat_template: cannot read 'no\.jinja'"):
         load_tokenizer(TokenizerConfig(chat_template="no.jinja"))
+    (tmp_path / "t.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(UserError, match=r"cannot read .*t\.jinja': it is not UTF-8"):
+        load_tokenizer(config)
+    (tmp_path / "t.jinja").rename(tmp_path / "chat_template.jinja")
+    BPE.save(tmp_path)
+    with pytest.raises(DataError, match=r"chat_template\.jinja: byte 3: not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -232,11 +240,18 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(tmp_path)
+    for content, message in (
+        ("[]", "must hold a JSON object"),
+        ('{"eos_token": 5}', "eos_token must be a text, not 5"),
+        ('{"eos_token": {"id": 5}}', "eos_token must be a text"),
+        ('{"chat_template": 5}', "chat_template must be a text"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(DataError, match=rf"tokenizer_config\.json: {message}"):
+            load_tokenizer(tmp_path)
     _edited(tmp_path, eos_token="<gone>")
     with pytest.raises(DataError, match="no token '<gone>'"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="kind file needs tokenizer"):
-        load_tokenizer(TokenizerConfig(kind="file"))
     with pytest.raises(UserError, match="needs texts to train on"):
         load_tokenizer(TokenizerConfig(kind="bpe"))
 
@@ -257,3 +272,28 @@ def test_bytes_fallback_vocabulary() -> None:
         ids = tokenizer.encode(text)
         # The space that Metaspace puts in front is counted, as documented.
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode()) + 1
+
+
+def test_fingerprint_of_a_section(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ x }}")
+
+    def prints() -> list[str]:
+        configs = [
+            TokenizerConfig(),
+            TokenizerConfig(kind="bpe"),
+            TokenizerConfig(kind="bpe", vocab_size=300),
+            TokenizerConfig(kind="file", path=file),
+            TokenizerConfig(kind="file", path=tmp_path),
+            TokenizerConfig(chat_template=str(template)),
+        ]
+        return [tokenizer_fingerprint(c) for c in configs]
+
+    before = prints()
+    assert len(set(before)) == len(before)
+    assert tokenizer_fingerprint(TokenizerConfig(vocab_size=5)) == before[0]  # of no matter there
+    file.write_text(file.read_text() + " ")
+    template.write_text("{{ y }}")
+    assert [a == b for a, b in zip(prints(), before)] == [True] * 3 + [False] * 3

@@ -44,6 +44,8 @@ def fail(folder: str, rank: int, how: str) -> None:
         return
     if how == "raise":
         raise RuntimeError("the cat ate it")
+    if how == "secret":
+        raise RuntimeError("cannot reach https://me:very-secret-value@example.org")
     if how == "user error":
         raise DataError("books.jsonl:7: not JSON; mend the line")
     if how == "_exit":

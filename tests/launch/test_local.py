@@ -13,6 +13,7 @@ import pytest
 
 from shardwise.errors import ShardwiseError
 from shardwise.launch import local
+from shardwise.metrics.meters import num_cores
 from tests.support.pool import CONTEXT
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def test_ranks_meet_and_only_rank_0_speaks(tmp_path: Path, fresh: bool) -> None:
     assert code == 0, err
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [r["sum"] for r in results] == [3, 3]
-    assert {r["threads"] for r in results} == {str(max(1, (os.cpu_count() or 1) // 2))}
+    assert {r["threads"] for r in results} == {str(max(1, num_cores() // 2))}
     assert out == "hello from 0\n"
     assert (tmp_path / "logs" / "rank_1.log").read_text().startswith("hello from 1\n")
     assert not any(alive(r["pid"]) for r in results)
@@ -133,3 +134,12 @@ def test_two_launches_at_once_do_not_collide(tmp_path: Path) -> None:
         folder.mkdir()
     launchers = [Launcher("write_sum", folder) for folder in folders]
     assert [launcher.finish()[0] for launcher in launchers] == [0, 0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_secrets_stay_out_of_what_a_failed_rank_leaves(tmp_path: Path, rank: int) -> None:
+    code, _, err = Launcher("fail", tmp_path, rank, "secret").finish()
+    assert code == 1 and "cannot reach https://<redacted>@example.org" in err
+    logs = [p.read_text() for p in (tmp_path / "logs").iterdir()]
+    assert any("Traceback" in text for text in logs)
+    assert not any("very-secret-value" in text for text in (err, *logs))

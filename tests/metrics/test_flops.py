@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from shardwise.metrics.flops import (
     FlopsShape,
-    decode_flops_per_token,
     forward_flops_per_token,
     mean_keys,
     training_flops_per_token,
@@ -62,9 +61,3 @@ def test_window_matches_counting(seq_len: int, window: int) -> None:
     assert mean_keys(seq_len, sliding_window=window) == pytest.approx(counted, abs=0.5 + 1e-9)
     assert mean_keys(seq_len) == seq_len / 2
     assert mean_keys(seq_len, causal=False) == seq_len
-
-
-def test_decode_sums_to_forward() -> None:
-    shape = FlopsShape(num_params=1000, num_layers=4, attention_width=8, seq_len=64)
-    each = [decode_flops_per_token(1000, 4, 8, cached + 0.5) for cached in range(64)]
-    assert sum(each) == pytest.approx(64 * forward_flops_per_token(shape))

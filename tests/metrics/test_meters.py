@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import os
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shardwise.metrics.meters import Ema, Throughput, host_info, memory_metrics
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(0, 0.999))
-def test_ema_is_the_weighted_mean(values: list[float], decay: float) -> None:
-    meter = Ema(decay)
-    for value in values:
-        meter.update(value)
-    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
-    expected = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-    assert meter.value == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_ema_before_and_bounds() -> None:
-    assert math.isnan(Ema().value)
-    assert Ema(0.99).update(3.0) == 3.0
-    with pytest.raises(ValueError, match="decay"):
-        Ema(1.0)
+from shardwise.launch.local import rank_environment
+from shardwise.metrics.meters import Throughput, host_info, memory_metrics, num_cores
 
 
 def test_throughput() -> None:
@@ -66,3 +48,11 @@ def test_host_info_names_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "very-secret-value" not in text
     assert socket.gethostname() not in text.split("'")
     assert getpass.getuser() not in text.split("'")
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert num_cores() == host_info()["num_cores"] == 3
+    assert rank_environment(3, 0)["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert rank_environment(1, 0)["OMP_NUM_THREADS"] == "3"

@@ -48,13 +48,12 @@ def test_time_left_counts_this_process_only() -> None:
     assert "left 3:16" in stream.getvalue()  # 98 steps of 2 s
 
 
-def test_messages_summary_and_unannounced_stage() -> None:
+def test_messages_and_unannounced_stage() -> None:
     stream = io.StringIO()
     with Progress([], stream=stream) as progress:
         progress.message("a [bold]note[/bold]")
         progress.update("extra", 1, {"reward_mean": 0.5, "loss": None})
-        progress.summary(["one", "two"])
-    assert stream.getvalue() == "a [bold]note[/bold]\nextra 1/?  reward 0.500\none\ntwo\n"
+    assert stream.getvalue() == "a [bold]note[/bold]\nextra 1/?  reward 0.500\n"
 
 
 def test_other_ranks_are_silent() -> None:
@@ -62,7 +61,6 @@ def test_other_ranks_are_silent() -> None:
     progress = Progress([("a", 2)], rank=1, stream=stream, interval_s=0)
     progress.update("a", 2, {"loss": 1.0})
     progress.message("m")
-    progress.summary(["s"])
     assert stream.getvalue() == ""
 
 
@@ -76,7 +74,8 @@ def test_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.update("pretrain", 1, {"loss": 2.5})
         progress.message("saved [step 1]")
         progress.update("pretrain", 2, {"loss": 1.25})
-        progress.summary(["done"])
+        progress.close()
+        progress.message("done")
     shown = b""
     while chunk := _read(master):
         shown += chunk

@@ -140,7 +140,7 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
     logger.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "a"))
     events.Reload()
     assert events.Tags()["scalars"] == ["a/loss"]
     assert [(e.step, e.value) for e in events.Scalars("a/loss")] == [
@@ -149,6 +149,26 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
         (3, 7.0),
         (4, 60.0),
     ]
+
+
+def test_a_resumed_stage_leaves_the_curves_of_earlier_ones(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in (0, 2):  # the second time as after a kill
+        logger = MetricsLogger(tmp_path, LoggingConfig(tensorboard=True))
+        if not start:
+            for step in range(1, 10):
+                logger.log("pretrain", step, {"loss": 1.0})
+        logger.rewind("sft", start)
+        for step in range(start + 1, 5):
+            logger.log("sft", step, {"loss": 2.0})
+        logger.close()
+    for stage, num_steps in (("pretrain", 9), ("sft", 4)):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / stage))
+        events.Reload()
+        steps = [e.step for e in events.Scalars(f"{stage}/loss")]
+        assert steps == list(range(1, num_steps + 1))
 
 
 OFFLINE = """

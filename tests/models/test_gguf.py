@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardwise.checkpoint.convert import convert
 from shardwise.errors import CheckpointError
 from shardwise.models.common.init import init_weights, load_weights
-from shardwise.models.gguf import from_gguf, gguf_to_hf
+from shardwise.models.gguf import from_gguf
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.models.registry import build
 from shardwise.ops import rope
@@ -207,7 +208,7 @@ def test_rope_scalings(tmp_path: Path) -> None:
 def test_folder_for_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     _write(tmp_path / "m.gguf", "F32")
-    gguf_to_hf(tmp_path / "m.gguf", tmp_path / "hf")
+    convert(tmp_path / "m.gguf", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token == "<|im_end|>" and theirs.generation_config.eos_token_id == 2
@@ -263,7 +264,7 @@ def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     from shardwise.models.common.cache import SimpleCache
 
     path = _smollm2()
-    gguf_to_hf(path, tmp_path)
+    convert(path, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]

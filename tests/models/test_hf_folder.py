@@ -121,7 +121,11 @@ def _edit(path: Path, **changes: Any) -> None:
         ({"num_key_value_heads": 3}, "num_heads"),
         ({"hidden_size": 16}, "shape"),
         ({"num_hidden_layers": 2}, "missing"),
-        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; allowed: an integer, at least 1"),
+        ({"hidden_size": "8"}, "hidden_size is '8'; allowed"),
+        ({"rope_scaling": [1]}, r"config\.json: a value of a kind that cannot be"),
+        ({"architectures": 5}, r"config\.json: a value of a kind that cannot be"),
         ({"attention_bias": True}, "missing"),
     ],
 )
@@ -149,15 +153,17 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="JSON"):
         _load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist") as told:
         _load(folder)
+    assert told.value.exit_code == 2  # nothing is damaged: the path is wrong
 
 
 def test_index_cannot_point_outside(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
-    _edit(folder / "model.safetensors.index.json", weight_map={"x": "../secret.safetensors"})
-    with pytest.raises(CheckpointError, match="files of this folder"):
-        _load(folder)
+    for weight_map in ({"x": "../secret.safetensors"}, {"x": ["model"]}, [], None):
+        _edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+        with pytest.raises(CheckpointError, match="files of this folder"):
+            _load(folder)
 
 
 def test_export_refuses_what_transformers_lacks(tmp_path: Path) -> None:

@@ -280,3 +280,34 @@ def test_fp8_layers_have_charts_and_a_table(tmp_path: Path) -> None:
     assert "The worst look at each of 2 layers" in shown
     assert "Error of the FP8 products" in shown
     assert "fp8.blocks" not in shown  # not once more among the small curves
+
+
+def test_a_run_of_nothing_but_nan_is_diagnosed(tmp_path: Path) -> None:
+    metrics = [
+        {"stage": "pretrain", "step": i, "kind": "train", "loss": float("nan")} for i in range(40)
+    ]
+    run = load_run(synthetic.write_run(tmp_path / "r", metrics=metrics))
+    [found] = [c for d in page.diagnoses(run) for c in d.found]
+    assert found.numbers["loss"] == 40
+    render(run)
+
+
+def test_a_stage_is_known_by_its_name_before_its_kind(tmp_path: Path) -> None:
+    run = load_run(synthetic.write_run(tmp_path / "r"))
+    run.config["stages"] = [
+        {"kind": "pretrain", "name": "first", "steps": 1},
+        {"kind": "sft", "name": "pretrain", "steps": 2},
+        {"kind": "grpo", "steps": 3},
+    ]
+    steps = [run.stage_config(name).get("steps") for name in ("first", "pretrain", "grpo", "sft")]
+    assert steps == [1, 2, 3, None]
+
+
+def test_stages_of_a_summary_without_names(tmp_path: Path) -> None:
+    summary = synthetic.summary()
+    for stage, layout in zip(summary["stages"], ("dp2", "tp2", "pp2")):
+        del stage["name"]
+        stage["layout"] = layout
+    run = load_run(synthetic.write_run(tmp_path / "r", summary_=summary))
+    [tile] = [t for t in page.tiles(run) if t.label == "Layout"]
+    assert tile.value == "3 layouts"

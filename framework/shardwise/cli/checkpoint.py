@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.output import JsonOption, emit, size
-from shardwise.errors import CheckFailed
+from shardwise.errors import CheckFailed, CheckpointError, UserError
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints without loading them.")
 Checkpoint = Annotated[
@@ -16,12 +16,24 @@ Checkpoint = Annotated[
 ]
 
 
+def located(ckpt: Path) -> Path:
+    """The checkpoint that is meant; UserError where there is none (a damaged one is no misuse)."""
+    from shardwise.checkpoint import resolve
+
+    if not ckpt.exists():
+        raise UserError(f"{ckpt}: no such file or folder (from {Path.cwd()})")
+    try:
+        return resolve(ckpt)
+    except CheckpointError as error:  # what is damaged is resolved by its name
+        raise UserError(str(error)) from error
+
+
 @app.command()
 def inspect(ckpt: Checkpoint, json: JsonOption = None) -> None:
     """What a checkpoint holds, from its manifest alone."""
     from shardwise.checkpoint import inspect as run
 
-    found = run(ckpt)
+    found = run(located(ckpt))
     lines = [
         f"{found.path}: step {found.step}, {found.num_tensors} tensors, "
         f"{found.num_elements:,} values, {size(found.num_bytes)}, digest {found.digest}"
@@ -38,10 +50,10 @@ def inspect(ckpt: Checkpoint, json: JsonOption = None) -> None:
 @app.command()
 def verify(ckpt: Checkpoint, json: JsonOption = None) -> None:
     """Read and hash every byte; exit code 1 and the damaged files and tensors if any differs."""
-    from shardwise.checkpoint import resolve
     from shardwise.checkpoint import verify as run
 
-    path, problems = resolve(ckpt), run(ckpt)
+    path = located(ckpt)
+    problems = run(path)
     result = {"path": path, "sound": not problems, "problems": problems}
     if not problems:
         emit(result, f"{path}: sound, every byte is as written", json)
@@ -57,7 +69,7 @@ def diff(a: Checkpoint, b: Checkpoint, json: JsonOption = None) -> None:
     """In what two checkpoints differ, whatever layouts wrote them; exit code 1 if they do."""
     from shardwise.checkpoint import diff as run
 
-    found = run(a, b)
+    found = run(located(a), located(b))
     lines = [f"only in {a}: {name}" for name in found.only_a]
     lines += [f"only in {b}: {name}" for name in found.only_b]
     lines += [f"{n}: shape {list(x)} against {list(y)}" for n, (x, y) in found.shapes.items()]

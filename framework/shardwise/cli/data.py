@@ -34,18 +34,19 @@ def prepare(
     json: JsonOption = None,
 ) -> None:
     """Tokenise text, jsonl or parquet into an indexed store (Megatron's .bin and .idx)."""
-    from shardwise.config.schema import TokenizerConfig
     from shardwise.data.prepare import prepare as run
-    from shardwise.data.tokenizer import load_tokenizer, train_bpe
+    from shardwise.data.tokenizer import SPECIAL_TOKENS, train_bpe
 
     sources = [_source(path, kind, field) for path in inputs]
     made: Tokenizer
     if bpe is not None:
         if tokenizer != "bytes":
             raise UserError("--bpe trains a tokenizer and --tokenizer gives one; choose")
+        if bpe < (least := 256 + len(SPECIAL_TOKENS)):
+            raise UserError(f"--bpe {bpe}: bytes and control tokens alone need {least}")
         made = train_bpe((d.text for s in sources for d in s.documents()), bpe)
     else:
-        made = load_tokenizer(TokenizerConfig() if tokenizer == "bytes" else tokenizer)
+        made = _tokenizer(tokenizer)
     report = run(sources, made, out)
     text = (
         f"{report.prefix}.bin, .idx: {report.num_documents:,} documents, "
@@ -57,15 +58,16 @@ def prepare(
 @app.command()
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Its prefix, .bin or .idx.")],
-    tokenizer: Annotated[str | None, typer.Option(help="To decode samples with.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="To decode samples with; as for prepare.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
     json: JsonOption = None,
 ) -> None:
     """What a token store holds: counts, lengths, the beginning of some documents."""
     from shardwise.data.prepare import inspect as run
-    from shardwise.data.tokenizer import load_tokenizer
 
-    found = run(store, load_tokenizer(tokenizer) if tokenizer else None, num_samples=samples)
+    found = run(store, _tokenizer(tokenizer) if tokenizer else None, num_samples=samples)
     lines = [
         f"{found.prefix}: {found.num_documents:,} documents, {found.num_tokens:,} tokens of "
         f"{found.dtype}, ids {found.smallest_id} to {found.largest_id}"
@@ -80,15 +82,26 @@ def inspect(
     emit(found, "\n".join(lines), json)
 
 
+def _tokenizer(name: str) -> Tokenizer:
+    from shardwise.config.schema import TokenizerConfig
+    from shardwise.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(TokenizerConfig() if name == "bytes" else name)
+
+
 def _source(path: Path, kind: str, field: str | None) -> DataSource:
     from shardwise.data.readers import find_files
     from shardwise.data.source import DataSource
 
     if kind == "auto":
-        suffixes = {file.suffix for file in find_files(path)}
-        kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(
-            suffixes.pop() if len(suffixes) == 1 else "", "text"
-        )
+        suffixes = {file.suffix.lower() for file in find_files(path)}
+        known = {".jsonl": "jsonl", ".parquet": "parquet"}
+        if len(suffixes) > 1 and suffixes & known.keys():
+            names = ", ".join(sorted(s or "none" for s in suffixes))
+            raise UserError(
+                f"{path}: holds files of several kinds ({names}); say which to read with --kind"
+            )
+        kind = known.get(suffixes.pop(), "text")
     if kind not in ("text", "jsonl", "parquet"):
         raise UserError(f"--kind {kind}: allowed: auto, text, jsonl, parquet")
     return DataSource(kind=kind, path=path, field=field)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli.output import JsonOption, emit
+from shardwise.cli.output import JsonOption, emit, json_alone
 from shardwise.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Start the ranks of a run.")
@@ -47,7 +47,8 @@ def local(
         lines += [f"  {key}={value}" for key, value in plan["environment"].items()]
         emit(plan, "\n".join(lines), json)
         return
-    summary = train(config, overrides or (), nproc)
+    with json_alone(json):
+        summary = train(config, overrides or (), nproc)
     if json is not None:
         emit(summary, "", json)
 

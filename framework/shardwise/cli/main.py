@@ -3,7 +3,8 @@
 Torch is imported only by the commands that need it, so that help and mistakes are instant.
 
 Exit codes: 0 done, 1 the check failed or training broke, 2 bad usage or config (nothing was
-started), 70 a bug in shardwise, 128 + n stopped by signal n; a rank that was lost gives its own.
+started) or a file that cannot be used, 70 a bug in shardwise, 128 + n stopped by signal n; a rank
+that was lost gives its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import typer
 
 from shardwise import __version__
 from shardwise.cli import checkpoint, data, launch
-from shardwise.cli.output import JsonOption, emit
+from shardwise.cli.output import JsonOption, emit, json_alone
 from shardwise.errors import ConfigError, ShardwiseError, UserError
 
 INTERNAL_ERROR = 70
@@ -95,7 +96,8 @@ def train(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from shardwise.launch.train import train as run
 
-    summary = run(config, overrides, nproc)
+    with json_alone(json):
+        summary = run(config, overrides, nproc)
     if json is not None and os.environ.get("RANK", "0") == "0":
         emit(summary, "", json)
 
@@ -119,12 +121,13 @@ def verify(
     from shardwise.verify.run import Verdict
     from shardwise.verify.run import verify as run
 
+    told: list[Verdict] = []
+
     def tell(verdict: Verdict) -> None:
         if json != "-":
-            typer.echo(row(verdict))
+            typer.echo(row(verdict) if told else f"{HEADER}\n{row(verdict)}")
+        told.append(verdict)
 
-    if json != "-":
-        typer.echo(HEADER)
     report = run(
         config, layout or (), stage=stage, overrides=overrides or (), compiled=compiled, tell=tell
     )
@@ -181,7 +184,8 @@ def evaluate(ckpt: Checkpoint, json: JsonOption = None) -> None:
     """Measure a checkpoint again: the figures its run reported, from the checkpoint alone."""
     from shardwise.stages.evaluate import evaluate as run
 
-    found = run(ckpt)
+    with json_alone(json):
+        found = run(checkpoint.located(ckpt))
     text = "\n".join(f"{key}: {value}" for key, value in found.items())
     emit(found, text, json)
 
@@ -244,12 +248,26 @@ def main() -> None:
         app(prog_name="shardwise")
     except ShardwiseError as error:
         if debug:
-            traceback.print_exc()
+            _complain(traceback.format_exc())
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, ConfigError):  # a bad recipe is bad on all ranks
-            print(f"error: {error}" if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+            _complain(f"error: {error}" if rank == "0" else f"rank {rank}: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug:
+            _complain(traceback.format_exc())
+        named = "" if error.filename is None else f"{error.filename}: "
+        _complain(f"error: {named}{error.strerror or error}")
+        # Without a file it is no mistake of the user's: a full disk, a lost connection.
+        sys.exit(UserError.exit_code if named else ShardwiseError.exit_code)
     except Exception:
-        traceback.print_exc()
-        print("error: this is a bug in shardwise; please report the lines above", file=sys.stderr)
+        _complain(traceback.format_exc())
+        _complain("error: this is a bug in shardwise; please report the lines above")
         sys.exit(INTERNAL_ERROR)
+
+
+def _complain(text: str) -> None:
+    """To stderr, without secrets: messages quote overrides, paths and values."""
+    from shardwise.config.redact import redact
+
+    print(redact(text).rstrip("\n"), file=sys.stderr)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +19,23 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="F", help="Write the result as JSON to F; - for stdout."),
 ]
+
+
+@contextlib.contextmanager
+def json_alone(json_file: str | None) -> Iterator[None]:
+    """With ``--json -``, what the work inside prints, ranks included, goes to stderr."""
+    if json_file != "-":
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # ranks inherit the descriptor
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def plain(value: Any) -> Any:

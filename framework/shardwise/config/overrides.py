@@ -46,8 +46,8 @@ def _set(tree: Tree, keys: Sequence[str], value: Tree, source: Source) -> None:
                     Problem(
                         (*path, key),
                         source,
-                        f"no such item; {dotted(path)} has {len(node)} items, 0 to "
-                        f"{len(node) - 1}"
+                        f"no such item; {dotted(path)} "
+                        + (f"has {len(node)} items, 0 to {len(node) - 1}" if node else "is empty")
                         + (f", named {', '.join(names)}" if names else "")
                         + nearest(key, names),
                     )

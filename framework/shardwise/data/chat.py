@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -33,6 +33,10 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# What templates are told when they ask for the date (``strftime_now``): always this day, the one
+# that Llama 3's own template falls back to. Data must not depend on when it was encoded.
+TODAY = datetime.datetime(2024, 7, 26)
 
 Message = Mapping[str, str]
 
@@ -62,7 +66,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    env.globals["strftime_now"] = TODAY.strftime
     try:
         return env.from_string(source)
     except jinja2.TemplateError as error:
@@ -120,7 +124,8 @@ def encode_chat(
     The mask covers each assistant turn's content and the token that ends it, not what the template
     puts after that. If the template ends the last turn with no stop token, EOS is added, so that
     stopping is learned. With ``add_generation_prompt`` the ids end where the model goes on. Raises
-    DataError for contents that hold control tokens, and for a template that rewrites earlier turns.
+    DataError for messages that hold control tokens anywhere (content, role, or another field that
+    a template may write), and for a template that rewrites earlier turns.
     """
     checked = check_messages(messages)
     _refuse_control_tokens(tokenizer, checked)
@@ -164,10 +169,25 @@ def _learned(piece: Sequence[int], stop_ids: Sequence[int]) -> list[bool]:
 
 
 def _refuse_control_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    tokens = [token for token in tokenizer.special_tokens if token]
     for i, message in enumerate(messages):
-        for token in tokenizer.special_tokens:
-            if token and token in message["content"]:
-                raise DataError(
-                    f"message {i} contains the control token {token!r}, which would end or forge a "
-                    "turn; remove it from the data"
-                )
+        for field, value in message.items():
+            for text in (field, *_texts(value)):
+                if found := next((token for token in tokens if token in text), None):
+                    raise DataError(
+                        f"message {i} contains the control token {found!r} in its {field}, which "
+                        "would end or forge a turn; remove it from the data"
+                    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string inside plain data, the keys of mappings too."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                yield text
+            case Mapping() as mapping:
+                waiting += [*mapping.keys(), *mapping.values()]
+            case list() | tuple() as items:
+                waiting += items

@@ -48,14 +48,16 @@ class DataConfig(Section):
     def _one_way_to_validate(self) -> DataConfig:
         if self.validation and self.held_out:
             raise ValueError("give validation sources or held_out, not both")
+        for source in (*self.sources, *self.validation):
+            if source.kind in ("chat-jsonl", "preference-jsonl"):
+                raise ValueError(f"pre-training reads documents, not {source.kind} sources")
+        if len(self.validation) > 1 and any(s.kind == "indexed" for s in self.validation):
+            raise ValueError("an indexed validation source must be the only one")
         for source in self.validation:
             for other in self.sources:
-                same = (source.kind, source.path, source.split) == (
-                    other.kind,
-                    other.path,
-                    other.split,
-                )
-                if same:
+                splits = {source.split, other.split}
+                same = (source.kind, source.path) == (other.kind, other.path)
+                if same and (len(splits) == 1 or "all" in splits):
                     raise ValueError(
                         f"{source.label} is a training and a validation source at once"
                     )

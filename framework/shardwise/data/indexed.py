@@ -54,19 +54,35 @@ def store_paths(prefix: Path | str) -> tuple[Path, Path]:
 
 def manifest_path(prefix: Path | str) -> Path:
     """Where a store that we wrote keeps its counts and hashes."""
-    return store_paths(prefix)[0].with_suffix(".json")
+    # Not ``<prefix>.json``, which may well be the user's corpus.
+    return store_paths(prefix)[0].with_suffix(".store.json")
 
 
 def read_manifest(prefix: Path | str) -> dict[str, Any] | None:
-    """The manifest of a committed store; None when there is no store, or it has no manifest."""
+    """The manifest of a committed store; None when there is no store, or it has no manifest.
+
+    Raises DataError for a file of that name that is no manifest of format 1.
+    """
     path = manifest_path(prefix)
     if not (store_paths(prefix)[1].exists() and path.exists()):
         return None
+    return _parse_manifest(path)
+
+
+def _parse_manifest(path: Path) -> dict[str, Any]:
+    mend = "it may be somebody's data: move it elsewhere, or name another store"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}; delete it and prepare again") from error
-    return manifest if isinstance(manifest, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a store's manifest, nor JSON: {error}; {mend}") from error
+    wanted = {"content_hash": str, "num_bytes": int}
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != 1
+        or not all(isinstance(manifest.get(key), kind) for key, kind in wanted.items())
+    ):
+        raise DataError(f"{path}: not a store's manifest of format 1; {mend}")
+    return manifest
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -191,6 +207,8 @@ class IndexedWriter:
         self._stream: BinaryIO
 
     def __enter__(self) -> IndexedWriter:
+        if (old := self._finals[1]).exists():
+            _parse_manifest(old)  # what we did not write we do not replace
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._temporary[0].open("wb")
         return self

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,16 +77,6 @@ class PackedRows:
     ) -> PackedRows:
         """Rows over an open store."""
         return cls(store.tokens, store.starts, seq_len, start_id, pad_id)
-
-    @classmethod
-    def from_documents(
-        cls, documents: Sequence[ArrayLike], seq_len: int, start_id: int, eos_id: int, pad_id: int
-    ) -> PackedRows:
-        """Rows over token lists in memory; EOS is appended to each."""
-        arrays = [np.append(np.asarray(d, dtype=np.int64), eos_id) for d in documents]
-        starts = np.cumsum([0, *(a.size for a in arrays)])
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
-        return cls(tokens, starts, seq_len, start_id, pad_id)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -176,51 +166,6 @@ def collate(rows: Sequence[Row], sample_ids: ArrayLike, packed: bool | None = No
         loss_mask_BT=stack("loss_mask"),
         sample_ids_B=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
         segment_ids_BT=stack("segment_ids") if packed else None,
-    )
-
-
-def collate_sequences(
-    sequences: Sequence[ArrayLike],
-    loss_masks: Sequence[ArrayLike],
-    sample_ids: ArrayLike,
-    pad_id: int,
-    *,
-    pad_to: int | None = None,
-    per_token: Mapping[str, Sequence[ArrayLike]] | None = None,
-) -> MicroBatch:
-    """Sequences of any lengths, one a row, padded on the right: [B, T].
-
-    ``loss_masks[b][t]`` says whether token ``t`` is to be learned; the first token is nobody's
-    target. T is the longest sequence less one, or ``pad_to``. ``per_token`` (advantages, old
-    log-probabilities, ...: one value a token) lands in ``extras`` as float32 [B, T], shifted like
-    the targets, 0 in the padding. What is padding follows from lengths alone, so a sequence may
-    contain ``pad_id``.
-    """
-    lengths = [np.asarray(s).size for s in sequences]
-    width = max(lengths) - 1 if pad_to is None else pad_to
-    if min(lengths) < 2 or max(lengths) - 1 > width:
-        raise DataError(
-            f"sequences of {min(lengths)} to {max(lengths)} tokens do not fit 2 to {width + 1}"
-        )
-    B = len(sequences)
-    input_ids = np.full((B, width), pad_id, dtype=np.int64)
-    targets = np.full((B, width), pad_id, dtype=np.int64)
-    loss_mask = np.zeros((B, width), dtype=np.bool_)
-    extras = {k: np.zeros((B, width), dtype=np.float32) for k in per_token or {}}
-    for b, (ids, mask) in enumerate(zip(sequences, loss_masks, strict=True)):
-        n = lengths[b] - 1
-        ids = np.asarray(ids)
-        input_ids[b, :n], targets[b, :n] = ids[:-1], ids[1:]
-        loss_mask[b, :n] = np.asarray(mask)[1:]
-        for k, values in (per_token or {}).items():
-            extras[k][b, :n] = np.asarray(values[b])[1:]
-    return MicroBatch(
-        input_ids_BT=torch.from_numpy(input_ids),
-        position_ids_BT=torch.arange(width).repeat(B, 1),
-        targets_BT=torch.from_numpy(targets),
-        loss_mask_BT=torch.from_numpy(loss_mask),
-        sample_ids_B=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
-        extras={k: torch.from_numpy(v) for k, v in extras.items()},
     )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shardwise.data.indexed import (
     IndexedStore,
     IndexedWriter,
+    manifest_path,
     read_manifest,
     store_paths,
     token_dtype,
@@ -22,8 +23,10 @@ from shardwise.data.indexed import (
 from shardwise.data.readers import Document
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
+from shardwise.errors import DataError
 
 Progress = Callable[["PrepareReport"], None]
+_NO_ID = 1 << 31  # from here on: no vocabulary is that large
 _BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 
 
@@ -50,14 +53,30 @@ def prepare(
 ) -> PrepareReport:
     """Tokenise the documents of ``sources`` in turn into ``<prefix>.bin`` and ``.idx``.
 
-    Each document ends with EOS. Beside the store go ``<prefix>.json`` (counts and hashes) and
-    ``<prefix>.tokenizer/``, so that it explains itself. After an error nothing of the new store is
-    left. Raises DataError for unreadable or empty input.
+    Each document ends with EOS. Beside the store go ``<prefix>.store.json`` (counts and hashes)
+    and ``<prefix>.tokenizer/``, so that it explains itself. After an error nothing of the new store
+    is left. Raises DataError for unreadable or empty input, and for input that would be written
+    over.
     """
+    sources = list(sources)
+    _refuse_own_output(sources, prefix)
     documents = itertools.chain.from_iterable(s.documents() for s in sources)
     report = write_store(documents, tokenizer, prefix, progress=progress)
     tokenizer.save(tokenizer_folder(prefix))
     return report
+
+
+def _refuse_own_output(sources: Iterable[DataSource], prefix: Path | str) -> None:
+    outputs = {*store_paths(prefix), manifest_path(prefix), tokenizer_folder(prefix)}
+    written = {path.resolve() for path in outputs}
+    for source in sources:
+        for file in source.files():
+            whole = file.resolve()
+            if written & {whole, *whole.parents}:
+                raise DataError(
+                    f"{file}: is an input and would be written over; name another store than "
+                    f"{store_paths(prefix)[0].with_suffix('')}, or narrow the input"
+                )
 
 
 def write_store(
@@ -162,6 +181,13 @@ def inspect(
     store = IndexedStore(prefix)
     if tokenizer is None and tokenizer_folder(prefix).is_dir():
         tokenizer = load_tokenizer(tokenizer_folder(prefix))
+    smallest, largest = int(store.tokens.min()), int(store.tokens.max())
+    if smallest < 0 or largest >= _NO_ID:
+        bad = int((store.tokens.argmin if smallest < 0 else store.tokens.argmax)())
+        raise DataError(
+            f"{store.bin_path}: byte {bad * store.dtype.itemsize}: {store.tokens[bad]} is no "
+            "token id; the file is damaged, or of another index"
+        )
     lengths = store.lengths
     manifest = read_manifest(prefix)
     samples = []
@@ -174,8 +200,8 @@ def inspect(
         num_documents=len(store),
         num_tokens=int(store.tokens.size),
         num_bytes=None if manifest is None else int(manifest["num_bytes"]),
-        smallest_id=int(store.tokens.min()),
-        largest_id=int(store.tokens.max()),
+        smallest_id=smallest,
+        largest_id=largest,
         length_mean=float(lengths.mean()),
         length_percentiles={
             f"p{p}": float(np.percentile(lengths, p)) for p in (0, 50, 90, 99, 100)

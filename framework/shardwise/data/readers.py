@@ -8,6 +8,7 @@ import glob
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def find_files(path: Path | str, suffixes: Sequence[str] = ()) -> list[Path]:
         return [path]
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        found = [p for p in found if not suffixes or p.suffix in suffixes]
+        found = [p for p in found if not suffixes or p.suffix.lower() in suffixes]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207
     if not found:
@@ -102,7 +103,7 @@ def _json_lines(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             text = _decode(line, file, start, number)
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                 column = error.pos if isinstance(error, json.JSONDecodeError) else 0
                 at = start + len(text[:column].encode())
                 raise DataError(f"{file}: line {number}, byte {at}: not JSON: {error}") from error
@@ -142,13 +143,18 @@ def _is_text(text: str, where: str) -> bool:
     return True
 
 
+def require_parquet() -> None:
+    """Raise DataError when pyarrow is not installed."""
+    if find_spec("pyarrow") is None:
+        raise DataError("parquet needs pyarrow: pip install 'shardwise[data]'")
+
+
 def read_parquet(files: Sequence[Path], field: str = "text") -> Iterator[Document]:
     """Each row's string column ``field`` is one document; needs the extra ``data`` (pyarrow)."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DataError("parquet needs pyarrow: pip install 'shardwise[data]'") from error
+    require_parquet()
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     found = False
     for file in files:
         row = 0

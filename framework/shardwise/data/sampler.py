@@ -108,15 +108,3 @@ class Sampler:
             permutation = _epoch(self.num_samples, self.seed, self.name, int(epoch))
             out[here] = permutation(index[here])
         return out
-
-
-def slice_for(rank: int, world: int, size: int) -> slice:
-    """The contiguous part of a global batch of ``size`` that a data rank computes.
-
-    The first ``size % world`` ranks take one more; the parts, in rank order, make up the batch.
-    """
-    if not 0 <= rank < world:
-        raise UserError(f"rank {rank} is not in a world of {world}")
-    each, more = divmod(size, world)
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))

@@ -49,12 +49,17 @@ def load_sentencepiece(path: Path | str) -> FastTokenizer:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        model = list(_fields(raw))
-        pieces = [_piece(v) for n, v in model if n == 1 and isinstance(v, bytes)]
-        trainer = _message(model, 2)
-        normalizer = _message(model, 3)
-    except (ValueError, IndexError, struct.error) as error:
+        return _build(path, list(_fields(raw)))
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file, here or in the library (a bare Exception)
         raise DataError(f"{path}: {error}; not a sentencepiece model") from error
+
+
+def _build(path: Path, model: list[tuple[int, bytes | int]]) -> FastTokenizer:
+    pieces = [_piece(v) for n, v in model if n == 1 and isinstance(v, bytes)]
+    trainer = _message(model, 2)
+    normalizer = _message(model, 3)
     kind = trainer.get(3, _UNIGRAM)
     if not pieces or kind not in (_UNIGRAM, _BPE):
         raise DataError(f"{path}: byte 0: not a sentencepiece model of kind BPE or unigram")
@@ -93,7 +98,10 @@ def load_sentencepiece(path: Path | str) -> FastTokenizer:
 
 
 def _unknown(pieces: list[_Piece]) -> int:
-    return next(i for i, p in enumerate(pieces) if p.kind == _UNKNOWN)
+    found = next((i for i, p in enumerate(pieces) if p.kind == _UNKNOWN), None)
+    if found is None:
+        raise ValueError("no piece is marked as the unknown one")
+    return found
 
 
 def _bpe(pieces: list[_Piece], byte_fallback: bool) -> models.BPE:
@@ -152,7 +160,10 @@ def _message(fields: list[tuple[int, bytes | int]], number: int) -> dict[int, by
 def _piece(raw: bytes) -> _Piece:
     fields = dict(_fields(raw))
     score = fields.get(2, b"\0\0\0\0")
-    assert isinstance(score, bytes)
+    if 1 not in fields:
+        raise ValueError("a piece has no text")
+    if isinstance(score, int) or len(score) != 4:
+        raise ValueError("the score of a piece is no 32-bit float")
     # Nine digits hold a float32, and are read back from JSON as they were written.
     value = float(f"{struct.unpack('<f', score)[0]:.9g}")
     return _Piece(_text(fields[1]), value, int(fields.get(3, _NORMAL)))

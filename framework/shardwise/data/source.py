@@ -18,6 +18,8 @@ from shardwise.errors import DataError, UserError
 
 _SUFFIXES = {"text": (), "jsonl": (".jsonl",), "parquet": (".parquet",)}
 _SUFFIXES |= dict.fromkeys(("chat-jsonl", "preference-jsonl"), (".jsonl",))
+# Suffixes that a kind's files cannot have; of the kinds not named here: parquet's.
+_OTHERS = {"parquet": (".jsonl", ".json", ".txt")}
 
 
 class DataSource(Section):
@@ -41,6 +43,16 @@ class DataSource(Section):
     def _path_given(self) -> DataSource:
         if self.path is None and self.kind != "stdlib":
             raise ValueError(f"a source of kind {self.kind} needs a path")
+        if self.split != "train" and self.kind != "stdlib":
+            raise ValueError(
+                f"split {self.split} divides the standard library only; list the files of a "
+                f"{self.kind} source for validation under data.validation, or set data.held_out"
+            )
+        if self.weight != 1.0 and self.kind in ("chat-jsonl", "preference-jsonl"):
+            raise ValueError(
+                f"weight {self.weight:g}: {self.kind} sources are read whole and shuffled "
+                "together, so they have no weight; leave it out, or repeat lines in the file"
+            )
         return self
 
     @property
@@ -60,6 +72,22 @@ class DataSource(Section):
         if not kept:
             raise DataError(f"{self.path}: exclude leaves none of its {len(found)} files")
         return kept
+
+    def check(self) -> None:
+        """Raise DataError unless its files are there, and what reads them; opens none.
+
+        A file whose suffix says that it is of another kind is refused too.
+        """
+        if self.kind == "stdlib" and self.path is None:
+            return
+        for file in self.files():
+            if not file.is_file():
+                raise DataError(f"{file}: no such file")
+            suffix = file.suffix.lower()
+            if suffix in _OTHERS.get(self.kind, (".parquet",)):
+                raise DataError(f"{file}: a {suffix} file is not of kind {self.kind}")
+        if self.kind == "parquet":
+            readers.require_parquet()
 
     def documents(self) -> Iterator[Document]:
         """Read the documents, in a fixed order."""

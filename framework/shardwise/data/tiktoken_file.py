@@ -105,6 +105,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
+            if not 0 <= int(rank) < 1 << 31:
+                raise ValueError(f"rank {int(rank)} is out of range")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(f"{path}: line {number}: not 'base64 rank': {error}") from error

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 
 from shardwise.config.schema import TokenizerConfig
+from shardwise.data.readers import hash_file
 from shardwise.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -321,6 +322,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def tokenizer_fingerprint(config: TokenizerConfig) -> str:
+    """Hash of what a tokenizer section asks for: its keys that matter, and its files' contents."""
+    trained = config.kind == "bpe" and config.path is None
+    said: list[Any] = ["bpe" if trained else config.kind, _template(config.chat_template)]
+    if trained:
+        said += [config.vocab_size, config.sample_bytes]
+    if config.path is not None:
+        folder = config.path if config.path.is_dir() else config.path.parent
+        beside = ("tokenizer_config.json", "chat_template.jinja")
+        inside = ("tokenizer.json", "tokenizer.model") if config.path.is_dir() else ()
+        files = [folder / name for name in (*inside, *beside)]
+        files += [] if config.path.is_dir() else [config.path]
+        said += [hash_file(file) for file in files if file.is_file()]
+    return _hash(*said)
+
+
 def _load_path(path: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer file or folder")
@@ -337,7 +354,7 @@ def _load_path(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from error
     config = read_config(file.parent)
-    names = {k: _token_text(config.get(f"{k}_token")) for k in ("eos", "bos", "pad")}
+    names = {k: _token_text(config, f"{k}_token", file.parent) for k in ("eos", "bos", "pad")}
     eos = names["eos"] or next((t for t in (*END_OF_TURN[::-1], "<eos>") if _has(backend, t)), None)
     if eos is None:
         raise DataError(f"{file}: no end token; name it as eos_token in tokenizer_config.json")
@@ -354,14 +371,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if file.exists():
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise DataError(f"{file}: must hold a JSON object")
     template = folder / "chat_template.jinja"
     if template.exists():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    if isinstance(config.get("chat_template"), list):  # several by name: take the default one
-        named = {t["name"]: t["template"] for t in config["chat_template"]}
-        config["chat_template"] = named.get("default")
+        try:
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{template}: byte {error.start}: not UTF-8") from error
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several by name: take the default one
+        default = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+        found = config["chat_template"] = default[0].get("template") if default else None
+    if not isinstance(found, str | None):
+        raise DataError(f"{file}: chat_template must be a text")
     return config
 
 
@@ -369,9 +394,13 @@ def _has(backend: Backend, token: str) -> bool:
     return backend.token_to_id(token) is not None
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(config: dict[str, Any], key: str, folder: Path) -> str | None:
     """A special token is stored as a string, or as a mapping with its content."""
-    return value.get("content") if isinstance(value, dict) else value
+    value = config.get(key)
+    text = value.get("content", 0) if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise DataError(f"{folder / 'tokenizer_config.json'}: {key} must be a text, not {value!r}")
+    return text
 
 
 def _template(value: str | None) -> str | None:
@@ -380,8 +409,9 @@ def _template(value: str | None) -> str | None:
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {error}") from error
+    except (OSError, ValueError) as error:  # the latter: not UTF-8, or no name of a file
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {reason}") from error
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

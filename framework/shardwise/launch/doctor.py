@@ -43,6 +43,8 @@ def doctor() -> dict[str, Any]:
     """Facts as JSON values: python, torch, machine, compiler, devices, libraries, problems."""
     import torch
 
+    from shardwise.metrics.meters import num_cores
+
     compiler = os.environ.get("CXX") or next(
         (found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None
     )
@@ -53,9 +55,7 @@ def doctor() -> dict[str, Any]:
         "torch": _torch(torch),
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "cores": num_cores(),
             "memory_gib": _memory_gib(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         },

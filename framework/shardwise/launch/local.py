@@ -31,6 +31,7 @@ from shardwise.errors import ShardwiseError, UserError
 from shardwise.launch import rank as rank_room
 from shardwise.launch.failure import Failure, root_cause
 from shardwise.launch.rank import Job
+from shardwise.metrics.meters import num_cores
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 1.0  # after the first failure: time for the true cause to report
@@ -102,7 +103,7 @@ def launch_local(target: str, args: Sequence[Any], nproc: int, logs: Path) -> No
 
 def rank_environment(nproc: int, port: int) -> dict[str, str]:
     """What all ranks of a local launch share; each adds RANK and LOCAL_RANK."""
-    threads = str(max(1, (os.cpu_count() or 1) // nproc))
+    threads = str(max(1, num_cores() // nproc))
     return {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),

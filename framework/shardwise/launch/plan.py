@@ -19,8 +19,9 @@ def plan_local(
 
     Port 0 stands for one that the kernel will choose. Raises ConfigError like `train`.
     """
-    run = load_config(config, overrides).config
-    preflight(run, nproc)
+    loaded = load_config(config, overrides)
+    run = loaded.config
+    preflight(run, nproc, loaded.provenance)
     return {
         "run_dir": str(run.directory),
         "nproc": nproc,

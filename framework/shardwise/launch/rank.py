@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError
 
 
@@ -72,12 +73,12 @@ def _report(error: BaseException, job: Job, rank: int) -> int:
         "rank": rank,
         "time": time.time(),
         "type": type(error).__name__,
-        "message": str(error),
+        "message": redact(str(error)),
         "place": place,
         "expected": isinstance(error, ShardwiseError),
         "exit_code": code,
     }
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     if rank > 0:
         print(text, file=sys.stderr, flush=True)
     else:  # rank 0 owns the terminal, where the launcher will say it in one line

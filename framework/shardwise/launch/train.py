@@ -27,8 +27,9 @@ def train(
     """
     if (nproc or 1) == 1 or "RANK" in os.environ:
         return train_rank(config, overrides)
-    run = load_config(config, overrides).config
-    preflight(run, nproc or 1)
+    loaded = load_config(config, overrides)
+    run = loaded.config
+    preflight(run, nproc or 1, loaded.provenance)
     recipe = str(config) if isinstance(config, str | Path) else dict(config)
     target = f"{__name__}:{train_rank.__name__}"
     launch_local(target, [recipe, list(overrides)], nproc or 1, run.directory / "logs")

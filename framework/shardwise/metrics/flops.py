@@ -57,10 +57,3 @@ def forward_flops_per_token(shape: FlopsShape) -> float:
 def training_flops_per_token(shape: FlopsShape) -> float:
     """Forward and backward pass: 6 N + 6 L w s (causal)."""
     return 3.0 * forward_flops_per_token(shape)
-
-
-def decode_flops_per_token(
-    num_params: int, num_layers: int, attention_width: int, num_cached: float
-) -> float:
-    """One token generated against a cache of ``num_cached`` keys: 2 N + 4 L w c."""
-    return 2.0 * num_params + attention_flops(num_layers, attention_width, num_cached)

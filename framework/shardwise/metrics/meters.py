@@ -1,4 +1,4 @@
-"""Meters: running means, throughput, memory, and what is known about the host."""
+"""Meters: throughput, memory, and what is known about the host."""
 
 from __future__ import annotations
 
@@ -13,31 +13,6 @@ from typing import Any
 import torch
 
 GB = 1e9
-
-
-class Ema:
-    """Exponential moving average without the bias of its start.
-
-    ``value`` is sum(decay^age * x) / sum(decay^age): after one sample it equals that sample.
-    """
-
-    def __init__(self, decay: float = 0.98) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.decay = decay
-        self._sum = 0.0
-        self._weight = 0.0
-
-    def update(self, x: float) -> float:
-        """Add a sample; returns the new value."""
-        self._sum = self.decay * self._sum + x
-        self._weight = self.decay * self._weight + 1.0
-        return self.value
-
-    @property
-    def value(self) -> float:
-        """The average; NaN before the first sample."""
-        return self._sum / self._weight if self._weight else float("nan")
 
 
 class Throughput:
@@ -114,7 +89,7 @@ def host_info() -> dict[str, Any]:
     """
     info: dict[str, Any] = {
         "processor": _processor(),
-        "num_cores": _num_cores(),
+        "num_cores": num_cores(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "threads_per_process": torch.get_num_threads(),
         "memory_gb": round(_total_memory() / GB, 1),
@@ -128,7 +103,8 @@ def host_info() -> dict[str, Any]:
     return info
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may run on (in a container or under taskset fewer than there are)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -112,12 +112,6 @@ class Progress:
         if self._enabled:
             self._print(text)
 
-    def summary(self, lines: Sequence[str]) -> None:
-        """End the display and print ``lines``."""
-        if self._enabled:
-            self.close()
-            self._print("\n".join(lines))
-
     def close(self) -> None:
         """Take the live display down, leaving its last state on the screen."""
         if self._live is not None:

@@ -20,26 +20,37 @@ def require() -> None:
 
 
 class TensorboardListener:
-    """Writes scalars under ``<stage>/<name>`` into ``folder``."""
+    """Writes scalars under ``<stage>/<name>`` into ``folder``/<stage>.
+
+    A folder for each stage: TensorBoard purges by step and by folder, so in a common one the resume
+    of a stage would wipe out the curves of those before it.
+    """
 
     def __init__(self, folder: Path) -> None:
         require()
+        self._folder = folder
+        self._writers: dict[str, Any] = {}
+
+    def _open(self, stage: str, purge_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make = SummaryWriter
-        self._folder = str(folder)
-        self._writer: Any = SummaryWriter(self._folder)
+        writer = SummaryWriter(str(self._folder / stage), purge_step=purge_step)
+        self._writers[stage] = writer
+        return writer
 
     def log(self, stage: str, step: int, kind: str, scalars: Mapping[str, float]) -> None:
         """Write finite scalars of one step."""
+        writer = self._writers.get(stage) or self._open(stage)
         for name, value in scalars.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, step)
+            writer.add_scalar(f"{stage}/{name}", value, step)
 
     def rewind(self, stage: str, step: int) -> None:
         """Tell TensorBoard that steps after ``step`` will be written again."""
-        self._writer.close()
-        self._writer = self._make(self._folder, purge_step=step + 1)
+        if stage in self._writers:
+            self._writers[stage].close()
+        self._open(stage, purge_step=step + 1)
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        for writer in self._writers.values():
+            writer.close()

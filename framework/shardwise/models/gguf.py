@@ -8,7 +8,6 @@ so their rows are put back.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, UserError
-from shardwise.models.gguf_tokenizer import tokenizer_config, tokenizer_json
-from shardwise.models.hf_folder import to_hf
+from shardwise.models.gguf_tokenizer import tokenizer_json
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.ops import rope
 
@@ -95,19 +93,6 @@ def from_gguf(path: Path | str) -> GgufModel:
         raise CheckpointError(f"{path}: {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def gguf_to_hf(path: Path | str, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-    """Convert a GGUF file to a Hugging Face folder with tokenizer.json and chat template."""
-    model, folder = from_gguf(path), Path(folder)
-    ids = {f"{kind}_id": model.special_ids.get(kind) for kind in ("eos", "bos", "pad")}
-    to_hf(folder, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
-    names = {kind: model.tokens[i] for kind, i in model.special_ids.items()}
-    for name, value in (
-        ("tokenizer.json", model.tokenizer_json),
-        ("tokenizer_config.json", tokenizer_config(names, model.chat_template, model.config)),
-    ):
-        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfig:

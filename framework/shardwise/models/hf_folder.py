@@ -13,13 +13,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shardwise.config.schema import ModelConfig
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, UserError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.hf import from_hf_stream, to_hf_stream
 from shardwise.models.families import FAMILIES, family_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+# Counts in a config.json, of every family; 0 or a text would only fail much later.
+_COUNTS = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "n_positions", "n_embd", "n_inner", "n_layer", "n_head",
+)  # fmt: skip
+
+
+class MissingModelError(UserError, CheckpointError):
+    """There is no model at a path; nothing of it is damaged."""
 
 
 def to_hf_tensors(
@@ -46,19 +58,25 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     """Config and weights (our names, stored dtype, CPU) of a Hugging Face folder.
 
     The iterator reads one tensor at a time. Raises CheckpointError, naming the file, when
-    something is missing, unreadable or not expressible; no code and no pickle is ever loaded.
+    something is missing (MissingModelError: the whole model), unreadable or not expressible; no
+    code and no pickle is ever loaded.
     """
     folder = Path(folder)
     raw = _read_json(folder / "config.json")
     kind = raw.get("model_type")
     for family in FAMILIES.values():
         if kind in family.hf.MODEL_TYPES:
+            _check_counts(raw, folder / "config.json")
             try:
                 config: DecoderConfig = family.hf.config_from_hf(raw)
             except KeyError as error:
                 raise CheckpointError(f"{folder / 'config.json'}: no key {error}") from None
             except ValueError as error:
                 raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+            except (TypeError, AttributeError, ArithmeticError) as error:
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: a value of a kind that cannot be: {error}"
+                ) from None
             return config, from_hf_tensors(config, _read_tensors(folder))
     known = ", ".join(t for f in FAMILIES.values() for t in f.hf.MODEL_TYPES)
     raise CheckpointError(
@@ -66,14 +84,20 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     )
 
 
+def _check_counts(raw: dict[str, Any], path: Path) -> None:
+    for key in _COUNTS:
+        if (count := raw.get(key)) is not None and (type(count) is not int or count < 1):
+            raise CheckpointError(f"{path}: {key} is {count!r}; allowed: an integer, at least 1")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
+        raise MissingModelError(
             f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -92,8 +116,10 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        names = set(_read_json(folder / INDEX).get("weight_map", {}).values())
-        outside = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        outside = [n for n in files if not isinstance(n, str) or Path(n).name != n]
+        names = set() if outside else set(files)
         if outside or not names:
             raise CheckpointError(
                 f"{folder / INDEX}: weight_map must name files of this folder, not {outside}"

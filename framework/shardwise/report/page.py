@@ -114,7 +114,11 @@ def tiles(run: RunData) -> list[Tile]:
         rate = num(s.get("gemm_gflops"))
         notes = [f"of {gemm_rate(rate)}, measured in this run"] if rate else []
         out.append(Tile("Fraction of GEMM rate", f"{fraction:.0%}", tuple(notes)))
-    layouts = {x["name"]: str(x["layout"]) for x in summary_stages(s) if x.get("layout")}
+    layouts = {
+        str(x.get("name") or x.get("kind") or "?"): str(x["layout"])
+        for x in summary_stages(s)
+        if x.get("layout")
+    }
     if len(set(layouts.values())) > 1:
         notes = [f"{stage} {layout}" for stage, layout in layouts.items()]
         moved = f"{len(set(layouts.values()))} layouts"

@@ -36,10 +36,13 @@ class RunData:
     last_time: float | None = None
 
     def get(self, stage: str, *names: str) -> Series:
-        """The first of ``names`` that ``stage`` has logged, or an empty series."""
-        for name in names:
-            if (found := self.series.get((stage, name))) is not None and len(found):
-                return found
+        """The first of ``names`` that ``stage`` has logged, or an empty series.
+
+        One whose values were all non-finite is empty too, but counts them.
+        """
+        logged = [s for name in names if (s := self.series.get((stage, name))) is not None]
+        for found in (*filter(len, logged), *(s for s in logged if s.num_nonfinite)):
+            return found
         return EMPTY
 
     def names(self, stage: str) -> list[str]:
@@ -50,7 +53,7 @@ class RunData:
         """The config of ``stage``, or an empty mapping."""
         stages = self.config.get("stages")
         for item in stages if isinstance(stages, list) else []:
-            if isinstance(item, dict) and stage in (item.get("name"), item.get("kind")):
+            if isinstance(item, dict) and stage == _effective_name(item):
                 return item
         return {}
 
@@ -104,7 +107,11 @@ def load_run(run_dir: Path) -> RunData:
 def _config_stages(run: RunData) -> list[str]:
     stages = run.config.get("stages")
     found = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
-    return [str(s.get("name") or s.get("kind")) for s in found]
+    return [_effective_name(s) for s in found]
+
+
+def _effective_name(stage: Mapping[str, Any]) -> str:
+    return str(stage.get("name") or stage.get("kind"))
 
 
 def _collect(run: RunData, records: Iterable[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
 from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.source import Source
 from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig, training_texts
-from shardwise.data.tokenizer import Tokenizer, load_tokenizer
-from shardwise.errors import ConfigError
+from shardwise.data.source import DataSource
+from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from shardwise.errors import ConfigError, DataError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
@@ -27,7 +30,7 @@ from shardwise.parallel import blocks, feasible
 from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages.base import role_layout, role_of, roles_of
-from shardwise.stages.pipeline import Pipeline, write_atomically
+from shardwise.stages.pipeline import RESULT_FILE, Pipeline, write_atomically
 from shardwise.stages.summary import summarize
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -40,7 +43,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     before anything is started when the recipe cannot be.
     """
     run = loaded.config
-    preflight(run, int(os.environ.get("WORLD_SIZE", "1")))
+    preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
     start(pick_device(run.engine.device), run.engine.timeout_s)
     rank = dist.get_rank()
     began = time.perf_counter()
@@ -73,27 +76,63 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     return summary
 
 
-def preflight(run: RunConfig, world_size: int) -> None:
-    """Refuse what cannot work, before a process group, a file or a model exists."""
+def preflight(
+    run: RunConfig, world_size: int, provenance: Mapping[str, Source] | None = None
+) -> None:
+    """Refuse what cannot work, before a process group, a file or a model exists.
+
+    ``provenance`` (of `LoadedConfig`) lets the message say which line of which file to mend.
+    """
+
+    def named(key: str) -> str:
+        source = (provenance or {}).get(key, Source())
+        return key if source.kind == "default" else f"{key} ({source})"
+
     check_listeners(run.logging)
-    for stage in run.stages:
-        check_stage(run, stage, world_size)
+    for i, stage in enumerate(run.stages):
+        key = f"stages.{i}"
+        try:
+            check_stage(run, stage, world_size)
+        except ConfigError as error:
+            where = named(f"{key}.engine.layout").removeprefix(f"{key}.engine.layout")
+            raise ConfigError(f"{key}, {stage.name}{where}: {error}") from error
         if stage.batch.seq_len > run.model.max_seq_len:
             raise ConfigError(
-                f"stages.{stage.name}.batch.seq_len: {stage.batch.seq_len} exceeds "
-                f"model.max_seq_len {run.model.max_seq_len}; lower one or raise the other"
+                f"{named(f'{key}.batch.seq_len')}: {stage.batch.seq_len} exceeds "
+                f"{named('model.max_seq_len')} {run.model.max_seq_len}; lower one or raise the "
+                "other"
             )
     if run.init_from is not None and not run.init_from.exists():
         raise ConfigError(
-            f"init_from: {run.init_from} does not exist (from {Path.cwd()}); run the recipe that "
-            "makes it, or name another checkpoint or Hugging Face folder"
+            f"{named('init_from')}: {run.init_from} does not exist (from {Path.cwd()}); run the "
+            "recipe that makes it, or name another checkpoint or Hugging Face folder"
         )
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():
         raise ConfigError(
-            f"tokenizer.path: {run.tokenizer.path} does not exist (from {Path.cwd()})"
+            f"{named('tokenizer.path')}: {run.tokenizer.path} does not exist (from {Path.cwd()})"
         )
-    if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
-        tokenizer_data(run)
+    trains = run.tokenizer.kind == "bpe" and run.tokenizer.path is None
+    if trains and all(source.kind == "indexed" for source in tokenizer_data(run).sources):
+        raise ConfigError(
+            f"{named('tokenizer.kind')}: bpe is trained on text, and the sources hold tokens only; "
+            "give tokenizer.path"
+        )
+    for key, source in _sources(run):
+        try:
+            source.check()
+        except DataError as error:
+            raise ConfigError(f"{named(f'{key}.path')}: {error} (from {Path.cwd()})") from error
+
+
+def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource]]:
+    """The data sources of every stage that is still to run, and their keys."""
+    for i, stage in enumerate(run.stages):
+        data = getattr(stage, "data", None)
+        if (run.directory / "stages" / stage.name / RESULT_FILE).exists():
+            continue  # finished: its data may be gone
+        for part in ("sources", "validation"):
+            for j, source in enumerate(getattr(data, part, ())):
+                yield f"stages.{i}.data.{part}.{j}", source
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
@@ -137,8 +176,12 @@ def tokenizer_data(run: RunConfig) -> DataConfig:
 
 
 def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
-    """Make or copy the tokenizer once, on rank 0; every rank reads the saved one."""
+    """Make or copy the tokenizer once, on rank 0; every rank reads the saved one.
+
+    Raises ConfigError, on all ranks alike, when the folder holds that of another section.
+    """
     folder = directory / TOKENIZER_FOLDER
+    asked = tokenizer_fingerprint(run.tokenizer)
     if rank == 0 and not (folder / "ready").exists():
         texts = None
         if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
@@ -147,8 +190,15 @@ def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
         if tokenizer.chat_template is None and any(s.kind != "pretrain" for s in run.stages):
             tokenizer.chat_template = CHATML  # said aloud, so that whoever loads it talks alike
         tokenizer.save(folder)
-        write_atomically(folder / "ready", b"")
+        write_atomically(folder / "ready", asked.encode())
     dist.barrier()
+    made = (folder / "ready").read_text()
+    if made and made != asked:  # empty: made before markers said of what
+        raise ConfigError(
+            f"tokenizer: {folder} was made from another tokenizer section, or its file has "
+            "changed, and the run's checkpoints speak its tokens; take the section back, or start "
+            "afresh with another run_dir"
+        )
     return load_tokenizer(folder)
 
 
