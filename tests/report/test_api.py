@@ -311,3 +311,11 @@ def test_stages_of_a_summary_without_names(tmp_path: Path) -> None:
     run = load_run(synthetic.write_run(tmp_path / "r", summary_=summary))
     [tile] = [t for t in page.tiles(run) if t.label == "Layout"]
     assert tile.value == "3 layouts"
+
+
+def test_a_run_whose_start_was_measured_is_finished_too(tmp_path: Path) -> None:
+    start = {"stage": "start", "step": 0, "kind": "eval", "accuracy": 0.3}
+    folder = synthetic.write_run(
+        tmp_path / "run", metrics=[start, *synthetic.lines()], summary_=synthetic.summary()
+    )
+    assert page.is_finished(load_run(folder))

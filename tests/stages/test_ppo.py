@@ -186,7 +186,7 @@ def test_the_first_update_is_on_policy_and_the_kl_starts_at_zero(
     ranks.run(run, ppo(tmp_path / "run"), *once, world=1)
     rows = train_rows(tmp_path / "run")
     assert all(r["ratio_mean"] == 1.0 and r["clip_fraction"] == 0.0 for r in rows)
-    assert rows[0]["kl"] == 0.0 and rows[-1]["kl"] != 0.0
+    assert rows[0]["kl_response"] == 0.0 and rows[-1]["kl_response"] != 0.0
     for row in records(tmp_path / "run", 0):
         assert row["old_logprob"] == pytest.approx(row["logprobs"], abs=1e-5)
         assert len(row["return"]) == len(row["value"]) == len(row["tokens"])

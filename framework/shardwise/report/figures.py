@@ -141,9 +141,10 @@ def loss_charts(run: RunData) -> list[Chart]:
         train, validation = run.get(stage, "loss"), run.get(stage, "val_loss")
         if not len(train) and not len(validation):
             continue
-        policy = is_reinforcement(run, stage)
+        policy, kind = is_reinforcement(run, stage), run.stage_config(stage).get("kind")
         chart = Chart(f"{'Policy loss' if policy else 'Loss'}, {stage}", "Loss")
-        chart.layout = _axes("step", "surrogate loss" if policy else "nats per token")
+        unit = "nats per comparison" if kind == "reward" else "nats per token"
+        chart.layout = _axes("step", "surrogate loss" if policy else unit)
         if len(train):
             chart.add("training", "--c1", curve(train, "--c1"))
         if len(validation):
@@ -282,6 +283,8 @@ _POLICY = (
     ("Held-out accuracy", diagnosis.ACCURACY, "share solved"),
     ("Entropy", diagnosis.ENTROPY, "nats per token"),
     ("KL to the reference", ("kl",), "nats per token"),
+    ("KL to the reference", ("kl_response",), "nats per response"),
+    ("Explained variance of the critic", ("explained_variance",), "1: it foresees the returns"),
     ("KL of the update", ("approx_kl",), "nats per token"),
     ("Spread of rewards in a group", ("reward_std",), "standard deviation"),
     ("Groups without contrast", diagnosis.DEGENERATE, "share of groups"),

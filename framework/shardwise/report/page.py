@@ -11,7 +11,7 @@ import numpy as np
 from shardwise.config.redact import redact
 from shardwise.metrics.progress import duration, number
 from shardwise.report.diagnosis import Check, diagnose
-from shardwise.report.rundata import RunData, summary_stages
+from shardwise.report.rundata import RunData, config_stages, summary_stages
 from shardwise.report.series import Series, wilson
 from shardwise.report.summary import accuracies, compared, gemm_rate, interval, num, sample_size
 
@@ -30,7 +30,9 @@ class Tile:
 def is_finished(run: RunData) -> bool:
     """Whether every stage of the config is in the summary."""
     done = {s.get("name") for s in summary_stages(run.summary)}
-    return bool(done) and all(stage in done for stage in run.stages)
+    # What the metrics also hold may be no stage of it: the figures of the start.
+    planned = config_stages(run) or run.stages
+    return bool(done) and all(stage in done for stage in planned)
 
 
 def _steps(run: RunData, stage: str) -> tuple[int, int | None]:

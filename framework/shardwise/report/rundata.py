@@ -95,16 +95,17 @@ def load_run(run_dir: Path) -> RunData:
     _collect(run, read_jsonl(files[0]))
     run.events.extend(read_jsonl(run_dir / NOTES_FILE))
     run.events.sort(key=lambda e: e["time"] if isinstance(e.get("time"), (int, float)) else 0.0)
-    for name in [*(s.get("name") for s in summary_stages(run.summary)), *_config_stages(run)]:
+    for name in [*(s.get("name") for s in summary_stages(run.summary)), *config_stages(run)]:
         if isinstance(name, str) and name not in run.stages:
             run.stages.append(name)
-    order = {n: i for i, n in enumerate(_config_stages(run))}
+    order = {n: i for i, n in enumerate(config_stages(run))}
     run.stages.sort(key=lambda n: order.get(n, len(order)))
     _fill_gaps(run)
     return run
 
 
-def _config_stages(run: RunData) -> list[str]:
+def config_stages(run: RunData) -> list[str]:
+    """The names of the stages that the config plans."""
     stages = run.config.get("stages")
     found = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
     return [_effective_name(s) for s in found]

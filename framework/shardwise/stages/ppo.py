@@ -162,7 +162,7 @@ class PpoStage(PolicyStage):
         if ref_CT is not None:
             gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)
             kl = float(gap_CT.sum() / mask_CT.any(dim=1).sum().clamp(min=1))
-            metrics |= {"kl": kl, "kl_coef": self.kl.coef}
+            metrics |= {"kl_response": kl, "kl_coef": self.kl.coef}
             self.kl.update(kl)
         return metrics
 
