@@ -71,26 +71,40 @@ static inline v16 gelu_tanh(v16 x) {
   return x / (1.0f + exp16(-2.0f * y));  // 0.5 (1 + tanh y) = sigmoid(2 y)
 }
 
-// C = A W^T for up to 32 rows of A and one packed panel.
+// C = A W^T for up to 32 rows of A and one packed panel. A tile of sums must fit the registers,
+// beside what is multiplied: of AVX-512 8 rows of 32 outputs, else (16 registers of half the width)
+// 4 rows of 16.
+#ifdef __AVX512F__
+enum { TILE_ROWS = 8, TILE_PARTS = 2 };
+typedef v16 part;
+#else
+enum { TILE_ROWS = 4, TILE_PARTS = 2 };
+typedef float part __attribute__((vector_size(32), aligned(4), may_alias));
+#endif
+enum { PART = sizeof(part) / sizeof(float) };
+
 static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
                          float (*c)[32]) {
-  for (int top = 0; top < rows; top += 8) {
-    v16 acc[8][2] = {};
-    for (int64_t k = 0; k < depth; k++) {
-      v16 w0 = load(w + k * 32), w1 = load(w + k * 32 + 16);
+  for (int top = 0; top < rows; top += TILE_ROWS)
+    for (int left = 0; left < 32; left += TILE_PARTS * PART) {
+      part acc[TILE_ROWS][TILE_PARTS] = {};
+      for (int64_t k = 0; k < depth; k++) {
+        const part* y = (const part*)(w + k * 32 + left);
+        part w0 = y[0], w1 = y[1];
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; r++) {
-        v16 x = splat(a[(top + r) * lda + k]);
-        acc[r][0] += x * w0;
-        acc[r][1] += x * w1;
+        for (int r = 0; r < TILE_ROWS; r++) {
+          part x = a[(top + r) * lda + k] - (part){};
+          acc[r][0] += x * w0;
+          acc[r][1] += x * w1;
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < TILE_ROWS; r++) {
+        part* z = (part*)(c[top + r] + left);
+        z[0] = acc[r][0];
+        z[1] = acc[r][1];
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) {
-      store(c[top + r], acc[r][0]);
-      store(c[top + r] + 16, acc[r][1]);
-    }
-  }
 }
 
 #ifdef __AMX_BF16__
