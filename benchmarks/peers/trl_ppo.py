@@ -174,8 +174,19 @@ class TrlPpo:
 
     def train(self, turn: Callable[[], bool]) -> None:
         """Real updates; ``turn`` is called after each and ends the training by False."""
-        self.turn = turn
-        self.trainer.train()
+
+        def turn_or_end() -> bool:
+            if not turn():
+                raise _EndError  # this trainer does not look at `should_training_stop`
+            return True
+
+        self.turn = turn_or_end
+        with contextlib.suppress(_EndError):
+            self.trainer.train()
+
+
+class _EndError(Exception):
+    """Enough turns."""
 
 
 def _config(config: OurConfig, pad_id: int) -> LlamaConfig:
