@@ -36,6 +36,7 @@ from common import Laps, clock, load, table, use_threads, verdict
 
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
+from shardwise.precision.policy import multiplies_bf16
 from shardwise.rollout import Generator, Request, Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -222,7 +223,8 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--weights", type=Path, help="a Hugging Face folder; default: random")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    known = list(DTYPES) if multiplies_bf16(torch.device("cpu")) else ["fp32"]
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=known)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32)

@@ -336,9 +336,9 @@ def all_charts(run: RunData) -> list[Chart]:
 # The worst layer of each look of the sentinel; the page has a table of all layers.
 _FP8 = (
     ("Error of the FP8 products", "fp8_error", "share of the product's norm"),
-    ("Drift of the amaxes", "fp8_drift", "log2 of the change since the last look"),
-    ("Underflow", "fp8_underflow", "share of the non-zero elements"),
-    ("Overflow", "fp8_overflow", "share of the non-zero elements"),
+    ("Drift of the amaxes", "fp8_drift", "log2 since the last look"),
+    ("Underflow", "fp8_underflow", "share of the elements"),
+    ("Overflow", "fp8_overflow", "share of the elements"),
 )
 
 _DRAWN = {
