@@ -214,22 +214,21 @@ def _shown_as(pattern: str) -> Any:
     return Field(json_schema_extra={"pattern": pattern})
 
 
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(_STAGE_NAME.strip("^$"), name):
-        raise ValueError(
-            f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, '_' and '-', the "
-            "first one no '-'"
-        )
-    return name
+def _checked(pattern: str, allowed: str) -> AfterValidator:
+    """A name that becomes a folder's."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(pattern.strip("^$"), name):
+            raise ValueError(
+                f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, {allowed}"
+            )
+        return name
+
+    return AfterValidator(check)
 
 
-def _run_name(name: str) -> str:
-    if not re.fullmatch(_RUN_NAME.strip("^$"), name):
-        raise ValueError(
-            f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, '_', '-' and '.', "
-            "the first one no '-' or '.'"
-        )
-    return name
+_FOLDER_NAME = _checked(_STAGE_NAME, "'_' and '-', the first one no '-'")
+_RUN_FOLDER = _checked(_RUN_NAME, "'_', '-' and '.', the first one no '-' or '.'")
 
 
 class StageConfig(Section):
@@ -243,7 +242,7 @@ class StageConfig(Section):
     learns_from_itself: ClassVar[bool] = False
 
     kind: str
-    name: Annotated[Name, AfterValidator(_folder_name), _shown_as(_STAGE_NAME)]
+    name: Annotated[Name, _FOLDER_NAME, _shown_as(_STAGE_NAME)]
     steps: PositiveInt
     start_from: str | None = Field(
         None, description="an earlier stage; default: the latest whose model writes text"
@@ -342,7 +341,7 @@ def _inherit_engine(part: Any, above: dict[str, Any]) -> Any:
 class RunConfig(Section):
     """A whole run: one model, one tokenizer, a list of stages."""
 
-    name: Annotated[str, AfterValidator(_run_name), _shown_as(_RUN_NAME)] = "run"
+    name: Annotated[str, _RUN_FOLDER, _shown_as(_RUN_NAME)] = "run"
     run_dir: Path | None = Field(None, description="default: runs/<name>")
     seed: NonNegativeInt = 0
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
