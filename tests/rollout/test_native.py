@@ -96,14 +96,24 @@ def test_a_failing_compiler_is_a_reason(
         native.library.cache_clear()
 
 
-def test_the_source_compiles_without_warnings_for_plain_machines() -> None:
-    """No AMX, no AVX-512: the fp32 path must still compile."""
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(["-mavx2", "-mfma"], id="avx2"),
+        pytest.param(["-mavx512f", "-mavx512bf16"], id="avx512bf16"),
+        pytest.param(["-mavx512f", "-mamx-tile", "-mamx-bf16"], id="amx"),
+    ],
+)
+def test_the_source_compiles_without_warnings(machine: list[str]) -> None:
+    """Each kind of processor takes another branch; this one has only one of them."""
     compiler = native.shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     source = native.Path(native.__file__).with_name("decode.cpp")
     command = [
         compiler,
+        *machine,
         "-std=c++17",
         "-fopenmp",
         "-Wall",

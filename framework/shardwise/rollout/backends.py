@@ -17,7 +17,7 @@ from shardwise.rollout.sampling import Sampling
 class PlainBackend:
     """The plain model with a slot cache; on any device and for every family."""
 
-    transposed_keys = False
+    key_tile = 1
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -47,7 +47,7 @@ class PlainBackend:
             self.config.head_width,
             dtype=weight.dtype,
             device=weight.device,
-            transposed_keys=self.transposed_keys,
+            key_tile=self.key_tile,
         )
 
     def prefill(self, ids_BT: Tensor, lengths_B: Tensor, slots: Tensor, source: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from shardwise.ops.attention import Mask, allowed_by_position
 class SlotCache:
     """A `models.common.cache.KVCache` over slots; allocated once for a call of `generate`.
 
-    ``k`` is (layers, slots, G, capacity, K), or (layers, slots, G, K, capacity) with
-    ``transposed_keys``; ``v`` is (layers, slots, G, capacity, K).
+    ``k`` and ``v`` are (layers, slots, G, capacity, K); with a ``key_tile`` of t, keys are
+    (layers, slots, G, capacity / t, K, t), which only `native.py` reads and writes.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class SlotCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        transposed_keys: bool = False,
+        key_tile: int = 1,
     ) -> None:
         shape: tuple[int, ...] = (num_layers, num_slots, num_kv_heads, capacity, head_dim)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.transposed = transposed_keys
-        if transposed_keys:
-            shape = (*shape[:3], head_dim, capacity)
+        self.key_tile = key_tile
+        if key_tile > 1:
+            shape = (*shape[:3], capacity // key_tile, head_dim, key_tile)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.width = 0
@@ -68,8 +68,7 @@ class SlotCache:
 
     def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVCache`."""
-        keys = self.k[layer].mT if self.transposed else self.k[layer]
-        values = self.v[layer]
+        keys, values = self.k[layer], self.v[layer]
         if self.slots is not None:
             keys[self.slots, :, : self.width] = k_BGTK[self.source]
             values[self.slots, :, : self.width] = v_BGTK[self.source]
@@ -82,6 +81,5 @@ class SlotCache:
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first ``width`` tokens of slots over others (int64 indices)."""
-        keys = self.k.mT if self.transposed else self.k
-        for tensor in (keys, self.v):
-            tensor[:, target, :, :width] = tensor[:, source, :, :width]
+        for tensor, size in ((self.k, -(-width // self.key_tile)), (self.v, width)):
+            tensor[:, target, :, :size] = tensor[:, source, :, :size]

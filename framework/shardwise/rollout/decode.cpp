@@ -5,8 +5,8 @@
 // a prefill one row a prompt token; both are the same computation, and no row's result depends on
 // which other rows are there. Decoding is bound by reading the weights once, so they are packed in
 // the order in which they are read (native.py), and nothing leaves this file between layers. bf16
-// needs AMX tiles; fp32 uses the compiler's vector type, on any machine. Values are rounded to the
-// storage type T where the plain PyTorch model rounds them; sums are fp32.
+// needs AMX tiles or AVX512-BF16; fp32 uses the compiler's vector type, on any machine. Values are
+// rounded to the storage type T where the plain PyTorch model rounds them; sums are fp32.
 //
 // Letters: n rows, D model width, H query heads, G key/value heads, K head width, F feed-forward
 // width, V vocabulary. A "panel" is 32 outputs of a linear layer.
@@ -15,7 +15,7 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -75,13 +75,17 @@ static inline v16 gelu_tanh(v16 x) {
 // beside what is multiplied: of AVX-512 8 rows of 32 outputs, else (16 registers of half the width)
 // 4 rows of 16.
 #ifdef __AVX512F__
-enum { TILE_ROWS = 8, TILE_PARTS = 2 };
-typedef v16 part;
+enum { TILE_ROWS = 8, TILE_PARTS = 2, PART = 16 };
 #else
-enum { TILE_ROWS = 4, TILE_PARTS = 2 };
-typedef float part __attribute__((vector_size(32), aligned(4), may_alias));
+enum { TILE_ROWS = 4, TILE_PARTS = 2, PART = 8 };
 #endif
-enum { PART = sizeof(part) / sizeof(float) };
+typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
+typedef uint32_t upart __attribute__((vector_size(4 * PART), aligned(4), may_alias));
+typedef uint16_t hpart __attribute__((vector_size(2 * PART), aligned(2), may_alias));
+static inline part load_part(const float* p) { return *(const part*)p; }
+static inline part load_part(const bf16* p) {
+  return (part)(__builtin_convertvector(*(const hpart*)p, upart) << 16);
+}
 
 static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
                          float (*c)[32]) {
@@ -152,7 +156,35 @@ static void tiles_on() {
 }
 static void tiles_off() { _tile_release(); }
 #else
+#ifdef __AVX512BF16__
+// The panel is packed as for AMX: by 32 of depth, two halves of 16 pairs of 16 outputs.
+static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                         float (*c)[32]) {
+  for (int top = 0; top < rows; top += TILE_ROWS) {
+    __m512 acc[TILE_ROWS][2] = {};
+    for (int64_t k = 0; k < depth; k += 2) {
+      const bf16* pair = w + k / 32 * 1024 + k % 32 * 16;
+      __m512bh w0 = (__m512bh)_mm512_loadu_si512(pair);
+      __m512bh w1 = (__m512bh)_mm512_loadu_si512(pair + 512);
+#pragma GCC unroll 8
+      for (int r = 0; r < TILE_ROWS; r++) {
+        int32_t two;
+        memcpy(&two, a + (top + r) * lda + k, sizeof two);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, w0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, w1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++) {
+      _mm512_storeu_ps(c[top + r], acc[r][0]);
+      _mm512_storeu_ps(c[top + r] + 16, acc[r][1]);
+    }
+  }
+}
+#else
 static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
+#endif
 static void tiles_on() {}
 static void tiles_off() {}
 #endif
@@ -210,7 +242,7 @@ struct Layer {
   const float* up_bias;
   const void* down;
   const float* down_bias;
-  void *keys, *values;  // caches (slots, G, K, capacity) and (slots, G, capacity, K)
+  void *keys, *values;  // caches (slots, G, capacity / 16, K, 16) and (slots, G, capacity, K)
   int64_t window;       // 0: none
 };
 
@@ -249,7 +281,8 @@ static void remember(const Model& m, const Layer& l, const Place<T>& at, int64_t
   }
   if (l.k_norm) norm(at.k, at.k, l.k_norm, none, m.K, eps, true);
   if (cosine) rotate(at.k, cosine, sine, m.K);
-  for (int64_t d = 0; d < m.K; d++) at.keys[d * m.capacity + position] = at.k[d];
+  T* column = at.keys + position / 16 * 16 * m.K + position % 16;
+  for (int64_t d = 0; d < m.K; d++) column[d * 16] = at.k[d];
   memcpy(at.values + position * m.K, at.v, m.K * sizeof(T));
 }
 
@@ -268,17 +301,20 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
   // Positions are taken by sixteens (capacity is a multiple of 16), those out of sight masked.
   const int64_t begin = start / 16 * 16;
   for (int64_t i = begin; i < end; i += 16) {
-    v16 acc[NUM][2] = {};  // two chains of sums hide the latency of a fused multiply-add
-    for (int64_t d = 0; d < K; d += 2) {
-      v16 even = load(at.keys + d * cap + i), odd = load(at.keys + (d + 1) * cap + i);
-      for (int h = 0; h < NUM; h++) {
-        acc[h][0] += query[h][d] * even;
-        acc[h][1] += query[h][d + 1] * odd;
+    for (int left = 0; left < 16; left += PART) {
+      part acc[NUM][2] = {};  // two chains of sums hide the latency of a fused multiply-add
+      for (int64_t d = 0; d < K; d += 2) {
+        const T* key = at.keys + i * K + d * 16 + left;
+        part even = load_part(key), odd = load_part(key + 16);
+        for (int h = 0; h < NUM; h++) {
+          acc[h][0] += query[h][d] * even;
+          acc[h][1] += query[h][d + 1] * odd;
+        }
       }
+      for (int h = 0; h < NUM; h++) *(part*)(scores + h * cap + i + left) = acc[h][0] + acc[h][1];
     }
     for (int h = 0; h < NUM; h++) {
       float* s = scores + h * cap + i;
-      store(s, acc[h][0] + acc[h][1]);
       for (int64_t j = i; j < start; j++) s[j - i] = -INFINITY;
       for (int64_t j = end; j < i + 16; j++) s[j - i] = -INFINITY;
       v16 z = load(s);
@@ -298,21 +334,21 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
     }
     inverse[h] = 1.0f / sum(total);
   }
-  for (int64_t d = 0; d < K; d += 32) {
-    v16 acc[NUM][2] = {};
+  for (int64_t d = 0; d < K; d += 2 * PART) {
+    part acc[NUM][2] = {};
     for (int64_t i = start; i < end; i++) {
-      v16 low = load(at.values + i * K + d), high = load(at.values + i * K + d + 16);
+      part low = load_part(at.values + i * K + d), high = load_part(at.values + i * K + d + PART);
       for (int h = 0; h < NUM; h++) {
         float p = scores[h * cap + i];
         acc[h][0] += p * low;
         acc[h][1] += p * high;
       }
     }
-    for (int h = 0; h < NUM; h++) {
-      store(out + h * K + d, acc[h][0] * inverse[h]);
-      store(out + h * K + d + 16, acc[h][1] * inverse[h]);
-    }
+    for (int h = 0; h < NUM; h++)
+      for (int j = 0; j < 2; j++) *(part*)(query[h] + d + j * PART) = acc[h][j] * inverse[h];
   }
+  for (int h = 0; h < NUM; h++)
+    for (int64_t d = 0; d < K; d += 16) store(out + h * K + d, load(query[h] + d));
 }
 
 // All query heads of one key/value head, up to four at a time.
@@ -463,8 +499,10 @@ static void choose(const float* z, int64_t vocab, float inverse_temperature, boo
 }
 
 extern "C" {
-int64_t has_bf16() {
-#ifdef __AMX_BF16__
+int64_t bf16_unit() {  // what multiplies bf16: 0 nothing, 1 AVX512-BF16, 2 AMX
+#if defined(__AMX_BF16__)
+  return 2;
+#elif defined(__AVX512BF16__)
   return 1;
 #else
   return 0;

@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL:
         found = ctypes.CDLL(str(target), mode=os.RTLD_NOW)
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         raise CannotBuildError(f"building it failed: {e}") from e
-    found.has_bf16.restype = ctypes.c_int64
+    found.bf16_unit.restype = ctypes.c_int64
     return found
 
 
@@ -103,8 +103,11 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         found = library()
     except CannotBuildError as e:
         return str(e)
-    if dtype == torch.bfloat16 and not (found.has_bf16() and torch.cpu._is_amx_tile_supported()):
-        return "bf16 needs a CPU with AMX"
+    unit = found.bf16_unit()
+    if dtype == torch.bfloat16 and (
+        unit == 0 or unit == 2 and not torch.cpu._is_amx_tile_supported()
+    ):
+        return "bf16 needs a CPU with AVX512-BF16 or AMX"
     return None
 
 
@@ -121,7 +124,7 @@ def pack(weight_OI: Tensor) -> Tensor:
     """A linear weight in the order in which `block` of decode.cpp reads it.
 
     Panels of 32 outputs, both sizes padded with zeros to multiples of 32: fp32 (panel, I, 32);
-    bf16 in AMX tiles (panel, I / 32, half, 16 pairs, 16 outputs of 2).
+    bf16 as AMX tiles (panel, I / 32, half, 16 pairs, 16 outputs of 2).
     """
     num_out, num_in = weight_OI.shape
     padded = weight_OI.new_zeros(_up32(num_out), _up32(num_in))
@@ -159,7 +162,7 @@ def _unzip16(both: Tensor, num_rows: int) -> list[Tensor]:
 class NativeBackend(PlainBackend):
     """Computes with `decode.cpp`; the plain model only holds the weights to be packed."""
 
-    transposed_keys = True
+    key_tile = 16  # positions, side by side in a vector
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model)
