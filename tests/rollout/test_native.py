@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwise.ops import compiled
 from shardwise.rollout import Generator, Sampling, native
 from shardwise.rollout.native import NativeBackend, pack, unpack
 from shardwise.rollout.sampling import choose
@@ -74,7 +77,7 @@ def test_reasons() -> None:
 
 def test_a_machine_without_a_compiler_generates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     native.library.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     try:
         generator = support.generator("llama")
         assert generator.backend_note == "plain PyTorch: there is no C++ compiler"
@@ -88,9 +91,9 @@ def test_a_failing_compiler_is_a_reason(
 ) -> None:
     native.library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(native, "_FLAGS", "--no-such-flag")
+    monkeypatch.setattr(compiled, "_FLAGS", "--no-such-flag")
     try:
-        with pytest.raises(native.CannotBuildError, match=r"building it failed.*no-such-flag"):
+        with pytest.raises(compiled.CannotBuildError, match=r"building it failed.*no-such-flag"):
             native.library()
     finally:
         native.library.cache_clear()
@@ -107,10 +110,10 @@ def test_a_failing_compiler_is_a_reason(
 )
 def test_the_source_compiles_without_warnings(machine: list[str]) -> None:
     """Each kind of processor takes another branch; this one has only one of them."""
-    compiler = native.shutil.which("g++")
+    compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    source = native.Path(native.__file__).with_name("decode.cpp")
+    source = Path(native.__file__).with_name("decode.cpp")
     command = [
         compiler,
         *machine,

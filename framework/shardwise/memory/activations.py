@@ -16,8 +16,6 @@ import math
 from shardwise.memory.parameters import query_width, used_kv_width
 from shardwise.memory.shapes import ModelShape, Part, Place, Work
 
-_SMALL_ATTENTION = 256 * 64  # seq_len * head_width up to which bf16 attention on CPU runs in fp32
-
 
 def tokens(place: Place, work: Work) -> int:
     """Tokens of a micro-batch on one rank, in the products."""
@@ -40,25 +38,20 @@ def _norm(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def _attention(model: ModelShape, place: Place, work: Work) -> int:
-    """Rotated queries and keys, values, log-sum-exp, and the result twice.
+    """Rotated queries and keys, values, log-sum-exp, and the result.
 
-    The kernel's result has the heads in front; the product behind it keeps a copy with the tokens
-    in front. Small heads in bf16 on CPU are computed in fp32, all but that copy.
+    PyTorch's kernels and the ring put the heads in front of the result; the product behind it then
+    keeps a copy with the tokens in front, where our kernel for CPU leaves them.
     """
     n, q = tokens(place, work), query_width(model, place)
     kv = used_kv_width(model, place)
     if place.cp > 1 and place.cp_kind == "ulysses":  # heads that the ranks do not divide
         kv *= math.lcm(model.num_kv_heads, place.cp) // model.num_kv_heads
-    inner = 4 if fp32_attention(model, place, work) else work.compute_bytes
-    lse = work.wide_bytes * q // model.head_width
-    return n * (inner * (2 * q + 2 * kv) + lse + work.compute_bytes * q)
-
-
-def fp32_attention(model: ModelShape, place: Place, work: Work) -> bool:
-    """Whether attention runs in fp32 under bf16 (see `ops.attention`); rings never do."""
-    small = work.seq_len * model.head_width <= _SMALL_ATTENTION
     ring = place.cp > 1 and place.cp_kind == "ring"
-    return work.device == "cpu" and work.compute_bytes == 2 and small and not ring
+    ours = work.device == "cpu" and work.compute_bytes < 8 and model.head_width % 16 == 0
+    results = 1 if ours and not ring else 2
+    lse = work.wide_bytes * q // model.head_width
+    return n * (work.compute_bytes * (q + 2 * kv + results * q) + lse)
 
 
 def block(model: ModelShape, place: Place, work: Work) -> int:
@@ -85,8 +78,7 @@ def kept_block(model: ModelShape, place: Place, work: Work) -> int:
     n, c, d = tokens(place, work), work.compute_bytes, model.hidden_size
     q, f = query_width(model, place), -(-model.ffn_size // place.tp)
     kv = used_kv_width(model, place)
-    wide = 4 if fp32_attention(model, place, work) else c
-    results = c * (q + 2 * kv + 2 * d + 2 * f) + wide * q
+    results = c * (2 * q + 2 * kv + 2 * d + 2 * f)
     return kept + n * (results + work.wide_bytes * q // model.head_width)
 
 

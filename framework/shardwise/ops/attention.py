@@ -1,4 +1,4 @@
-"""Causal attention: PyTorch's fused kernel, flash-attn where it is, explicit math for dropout.
+"""Causal attention: flash-attn, our kernel on CPU, else PyTorch's; explicit math for dropout.
 
 What a token may see is decided once per forward pass (`causal_mask`) and passed to every layer.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops import dice, flash
+from shardwise.ops import cpu_attention, dice, flash
 from shardwise.ops.dropout import keep_mask
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
@@ -121,28 +121,18 @@ def attention(
             return flash.attention(q_BHTK, k_BGSK, v_BGSK, mask.cu_seqlens, mask.window)
         # A mask is made without knowing how wide the heads are.
         mask = Mask(_dense(mask, q_BHTK, q_BHTK.shape[2], k_BGSK.shape[2]))
-    dtype = q_BHTK.dtype
-    if _small_on_cpu(q_BHTK):
-        q_BHTK, k_BGSK, v_BGSK = q_BHTK.float(), k_BGSK.float(), v_BGSK.float()
-    out_BHTK = F.scaled_dot_product_attention(
+    allowed, is_causal = mask.allowed_B1TS, mask.allowed_B1TS is None
+    if cpu_attention.serves(q_BHTK):
+        out_BHTK: Tensor = cpu_attention.attend(q_BHTK, k_BGSK, v_BGSK, allowed, is_causal)[0]
+        return out_BHTK
+    return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,
         v_BGSK,
-        attn_mask=mask.allowed_B1TS,
-        is_causal=mask.allowed_B1TS is None,
+        attn_mask=allowed,
+        is_causal=is_causal,
         enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
     )
-    return out_BHTK.to(dtype)
-
-
-def _small_on_cpu(q_BHTK: Tensor) -> bool:
-    """Where PyTorch's CPU kernel trains faster in fp32 than in bf16.
-
-    Measured with torch 2.13 on AVX512-BF16, forward and backward: 36 against 62 ms for 64 heads of
-    256 x 32, 68 against 79 ms for 72 of 256 x 64, 375 against 340 ms for 96 of 512 x 64.
-    """
-    small = q_BHTK.shape[2] * q_BHTK.shape[3] <= 256 * 64
-    return q_BHTK.is_cpu and q_BHTK.dtype == torch.bfloat16 and small and torch.is_grad_enabled()
 
 
 def _explicit(

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardwise.ops import dice
+from shardwise.ops import cpu_attention, dice
 from shardwise.ops.dropout import _NUM_BITS
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
@@ -62,6 +62,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tens
     """(output BHTK, log-sum-exp BHT in fp32 at least; -inf and 0 where a query sees nothing)."""
     if block.drops or not _fused(q, block):
         return _explicit_forward(q, k, v, block)
+    if cpu_attention.serves(q):
+        pair: tuple[Tensor, Tensor] = cpu_attention.attend(
+            q, k, v, block.allowed_B1TS, block.is_causal
+        )
+        return pair
     q, k, v = _by_rows(q, k, v)
     if q.is_cuda:
         found = _aten._scaled_dot_product_flash_attention(
@@ -85,6 +90,12 @@ def backward(
     # Log-sum-exps of the kernels are fp32 (fp64 for fp64); rows that see nothing have none.
     if block.drops or not _fused(q, block) or q.is_cuda:
         return _explicit_backward(grad, q, k, v, out, lse, block)
+    if cpu_attention.serves(q):
+        mask = (block.allowed_B1TS, block.is_causal)
+        mine: tuple[Tensor, Tensor, Tensor] = cpu_attention.attend_backward(
+            grad, q, k, v, out, lse, *mask
+        )
+        return mine
     q, k, v = _by_rows(q, k, v)
     empty = lse == -math.inf
     if bool(empty.any()):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
+from shardwise.ops import cpu_attention as _registered  # noqa: F401  (its operator is named below)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -31,6 +32,7 @@ KEPT_OPS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
+    torch.ops.shardwise.cpu_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

@@ -11,106 +11,21 @@
 // Letters: n rows, D model width, H query heads, G key/value heads, K head width, F feed-forward
 // width, V vocabulary. A "panel" is 32 outputs of a linear layer.
 
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
+#include "../ops/vector.h"
+
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
 enum { MAX_HEAD_DIM = 256 };
 
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint16_t bf16;
-
-static inline v16 load(const float* p) { return *(const v16*)p; }
-static inline v16 load(const bf16* p) {
-  return (v16)(__builtin_convertvector(*(const h16*)p, u16) << 16);
-}
-static inline void store(float* p, v16 x) { *(v16*)p = x; }
-static inline void store(bf16* p, v16 x) {  // round to nearest even
-  u16 u = (u16)x;
-  *(h16*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, h16);
-}
-template <class T> static inline v16 rounded(v16 x) {
-  T t[16];
-  store(t, x);
-  return load(t);
-}
-static inline v16 splat(float x) { return x - (v16){}; }  // x - 0 is x; x + 0 costs an add
-static inline float sum(v16 x) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += x[i];
-  return s;
-}
-
-// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp.
-static inline v16 exp16(v16 x) {
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
-  v16 t = x * 1.44269504f;
-  i16 k = __builtin_convertvector(t + (t < 0.0f ? splat(-0.5f) : splat(0.5f)), i16);
-  v16 kf = __builtin_convertvector(k, v16);
-  v16 r = x - kf * 0.693359375f + kf * 2.12194440e-4f;
-  v16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * (v16)((k + 127) << 23);
-}
 static inline v16 silu(v16 x) { return x / (1.0f + exp16(-x)); }
 static inline v16 gelu_tanh(v16 x) {
   v16 y = 0.7978845608f * (x + 0.044715f * x * x * x);
   return x / (1.0f + exp16(-2.0f * y));  // 0.5 (1 + tanh y) = sigmoid(2 y)
 }
 
-// C = A W^T for up to 32 rows of A and one packed panel. A tile of sums must fit the registers,
-// beside what is multiplied: of AVX-512 8 rows of 32 outputs, else (16 registers of half the width)
-// 4 rows of 16.
-#ifdef __AVX512F__
-enum { TILE_ROWS = 8, TILE_PARTS = 2, PART = 16 };
-#else
-enum { TILE_ROWS = 4, TILE_PARTS = 2, PART = 8 };
-#endif
-typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
-typedef uint32_t upart __attribute__((vector_size(4 * PART), aligned(4), may_alias));
-typedef uint16_t hpart __attribute__((vector_size(2 * PART), aligned(2), may_alias));
-static inline part load_part(const float* p) { return *(const part*)p; }
-static inline part load_part(const bf16* p) {
-  return (part)(__builtin_convertvector(*(const hpart*)p, upart) << 16);
-}
-
-static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
-                         float (*c)[32]) {
-  for (int top = 0; top < rows; top += TILE_ROWS)
-    for (int left = 0; left < 32; left += TILE_PARTS * PART) {
-      part acc[TILE_ROWS][TILE_PARTS] = {};
-      for (int64_t k = 0; k < depth; k++) {
-        const part* y = (const part*)(w + k * 32 + left);
-        part w0 = y[0], w1 = y[1];
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++) {
-          part x = a[(top + r) * lda + k] - (part){};
-          acc[r][0] += x * w0;
-          acc[r][1] += x * w1;
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < TILE_ROWS; r++) {
-        part* z = (part*)(c[top + r] + left);
-        z[0] = acc[r][0];
-        z[1] = acc[r][1];
-      }
-    }
-}
-
+// C = A W^T in bf16; see `block` of vector.h.
 #ifdef __AMX_BF16__
 struct TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -323,8 +238,7 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
   }
   float inverse[NUM];
   for (int h = 0; h < NUM; h++) {
-    float most = top[h][0];
-    for (int i = 1; i < 16; i++) most = top[h][i] > most ? top[h][i] : most;
+    const float most = largest(top[h]);
     v16 total = {};
     for (int64_t i = begin; i < end; i += 16) {
       v16 z = load(scores + h * cap + i), p = exp16(z - most);

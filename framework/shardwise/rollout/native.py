@@ -1,89 +1,37 @@
-"""The compiled forward pass for CPUs: builds, loads and feeds `decode.cpp`.
+"""The compiled forward pass for CPUs: feeds `decode.cpp`.
 
-The file is compiled once a machine with the C++ compiler that torch.compile needs too, into the
-user's cache folder, and called through ctypes. Where it cannot be used, `unavailable` says why
-and the plain model generates instead.
+Where it cannot be used, `unavailable` says why and the plain model generates instead.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import Tensor
 
 from shardwise.models.common.blocks import Block, GeluMLP, RMSNorm, SwiGLU
 from shardwise.models.common.decoder import Decoder
-from shardwise.ops import rope
+from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.sampling import Sampling
 
 # Shape suffixes: N rows, V vocabulary, O outputs and I inputs of a linear layer, D model width.
 
-_FLAGS = (
-    "-O3 -march=native -mprefer-vector-width=512 -ffp-contract=fast -fno-math-errno -fopenmp "
-    "-fPIC -std=c++17"
-)
 _CHUNK = 256  # rows of one call: large enough to be efficient, small enough for the L2 cache
 _MAX_HEAD_DIM = 256  # as in decode.cpp
-
-
-class CannotBuildError(Exception):
-    """The step cannot be compiled or loaded here; the message says why."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled `decode.cpp`. Raises CannotBuildError."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if platform.system() != "Linux":
-        raise CannotBuildError("it is built on Linux only")
-    if compiler is None:
-        raise CannotBuildError("there is no C++ compiler")
-    source = Path(__file__).with_name("decode.cpp")
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        machine = "".join(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line[:8]
-        )[:10_000]
-        key = xxhash.xxh3_128_hexdigest(
-            b"\0".join([source.read_bytes(), _FLAGS.encode(), version, machine.encode()])
-        )
-        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        target = Path(root) / "shardwise" / f"decode-{key}.so"
-        if not target.exists():
-            _compile(compiler, source, target)
-        # OpenMP's symbols come from PyTorch's own runtime, so that both share one thread pool.
-        found = ctypes.CDLL(str(target), mode=os.RTLD_NOW)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-        raise CannotBuildError(f"building it failed: {e}") from e
+    found = compiled.load(Path(__file__).with_name("decode.cpp"))
     found.bf16_unit.restype = ctypes.c_int64
     return found
-
-
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    """Compile to a temporary name and rename: several ranks may do so at once."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder) / "decode.o", Path(folder) / "decode.so"
-        for command in (
-            [compiler, *_FLAGS.split(), "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],  # no -fopenmp: see above
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip()[:500])
-        linked.replace(target)
 
 
 def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -101,11 +49,11 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         return "hidden and head widths must be multiples of 32, the latter at most 256"
     try:
         found = library()
-    except CannotBuildError as e:
+    except compiled.CannotBuildError as e:
         return str(e)
     unit = found.bf16_unit()
     if dtype == torch.bfloat16 and (
-        unit == 0 or unit == 2 and not torch.cpu._is_amx_tile_supported()
+        unit == 0 or (unit == 2 and not torch.cpu._is_amx_tile_supported())
     ):
         return "bf16 needs a CPU with AVX512-BF16 or AMX"
     return None
