@@ -2,12 +2,12 @@
 
     python benchmarks/pretrain_throughput.py [--models 17M 110M] [--profile]
 
-One process, two threads, bf16 (fp32 where the processor has no bf16 products: ``--precision``),
-AdamW, clipping, the same shapes and tokens for all. All of them
-run in this process and take turns (A B C, A B C, ...); compiling and warm-up are not counted. The
-hand-written loop exists in two forms, and the faster one is the peer. Speeds are also given as a
-fraction of the rate at which these threads multiply square matrices of that dtype; model FLOPs are
-6N plus causal attention (`shardwise.metrics.flops`).
+Two threads, bf16 (fp32 where the processor has no bf16 products: ``--precision``), AdamW, clipping,
+the same shapes and tokens for all. Each contestant has a process, and they take turns (A B C, A B
+C, ...); compiling and warm-up are not counted. The hand-written loop exists in two forms, and the
+faster one is the peer. Speeds are also given as a fraction of the rate at which these threads
+multiply square matrices of that dtype; model FLOPs are 6N plus causal attention
+(`shardwise.metrics.flops`).
 
 ``--clock cpu`` counts processor seconds instead of the wall's. With ``--threads 1`` that compares
 fairly on a busy machine, apart from disturbed caches; it says nothing about scaling.
@@ -16,8 +16,13 @@ fairly on a busy machine, apart from disturbed caches; it says nothing about sca
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ from peers.handwritten import Loop, Shape
 
 from shardwise.data.packing import Row
 from shardwise.metrics.gemm import measure_gemm
+from shardwise.models.llama.config import LlamaConfig
 from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages.loop import flops_per_token
 from shardwise.stages.supervised import SupervisedStage
@@ -79,11 +85,9 @@ class RandomRows:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def our_stage(
-    shape: Shape, rows: RandomRows, compile: bool, precision: str = "bf16"
-) -> SupervisedStage:
-    """What `train` builds for a pretrain stage, with these rows in place of a prepared corpus."""
-    model = {
+def model_of(shape: Shape) -> dict[str, Any]:
+    """The model's section of a recipe."""
+    return {
         "family": "llama",
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
@@ -93,74 +97,116 @@ def our_stage(
         "ffn_size": shape.ffn_size,
         "max_seq_len": shape.seq_len,
     }
+
+
+def our_stage(
+    shape: Shape, rows: RandomRows, compile: bool, precision: str = "bf16"
+) -> SupervisedStage:
+    """What `train` builds for a pretrain stage, with these rows in place of a prepared corpus."""
     batch = {"global_batch": shape.batch, "micro_batch": shape.batch, "seq_len": shape.seq_len}
     engine = {"precision": precision, "compile": compile, "device": "cpu"}
     stage = {"kind": "pretrain", "steps": 1, "batch": batch, "engine": engine}
-    return SupervisedStage(stage_context(model, stage), rows, rows, None, "random")
+    return SupervisedStage(stage_context(model_of(shape), stage), rows, rows, None, "random")
+
+
+def contestant(
+    name: str,
+    shape: Shape,
+    compile: bool,
+    precision: str,
+    steps: int,
+    threads: int,
+    clock_kind: str,
+    pipe: Connection,
+) -> None:
+    """The process of one contestant: takes ``steps`` steps whenever told, and says how long."""
+    use_threads(threads)
+    clock.kind = clock_kind
+    rows = RandomRows(shape)
+    pipe.recv()
+    began = clock.now()
+
+    def turn() -> bool:
+        nonlocal began
+        pipe.send((clock.now() - began) / steps)
+        more = bool(pipe.recv())
+        began = clock.now()
+        return more
+
+    if name == TRAINER:
+        from peers import hf_trainer
+
+        hf_trainer.train(
+            shape,
+            rows.tokens[:, :-1],
+            compile=compile,
+            bf16=precision == "bf16",
+            steps_per_turn=steps,
+            turn=turn,
+        )
+        return
+    step = stepper(name, shape, rows, compile, precision)
+    for number in itertools.count():
+        step(number)
+        if (number + 1) % steps == 0 and not turn():
+            return
+
+
+def stepper(
+    name: str, shape: Shape, rows: RandomRows, compile: bool, precision: str
+) -> Callable[[int], object]:
+    """What takes one numbered step of anyone but the Trainer, whose loop is its own."""
+    if name == OURS:
+        stage = our_stage(shape, rows, compile, precision)
+        return lambda number: stage.train_step(number, 3e-4)
+    kind = "masters" if name == MASTERS else "autocast" if precision == "bf16" else "fp32"
+    loop = Loop(shape, kind, compile)  # type: ignore[arg-type]
+    return lambda number: loop.step(*rows.pairs(number * shape.batch, shape.batch))
 
 
 class Contest:
-    """Everyone takes ``steps`` steps a turn; the first ``warmup`` turns are not counted."""
+    """Everyone takes ``steps`` steps a turn; the first ``warmup`` turns are not counted.
+
+    Each has a process of its own, as a user would run it: what one does to the memory allocator or
+    to the threads is not the others' gain or loss. Who waits is blocked on a pipe.
+    """
 
     def __init__(
-        self, shape: Shape, compile: bool, steps: int, turns: int, warmup: int, precision: str
+        self, shape: Shape, compile: bool, steps: int, precision: str, threads: int
     ) -> None:
-        self.shape, self.compile, self.steps, self.precision = shape, compile, steps, precision
-        self.turns, self.left = turns, turns + warmup
+        self.shape = shape
+        self.names = (OURS, HAND, *((MASTERS,) if precision == "bf16" else ()), TRAINER)
         self.laps = Laps()
-        self.rows = RandomRows(shape)
-        self.stage = our_stage(shape, self.rows, compile, precision)
-        self.loops: dict[str, Loop] = {
-            HAND: Loop(shape, "autocast" if precision == "bf16" else "fp32", compile)
-        }
-        if precision == "bf16":
-            self.loops[MASTERS] = Loop(shape, "masters", compile)
-        self.done = 0
-        self.turn_began = 0.0
+        self.pipes: dict[str, Connection] = {}
+        self.processes = []
+        context = multiprocessing.get_context("spawn")
+        for name in self.names:
+            self.pipes[name], theirs = context.Pipe()
+            arguments = (name, shape, compile, precision, steps, threads, clock.kind, theirs)
+            self.processes.append(context.Process(target=contestant, args=arguments, daemon=True))
+            self.processes[-1].start()
+            theirs.close()  # so that its end is noticed
 
-    def _lap(self, name: str, began: float) -> None:
-        if self.left <= self.turns:
-            self.laps.add(name, (clock.now() - began) / self.steps)
-
-    def turn(self) -> bool:
-        """A turn of everyone but the Trainer, whose turn has just ended; False when all is done."""
-        self._lap(TRAINER, self.turn_began)
-        steps = range(self.done, self.done + self.steps)
-        began = clock.now()
-        for step in steps:
-            self.stage.train_step(step, 3e-4)
-        self._lap(OURS, began)
-        for name, loop in self.loops.items():
-            began = clock.now()
-            for step in steps:
-                loop.step(*self.rows.pairs(step * self.shape.batch, self.shape.batch))
-            self._lap(name, began)
-        self.done += self.steps
-        self.left -= 1
-        self.turn_began = clock.now()
-        return self.left > 0
-
-    def run(self) -> None:
-        """All turns. The Trainer's loop cannot be stepped from outside, so it drives the rest."""
-        from peers import hf_trainer
-
-        self.turn_began = clock.now()
-        hf_trainer.train(
-            self.shape,
-            self.rows.tokens[:, :-1],
-            compile=self.compile,
-            bf16=self.precision == "bf16",
-            steps_per_turn=self.steps,
-            turn=self.turn,
-        )
+    def run(self, turns: int, warmup: int) -> None:
+        """All turns; raises EOFError if a contestant dies."""
+        for number in range(warmup + turns):
+            for name, pipe in self.pipes.items():
+                pipe.send(True)
+                seconds = pipe.recv()
+                if number >= warmup:
+                    self.laps.add(name, seconds)
+        for pipe in self.pipes.values():
+            pipe.send(False)
+        for process in self.processes:
+            process.join()
 
 
 def report(contest: Contest, gemm: float) -> dict[str, object]:
     """Print the table and the ratios of one model; returns them."""
     shape, laps = contest.shape, contest.laps
-    flops = flops_per_token(contest.stage.engine.model_config, shape.seq_len)
+    flops = flops_per_token(LlamaConfig(**model_of(shape)), shape.seq_len)
     rows, speeds = [], {}
-    for name in (OURS, *contest.loops, TRAINER):
+    for name in contest.names:
         speeds[name] = shape.tokens / laps.median(name)
         rate = speeds[name] * flops
         rows.append(
@@ -174,7 +220,7 @@ def report(contest: Contest, gemm: float) -> dict[str, object]:
             ]
         )
     print(table(["", "s/step", "tokens/s", "GFLOP/s", "of GEMM", "shardwise is"], rows))
-    hand = min(contest.loops, key=laps.median)
+    hand = min(contest.names[1:-1], key=laps.median)
     ratios = {"hand": laps.ratio(OURS, hand), "trainer": laps.ratio(OURS, TRAINER)}
     fraction = speeds[OURS] * flops / gemm
     print(f"against {hand} (the faster one): {verdict(ratios['hand'], TARGET_HAND)}")
@@ -219,10 +265,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         before = load()
         rates = [measure_gemm(dtype, budget_s=4.0)]
         steps = max(1, round(2**21 / shape.tokens / shape.hidden_size))  # a turn of 1 to 3 s
-        contest = Contest(
-            shape, not options.no_compile, min(steps, 4), options.turns, options.warmup, precision
-        )
-        contest.run()
+        contest = Contest(shape, not options.no_compile, min(steps, 4), precision, options.threads)
+        contest.run(options.turns, options.warmup)
         rates.append(measure_gemm(dtype, budget_s=4.0))
         best = max(rates, key=lambda r: r.flops)
         gemm = best.flops
@@ -233,7 +277,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             f"{gemm / 1e9:.0f} GFLOP/s at {best.size}"
         )
         results[name] = report(contest, gemm)
-        del contest
         if options.profile:
             print(profile_ours(shape, precision))
     if options.json:
