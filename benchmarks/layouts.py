@@ -38,7 +38,7 @@ from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.parallel.layout import parse_layout
-from shardwise.parallel.mesh import build_mesh
+from shardwise.parallel.mesh import build_mesh, start
 from shardwise.precision.policy import precision_of
 from shardwise.verify.pool import RankPool
 
@@ -85,6 +85,7 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
         max_seq_len=shape.seq_len,
     )
     torch.set_num_threads(side.threads)
+    start(torch.device("cpu"))  # the pool has made the process group; the rest as in a run
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
     config = EngineConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
     return NativeEngine(model, config, mesh, seed=0, optimizer=OptimizerConfig(lr=LR))

@@ -172,7 +172,10 @@ def test_activations_grow_with_what_is_in_flight(model: ModelShape, flying: int)
 def test_logits_and_messages_by_hand() -> None:
     place = Place((Part(2, first=False, in_flight=3),), pp=2)
     logits = 2 * 4096 * EVEN.vocab_size * 2
-    assert loss_buffers(EVEN, place, WORK, place.parts[0]) == (3 + 1) * logits + 4 * (1 << 18)
+    assert loss_buffers(EVEN, place, WORK, place.parts[0]) == (3 + 1) * logits
+    gpu = dataclasses.replace(WORK, device="cuda")
+    chunk = 4 * 2 * 4096 * EVEN.vocab_size  # all of the logits, in fp32
+    assert loss_buffers(EVEN, place, gpu, place.parts[0]) == (3 + 1) * logits + chunk
     # Five fp32 tensors of a norm's backward pass (its sum beats 3 x 128 bf16), and the gradient.
     width = 5 * 4 * EVEN.hidden_size + 2 * EVEN.hidden_size
     assert backward_buffers(EVEN, place, WORK, place.parts[0]) == 2 * 4096 * width
@@ -180,7 +183,7 @@ def test_logits_and_messages_by_hand() -> None:
     assert transit(EVEN, dataclasses.replace(place, messages=3), WORK) == 3 * message
     assert transit(EVEN, whole(EVEN), WORK) == 0
     wide = dataclasses.replace(WORK, wide_logits=True)
-    assert loss_buffers(EVEN, place, wide, place.parts[0]) == 8 * logits + 4 * (1 << 18)
+    assert loss_buffers(EVEN, place, wide, place.parts[0]) == 8 * logits
 
 
 def test_messages_go_by_blocks_on_gpus_and_under_zero3() -> None:

@@ -151,6 +151,14 @@ def test_what_it_does_not_serve_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch)
     assert (attention(q, k, v, Mask()) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_what_is_not_a_number_is_not_lost(place: int) -> None:
+    tensors = _case(5, 40, 40, (2, 2), 16, torch.float32)
+    tensors[place][0, 0, 3, 5] = torch.nan
+    out, _ = cpu_attention.attend(*tensors[:3], None, True)
+    assert bool(out[0, 0, 3].isnan().any()) and bool(out[0, 1].isfinite().all())
+
+
 def test_a_mask_of_another_size_is_refused() -> None:
     q, k, v, _ = _case(4, 16, 16, (2, 2), 16, torch.float32)
     with pytest.raises(ValueError, match=r"mask .* \(1, 1, 16, 15\)"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardwise.ops import cross_entropy
+from shardwise.ops import compiled, cpu_softmax, cross_entropy
 from shardwise.ops.cross_entropy import entropy, token_logprobs
 
 
@@ -43,6 +43,57 @@ def test_values_and_gradients_in_fp64(
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), logits)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from([1.0, 0.7, 2.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_the_kernel_for_cpu_equals_math(
+    num_rows: int, vocab: int, temperature: float, dtype: torch.dtype, strided: bool
+) -> None:
+    torch.manual_seed(vocab)
+    whole = (torch.randn(num_rows, vocab + 3) * 5).to(dtype)
+    logits = (whole[:, :vocab] if strided else whole[:, :vocab].contiguous()).requires_grad_()
+    assert cpu_softmax.serves(logits) == compiled.available(cpu_softmax.library)
+    targets, weight = torch.randint(vocab, (num_rows,)), torch.randn(num_rows)
+    got = token_logprobs(logits[None], targets[None], temperature)[0]
+    (grad,) = torch.autograd.grad((got * weight).sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = _reference(exact, targets, temperature)
+    (expected_grad,) = torch.autograd.grad((expected * weight).sum(), exact)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), expected_grad, atol=2e-6, rtol=tolerance * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_masked_words_and_what_is_not_a_number(dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 20, dtype=torch.float64).to(dtype)
+    logits[:, 17:] = -torch.inf  # words that do not exist
+    logits[1, 4] = torch.nan
+    logits.requires_grad_()
+    got = token_logprobs(logits[None], torch.zeros(1, 3, dtype=torch.int64))[0]
+    assert got.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(got[0] + got[2], logits)
+    assert bool((grad[[0, 2], 17:] == 0).all()) and bool(grad[[0, 2]].isfinite().all())
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(1, 5, 40), torch.randint(40, (1, 5))
+    expected = token_logprobs(logits, targets)
+
+    def broken() -> None:
+        raise compiled.CannotBuildError("no compiler")
+
+    monkeypatch.setattr(cpu_softmax, "library", broken)
+    assert not cpu_softmax.serves(logits[0])
+    torch.testing.assert_close(token_logprobs(logits, targets), expected)
 
 
 def test_gradcheck() -> None:

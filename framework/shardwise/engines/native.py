@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -270,18 +271,21 @@ class NativeEngine:
         the optimizer such as ``exp_avg`` and ``exp_avg_sq``.
         """
         self._reshard()
+        yield from self.named.stream(functools.partial(self._pick, kind))
 
-        def pick(parameter: nn.Parameter) -> Tensor:
-            if kind == "weights":
-                return parameter.data
-            if kind == "grads":
-                return (
-                    torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
-                )
-            assert self.optimizer is not None
-            return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
+    def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Like `full`, but this rank's own parts (tensors or DTensors) without a collective."""
+        self._reshard()
+        for name, parameter in self.named.parameters.items():
+            yield name, self._pick(kind, parameter)
 
-        yield from self.named.stream(pick)
+    def _pick(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        if kind == "weights":
+            return parameter.data
+        if kind == "grads":
+            return torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
+        assert self.optimizer is not None
+        return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
 
 
 class _PipelineWork(pipeline.Work):

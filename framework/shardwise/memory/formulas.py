@@ -147,13 +147,18 @@ def logits(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
-    """Logits in flight, a gradient of theirs, and a chunk in fp32 (see `ops.cross_entropy`)."""
+    """Logits in flight, a gradient of theirs, and a chunk widened (see `ops.cross_entropy`).
+
+    The kernel for CPU needs no chunk, but knows no fp64.
+    """
     if not part.last:
         return 0
     words = -(-model.vocab_size // place.tp)
+    held = (part.in_flight + 1) * logits(model, place, work)
+    if work.device == "cpu" and work.wide_bytes == 4:
+        return held
     rows = min(activations.tokens(place, work), LOSS_CHUNK[work.device] // words)
-    held = part.in_flight + 1
-    return held * logits(model, place, work) + work.wide_bytes * max(1, rows) * words
+    return held + work.wide_bytes * max(1, rows) * words
 
 
 def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:

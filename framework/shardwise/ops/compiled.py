@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -49,6 +50,15 @@ def load(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(target), mode=os.RTLD_NOW)
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         raise CannotBuildError(f"building it failed: {e}") from e
+
+
+def available(library: Callable[[], ctypes.CDLL]) -> bool:
+    """Whether ``library`` can be had here."""
+    try:
+        library()
+    except CannotBuildError:
+        return False
+    return True
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:

@@ -124,9 +124,9 @@ static void hide(const Problem& m, int64_t b, int64_t t, int64_t n, int64_t s, T
   }
 }
 
-// exp(z - shift), and 0 where z is minus infinity, whatever the shift is.
+// exp(z - shift), and 0 where z is minus infinity, whatever the shift is; NaN stays NaN.
 static inline v16 weight(v16 z, float shift) {
-  return z > -INFINITY ? exp16(z - shift) : splat(0.0f);
+  return z == -INFINITY ? splat(0.0f) : exp16(z - shift);
 }
 
 template <class T>
@@ -174,7 +174,7 @@ static void forward_head(const Problem& m, int64_t b, int64_t h) {
     for (int r = 0; r < n; r++)
       for (int64_t d = 0; d < K; d += 16) {
         float* o = out.get() + r * K + d;
-        store(o, total[r] > 0 ? load(o) / total[r] : v16{});
+        store(o, total[r] == 0 ? v16{} : load(o) / total[r]);
       }
     put_rows<T>(m.out, b, h, t, n, K, out.get());
   }

@@ -32,11 +32,7 @@ def library() -> ctypes.CDLL:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the kernel can be built here."""
-    try:
-        library()
-    except compiled.CannotBuildError:
-        return False
-    return True
+    return compiled.available(library)
 
 
 def serves(q_BHTK: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens, without ever holding the logits in fp32, or gathering them.
 
-The backward pass recomputes the softmax from the logits and the saved log-sum-exp. Rows are
-treated in chunks that fit a core's cache: fp32 copies exist for one chunk at a time.
+The backward pass recomputes the softmax from the logits and the saved log-sum-exp. On CPU a kernel
+reads the logits as they are (`cpu_softmax`); elsewhere rows are treated in chunks, and fp32 copies
+exist for one chunk at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.ops import comm
+from shardwise.ops import comm, cpu_softmax
 
 # Shape suffixes: B sequences, T tokens, V vocabulary, N = B * T rows, C rows of a chunk.
 
@@ -61,6 +62,20 @@ class Shard:
         return torch.where(here_N, column_N, 0), here_N
 
 
+def _statistics(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Maximum of ``logits / temperature`` and the sum of exponentials less it (N)."""
+    if cpu_softmax.serves(logits_NV):
+        return cpu_softmax.statistics(logits_NV, temperature)
+    num_rows, width = logits_NV.shape
+    max_N = logits_NV.new_full((num_rows,), -torch.inf, dtype=_wide(logits_NV.dtype))
+    sum_N = torch.zeros_like(max_N)
+    for rows, z_CV in _chunks(logits_NV, temperature):
+        if width:
+            max_N[rows] = z_CV.amax(-1)
+            sum_N[rows] = z_CV.sub_(max_N[rows, None]).exp_().sum(-1)
+    return max_N, sum_N
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,12 +91,7 @@ class _TokenLogprobs(torch.autograd.Function):
             picked_N = torch.zeros(targets_N.shape, dtype=wide, device=targets_N.device)
         if here_N is not None:
             picked_N = torch.where(here_N, picked_N, 0.0)
-        max_N = torch.full_like(picked_N, -torch.inf)
-        sum_N = torch.zeros_like(picked_N)
-        for rows, z_CV in _chunks(logits_NV, temperature):
-            if width:
-                max_N[rows] = z_CV.amax(-1)
-                sum_N[rows] = z_CV.sub_(max_N[rows, None]).exp_().sum(-1)
+        max_N, sum_N = _statistics(logits_NV, temperature)
         if shard is not None:
             top_N = comm.all_max(max_N.clone(), shard.group, "tp")
             both_2N = torch.stack((sum_N * (max_N - top_N).exp(), picked_N))
@@ -97,6 +107,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logits_NV, column_N, here_N, lse_N = ctx.saved_tensors
         scaled_N1 = (grad_N.to(lse_N.dtype) / ctx.temperature)[:, None]
         hit_N1 = scaled_N1 if here_N is None else torch.where(here_N[:, None], scaled_N1, 0.0)
+        if cpu_softmax.serves(logits_NV):
+            rest = (lse_N, scaled_N1[:, 0], column_N, hit_N1[:, 0])
+            return cpu_softmax.gradient(logits_NV, ctx.temperature, *rest), None, None, None
         grad_NV = torch.empty_like(logits_NV)
         if not logits_NV.shape[1]:
             return grad_NV, None, None, None

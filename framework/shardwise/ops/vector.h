@@ -40,10 +40,12 @@ static inline float largest(v16 x) {
   return m;
 }
 
-// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp.
+// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp, and 0
+// below it.
 static inline v16 exp16(v16 x) {
+  const i16 tiny = x < -87.0f;
   x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+  x = tiny ? splat(-87.0f) : x;
   v16 t = x * 1.44269504f;
   i16 k = __builtin_convertvector(t + (t < 0.0f ? splat(-0.5f) : splat(0.5f)), i16);
   v16 kf = __builtin_convertvector(k, v16);
@@ -55,7 +57,7 @@ static inline v16 exp16(v16 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * (v16)((k + 127) << 23);
+  return tiny ? splat(0.0f) : p * (v16)((k + 127) << 23);
 }
 
 // A tile of sums must fit the registers, beside what is multiplied: of AVX-512 8 rows of 32

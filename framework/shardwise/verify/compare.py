@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardwise.verify.replay import Played
+from shardwise.checkpoint.boxes import Box, contains
+from shardwise.verify.replay import Parts, Played
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
 ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
@@ -71,17 +72,37 @@ def bounds(
     return found
 
 
+def whole_values(ranks: Sequence[Played]) -> dict[str, Tensor]:
+    """All values of a layout, each put together from the ranks' parts; NaN where nobody has one."""
+    parts: dict[str, Parts] = {}
+    found: dict[str, Tensor] = {}
+    for played in ranks:
+        for name, value in played.values.items():
+            if isinstance(value, Tensor):
+                found[name] = value
+            else:
+                parts.setdefault(name, []).extend(value)
+                found.setdefault(name, torch.empty(0))  # in its place
+    for name, boxes in parts.items():
+        ends = [[o + n for o, n in zip(*box)] for box, _ in boxes]
+        shape = tuple(map(max, zip(*ends))) if ends else (0,)
+        found[name] = torch.full(shape, torch.nan, dtype=torch.float64)
+        for box, part in boxes:
+            found[name][box.relative_to((0,) * len(shape))] = part
+    return found
+
+
 def compare(
-    exact: Mapping[str, Tensor], limits: Mapping[str, float], played: Played
+    exact: Mapping[str, Tensor], limits: Mapping[str, float], values: Mapping[str, Tensor]
 ) -> list[Difference]:
     """Every value of a layout against the reference, in the order in which they came about."""
     found = []
     for name in exact:
         kind, rest = kind_of(name), name.partition("/")[2]
-        if name not in played.values or played.values[name].shape != exact[name].shape:
+        if name not in values or values[name].shape != exact[name].shape:
             found.append(Difference(kind, rest, float("inf"), float("inf"), limits[name]))
             continue
-        gap = played.values[name] - exact[name]
+        gap = values[name] - exact[name]
         error = float(gap.norm())
         ratio = 0.0 if error == 0.0 else error / limits[name] if limits[name] else float("inf")
         worst: tuple[int, ...] = ()
@@ -115,23 +136,21 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> lis
 
 
 def disagreements(ranks: list[Played]) -> list[tuple[int, str]]:
-    """(rank, value) wherever a rank gathered something else than rank 0."""
-    return [
-        (rank, name)
-        for rank, played in enumerate(ranks)
-        for name, found in played.digests.items()
-        if ranks[0].digests.get(name) != found
-    ]
-
-
-def holders(name: str, worst: tuple[int, ...], ranks: list[Played]) -> list[int]:
-    """The ranks that hold the element ``worst`` of the parameter that a value's name begins with.
-
-    A moment's name goes on with the moment's.
-    """
-    found = []
+    """(rank, value) wherever a rank holds something else than an earlier rank that holds it too."""
+    found, first = [], dict[str, str]()
     for rank, played in enumerate(ranks):
-        for offset, shape in played.boxes.get(name, played.boxes.get(name.rpartition(" ")[0], [])):
-            if all(o <= i < o + n for o, i, n in zip(offset, worst, shape, strict=True)):
-                found.append(rank)
+        for name, its in played.digests.items():
+            if first.setdefault(name, its) != its:
+                found.append((rank, name))
     return found
+
+
+def holders(kind: str, name: str, worst: tuple[int, ...], ranks: list[Played]) -> list[int]:
+    """The ranks that hold the element ``worst`` of a value."""
+    parts = [(r, played.values.get(f"{kind}/{name}")) for r, played in enumerate(ranks)]
+    inside = Box(worst, (1,) * len(worst))
+    return [
+        rank
+        for rank, value in parts
+        if isinstance(value, list) and any(contains(box, inside) for box, _ in value)
+    ]

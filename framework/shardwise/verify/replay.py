@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.checkpoint.boxes import Box
 from shardwise.checkpoint.layout import pieces
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch, join
@@ -43,14 +44,17 @@ from shardwise.verify.tape import Call, FreshContext, Tape
 NEW_TOKENS = 6
 
 
+# The boxes of a parameter, or of what belongs to it, that one rank holds.
+Parts = list[tuple[Box, Tensor]]
+
+
 @dataclasses.dataclass
 class Played:
-    """One rank's results. Tensors come from rank 0 alone; other ranks send their digests."""
+    """One rank's results. What all ranks know comes from rank 0 alone; others send its digest."""
 
-    values: dict[str, Tensor]
+    values: dict[str, Tensor | Parts]
     scales: dict[str, Tensor]  # what this rank scaled by, in FP8; other ranks hold other parts
-    digests: dict[str, str]
-    boxes: dict[str, list[Any]]  # parameter: the boxes of it that this rank holds
+    digests: dict[str, str]  # of whole values, and of each box of the others
     volumes: list[dict[str, Any]]  # communication of the first update
 
 
@@ -79,10 +83,15 @@ def play(
         again.note_moments()
         if tape.prompts:
             again.generate(PRECISIONS[precision].compute)
-    digests = {name: digest(value) for name, value in again.values.items()}
-    values = again.values if dist.get_rank() == 0 else {}
-    volumes = again.volumes or []
-    return Played(values, again.scales, digests, again.boxes(), volumes)
+    digests, values = {}, {}
+    for name, value in again.values.items():
+        if isinstance(value, Tensor):
+            digests[name] = digest(value)
+        else:
+            digests |= {f"{name} at {list(b.offset)}": digest(part) for b, part in value}
+        if dist.get_rank() == 0 or not isinstance(value, Tensor):
+            values[name] = value
+    return Played(values, again.scales, digests, again.volumes or [])
 
 
 class _Notes:
@@ -96,7 +105,7 @@ class _Notes:
     def __init__(self, tape: Tape, ctx: StageContext) -> None:
         self.tape, self.ctx = tape, ctx
         self.engines: list[Engine] = []
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor | Parts] = {}
         self.scales: dict[str, Tensor] = {}
         self.volumes: list[dict[str, Any]] | None = None
         self.seen: set[int] = set()  # engines whose first gradients are noted
@@ -110,19 +119,25 @@ class _Notes:
         else:
             self.note("sentinel" if name.startswith("fp8") else "metric", f"{where} {name}", value)
 
+    def note_parts(self, kind: str, number: int, what: str, ending: str = "") -> None:
+        """What this rank holds of an engine's weights, gradients or moments (`held`)."""
+        inner = inner_of(self.engines[number])
+        for name, value in () if inner is None else inner.held(what):
+            parts = [(p.box, p.view.to(torch.float64, copy=True)) for p in pieces(name, value)]
+            self.values[f"{kind}/{self.label(number)}{name}{ending}"] = parts
+
     def note_weights(self, kind: str) -> None:
-        for number, engine in enumerate(self.engines):
-            for name, value in full(engine, "weights"):
-                self.note(kind, f"{self.label(number)}{name}", value)
+        for number in range(len(self.engines)):
+            self.note_parts(kind, number, "weights")
 
     def note_moments(self) -> None:
         for number, engine in enumerate(self.engines):
             inner = inner_of(engine)
             optimizer = None if inner is None else inner.optimizer
             states = sorted(next(iter(optimizer.state.values()))) if optimizer is not None else []
-            for state in engine.everywhere([s for s in states if s != "step"]):
-                for name, value in full(engine, state):
-                    self.note("moment", f"{self.label(number)}{name} {state}", value)
+            for state in states:
+                if state != "step":
+                    self.note_parts("moment", number, state, f" {state}")
 
     def label(self, number: int) -> str:
         return f"{self.tape.parts[number].role} " if len(self.engines) > 1 else ""
@@ -131,8 +146,7 @@ class _Notes:
         """Of an engine's first update."""
         if number not in self.seen:
             self.seen.add(number)
-            for name, value in full(self.engines[number], "grads"):
-                self.note("gradient", f"{self.label(number)}{name}", value)
+            self.note_parts("gradient", number, "grads")
 
     def run(self) -> None:
         """The whole tape."""
@@ -158,16 +172,6 @@ class _Notes:
         inner = inner_of(self.engines[number])
         for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
             self.scales[f"history/{where} {name}"] = value.clone()
-
-    def boxes(self) -> dict[str, list[Any]]:
-        found = {}
-        for number, engine in enumerate(self.engines):
-            inner = inner_of(engine)
-            named = {} if inner is None else inner.named.parameters
-            for name, value in named.items():
-                boxes = [tuple(p.box) for p in pieces(name, value.data)]
-                found[self.label(number) + name] = boxes
-        return found
 
     def generate(self, dtype: torch.dtype) -> None:
         """Greedy completions from the weights that stream out of the layout."""
@@ -312,10 +316,3 @@ def inner_of(engine: Engine) -> NativeEngine | None:
     inner: Any = engine.inner if isinstance(engine, PlacedEngine) else engine
     assert inner is None or isinstance(inner, NativeEngine)
     return inner
-
-
-def full(engine: Engine, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """`NativeEngine.full`, on every rank of the world."""
-    inner = inner_of(engine)
-    stream = iter(()) if inner is None else inner.full(kind)
-    yield from engine.spread(stream) if isinstance(engine, PlacedEngine) else stream

@@ -26,6 +26,7 @@ from shardwise.verify.compare import (
     disagreements,
     holders,
     kind_of,
+    whole_values,
 )
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Played, play
@@ -77,6 +78,14 @@ class Verdict:
         return text + (f"; suspect: {self.suspect}" if self.suspect else "")
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What one process computes; in FP8, with what it scaled by."""
+
+    values: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+
+
 class Verifier:
     """Tapes and references of one recipe, and the ranks that play them."""
 
@@ -84,7 +93,7 @@ class Verifier:
         self.recipe, self.pool = dict(recipe), pool
         self.layouts = [layout for text in layouts for layout in layouts_of(text)]
         self.tapes: dict[str, Tape] = {}
-        self.references: dict[tuple[str, str, str | None], Played] = {}
+        self.references: dict[tuple[str, str, str | None], Reference] = {}
 
     def tape(self, stage: str) -> Tape:
         """The stage's calls, recorded once."""
@@ -94,12 +103,13 @@ class Verifier:
             )
         return self.tapes[stage]
 
-    def reference(self, stage: str, precision: str, layout: str = SINGLE) -> Played:
+    def reference(self, stage: str, precision: str, layout: str = SINGLE) -> Reference:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
         [config] = [s.engine for s in self.tape(stage).run.stages if s.name == stage]
         key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
-            [self.references[key]] = self._play(stage, SINGLE, precision, False, key[2])
+            single = self._play(stage, SINGLE, precision, False, key[2])
+            self.references[key] = Reference(whole_values(single), single[0].scales)
         return self.references[key]
 
     def check(
@@ -122,7 +132,8 @@ class Verifier:
         problem = ""
         if first is None and (apart := disagreements(ranks)):
             rank, name = apart[0]
-            problem = f"ranks 0 and {rank} hold different values of {name.replace('/', ' ', 1)}"
+            what = name.replace("/", " ", 1)
+            problem = f"rank {rank} holds another value of {what} than an earlier rank"
         suspect = self._suspect(stage, layout, precision, compiled) if first or problem else ""
         return Verdict(
             stage,
@@ -131,7 +142,7 @@ class Verifier:
             worst,
             time.perf_counter() - began,
             first,
-            tuple(holders(first.name, first.worst, ranks)) if first and first.worst else (),
+            tuple(holders(first.kind, first.name, first.worst, ranks)) if first else (),
             suspect,
             problem,
             ranks[0].volumes,
@@ -154,7 +165,7 @@ class Verifier:
             single = self.reference(stage, precision, layout).values
             # So may single elements of an operand round to the other neighbour.
             precision = "bf16" if reference.scales else precision
-        return scales + compare(exact, bounds(exact, single, precision), ranks[0])
+        return scales + compare(exact, bounds(exact, single, precision), whole_values(ranks))
 
     def _compare(
         self, stage: str, layout: str, precision: str, compiled: bool
