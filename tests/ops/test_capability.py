@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwise.ops import compiled, cpu_attention
 from shardwise.ops.capability import capabilities
 from tests.contracts.transformer_engine import installed
 
@@ -24,10 +25,12 @@ def test_every_row_has_a_reason() -> None:
         "apex",
         "triton",
         "float8",
+        "cpu_kernels",
     ]
     assert all(r.detail and r.purpose for r in rows)
     if not torch.cuda.is_available():
-        assert {r.library for r in rows if r.used} == {"float8"}  # part of torch
+        cpu = {"cpu_kernels"} if compiled.unusable(cpu_attention.library) is None else set()
+        assert {r.library for r in rows if r.used} == {"float8"} | cpu  # float8: part of torch
 
 
 def test_the_recipes_that_a_gpu_has_products_for(monkeypatch: pytest.MonkeyPatch) -> None:

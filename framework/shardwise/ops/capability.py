@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.ops import flash, fp8_kernels, transformer_engine
+from shardwise.ops import (
+    compiled,
+    cpu_attention,
+    cpu_softmax,
+    flash,
+    fp8_kernels,
+    transformer_engine,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +38,18 @@ def capabilities() -> list[Capability]:
         ("apex", "fused optimizers and norms", _apex),
         ("triton", "FP8 quantisers of the emulation", _triton),
         ("float8", "engine.fp8, emulated", _float8),
+        ("cpu_kernels", "attention and softmax on CPU", _cpu_kernels),
     ]
     found = []
     for library, purpose, probe in rows:
         reason = probe()
-        version = "part of torch" if library == "float8" else f"version {_version(library)}"
+        version = _PARTS.get(library) or f"version {_version(library)}"
         detail = reason if reason is not None else version
         found.append(Capability(library, purpose, reason is None, detail))
     return found
+
+
+_PARTS = {"float8": "part of torch", "cpu_kernels": "built here by the C++ compiler"}
 
 
 def _version(library: str) -> str:
@@ -46,6 +57,10 @@ def _version(library: str) -> str:
         return importlib.metadata.version(library.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _cpu_kernels() -> str | None:
+    return compiled.unusable(cpu_attention.library) or compiled.unusable(cpu_softmax.library)
 
 
 def _flash_attn() -> str | None:

@@ -52,13 +52,13 @@ def load(source: Path) -> ctypes.CDLL:
         raise CannotBuildError(f"building it failed: {e}") from e
 
 
-def available(library: Callable[[], ctypes.CDLL]) -> bool:
-    """Whether ``library`` can be had here."""
+def unusable(library: Callable[[], ctypes.CDLL]) -> str | None:
+    """Why ``library`` cannot be had here; None if it can."""
     try:
         library()
-    except CannotBuildError:
-        return False
-    return True
+    except CannotBuildError as e:
+        return str(e)
+    return None
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:

@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the kernel can be built here."""
-    return compiled.available(library)
+    return compiled.unusable(library) is None
 
 
 def serves(q_BHTK: Tensor) -> bool:

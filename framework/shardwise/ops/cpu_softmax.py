@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL:
 def serves(logits_NV: Tensor) -> bool:
     """Whether these logits are for this kernel."""
     known = logits_NV.is_cpu and logits_NV.dtype in (torch.float32, torch.bfloat16)
-    return known and logits_NV.stride(1) == 1 and compiled.available(library)
+    return known and logits_NV.stride(1) == 1 and compiled.unusable(library) is None
 
 
 def statistics(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
