@@ -6,30 +6,40 @@ A byte-level Llama of 4.2M parameters in fp32, two prompts with eight completion
 tokens each (end-of-text is switched off for both), one trivial reward, one update. Ours is the
 `grpo` stage itself: generation, scoring, advantages, loss, engine. First both replay the same
 stored completions and rewards and must agree on log-probabilities, advantages and gradient norm;
-then they take turns in one process, warm-up not counted.
+then they take turns, each in a process of its own, warm-up not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from common import Laps, clock, load, stage_context, table, use_threads, verdict
+from common import stage_context
+from contest import Contest, Lap
 from peers.trl_grpo import Replayed, TrlGrpo
-from rl import EndlessTokenizer, Replay, text_of
+from rl import (
+    OURS,
+    EndlessTokenizer,
+    Replay,
+    accept,
+    conclude,
+    exchange,
+    parse,
+    take_turns,
+    text_of,
+)
 
 from shardwise.data.chat import encode_chat
 from shardwise.losses.logprobs import valid_logprobs
-from shardwise.rewards import RewardItem, prompt_messages
+from shardwise.rewards import RewardConfig, RewardItem, Scorer, build_reward, prompt_messages
 from shardwise.stages.grpo import GrpoStage
 from shardwise.stages.play import Group
 
 TARGET = 2.0
-TOLERANCE = 1e-4
-OURS, TRL = "shardwise", "TRL"
+TRL = "TRL"
 LR = 1e-6
 NUM_PROMPTS, GROUP, LENGTH = 2, 8, 64
 
@@ -61,24 +71,36 @@ def our_stage(hidden: int, layers: int, length: int) -> GrpoStage:
     return GrpoStage(stage_context(model, stage, tokenizer))
 
 
-def trl_trainer(stage: GrpoStage, length: int) -> TrlGrpo:
-    """TRL on the stage's weights, prompts and reward."""
+class Score:
+    """The stage's reward as TRL wants it; made where it is first called."""
 
-    def score(texts: list[str]) -> list[float]:
-        items = [RewardItem("", text, "", {}, length) for text in texts]
-        return [float(r.value or 0.0) for r in stage.player.scorer.score(items)]
+    def __init__(self, config: RewardConfig, length: int) -> None:
+        self.config, self.length = config, length
 
-    return TrlGrpo(
-        stage.ctx.run.model,  # type: ignore[arg-type]
-        stage.engine.weights(),
-        stage.ctx.tokenizer,
-        [text_of(stage, p) for p in stage.problems],
-        num_completions=NUM_PROMPTS * GROUP,
-        group_size=GROUP,
-        length=length,
-        lr=LR,
-        score=score,
-    )
+    @cached_property
+    def scorer(self) -> Scorer:
+        """See `build_reward`."""
+        return build_reward(self.config)
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        """Rewards of completions; an unscorable one has 0."""
+        items = [RewardItem("", text, "", {}, self.length) for text in texts]
+        return [float(r.value or 0.0) for r in self.scorer.score(items)]
+
+
+def trl_arguments(stage: GrpoStage, length: int) -> dict[str, Any]:
+    """What `TrlGrpo` takes: the stage's weights, prompts and reward."""
+    return {
+        "config": stage.ctx.run.model,
+        "weights": list(stage.engine.weights()),
+        "tokenizer": stage.ctx.tokenizer,
+        "prompts": [text_of(stage, p) for p in stage.problems],
+        "num_completions": NUM_PROMPTS * GROUP,
+        "group_size": GROUP,
+        "length": length,
+        "lr": LR,
+        "score": Score(stage.config.reward, length),
+    }
 
 
 def stored_rollout(stage: GrpoStage, length: int) -> list[Group]:
@@ -108,7 +130,14 @@ def stored_rollout(stage: GrpoStage, length: int) -> list[Group]:
     return groups
 
 
-def our_replay(stage: GrpoStage, groups: list[Group], length: int) -> Replayed:
+def as_lists(stage: GrpoStage, groups: list[Group]) -> tuple[list[str], list[Any], list[float]]:
+    """A rollout as `TrlGrpo.replay` takes it: prompts, completions and rewards."""
+    texts = [text_of(stage, g.problem) for g in groups]
+    completions = [t for g in groups for t in g.tokens]
+    return texts, completions, [float(r or 0.0) for g in groups for r in g.rewards]
+
+
+def our_replay(stage: GrpoStage, groups: list[Group]) -> Replayed:
     """The stored groups through the stage: one update, with a learning rate of zero."""
     player, forward_backward = stage.player, stage.engine.forward_backward
     seen: list[Any] = []
@@ -125,7 +154,7 @@ def our_replay(stage: GrpoStage, groups: list[Group], length: int) -> Replayed:
     values = stage.engine.forward(seen, lambda z, b: valid_logprobs(z, b)[b.loss_mask_BT])
     return Replayed(
         [g.prompt for g in groups for _ in range(GROUP)],
-        torch.cat(values).view(-1, length),
+        torch.cat(values).view(-1, len(groups[0].tokens[0])),
         torch.tensor([a for g in groups for a in g.tracks["advantages_BT"]]),
         metrics["grad_norm"],
     )
@@ -142,76 +171,41 @@ def agreement(ours: Replayed, theirs: Replayed) -> dict[str, float]:
     }
 
 
-def check(stage: GrpoStage, trl: TrlGrpo, length: int) -> dict[str, float]:
-    """Replay on both sides, print and return the differences; SystemExit if they are too large."""
+def our_side(hidden: int, layers: int, length: int, lap: Lap) -> None:
+    """Our process: says what TRL is to do and what the replay gave, then takes its turns."""
+    stage = our_stage(hidden, layers, length)
     groups = stored_rollout(stage, length)
-    ours = our_replay(stage, groups, length)
-    texts = [text_of(stage, g.problem) for g in groups]
-    completions = [t for g in groups for t in g.tokens]
-    rewards = [float(r or 0.0) for g in groups for r in g.rewards]
-    differences = agreement(ours, trl.replay(texts, completions, rewards))
-    for name, value in differences.items():
-        print(f"replay: {name} differ by {value:.1e} at most")
-    if max(differences.values()) > TOLERANCE:
-        raise SystemExit(f"the two trainers disagree by more than {TOLERANCE}: nothing was timed")
-    return differences
+    lap.pipe.send(
+        (trl_arguments(stage, length), as_lists(stage, groups), our_replay(stage, groups))
+    )
+    take_turns(lambda step: stage.train_step(step, LR), lap)
 
 
-def race(stage: GrpoStage, trl: TrlGrpo, turns: int, warmup: int) -> Laps:
-    """TRL's trainer drives; after each of its steps ours takes one."""
-    laps = Laps()
-    began = clock.now()
-    step = 0
-
-    def turn() -> bool:
-        nonlocal began, step
-        theirs = clock.now() - began
-        began = clock.now()
-        stage.train_step(step, LR)
-        if step >= warmup:
-            laps.add(TRL, theirs)
-            laps.add(OURS, clock.now() - began)
-        step += 1
-        began = clock.now()
-        return step < warmup + turns
-
-    trl.train(turn)
-    return laps
+def trl_side(lap: Lap) -> None:
+    """TRL's process: the same from what ours has sent."""
+    arguments, stored = lap.pipe.recv()
+    trl = TrlGrpo(**arguments)
+    lap.pipe.send(trl.replay(*stored))
+    lap.start()
+    trl.train(lap)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, check, race; returns what was printed, as data."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=15, help="counted steps of each")
-    parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, 8 tokens: a self-check")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, too")
-    options = parser.parse_args(argv)
-    use_threads(options.threads)
-    clock.kind = options.clock
+    options = parse(argparse.ArgumentParser(description=__doc__.splitlines()[0]), argv)
     hidden, layers, length = (64, 2, 8) if options.tiny else (256, 4, LENGTH)
-    before = load()
-    stage = our_stage(hidden, layers, length)
-    trl = trl_trainer(stage, length)
-    differences = check(stage, trl, length)
-    laps = race(stage, trl, options.turns, options.warmup)
-    millions = stage.ctx.run.model.num_parameters() / 1e6  # type: ignore[attr-defined]
-    print(
-        f"\n{millions:.1f}M parameters, fp32, {NUM_PROMPTS * GROUP} completions x {length} tokens "
-        f"in groups of {GROUP}, {options.threads} threads, {options.clock} clock, "
-        f"load {before} before and {load()} after"
+    contest = Contest(
+        {OURS: partial(our_side, hidden, layers, length), TRL: trl_side}, options.threads
     )
-    ratio = laps.ratio(OURS, TRL)
-    rows = [[n, f"{laps.median(n):.3f}", f"{laps.ratio(n, TRL):.2f}"] for n in (OURS, TRL)]
-    print(table(["", "s/step", "times TRL"], rows))
-    print(f"against TRL: {verdict(ratio, TARGET)}")
-    seconds = {n: laps.median(n) for n in (OURS, TRL)}
-    result = {"replay": differences, "seconds": seconds, "ratio": ratio}
-    if options.json:
-        print(json.dumps(result))
-    return result
+    arguments, _, ours, theirs = exchange(contest, TRL)
+    differences = agreement(ours, theirs)
+    accept(differences)
+    laps = contest.run(options.turns, options.warmup)
+    title = (
+        f"{arguments['config'].num_parameters() / 1e6:.1f}M parameters, fp32, "
+        f"{NUM_PROMPTS * GROUP} completions x {length} tokens in groups of {GROUP}"
+    )
+    return conclude(title, laps, TRL, TARGET, differences, options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ as critic and reward model; two prompts with eight completions of exactly 64 tok
 ends a completion, on either side), four epochs over the rollout. Ours is the `ppo` stage itself.
 First both replay the same stored completions and must agree on log-probabilities, values,
 advantages (that is, on rewards too) and on the gradient norms of actor and critic; then they take
-turns in one process, warm-up not counted.
+turns, each in a process of its own, warm-up not counted.
 
 TRL dropped PPO after 1.12, and the other benchmarks need a newer one: 1.12.0 is installed for this
 script alone, into a folder of its own (``--trl``).
@@ -16,15 +16,26 @@ script alone, into a folder of its own (``--trl``).
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Laps, clock, load, stage_context, table, use_threads, verdict
-from rl import EndlessTokenizer, Replay, text_of
+from common import stage_context
+from contest import Contest, Lap
+from rl import (
+    OURS,
+    EndlessTokenizer,
+    Replay,
+    accept,
+    conclude,
+    exchange,
+    parse,
+    take_turns,
+    text_of,
+)
 
 from shardwise.data.chat import encode_chat
 from shardwise.rewards import prompt_messages
@@ -33,8 +44,7 @@ from shardwise.stages.play import Group
 from shardwise.stages.ppo import PpoStage
 
 TARGET = 2.0
-TOLERANCE = 1e-4
-OURS, TRL = "shardwise", "TRL 1.12"
+TRL = "TRL 1.12"
 LR = 1e-6
 NUM_PROMPTS, GROUP, LENGTH, EPOCHS = 2, 8, 64, 4
 FOLDER = Path.home() / ".cache" / "shardwise" / "trl-1.12.0"
@@ -87,24 +97,23 @@ def our_stage(hidden: int, layers: int, length: int) -> PpoStage:
     return PpoStage(FreshContext(**vars(ctx)))
 
 
-def trl_trainer(stage: PpoStage, length: int) -> Any:
-    """TRL on the stage's weights and prompts."""
-    from peers.trl_ppo import TrlPpo
-
+def trl_arguments(stage: PpoStage, length: int) -> dict[str, Any]:
+    """What `TrlPpo` takes: the stage's weights and prompts."""
     assert stage.reference is not None and stage.reward_model is not None
-    return TrlPpo(
-        stage.ctx.run.model,  # type: ignore[arg-type]
-        stage.engine.weights(),
-        stage.reference.weights(),
-        stage.critic.weights(),
-        stage.reward_model.weights(),
-        stage.ctx.tokenizer,
-        [text_of(stage, stage.problems[int(i)]) for i in stage.order.batch(0, NUM_PROMPTS)],
-        group_size=GROUP,
-        length=length,
-        lr=LR,
-        epochs=EPOCHS,
-    )
+    problems = [stage.problems[int(i)] for i in stage.order.batch(0, NUM_PROMPTS)]
+    return {
+        "config": stage.ctx.run.model,
+        "policy": list(stage.engine.weights()),
+        "reference": list(stage.reference.weights()),
+        "critic": list(stage.critic.weights()),
+        "reward": list(stage.reward_model.weights()),
+        "tokenizer": stage.ctx.tokenizer,
+        "prompts": [text_of(stage, p) for p in problems],
+        "group_size": GROUP,
+        "length": length,
+        "lr": LR,
+        "epochs": EPOCHS,
+    }
 
 
 def stored_rollout(stage: PpoStage, length: int) -> list[Group]:
@@ -142,93 +151,73 @@ def our_replay(stage: PpoStage, groups: list[Group]) -> dict[str, Any]:
     return found
 
 
-def agreement(ours: dict[str, Any], theirs: Any, order: list[int]) -> dict[str, float]:
+def agreement(ours: dict[str, Any], theirs: dict[str, Any], order: list[int]) -> dict[str, float]:
     """Largest differences; the gradient norms' are relative. ``order``: ours for each of theirs."""
 
     def worst(name: str, other: torch.Tensor) -> float:
         return float((ours[name][order] - other).abs().max())
 
     return {
-        "log-probabilities": worst("old_logprobs_BT", theirs.logprobs),
-        "values": worst("values_BT", theirs.values),
-        "advantages": worst("advantages_BT", theirs.advantages),
-        "policy gradient norm": abs(ours["policy"] / theirs.policy_norm - 1.0),
-        "value gradient norm": abs(ours["value"] / theirs.value_norm - 1.0),
+        "log-probabilities": worst("old_logprobs_BT", theirs["logprobs"]),
+        "values": worst("values_BT", theirs["values"]),
+        "advantages": worst("advantages_BT", theirs["advantages"]),
+        "policy gradient norm": abs(ours["policy"] / theirs["policy_norm"] - 1.0),
+        "value gradient norm": abs(ours["value"] / theirs["value_norm"] - 1.0),
     }
 
 
-def check(stage: PpoStage, trl: Any, length: int) -> dict[str, float]:
-    """Replay on both sides, print and return the differences; SystemExit if they are too large."""
+def our_side(hidden: int, layers: int, length: int, lap: Lap) -> None:
+    """Our process: says what TRL is to do and what the replay gave, then takes its turns."""
+    stage = our_stage(hidden, layers, length)
     groups = stored_rollout(stage, length)
-    ours = our_replay(stage, groups)
-    theirs = trl.replay({tuple(g.prompt): g.tokens for g in groups})
-    left = {tuple(g.prompt): list(range(i * GROUP, (i + 1) * GROUP)) for i, g in enumerate(groups)}
-    order = [left[tuple(p)].pop(0) for p in theirs.prompt_ids]
+    replayed = our_replay(stage, groups)
+    lap.pipe.send((trl_arguments(stage, length), [(g.prompt, g.tokens) for g in groups], replayed))
+    take_turns(lambda step: stage.train_step(step, LR), lap)
+
+
+def trl_side(folder: Path, lap: Lap) -> None:
+    """TRL's process: the same from what ours has sent."""
+    provide_trl(folder)
+    from peers.trl_ppo import TrlPpo
+
+    arguments, completions = lap.pipe.recv()
+    trl = TrlPpo(**arguments)
+    lap.pipe.send(vars(trl.replay({tuple(prompt): tokens for prompt, tokens in completions})))
+    lap.start()
+    trl.train(lap)
+
+
+def check(completions: list[Any], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Compare the replays, each completion with its like; see `accept`."""
+    left = {
+        tuple(prompt): list(range(i * GROUP, (i + 1) * GROUP))
+        for i, (prompt, _) in enumerate(completions)
+    }
+    order = [left[tuple(p)].pop(0) for p in theirs["prompt_ids"]]
     differences = agreement(ours, theirs, order)
-    for name, value in differences.items():
-        print(f"replay: {name} differ by {value:.1e} at most")
-    if max(differences.values()) > TOLERANCE:
-        raise SystemExit(f"the two trainers disagree by more than {TOLERANCE}: nothing was timed")
+    accept(differences)
     return differences
-
-
-def race(stage: PpoStage, trl: Any, turns: int, warmup: int) -> Laps:
-    """TRL's trainer drives; after each of its updates ours makes one."""
-    laps = Laps()
-    began = clock.now()
-    step = 0
-
-    def turn() -> bool:
-        nonlocal began, step
-        theirs = clock.now() - began
-        began = clock.now()
-        stage.train_step(step, LR)
-        if step >= warmup:
-            laps.add(TRL, theirs)
-            laps.add(OURS, clock.now() - began)
-        step += 1
-        began = clock.now()
-        return step < warmup + turns
-
-    trl.train(turn)
-    return laps
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, check, race; returns what was printed, as data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=10, help="counted updates of each")
-    parser.add_argument("--warmup", type=int, default=3, help="updates that are not counted")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--trl", type=Path, default=FOLDER, help="where TRL 1.12.0 is, or goes")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, 8 tokens: a self-check")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, too")
-    options = parser.parse_args(argv)
+    options = parse(parser, argv)
     provide_trl(options.trl)
-    use_threads(options.threads)
-    clock.kind = options.clock
     hidden, layers, length = (64, 2, 8) if options.tiny else (256, 4, LENGTH)
-    before = load()
-    stage = our_stage(hidden, layers, length)
-    trl = trl_trainer(stage, length)
-    differences = check(stage, trl, length)
-    laps = race(stage, trl, options.turns, options.warmup)
-    millions = stage.ctx.run.model.num_parameters() / 1e6  # type: ignore[attr-defined]
-    print(
-        f"\n{millions:.1f}M parameters a role, fp32, {NUM_PROMPTS * GROUP} completions x {length} "
-        f"tokens, {EPOCHS} epochs, {options.threads} threads, {options.clock} clock, "
-        f"load {before} before and {load()} after"
+    contest = Contest(
+        {OURS: partial(our_side, hidden, layers, length), TRL: partial(trl_side, options.trl)},
+        options.threads,
     )
-    ratio = laps.ratio(OURS, TRL)
-    rows = [[n, f"{laps.median(n):.3f}", f"{laps.ratio(n, TRL):.2f}"] for n in (OURS, TRL)]
-    print(table(["", "s/update", "times TRL"], rows))
-    print(f"against TRL: {verdict(ratio, TARGET)}")
-    seconds = {n: laps.median(n) for n in (OURS, TRL)}
-    result = {"replay": differences, "seconds": seconds, "ratio": ratio}
-    if options.json:
-        print(json.dumps(result))
-    return result
+    arguments, completions, ours, theirs = exchange(contest, TRL)
+    differences = check(completions, ours, theirs)
+    laps = contest.run(options.turns, options.warmup)
+    title = (
+        f"{arguments['config'].num_parameters() / 1e6:.1f}M parameters a role, fp32, "
+        f"{NUM_PROMPTS * GROUP} completions x {length} tokens, {EPOCHS} epochs"
+    )
+    return conclude(title, laps, TRL, TARGET, differences, options)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from common import (
     use_threads,
     verdict,
 )
+from contest import Contest, Lap
 from peers.handwritten import Loop, Shape
 
 from shardwise.data.packing import Row
@@ -110,29 +110,11 @@ def our_stage(
 
 
 def contestant(
-    name: str,
-    shape: Shape,
-    compile: bool,
-    precision: str,
-    steps: int,
-    threads: int,
-    clock_kind: str,
-    pipe: Connection,
+    name: str, shape: Shape, compile: bool, precision: str, steps: int, lap: Lap
 ) -> None:
-    """The process of one contestant: takes ``steps`` steps whenever told, and says how long."""
-    use_threads(threads)
-    clock.kind = clock_kind
+    """One contestant; a turn is ``steps`` steps."""
     rows = RandomRows(shape)
-    pipe.recv()
-    began = clock.now()
-
-    def turn() -> bool:
-        nonlocal began
-        pipe.send((clock.now() - began) / steps)
-        more = bool(pipe.recv())
-        began = clock.now()
-        return more
-
+    lap.start()
     if name == TRAINER:
         from peers import hf_trainer
 
@@ -142,13 +124,13 @@ def contestant(
             compile=compile,
             bf16=precision == "bf16",
             steps_per_turn=steps,
-            turn=turn,
+            turn=lap,
         )
         return
     step = stepper(name, shape, rows, compile, precision)
     for number in itertools.count():
         step(number)
-        if (number + 1) % steps == 0 and not turn():
+        if (number + 1) % steps == 0 and not lap():
             return
 
 
@@ -164,55 +146,29 @@ def stepper(
     return lambda number: loop.step(*rows.pairs(number * shape.batch, shape.batch))
 
 
-class Contest:
-    """Everyone takes ``steps`` steps a turn; the first ``warmup`` turns are not counted.
-
-    Each has a process of its own, as a user would run it: what one does to the memory allocator or
-    to the threads is not the others' gain or loss. Who waits is blocked on a pipe.
-    """
-
-    def __init__(
-        self, shape: Shape, compile: bool, steps: int, precision: str, threads: int
-    ) -> None:
-        self.shape = shape
-        self.names = (OURS, HAND, *((MASTERS,) if precision == "bf16" else ()), TRAINER)
-        self.laps = Laps()
-        self.pipes: dict[str, Connection] = {}
-        self.processes = []
-        context = multiprocessing.get_context("spawn")
-        for name in self.names:
-            self.pipes[name], theirs = context.Pipe()
-            arguments = (name, shape, compile, precision, steps, threads, clock.kind, theirs)
-            self.processes.append(context.Process(target=contestant, args=arguments, daemon=True))
-            self.processes[-1].start()
-            theirs.close()  # so that its end is noticed
-
-    def run(self, turns: int, warmup: int) -> None:
-        """All turns; raises EOFError if a contestant dies."""
-        for number in range(warmup + turns):
-            for name, pipe in self.pipes.items():
-                pipe.send(True)
-                seconds = pipe.recv()
-                if number >= warmup:
-                    self.laps.add(name, seconds)
-        for pipe in self.pipes.values():
-            pipe.send(False)
-        for process in self.processes:
-            process.join()
+def race(
+    shape: Shape, compile: bool, precision: str, threads: int, turns: int, warmup: int
+) -> tuple[Laps, int]:
+    """Seconds of everyone's turns, and the steps of a turn."""
+    steps = min(4, max(1, round(2**21 / shape.tokens / shape.hidden_size)))  # 1 to 3 s
+    names = (OURS, HAND, *((MASTERS,) if precision == "bf16" else ()), TRAINER)
+    contest = Contest(
+        {n: partial(contestant, n, shape, compile, precision, steps) for n in names}, threads
+    )
+    return contest.run(turns, warmup), steps
 
 
-def report(contest: Contest, gemm: float) -> dict[str, object]:
+def report(shape: Shape, laps: Laps, steps: int, gemm: float) -> dict[str, object]:
     """Print the table and the ratios of one model; returns them."""
-    shape, laps = contest.shape, contest.laps
     flops = flops_per_token(LlamaConfig(**model_of(shape)), shape.seq_len)
     rows, speeds = [], {}
-    for name in contest.names:
-        speeds[name] = shape.tokens / laps.median(name)
+    for name in laps.seconds:
+        speeds[name] = steps * shape.tokens / laps.median(name)
         rate = speeds[name] * flops
         rows.append(
             [
                 name,
-                f"{laps.median(name):.3f}",
+                f"{laps.median(name) / steps:.3f}",
                 f"{speeds[name]:.0f}",
                 f"{rate / 1e9:.0f}",
                 f"{rate / gemm:.2f}",
@@ -220,7 +176,7 @@ def report(contest: Contest, gemm: float) -> dict[str, object]:
             ]
         )
     print(table(["", "s/step", "tokens/s", "GFLOP/s", "of GEMM", "shardwise is"], rows))
-    hand = min(contest.names[1:-1], key=laps.median)
+    hand = min(set(laps.seconds) - {OURS, TRAINER}, key=laps.median)
     ratios = {"hand": laps.ratio(OURS, hand), "trainer": laps.ratio(OURS, TRAINER)}
     fraction = speeds[OURS] * flops / gemm
     print(f"against {hand} (the faster one): {verdict(ratios['hand'], TARGET_HAND)}")
@@ -264,9 +220,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         shape = SHAPES[name]
         before = load()
         rates = [measure_gemm(dtype, budget_s=4.0)]
-        steps = max(1, round(2**21 / shape.tokens / shape.hidden_size))  # a turn of 1 to 3 s
-        contest = Contest(shape, not options.no_compile, min(steps, 4), precision, options.threads)
-        contest.run(options.turns, options.warmup)
+        laps, steps = race(
+            shape,
+            not options.no_compile,
+            precision,
+            options.threads,
+            options.turns,
+            options.warmup,
+        )
         rates.append(measure_gemm(dtype, budget_s=4.0))
         best = max(rates, key=lambda r: r.flops)
         gemm = best.flops
@@ -276,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             f"load {before} before and {load()} after; GEMM "
             f"{gemm / 1e9:.0f} GFLOP/s at {best.size}"
         )
-        results[name] = report(contest, gemm)
+        results[name] = report(shape, laps, steps, gemm)
         if options.profile:
             print(profile_ours(shape, precision))
     if options.json:

@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 import dataclasses
 
 import grpo_step as bench
+import rl
 
 from tests.support.pool import RankPool
 
@@ -25,7 +26,7 @@ def tiny() -> dict[str, Any]:
 def test_agrees_then_races(ranks: RankPool) -> None:
     [result] = ranks.run(tiny, world=1)
     assert set(result["replay"]) == {"log-probabilities", "advantages", "gradient norm"}
-    assert max(result["replay"].values()) < bench.TOLERANCE
+    assert max(result["replay"].values()) < rl.TOLERANCE
     assert result["ratio"] > 0 and set(result["seconds"]) == {bench.OURS, bench.TRL}
 
 
@@ -33,12 +34,10 @@ def disagreements() -> list[float]:
     """The differences when TRL replays other weights, and when rewards are swapped."""
     length = 4
     stage = bench.our_stage(64, 1, length)
-    trl = bench.trl_trainer(stage, length)
+    trl = bench.TrlGrpo(**bench.trl_arguments(stage, length))
     groups = bench.stored_rollout(stage, length)
-    ours = bench.our_replay(stage, groups, length)
-    texts = [bench.text_of(stage, g.problem) for g in groups]
-    completions = [t for g in groups for t in g.tokens]
-    rewards = [float(r or 0.0) for g in groups for r in g.rewards]
+    ours = bench.our_replay(stage, groups)
+    texts, completions, rewards = bench.as_lists(stage, groups)
     theirs = trl.replay(texts, completions, rewards[::-1])
     swapped = bench.agreement(ours, theirs)
     for p in trl.trainer.model.parameters():
@@ -51,4 +50,4 @@ def disagreements() -> list[float]:
 
 def test_disagreement_is_seen(ranks: RankPool) -> None:
     [found] = ranks.run(disagreements, world=1)
-    assert min(found) > bench.TOLERANCE
+    assert min(found) > rl.TOLERANCE

@@ -95,20 +95,40 @@ static void panels_of(const float* rows, int64_t padded, int64_t width, float* t
       for (int64_t r = 0; r < 32; r++) to[p * width + d * 32 + r] = rows[(p + r) * width + d];
 }
 
-// The panels that some of the queries [t, t + n) see; returns how many.
-static int64_t seen_panels(const Problem& m, int64_t b, int64_t t, int64_t n, int64_t* panels) {
-  int64_t count = 0;
-  for (int64_t s = 0; s < m.S; s += 32) {
-    bool any = !m.mask;
-    if (m.causal && s > t + n - 1) any = false;
-    for (int64_t r = 0; r < n && !any && m.mask; r++) {
-      const uint8_t* row = m.mask + b * m.mask_b + (t + r) * m.mask_t + s;
-      for (int64_t j = 0; j < lesser(32, m.S - s); j++) any |= row[j] != 0;
-    }
-    if (any) panels[count++] = s;
+// Which panels a block of queries sees: found once, for all heads.
+struct Seen {
+  int64_t blocks, panels;
+  std::unique_ptr<uint8_t[]> any;
+
+  explicit Seen(const Problem& m)
+      : blocks((m.T + ROWS - 1) / ROWS), panels((m.S + 31) / 32) {
+    const int64_t batch = m.mask && m.mask_b ? m.B : 1;
+    any.reset(new uint8_t[batch * blocks * panels]);
+#pragma omp parallel for num_threads(m.threads) collapse(2)
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t i = 0; i < blocks; i++)
+        for (int64_t j = 0; j < panels; j++)
+          any[(b * blocks + i) * panels + j] = sees(m, b, i * ROWS, j * 32);
   }
-  return count;
-}
+
+  static bool sees(const Problem& m, int64_t b, int64_t t, int64_t s) {
+    static const uint8_t none[32] = {};
+    const int n = lesser(ROWS, m.T - t), width = lesser(32, m.S - s);
+    if (m.causal && s > t + n - 1) return false;
+    for (int r = 0; r < n && m.mask; r++)
+      if (memcmp(m.mask + b * m.mask_b + (t + r) * m.mask_t + s, none, width)) return true;
+    return !m.mask;
+  }
+
+  // The first keys of the panels that queries from t see; returns how many.
+  int64_t operator()(const Problem& m, int64_t b, int64_t t, int64_t* firsts) const {
+    const uint8_t* row = any.get() + ((m.mask && m.mask_b ? b : 0) * blocks + t / ROWS) * panels;
+    int64_t count = 0;
+    for (int64_t j = 0; j < panels; j++)
+      if (row[j]) firsts[count++] = j * 32;
+    return count;
+  }
+};
 
 // Minus infinity where a query (of n from t) does not see a key (from s).
 static void hide(const Problem& m, int64_t b, int64_t t, int64_t n, int64_t s, Tile& z) {
@@ -130,7 +150,7 @@ static inline v16 weight(v16 z, float shift) {
 }
 
 template <class T>
-static void forward_head(const Problem& m, int64_t b, int64_t h) {
+static void forward_head(const Problem& m, const Seen& seen, int64_t b, int64_t h) {
   const int64_t K = m.K, padded = (m.S + 31) / 32 * 32, g = h / (m.H / m.G);
   Floats value = floats(padded * K), key = floats(padded * K), q = floats(ROWS * K);
   Floats out = floats(ROWS * K), scores = floats(padded * 32);
@@ -141,7 +161,7 @@ static void forward_head(const Problem& m, int64_t b, int64_t h) {
   Tile* tiles = (Tile*)scores.get();
   for (int64_t t = 0; t < m.T; t += ROWS) {
     const int n = lesser(ROWS, m.T - t);
-    const int64_t count = seen_panels(m, b, t, n, panels.get());
+    const int64_t count = seen(m, b, t, panels.get());
     rows_of<T>(m.q, b, h, t, n, ROWS, K, 1.0f / sqrtf((float)K), q.get());
     v16 top[ROWS];
     for (int r = 0; r < ROWS; r++) top[r] = splat(-INFINITY);
@@ -182,7 +202,7 @@ static void forward_head(const Problem& m, int64_t b, int64_t h) {
 
 // All query heads of a key/value head.
 template <class T>
-static void backward_group(const Problem& m, int64_t b, int64_t g) {
+static void backward_group(const Problem& m, const Seen& seen, int64_t b, int64_t g) {
   const int64_t K = m.K, padded = (m.S + 31) / 32 * 32, group = m.H / m.G;
   const float scale = 1.0f / sqrtf((float)K);
   Floats key = floats(padded * K), keys = floats(padded * K), values = floats(padded * K);
@@ -197,7 +217,7 @@ static void backward_group(const Problem& m, int64_t b, int64_t g) {
   for (int64_t h = g * group; h < (g + 1) * group; h++)
     for (int64_t t = 0; t < m.T; t += ROWS) {
       const int n = lesser(ROWS, m.T - t);
-      const int64_t count = seen_panels(m, b, t, n, panels.get());
+      const int64_t count = seen(m, b, t, panels.get());
       rows_of<T>(m.q, b, h, t, n, ROWS, K, scale, q.get());
       rows_of<T>(m.grad, b, h, t, n, ROWS, K, 1.0f, grad.get());
       rows_of<T>(m.out, b, h, t, n, ROWS, K, 1.0f, out.get());
@@ -235,22 +255,24 @@ static void backward_group(const Problem& m, int64_t b, int64_t g) {
 
 extern "C" {
 void attention_forward(const Problem* m) {
+  const Seen seen(*m);
 #pragma omp parallel for num_threads(m->threads) schedule(dynamic)
   for (int64_t i = 0; i < m->B * m->H; i++) {
     if (m->is_bf16)
-      forward_head<bf16>(*m, i / m->H, i % m->H);
+      forward_head<bf16>(*m, seen, i / m->H, i % m->H);
     else
-      forward_head<float>(*m, i / m->H, i % m->H);
+      forward_head<float>(*m, seen, i / m->H, i % m->H);
   }
 }
 
 void attention_backward(const Problem* m) {
+  const Seen seen(*m);
 #pragma omp parallel for num_threads(m->threads) schedule(dynamic)
   for (int64_t i = 0; i < m->B * m->G; i++) {
     if (m->is_bf16)
-      backward_group<bf16>(*m, i / m->G, i % m->G);
+      backward_group<bf16>(*m, seen, i / m->G, i % m->G);
     else
-      backward_group<float>(*m, i / m->G, i % m->G);
+      backward_group<float>(*m, seen, i / m->G, i % m->G);
   }
 }
 }
