@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from shardwise.config.schema import EngineConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
+from shardwise.losses.logprobs import valid_logprobs
 from shardwise.parallel import data
-from shardwise.parallel.layout import Layout, parse_layout
-from shardwise.parallel.mesh import build_mesh
+from shardwise.parallel.layout import parse_layout, world_of
+from shardwise.parallel.mesh import Mesh, build_mesh
 from tests.support import toy
 from tests.support.pool import RankPool
 
@@ -30,22 +31,28 @@ def engine(**config: Any) -> NativeEngine:
     return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
 
 
-def train(config: dict[str, Any], fsdp: bool) -> tuple[list[Any], dict[str, Tensor], bool]:
+def train(
+    config: dict[str, Any], fsdp: bool, layout: str = "dp1"
+) -> tuple[list[Any], dict[str, Tensor], bool]:
     """Metrics and norms of three steps of two micro-batches, the state, whether FSDP2 was used."""
-    # FSDP2 runs at any world size; the layout's `world` alone decides.
-    world = mock.patch.object(Layout, "world", 2) if fsdp else mock.patch.dict({})
+    # FSDP2 runs at any group size; `Mesh.alone` decides.
+    world = mock.patch.object(Mesh, "alone", False) if fsdp else mock.patch.dict({})
     log: list[Any] = []
-    mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
+    mesh = build_mesh(parse_layout(layout, world_of(layout)), torch.device("cpu"))
     settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
+    # A tied head's product may be left for later: summed in fp32 with the embedding's gradient,
+    # where FSDP2 sums the two in bf16.
+    model = toy.llama(num_layers=4, tie_embeddings="tp" not in layout)
     with world:
-        it = NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+        it = NativeEngine(model, settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
         for step in range(3):
-            batch = toy.batch(4, seed=step)
+            batch = toy.batch(8, seed=step)
             log.append(it.forward_backward(batch.split(2), CausalLM()))
-            log.append(it.forward([batch], lambda z, b: float(z.double().sum())))
+            found = it.forward(batch.split(2), lambda z, b: valid_logprobs(z, b))
+            log.append([float(logprobs_BT.sum()) for logprobs_BT in found])
             log.append(it.step(1e-2))
         state = {n: local(t) for n, t in it.state_dict().tensors.items()}
-        return log, state, bool(data.fsdp_modules(it.model))
+        return log, state, any(data.fsdp_modules(chunk) for chunk in it.chunks.values())
 
 
 @pytest.mark.parametrize(
@@ -59,6 +66,22 @@ def test_equals_fsdp_bitwise(ranks: RankPool, config: dict[str, Any]) -> None:
     assert state.keys() == state_fsdp.keys()
     for name, value in state.items():
         assert torch.equal(value, state_fsdp[name]), name
+
+
+@pytest.mark.parametrize("layout", ["tp2.sp", "pp2", "pp2.zbv", "pp2.interleaved.v2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_equals_fsdp_on_layouts_without_data_ranks(
+    ranks: RankPool, layout: str, precision: str
+) -> None:
+    found = ranks.run(train, {"precision": precision}, False, layout, world=2)
+    expected = ranks.run(train, {"precision": precision}, True, layout, world=2)
+    for (log, state, wrapped), (log_fsdp, state_fsdp, wrapped_fsdp) in zip(
+        found, expected, strict=True
+    ):
+        assert (wrapped, wrapped_fsdp) == (False, True)
+        assert log == log_fsdp
+        for name, value in state_fsdp.items():
+            assert torch.equal(state[name], value), name
 
 
 def masters_come_back() -> None:

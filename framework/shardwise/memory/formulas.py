@@ -79,29 +79,34 @@ def gradients(model: ModelShape, place: Place, work: Work) -> int:
 def compute_copies(model: ModelShape, place: Place, work: Work) -> int:
     """Weights in the compute dtype while the model computes.
 
-    One rank alone needs none where it computes in the masters' dtype. ZeRO-3 holds the ends and
-    one block at a time (the next one waits in a buffer), the other stages everything.
+    A rank whose weights are nobody else's needs none where it computes in the masters' dtype.
+    ZeRO-3 holds the ends and one block at a time (the next one waits in a buffer), the other stages
+    everything.
     """
-    if place.world == 1 and work.compute_bytes == work.master_bytes:
+    if place.alone and work.compute_bytes == work.master_bytes:
         return 0
     n = place.holders
     total = 0
     for part in place.parts:
         sizes = [gathered(g, n) for g in groups(model, place, work, part)]
-        total += max(sizes[:-1], default=0) + sizes[-1] if place.zero == 3 else sum(sizes)
+        total += (
+            max(sizes[:-1], default=0) + sizes[-1]
+            if place.zero == 3 and not place.alone
+            else sum(sizes)
+        )
     return work.compute_bytes * total
 
 
 def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
     """Gradients before and while they are reduced.
 
-    One rank turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and -1
+    A rank alone turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and -1
     with several micro-batches sum whole gradients in the masters' dtype. Otherwise those of one
     group wait whole, in the compute dtype, beside the shards of what was reduced before.
     """
     c, m, n = work.compute_bytes, work.master_bytes, place.holders
     again = work.micro_batches > 1
-    if place.world == 1:
+    if place.alone:
         table = local(end_matrices(model, place, place.parts[0])[:1])
         return m * trained(model, place) + (c * table if c != m else 0)
     by_part = [groups(model, place, work, part) for part in place.parts]
@@ -205,10 +210,10 @@ def gather_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
 def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """A reduce-scatter's input in the masters' dtype; on CPU, also what the others sent.
 
-    A group of one rank has a copy in place of that. Where shards exist already, from an earlier
+    A shard group of one rank has a copy in place of that. Where shards exist already, from an earlier
     micro-batch, the result waits to be added.
     """
-    if place.world == 1:
+    if place.alone:
         return 0
     m, n = work.master_bytes, place.holders
     copies = 2 if work.device == "cpu" or n == 1 else 1

@@ -80,6 +80,11 @@ class Place:
         return self.dp * self.tp * self.pp * self.cp
 
     @property
+    def alone(self) -> bool:
+        """Whether nobody else computes with this rank's weights (`Mesh.alone`)."""
+        return self.dp * self.cp == 1
+
+    @property
     def holders(self) -> int:
         """Ranks that share one copy of a parameter; context ranks are data ranks to ZeRO."""
         return self.shard * self.cp if self.zero else 1

@@ -39,14 +39,14 @@ ZERO = {
 
 
 def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
-    """Wrap each block and the model in FSDP2, in place; one rank needs `single.ComputeCopies`.
+    """Wrap each block and the model in FSDP2, in place; a rank alone needs `single.ComputeCopies`.
 
     Parameters stay fp32 (or fp64) shards; the gathered copies have ``param_dtype``; gradients are
     reduced in fp32 (fp64 for fp64 models).
     """
     row = ZERO[mesh.layout.zero]
     master = next(model.parameters()).dtype
-    if mesh.layout.world == 1:
+    if mesh.alone:
         if param_dtype != master:
             model.compute_copies = ComputeCopies(model, param_dtype)  # type: ignore[assignment]
         return
@@ -88,7 +88,7 @@ def reshard(model: nn.Module) -> None:
 
 def before_microbatch(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     """Say what the coming backward pass does with gradients and gathered weights."""
-    if mesh.layout.world == 1:
+    if mesh.alone:
         return
     row = ZERO[mesh.layout.zero]
     _prepare(model, sync=is_last or row.sync_every_microbatch, last=is_last, row=row)
@@ -98,7 +98,8 @@ def before_microbatch(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
 
 def before_pipeline(model: nn.Module, mesh: Mesh) -> None:
     """In a pipeline no backward pass synchronises by itself: `after_backward` does."""
-    _prepare(model, sync=False, last=False, row=ZERO[mesh.layout.zero])
+    if not mesh.alone:
+        _prepare(model, sync=False, last=False, row=ZERO[mesh.layout.zero])
 
 
 def after_backward(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
@@ -107,6 +108,8 @@ def after_backward(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     FSDP2 would do so in hooks of a backward pass that ends with the weights; here gradients of
     weights may have been added by hand.
     """
+    if mesh.alone:
+        return
     row = ZERO[mesh.layout.zero]
     assert isinstance(model, FSDPModule)
     # All of them: those that a hook folded already and those that it did not find yet would be

@@ -110,6 +110,11 @@ class Mesh:
     groups: dict[str, dist.ProcessGroup]
 
     @property
+    def alone(self) -> bool:
+        """Whether this rank's weights are nobody else's, so that ZeRO has nothing to do."""
+        return self.fsdp.size() == 1
+
+    @property
     def data_rank(self) -> int:
         """Which slice of the global batch this rank computes."""
         return self.place["dp"]

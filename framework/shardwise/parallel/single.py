@@ -1,7 +1,7 @@
-"""Mixed precision on one rank: what FSDP2 does for several, without its copies.
+"""Mixed precision on a rank whose weights are nobody else's: what FSDP2 does, without its copies.
 
-At one rank FSDP2 still copies every weight twice and every gradient three times a step, a tenth
-of a small model's step on CPU. The arithmetic here is the same, bit for bit: weights rounded to
+For a group of one rank FSDP2 still copies every weight twice and every gradient three times a step,
+a tenth of a step on CPU. The arithmetic here is the same, bit for bit: weights rounded to
 the compute dtype before the forward pass, each micro-batch's gradients summed in the masters'.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from shardwise.parallel.whole import local_of
 
 
 class ComputeCopies:
@@ -32,7 +34,8 @@ class ComputeCopies:
         if not self.places:  # only now: weights that began on the meta device have been replaced
             self._find()
         with torch.no_grad():
-            torch._foreach_copy_(list(self.copy_of.values()), list(self.copy_of))
+            copies, masters = self.copy_of.values(), self.copy_of
+            torch._foreach_copy_([local_of(c) for c in copies], [local_of(m) for m in masters])
         for module, name, master in self.places:
             module._parameters[name] = self.copy_of[master]
         self.in_use = True
@@ -57,9 +60,12 @@ class ComputeCopies:
         copy = nn.Parameter(value, requires_grad=master.requires_grad)
 
         def hand_over(copy: Tensor) -> None:
-            assert copy.grad is not None
-            grad = copy.grad.to(master.dtype)
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            if copy.grad is None:  # its product was left for later
+                return
+            if master.grad is None:
+                master.grad = copy.grad.to(master.dtype)
+            else:
+                local_of(master.grad).add_(local_of(copy.grad).to(master.dtype))
             copy.grad = None
 
         if master.requires_grad:

@@ -117,7 +117,7 @@ class Swapped(nn.Module):
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:
-    """Accumulate a local gradient that no backward pass delivers."""
+    """Accumulate a local gradient that no backward pass delivers, as autograd would."""
     if isinstance(parameter, DTensor):
         grad = DTensor.from_local(
             grad,
@@ -128,6 +128,8 @@ def _add_grad(parameter: Tensor, grad: Tensor) -> None:
             stride=parameter.stride(),
         )
     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)
 
 
 class WholeLinear(Swapped):
