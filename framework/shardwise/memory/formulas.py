@@ -100,8 +100,8 @@ def compute_copies(model: ModelShape, place: Place, work: Work) -> int:
 def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
     """Gradients before and while they are reduced.
 
-    A rank alone turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and -1
-    with several micro-batches sum whole gradients in the masters' dtype. Otherwise those of one
+    A rank alone turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and
+    -1 with several micro-batches sum whole gradients in the masters' dtype. Otherwise those of one
     group wait whole, in the compute dtype, beside the shards of what was reduced before.
     """
     c, m, n = work.compute_bytes, work.master_bytes, place.holders
@@ -210,8 +210,8 @@ def gather_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
 def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """A reduce-scatter's input in the masters' dtype; on CPU, also what the others sent.
 
-    A shard group of one rank has a copy in place of that. Where shards exist already, from an earlier
-    micro-batch, the result waits to be added.
+    A shard group of one rank has a copy in place of that. Where shards exist already, from an
+    earlier micro-batch, the result waits to be added.
     """
     if place.alone:
         return 0
