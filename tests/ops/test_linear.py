@@ -32,6 +32,7 @@ def test_gradients_equal_a_plain_layers_now_or_later() -> None:
             assert w.grad is None and not collected and len(products) == 1
             products[0]()
             [got] = collected
+            assert not got.requires_grad  # what it was made from can be freed
         for value, want in zip((x.grad, got, b.grad), expected, strict=True):
             torch.testing.assert_close(value, want, rtol=1e-13, atol=1e-13)
 

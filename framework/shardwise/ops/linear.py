@@ -47,8 +47,12 @@ class Accumulate:
         """Leave a weight product for later; False: nobody would compute it."""
         waiting = _LATER[-1] if _LATER else self.later
         if waiting is not None:
-            waiting.append(lambda: self.add(product()))
+            waiting.append(lambda: self._add(product))
         return waiting is not None
+
+    @torch.no_grad()  # whoever calls it need not be inside a backward pass
+    def _add(self, product: Callable[[], Tensor]) -> None:
+        self.add(product())
 
 
 class _Linear(torch.autograd.Function):
