@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,17 +49,29 @@ def kind_of(name: str) -> str:
     return name.partition("/")[0]
 
 
+def like(name: str) -> str:
+    """A value's name without its numbers."""
+    return re.sub(r"\d+", "#", name)
+
+
 def bounds(
     exact: Mapping[str, Tensor], single: Mapping[str, Tensor] | None, precision: str
 ) -> dict[str, float]:
     """For every value, how far (2-norm) a layout in ``precision`` may be from ``exact`` (fp64).
 
-    ``single`` is what one process computes in that precision; None for fp64.
+    ``single`` is what one process computes in that precision; None for fp64. How much it loses of a
+    value is one draw, by luck nothing at all: the largest loss among its like is taken, values
+    whose names differ in numbers alone (of updates, of layers).
     """
     scale: dict[str, float] = {}
     for name, value in exact.items():
         kind = kind_of(name)
         scale[kind] = float((scale.get(kind, 0.0) ** 2 + value.norm() ** 2) ** 0.5)
+    lost: dict[str, float] = {}
+    if single is not None:
+        for name, value in exact.items():
+            gap = float((single[name] - value).norm())
+            lost[like(name)] = max(gap, lost.get(like(name), 0.0))
     found = {}
     for name, value in exact.items():
         norm, floor = float(value.norm()), NOISE * scale[kind_of(name)]
@@ -67,9 +81,27 @@ def bounds(
         elif single is None:
             found[name] = EXACT_BOUND * norm + floor
         else:
-            lost = float((single[name] - value).norm())
-            found[name] = max(ROUNDING_FACTOR * lost, EPSILON[precision] * norm) + floor
+            rounding = ROUNDING_FACTOR * lost[like(name)]
+            found[name] = max(rounding, EPSILON[precision] * norm) + floor
+    if single is not None:
+        for name in exact:
+            if kind_of(name) == "weight":
+                found[name] += undecided(name.partition("/")[2], exact, found)
     return found
+
+
+def undecided(name: str, exact: Mapping[str, Tensor], limits: Mapping[str, float]) -> float:
+    """How far a weight may be apart because Adam divides by the size of its gradient.
+
+    An element moves by about the learning rate however small its gradient is. Where the first
+    moment is within its own bound of zero, rounding decides which way: twice the furthest move.
+    """
+    key = f"moment/{name} exp_avg"
+    if key not in exact or f"initial/{name}" not in exact:
+        return 0.0
+    moment, move = exact[key], exact[f"weight/{name}"] - exact[f"initial/{name}"]
+    either = moment.abs() <= limits[key] / math.sqrt(max(1, moment.numel()))
+    return 2.0 * float(move.abs().max()) * math.sqrt(int(either.sum()))
 
 
 def whole_values(ranks: Sequence[Played]) -> dict[str, Tensor]:
