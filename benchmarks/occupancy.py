@@ -171,10 +171,11 @@ def measure(engine: NativeEngine, batches: Sequence[MicroBatch]) -> dict[str, in
     for handle in handles:
         handle.remove()
     parameters = engine.named.parameters.values()
+    mirror = [] if engine.named.mirror is None else [engine.named.mirror]  # a V's tied copy
     assert engine.optimizer is not None
     states = [t for s in engine.optimizer.state.values() for t in s.values()]
     found = {
-        "master_shards": num_bytes(p.data for p in parameters),
+        "master_shards": num_bytes(p.data for p in [*parameters, *mirror]),
         "compute_copies": births.copies,
         "gradients": num_bytes(p.grad for p in parameters),
         "peak_gradients": births.peak(GRADIENT),

@@ -99,8 +99,8 @@ def test_births_see_peaks_not_views() -> None:
 
 def step(
     changes: dict[str, Any], layout: str, parts: int, engine: dict[str, Any]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(measured, by the formulas) of one step in ``parts`` micro-batches."""
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """(measured, by the formulas, a pipeline's message) of one step in ``parts`` micro-batches."""
     sizes = {"hidden_size": 64, "num_layers": 3, "ffn_size": 160, "vocab_size": 512}
     model = toy.llama(**sizes | changes)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
@@ -114,7 +114,8 @@ def step(
     if config.recompute != "none":  # the block that is computed again counts as a buffer there
         expected["activations"] = activations.kept(*occupancy.shapes_of(it, batches))
         del expected["buffers"]
-    return occupancy.measure(it, batches), expected
+    message = activations.boundary(*occupancy.shapes_of(it, batches)) if "pp" in layout else 0
+    return occupancy.measure(it, batches), expected, message
 
 
 ODD = {"vocab_size": 301, "tie_embeddings": False}
@@ -150,9 +151,11 @@ def test_formulas_describe_the_engine(
     parts: int,
     engine: dict[str, Any],
 ) -> None:
-    for rank, (found, expected) in enumerate(
+    for rank, (found, expected, message) in enumerate(
         ranks.run(step, changes, layout, parts, engine, world=world)
     ):
+        if abs(found["buffers"] - expected.get("buffers", 0)) <= message:
+            del expected["buffers"]  # when a message leaves is known to one message
         errors = {n: occupancy.error(found[n], e) for n, e in expected.items()}
         wrong = {n: f"{e:+.1%}" for n, e in errors.items() if abs(e) > bench.MEMORY_TARGET}
         assert not wrong, f"rank {rank}: {wrong}"

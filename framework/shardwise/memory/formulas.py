@@ -100,15 +100,19 @@ def compute_copies(model: ModelShape, place: Place, work: Work) -> int:
 def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
     """Gradients before and while they are reduced.
 
-    A rank alone turns each into the masters' dtype as it arrives, the embedding's last. ZeRO-0 and
-    -1 with several micro-batches sum whole gradients in the masters' dtype. Otherwise those of one
-    group wait whole, in the compute dtype, beside the shards of what was reduced before.
+    A rank alone turns each into the masters' dtype as it arrives: the embedding's last, and with
+    several micro-batches all beside those of earlier ones. ZeRO-0 and -1 with several micro-batches
+    sum whole gradients in the masters' dtype. Otherwise those of one group wait whole, in the
+    compute dtype, beside the shards of what was reduced before.
     """
     c, m, n = work.compute_bytes, work.master_bytes, place.holders
     again = work.micro_batches > 1
     if place.alone:
-        table = local(end_matrices(model, place, place.parts[0])[:1])
-        return m * trained(model, place) + (c * table if c != m else 0)
+        arriving = end_matrices(model, place, place.parts[0])[:1]
+        if again:
+            every = [x for part in place.parts for g in groups(model, place, work, part) for x in g]
+            arriving = [max(every, key=lambda x: x.elements)]
+        return m * trained(model, place) + (c * local(arriving) if c != m else 0)
     by_part = [groups(model, place, work, part) for part in place.parts]
     whole = [sum(local(g) for g in of_part) for of_part in by_part]
     if place.zero < 2 and again:
@@ -179,10 +183,11 @@ def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) ->
 
 def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """During a block's backward pass: the gradient that entered it, a tied head's (it waits for
-    the embedding's), and under ZeRO-3 the weights of the next block.
+    the embedding's, but not where tensor parallelism leaves its product for later), and under
+    ZeRO-3 the weights of the next block.
     """
     total = activations.boundary(model, place, work)
-    if part.first and part.last and model.tied:
+    if part.first and part.last and model.tied and not (place.alone and place.tp > 1):
         total += work.compute_bytes * local(end_matrices(model, place, part)[:1])
     if place.zero == 3 and part.layers > 1 and place.holders > 1:
         total += work.compute_bytes * gathered(groups(model, place, work, part)[0], place.holders)

@@ -65,7 +65,7 @@ class ComputeCopies:
             if master.grad is None:
                 master.grad = copy.grad.to(master.dtype)
             else:
-                local_of(master.grad).add_(local_of(copy.grad).to(master.dtype))
+                local_of(master.grad).add_(local_of(copy.grad))
             copy.grad = None
 
         if master.requires_grad:
