@@ -113,7 +113,8 @@ def step(
     expected = occupancy.formula(it, batches)
     if config.recompute != "none":  # the block that is computed again counts as a buffer there
         expected["activations"] = activations.kept(*occupancy.shapes_of(it, batches))
-        del expected["buffers"]
+    if config.recompute != "none" or len(it.chunks) > 1:
+        del expected["buffers"]  # what waits between chunks is not known (`place_of`)
     message = activations.boundary(*occupancy.shapes_of(it, batches)) if "pp" in layout else 0
     return occupancy.measure(it, batches), expected, message
 
@@ -139,6 +140,8 @@ ODD = {"vocab_size": 301, "tie_embeddings": False}
         (ODD, "pp2.gpipe", 2, 4, {"precision": "bf16"}),
         ({}, "pp2", 2, 4, {"precision": "fp32"}),
         ({"num_layers": 4}, "pp4", 4, 8, {"precision": "bf16"}),
+        ({"num_layers": 4}, "pp2.interleaved.v2", 2, 4, {"precision": "bf16"}),
+        ({"num_layers": 4}, "pp2.zbv", 2, 4, {"precision": "bf16"}),
         ({}, "cp2", 2, 1, {"precision": "bf16"}),
         ({"num_kv_heads": 1}, "cp2.ulysses", 2, 1, {"precision": "bf16"}),
     ],
@@ -155,7 +158,7 @@ def test_formulas_describe_the_engine(
         ranks.run(step, changes, layout, parts, engine, world=world)
     ):
         if abs(found["buffers"] - expected.get("buffers", 0)) <= message:
-            del expected["buffers"]  # when a message leaves is known to one message
+            expected.pop("buffers", None)  # when a message leaves is known to one message
         errors = {n: occupancy.error(found[n], e) for n, e in expected.items()}
         wrong = {n: f"{e:+.1%}" for n, e in errors.items() if abs(e) > bench.MEMORY_TARGET}
         assert not wrong, f"rank {rank}: {wrong}"

@@ -165,7 +165,7 @@ def test_recompute_keeps_less(model: ModelShape, tp: int, sp: bool, width: int) 
 @given(models(), st.integers(1, 6))
 def test_activations_grow_with_what_is_in_flight(model: ModelShape, flying: int) -> None:
     one = Place((Part(model.num_layers, last=False),), pp=2)
-    some = Place((Part(model.num_layers, last=False, in_flight=flying),), pp=2)
+    some = Place((Part(model.num_layers, last=False, together=flying),), pp=2)
     assert activations.kept(model, some, WORK) == flying * activations.kept(model, one, WORK)
 
 

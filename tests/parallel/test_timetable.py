@@ -85,7 +85,11 @@ def test_waiting_for_messages_never_stops_the_ranks(
 def test_activations_are_held_from_forward_to_backward(layout: Layout, rounds: int) -> None:
     number = 2 * rounds * layout.pp
     for rank, actions in enumerate(program(layout, number)):
-        found = timetable.in_flight(actions)
+        size = dict.fromkeys(range(layout.num_chunks), 1)
+        found, together = timetable.in_flight(actions, size)
+        every = [{"F": 1, "B": -1, "W": -1}.get(kind, 0) for kind, _, _ in map(parts, actions)]
+        assert sum(together.values()) == max(itertools.accumulate(every))
+        assert all(n <= found[chunk] for chunk, n in together.items())
         for chunk, most in found.items():
             held = [
                 {"F": 1, "B": -1, "W": -1}.get(kind, 0) * (c == chunk)
@@ -103,7 +107,7 @@ def test_one_chunk_a_rank_by_hand() -> None:
 
     def held(schedule: str, number: int) -> list[int]:
         programs = program(layout_of(schedule, 4), number)
-        return [timetable.in_flight(programs[r])[r] for r in range(4)]
+        return [timetable.in_flight(programs[r], {r: 1})[0][r] for r in range(4)]
 
     assert held("1f1b", 8) == [4, 3, 2, 1]
     assert held("1f1b", 2) == [2, 2, 2, 1]

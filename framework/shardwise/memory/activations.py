@@ -98,7 +98,7 @@ def kept(model: ModelShape, place: Place, work: Work) -> int:
     """All that waits for its backward pass at once, of all micro-batches in flight."""
     of_block = kept_block(model, place, work)
     return sum(
-        p.in_flight * (p.layers * of_block + ends(model, place, work, p)) for p in place.parts
+        p.together * (p.layers * of_block + ends(model, place, work, p)) for p in place.parts
     )
 
 

@@ -50,7 +50,8 @@ class Part:
     layers: int
     first: bool = True  # has the embedding
     last: bool = True  # has the norm, the head and the loss
-    in_flight: int = 1  # micro-batches whose activations are held at once
+    in_flight: int = 1  # micro-batches whose activations are held at once, at the worst moment
+    together: int = 1  # the same when the rank's parts together hold the most
     last_messages: int = 0  # of `Place.messages`, those held during its last backward pass
 
 

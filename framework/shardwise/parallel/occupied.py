@@ -33,17 +33,25 @@ def place_of(
     """A rank of a layout: its pipeline stages and the micro-batches that they hold at once.
 
     They are counted in the program that the engine would run, for each pipeline stage at its own
-    worst moment, and until all of its backward pass is done. Where that is split, gradients that
-    wait for the weights' half come on top, and are not seen.
+    worst moment and at that of all together, and until all of its backward pass is done. Where that
+    is split, gradients that wait for the weights' half come on top, and are not seen.
     """
     cuts = pipeline.split_model(model, layout.num_chunks)
-    held, messages, last = {0: 1}, 0, {0: 0}
+    held, together, messages, last = {0: 1}, {0: 1}, 0, {0: 0}
     if layout.pp > 1:
         programs = _programs(layout, micro_batches)
-        held = timetable.in_flight(programs[pipeline_rank])
+        size = {c: len(cut) for c, cut in enumerate(cuts)}
+        held, together = timetable.in_flight(programs[pipeline_rank], size)
         messages, last = timetable.messages(programs, pipeline_rank)
     parts = tuple(
-        memory.Part(len(cuts[c]), 0 in cuts[c], model.num_layers - 1 in cuts[c], held[c], last[c])
+        memory.Part(
+            len(cuts[c]),
+            0 in cuts[c],
+            model.num_layers - 1 in cuts[c],
+            held[c],
+            together.get(c, 0),
+            last[c],
+        )
         for c in pipeline.chunks_of(layout, pipeline_rank)
     )
     numbers = {n: getattr(layout, n) for n in _LAYOUT_NUMBERS}

@@ -7,7 +7,7 @@ it: ("SEND_F", chunk, micro-batch) or ("SEND_B", chunk, micro-batch).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Message = tuple[str, int, int]
@@ -81,19 +81,27 @@ def releases(programs: Programs, rank: int) -> dict[int, list[Message]]:
     return found
 
 
-def in_flight(actions: Iterable[Any]) -> dict[int, int]:
-    """By chunk, the most micro-batches of which a rank holds the activations at once.
+def in_flight(
+    actions: Iterable[Any], size: Mapping[int, int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """By chunk, of how many micro-batches a rank holds the activations at once.
 
-    A forward pass takes them up; a backward pass lets them go, or the weights' half of one.
+    At the chunk's own worst moment, and when all chunks together hold the most: a micro-batch of a
+    chunk counts its ``size``. A forward pass takes activations up; a backward pass lets them go, or
+    the weights' half of one.
     """
-    held, most = Counter[int](), Counter[int]()
+    held, most, together = Counter[int](), Counter[int](), Counter[int]()
+    worst = 0
     for kind, chunk, _ in map(_key, actions):
         if kind == "F":
             held[chunk] += 1
             most[chunk] = max(most[chunk], held[chunk])
+            total = sum(size[c] * n for c, n in held.items())
+            if total > worst:
+                worst, together = total, held.copy()
         elif kind in ("B", "W"):
             held[chunk] -= 1
-    return dict(most)
+    return dict(most), dict(together)
 
 
 def messages(programs: Programs, rank: int) -> tuple[int, dict[int, int]]:
