@@ -24,6 +24,8 @@ def run(command: list[str]) -> tuple[int, dict[str, Any]]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert "{" in done.stdout, done.stderr[-3000:]
+    if done.returncode:
+        print(done.stderr[-3000:])
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
 
 
