@@ -76,11 +76,6 @@ class Place:
             raise ConfigError(f"memory: no layout has these numbers: {self}")
 
     @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.dp * self.tp * self.pp * self.cp
-
-    @property
     def alone(self) -> bool:
         """Whether nobody else computes with this rank's weights (`Mesh.alone`)."""
         return self.dp * self.cp == 1
