@@ -1,13 +1,15 @@
 """A PPO update beside TRL's, on the same weights and the same token work.
 
-    python benchmarks/ppo_step.py [--turns 10]
+    python benchmarks/ppo_step.py [--turns 10] [--precision fp32]
 
-A byte-level Llama of 4.2M parameters in fp32 as actor and reference, its body with a scalar head
-as critic and reward model; two prompts with eight completions of exactly 64 tokens each (nothing
-ends a completion, on either side), four epochs over the rollout. Ours is the `ppo` stage itself.
-First both replay the same stored completions and must agree on log-probabilities, values,
+A byte-level Llama of 4.2M parameters as actor and reference, its body with a scalar head as critic
+and reward model; two prompts with eight completions of exactly 64 tokens each (nothing ends a
+completion, on either side), four epochs over the rollout. Ours is the `ppo` stage itself. First
+both replay the same stored completions in fp32 and must agree on log-probabilities, values,
 advantages (that is, on rewards too) and on the gradient norms of actor and critic; then they take
-turns, each in a process of its own, warm-up not counted.
+turns, each in a process of its own, warm-up not counted: both with bf16 products and fp32 weights
+where the processor multiplies bf16 (TRL by ``ACCELERATE_MIXED_PRECISION``, its faster setting
+there), else both in fp32.
 
 TRL dropped PPO after 1.12, and the other benchmarks need a newer one: 1.12.0 is installed for this
 script alone, into a folder of its own (``--trl``).
@@ -38,6 +40,7 @@ from rl import (
 )
 
 from shardwise.data.chat import encode_chat
+from shardwise.precision.policy import resolve
 from shardwise.rewards import prompt_messages
 from shardwise.stages.base import StageContext
 from shardwise.stages.play import Group
@@ -67,7 +70,7 @@ class FreshContext(StageContext):
         return None
 
 
-def our_stage(hidden: int, layers: int, length: int) -> PpoStage:
+def our_stage(hidden: int, layers: int, length: int, precision: str) -> PpoStage:
     """The stage as a run would build it; for 256 and 4, a model of 4.2M parameters."""
     tokenizer = EndlessTokenizer()
     model = {
@@ -91,7 +94,7 @@ def our_stage(hidden: int, layers: int, length: int) -> PpoStage:
         "epochs_per_rollout": EPOCHS,
         "loss": {"preset": "trl_default"},
         "optimizer": {"lr": LR, "beta2": 0.999, "weight_decay": 0.0},
-        "engine": {"precision": "fp32", "device": "cpu", "max_grad_norm": 0.0},
+        "engine": {"precision": precision, "device": "cpu", "max_grad_norm": 0.0},
     }
     ctx = stage_context(model, stage, tokenizer)
     return PpoStage(FreshContext(**vars(ctx)))
@@ -166,25 +169,27 @@ def agreement(ours: dict[str, Any], theirs: dict[str, Any], order: list[int]) ->
     }
 
 
-def our_side(hidden: int, layers: int, length: int, lap: Lap) -> None:
+def our_side(hidden: int, layers: int, length: int, precision: str, lap: Lap) -> None:
     """Our process: says what TRL is to do and what the replay gave, then takes its turns."""
-    stage = our_stage(hidden, layers, length)
+    stage = our_stage(hidden, layers, length, "fp32")
     groups = stored_rollout(stage, length)
     replayed = our_replay(stage, groups)
     lap.pipe.send((trl_arguments(stage, length), [(g.prompt, g.tokens) for g in groups], replayed))
-    take_turns(lambda step: stage.train_step(step, LR), lap)
+    racing = our_stage(hidden, layers, length, precision)
+    take_turns(lambda step: racing.train_step(step, LR), lap)
 
 
-def trl_side(folder: Path, lap: Lap) -> None:
+def trl_side(folder: Path, precision: str, lap: Lap) -> None:
     """TRL's process: the same from what ours has sent."""
     provide_trl(folder)
     from peers.trl_ppo import TrlPpo
 
     arguments, completions = lap.pipe.recv()
-    trl = TrlPpo(**arguments)
+    trl = TrlPpo(**arguments, precision="fp32")
     lap.pipe.send(vars(trl.replay({tuple(prompt): tokens for prompt, tokens in completions})))
+    racing = TrlPpo(**arguments, precision=precision)
     lap.start()
-    trl.train(lap)
+    racing.train(lap)
 
 
 def check(completions: list[Any], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
@@ -203,18 +208,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, check, race; returns what was printed, as data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl", type=Path, default=FOLDER, help="where TRL 1.12.0 is, or goes")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     options = parse(parser, argv)
     provide_trl(options.trl)
+    precision = resolve(options.precision, torch.device("cpu"))
     hidden, layers, length = (64, 2, 8) if options.tiny else (256, 4, LENGTH)
-    contest = Contest(
-        {OURS: partial(our_side, hidden, layers, length), TRL: partial(trl_side, options.trl)},
-        options.threads,
-    )
+    sides = {
+        OURS: partial(our_side, hidden, layers, length, precision),
+        TRL: partial(trl_side, options.trl, precision),
+    }
+    contest = Contest(sides, options.threads)
     arguments, completions, ours, theirs = exchange(contest, TRL)
     differences = check(completions, ours, theirs)
     laps = contest.run(options.turns, options.warmup)
     title = (
-        f"{arguments['config'].num_parameters() / 1e6:.1f}M parameters a role, fp32, "
+        f"{arguments['config'].num_parameters() / 1e6:.1f}M parameters a role, {precision}, "
         f"{NUM_PROMPTS * GROUP} completions x {length} tokens, {EPOCHS} epochs"
     )
     return conclude(title, laps, TRL, TARGET, differences, options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from unittest import mock
 import datasets
 import torch
 import trl.experimental.ppo.ppo_trainer as internals
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -67,8 +69,13 @@ class TrlPpo:
         length: int,
         lr: float,
         epochs: int,
+        precision: str,
     ) -> None:
         be_quiet()
+        # Its `bf16` argument reaches no product: the trainer makes its own Accelerator, which
+        # reads what `accelerate launch --mixed_precision` would set.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "bf16" else "no"
+        AcceleratorState._reset_state(reset_partial_state=True)  # another may have been made before
         self.turn: Callable[[], bool] = lambda: False
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(folder)
