@@ -119,10 +119,11 @@ def storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
         if not isinstance(value, Tensor):
             continue
         local = value._local_tensor if isinstance(value, DTensor) else value
-        storage = local.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            yield storage
+        for part in (local._indices(), local._values()) if local.is_sparse else (local,):
+            storage = part.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                yield storage
 
 
 def num_bytes(values: Iterable[Any]) -> int:

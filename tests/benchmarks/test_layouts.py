@@ -126,6 +126,7 @@ ODD = {"vocab_size": 301, "tie_embeddings": False}
     ("changes", "layout", "world", "parts", "engine"),
     [
         ({}, "dp1.zero0", 1, 2, {"precision": "bf16"}),
+        (ODD, "dp1.zero0", 1, 2, {"precision": "bf16"}),
         (ODD, "dp1.zero0", 1, 1, {"precision": "fp32"}),
         ({"vocab_size": 61}, "dp1.zero0", 1, 1, {"precision": "bf16"}),  # no room for logits
         ({}, "dp1.zero0", 1, 1, {"precision": "bf16", "recompute": "selective"}),

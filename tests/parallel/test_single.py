@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.config.schema import EngineConfig, OptimizerConfig
@@ -17,6 +18,7 @@ from shardwise.losses.logprobs import valid_logprobs
 from shardwise.parallel import data
 from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import Mesh, build_mesh
+from shardwise.parallel.single import ComputeCopies
 from tests.support import toy
 from tests.support.pool import RankPool
 
@@ -29,6 +31,13 @@ def engine(**config: Any) -> NativeEngine:
     mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
     settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
     return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+
+
+def distinct(seed: int) -> Tensor:
+    """[8, 12] tokens, none of them twice in four rows: FSDP2 would sum its gradients in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = [torch.randperm(61, generator=generator)[:48].view(4, 12) for _ in range(2)]
+    return torch.cat(halves)
 
 
 def train(
@@ -46,7 +55,7 @@ def train(
     with world:
         it = NativeEngine(model, settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
         for step in range(3):
-            batch = toy.batch(8, seed=step)
+            batch = dataclasses.replace(toy.batch(8, seed=step), input_ids_BT=distinct(step))
             log.append(it.forward_backward(batch.split(2), CausalLM()))
             found = it.forward(batch.split(2), lambda z, b: valid_logprobs(z, b))
             log.append([float(logprobs_BT.sum()) for logprobs_BT in found])
@@ -82,6 +91,22 @@ def test_equals_fsdp_on_layouts_without_data_ranks(
         assert log == log_fsdp
         for name, value in state_fsdp.items():
             assert torch.equal(state[name], value), name
+
+
+def repeated_token(times: int) -> Tensor:
+    """The gradient of a bf16 embedding after two micro-batches that use token 1 so many times."""
+    model = nn.Embedding(3, 2)
+    copies = ComputeCopies(model, torch.bfloat16)
+    for _ in range(2):
+        model(torch.full((1, times), 1)).sum().backward()
+    copies.masters()
+    assert model.weight.grad is not None and not model.weight.grad.is_sparse
+    return model.weight.grad
+
+
+def test_uses_of_a_token_are_summed_in_the_masters_precision() -> None:
+    gradient = repeated_token(1001)  # which bf16 does not hold
+    assert gradient.tolist() == [[0.0, 0.0], [2002.0, 2002.0], [0.0, 0.0]]
 
 
 def masters_come_back() -> None:

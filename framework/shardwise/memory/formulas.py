@@ -13,6 +13,7 @@ from typing import Literal
 from shardwise.memory import activations
 from shardwise.memory.parameters import (
     Matrix,
+    block_matrices,
     end_matrices,
     gathered,
     groups,
@@ -101,16 +102,21 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
     """Gradients before and while they are reduced.
 
     A rank alone turns each into the masters' dtype as it arrives: the embedding's last, and with
-    several micro-batches all beside those of earlier ones. ZeRO-0 and -1 with several micro-batches
-    sum whole gradients in the masters' dtype. Otherwise those of one group wait whole, in the
-    compute dtype, beside the shards of what was reduced before.
+    several micro-batches all beside those of earlier ones. Of an embedding that is neither split
+    nor tied there, only the rows of a micro-batch's tokens arrive. ZeRO-0 and -1 with several
+    micro-batches sum whole gradients in the masters' dtype. Otherwise those of one group wait
+    whole, in the compute dtype, beside the shards of what was reduced before.
     """
     c, m, n = work.compute_bytes, work.master_bytes, place.holders
     again = work.micro_batches > 1
     if place.alone:
-        arriving = end_matrices(model, place, place.parts[0])[:1]
+        first = place.parts[0]
+        rows_only = first.first and place.tp == 1 and not (first.last and model.tied)
+        ends = end_matrices(model, place, first)[rows_only:]
+        arriving = [] if rows_only else ends[:1]
         if again:
-            every = [x for part in place.parts for g in groups(model, place, work, part) for x in g]
+            others = [end_matrices(model, place, part) for part in place.parts[1:]]
+            every = [*block_matrices(model, place), *ends, *(x for end in others for x in end)]
             arriving = [max(every, key=lambda x: x.elements)]
         return m * trained(model, place) + (c * local(arriving) if c != m else 0)
     by_part = [groups(model, place, work, part) for part in place.parts]

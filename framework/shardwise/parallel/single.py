@@ -3,9 +3,12 @@
 For a group of one rank FSDP2 still copies every weight twice and every gradient three times a step,
 a tenth of a step on CPU. The arithmetic here is the same, bit for bit: weights rounded to
 the compute dtype before the forward pass, each micro-batch's gradients summed in the masters'.
+Only an embedding is more exact: what one micro-batch gives a token is summed in the masters', too.
 """
 
 from __future__ import annotations
+
+import collections
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +57,11 @@ class ComputeCopies:
                     self.places.append((module, name, master))
                     if master not in self.copy_of:  # else tied
                         self.copy_of[master] = self._copy(master)
+        places = collections.Counter(master for *_, master in self.places)
+        for module, _, master in self.places:
+            # A micro-batch touches few rows of a vocabulary. What is tied is dense anyway.
+            if type(module) is nn.Embedding and type(master) is nn.Parameter:
+                module.sparse = places[master] == 1
 
     def _copy(self, master: nn.Parameter) -> nn.Parameter:
         value = torch.empty_like(master, dtype=self.dtype, requires_grad=False)
@@ -62,7 +70,12 @@ class ComputeCopies:
         def hand_over(copy: Tensor) -> None:
             if copy.grad is None:  # its product was left for later
                 return
-            if master.grad is None:
+            if copy.grad.is_sparse:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                rows = copy.grad.to(master.dtype).coalesce()  # one order of summing on any device
+                master.grad.index_add_(0, rows.indices()[0], rows.values())
+            elif master.grad is None:
                 master.grad = copy.grad.to(master.dtype)
             else:
                 local_of(master.grad).add_(local_of(copy.grad))
