@@ -151,7 +151,9 @@ def copies(engine: NativeEngine) -> list[Tensor]:
 
 def gradients(engine: NativeEngine) -> list[Tensor | None]:
     """Gradients of masters, of gathered copies, and sums of the latter."""
+    mirror = engine.named.mirror
     found = [p.grad for p in engine.named.parameters.values()]
+    found += [mirror.grad] if mirror is not None else []
     for p in _fsdp_params(engine):
         unsharded = getattr(p, "_unsharded_param", None)
         found += [p.unsharded_accumulated_grad, unsharded.grad if unsharded is not None else None]

@@ -81,7 +81,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_births_see_peaks_not_views() -> None:
-    nobody = SimpleNamespace(chunks={}, named=SimpleNamespace(parameters={}))
+    nobody = SimpleNamespace(chunks={}, named=SimpleNamespace(parameters={}, mirror=None))
     old = torch.ones(10_000)
     with occupancy.Births(nobody) as births:  # type: ignore[arg-type]
         a = torch.empty(1000)
@@ -100,7 +100,7 @@ def test_births_see_peaks_not_views() -> None:
 def step(
     changes: dict[str, Any], layout: str, parts: int, engine: dict[str, Any]
 ) -> tuple[dict[str, int], dict[str, int], int]:
-    """(measured, by the formulas, a pipeline's message) of one step in ``parts`` micro-batches."""
+    """(measured, by the formulas, what of buffers is not known) of one step in micro-batches."""
     sizes = {"hidden_size": 64, "num_layers": 3, "ffn_size": 160, "vocab_size": 512}
     model = toy.llama(**sizes | changes)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
@@ -113,10 +113,12 @@ def step(
     expected = occupancy.formula(it, batches)
     if config.recompute != "none":  # the block that is computed again counts as a buffer there
         expected["activations"] = activations.kept(*occupancy.shapes_of(it, batches))
-    if config.recompute != "none" or len(it.chunks) > 1:
-        del expected["buffers"]  # what waits between chunks is not known (`place_of`)
-    message = activations.boundary(*occupancy.shapes_of(it, batches)) if "pp" in layout else 0
-    return occupancy.measure(it, batches), expected, message
+    if config.recompute != "none":
+        del expected["buffers"]
+    # When a message leaves is known to one message, with several chunks to three.
+    messages = 0 if "pp" not in layout else 1 if len(it.chunks) == 1 else 3
+    message = activations.boundary(*occupancy.shapes_of(it, batches))
+    return occupancy.measure(it, batches), expected, messages * message
 
 
 ODD = {"vocab_size": 301, "tie_embeddings": False}
@@ -155,11 +157,11 @@ def test_formulas_describe_the_engine(
     parts: int,
     engine: dict[str, Any],
 ) -> None:
-    for rank, (found, expected, message) in enumerate(
+    for rank, (found, expected, unknown) in enumerate(
         ranks.run(step, changes, layout, parts, engine, world=world)
     ):
-        if abs(found["buffers"] - expected.get("buffers", 0)) <= message:
-            expected.pop("buffers", None)  # when a message leaves is known to one message
+        if abs(found["buffers"] - expected.get("buffers", 0)) <= unknown:
+            expected.pop("buffers", None)
         errors = {n: occupancy.error(found[n], e) for n, e in expected.items()}
         wrong = {n: f"{e:+.1%}" for n, e in errors.items() if abs(e) > bench.MEMORY_TARGET}
         assert not wrong, f"rank {rank}: {wrong}"

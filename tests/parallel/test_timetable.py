@@ -102,6 +102,20 @@ def test_activations_are_held_from_forward_to_backward(layout: Layout, rounds: i
         ]
 
 
+@given(layouts, st.integers(1, 3))
+def test_halves_of_split_backward_passes(layout: Layout, rounds: int) -> None:
+    number = 2 * rounds * layout.pp
+    for rank, actions in enumerate(program(layout, number)):
+        chunks = sorted(c for c, home in homes(layout).items() if home == rank)
+        every = [parts(a) for a in actions]
+        expected = set()
+        for i in range(len(every) + 1):
+            half = [k[1] for k in every[:i] if k[0] == "I"]
+            whole = [k[1] for k in every[:i] if k[0] == "W"]
+            expected.add(tuple(half.count(c) - whole.count(c) for c in chunks))
+        assert set(place_of(MODEL, layout, rank, number).halves) == expected
+
+
 def test_one_chunk_a_rank_by_hand() -> None:
     """1F1B: as many as ranks to the end, never more than there are. Narayanan 2021, figure 4."""
 

@@ -19,8 +19,10 @@ from shardwise.memory.parameters import (
     groups,
     held,
     local,
+    query_width,
     sharded,
     trained,
+    used_kv_width,
 )
 from shardwise.memory.shapes import ModelShape, Part, Place, Work
 
@@ -118,7 +120,7 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
             others = [end_matrices(model, place, part) for part in place.parts[1:]]
             every = [*block_matrices(model, place), *ends, *(x for end in others for x in end)]
             arriving = [max(every, key=lambda x: x.elements)]
-        return m * trained(model, place) + (c * local(arriving) if c != m else 0)
+        return m * held(model, place) + (c * local(arriving) if c != m else 0)
     by_part = [groups(model, place, work, part) for part in place.parts]
     whole = [sum(local(g) for g in of_part) for of_part in by_part]
     if place.zero < 2 and again:
@@ -140,13 +142,14 @@ def buffers(model: ModelShape, place: Place, work: Work) -> int:
     in each. Kernels' own workspace is not seen.
     """
     moving = transit(model, place, work)
+    waiting = deferred_buffers(model, place, work)
 
     def of_part(part: Part) -> int:
         settled = part.last_messages * activations.boundary(model, place, work)
         by_batch = place.zero > 1 and work.micro_batches > 1
         return max(
             moving + loss_buffers(model, place, work, part),
-            moving + backward_buffers(model, place, work, part),
+            moving + waiting + backward_buffers(model, place, work, part),
             moving + gather_buffers(model, place, work, part),
             (moving if by_batch else settled) + reduce_buffers(model, place, work, part),
         )
@@ -237,6 +240,18 @@ def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
     if not blocks:
         return reduced(ends)
     return max(reduced(blocks[0]) + _waiting(model, place, work, part), reduced(ends))
+
+
+def deferred_buffers(model: ModelShape, place: Place, work: Work) -> int:
+    """Gradients of products' results that wait for the weights' half of a backward pass."""
+    q, kv = query_width(model, place), used_kv_width(model, place)
+    block = q + 2 * kv + 2 * model.hidden_size + 2 * -(-model.ffn_size // place.tp)
+    of_layer = work.compute_bytes * activations.tokens(place, work) * block
+    of_part = [
+        p.layers * of_layer + (logits(model, place, work) if p.last else 0) for p in place.parts
+    ]
+    cases = (sum(n * size for n, size in zip(c, of_part, strict=True)) for c in place.halves)
+    return max(cases, default=0)
 
 
 def transit(model: ModelShape, place: Place, work: Work) -> int:

@@ -69,6 +69,8 @@ class Place:
     cp: int = 1
     cp_kind: Literal["ring", "ulysses"] = "ring"
     messages: int = 0  # activations and gradients between pipeline stages, held at once
+    # Micro-batches of each part that wait for the weights' half of a backward pass: every case.
+    halves: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (self.dp, self.shard, self.tp, self.pp, self.cp)

@@ -33,15 +33,17 @@ def place_of(
     """A rank of a layout: its pipeline stages and the micro-batches that they hold at once.
 
     They are counted in the program that the engine would run, for each pipeline stage at its own
-    worst moment and at that of all together, and until all of its backward pass is done. Where that
-    is split, gradients that wait for the weights' half come on top, and are not seen.
+    worst moment and at that of all together, and until all of its backward pass is done.
     """
     cuts = pipeline.split_model(model, layout.num_chunks)
+    chunks = pipeline.chunks_of(layout, pipeline_rank)
     held, together, messages, last = {0: 1}, {0: 1}, 0, {0: 0}
+    halves: set[tuple[int, ...]] = set()
     if layout.pp > 1:
         programs = _programs(layout, micro_batches)
         size = {c: len(cut) for c, cut in enumerate(cuts)}
         held, together = timetable.in_flight(programs[pipeline_rank], size)
+        halves = timetable.between_halves(programs[pipeline_rank], chunks)
         messages, last = timetable.messages(programs, pipeline_rank)
     parts = tuple(
         memory.Part(
@@ -52,10 +54,10 @@ def place_of(
             together.get(c, 0),
             last[c],
         )
-        for c in pipeline.chunks_of(layout, pipeline_rank)
+        for c in chunks
     )
     numbers = {n: getattr(layout, n) for n in _LAYOUT_NUMBERS}
-    return memory.Place(parts, **numbers, messages=messages)
+    return memory.Place(parts, **numbers, messages=messages, halves=tuple(sorted(halves)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -104,6 +104,16 @@ def in_flight(
     return dict(most), dict(together)
 
 
+def between_halves(actions: Iterable[Any], chunks: Sequence[int]) -> set[tuple[int, ...]]:
+    """Of how many micro-batches of each chunk a split backward pass is half done: every case."""
+    held: Counter[int] = Counter()
+    found = set()
+    for kind, chunk, _ in map(_key, actions):
+        held[chunk] += {"I": 1, "W": -1}.get(kind, 0)
+        found.add(tuple(held[c] for c in chunks))
+    return found
+
+
 def messages(programs: Programs, rank: int) -> tuple[int, dict[int, int]]:
     """How many activations and gradients between pipeline stages a rank holds at once.
 
