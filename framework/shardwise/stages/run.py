@@ -31,6 +31,7 @@ from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages.base import role_layout, role_of, roles_of
 from shardwise.stages.pipeline import RESULT_FILE, Pipeline, write_atomically
+from shardwise.stages.start import check_start
 from shardwise.stages.summary import summarize
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -107,6 +108,11 @@ def preflight(
             f"{named('init_from')}: {run.init_from} does not exist (from {Path.cwd()}); run the "
             "recipe that makes it, or name another checkpoint or Hugging Face folder"
         )
+    if run.init_from is not None:
+        scalar = run.stages[0].head == "scalar"
+        model = run.model
+        assert isinstance(model, DecoderConfig)
+        check_start(run.init_from, model.as_scalar() if scalar else model, named("init_from"))
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():
         raise ConfigError(
             f"{named('tokenizer.path')}: {run.tokenizer.path} does not exist (from {Path.cwd()})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
+from shardwise.checkpoint.convert import open_model
 from shardwise.config.schema import RunConfig
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
@@ -32,6 +34,7 @@ def load_start(
     weights = {n: t for n, t in engine.state_dict().tensors.items() if n.startswith("model.")}
     if source is None:
         return
+    check_start(source, model)
     if is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
         if model.head == "scalar" and (HEAD not in stored or stored[HEAD].shape[0] != 1):
@@ -40,6 +43,40 @@ def load_start(
         checkpoint.load(source, weights, partial=True)
     else:
         _load_hf(source, model, weights, new_head)
+
+
+def check_start(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
+    """Raise ConfigError, naming the ``key``, if ``source`` holds another model than ``model``.
+
+    Weights alone would not tell: those that the model lacks are not asked for, and a number of
+    heads or a rotation's base leaves no trace in their shapes.
+    """
+    found = open_model(source).config
+    assert isinstance(found, DecoderConfig)
+    # How a model is trained is the recipe's to say. A vocabulary of 0 is the tokenizer's.
+    free = {"max_seq_len", *(k for k in type(model).model_fields if "dropout" in k)}
+    free |= {"head", "tie_embeddings"} if model.head == "scalar" else set()
+    free |= {"vocab_size"} if 0 in (found.vocab_size, model.vocab_size) else set()
+    theirs, ours = _said(found), _said(model)
+    differ = [
+        f"{k}: {theirs.get(k)} there, {ours.get(k)} here"
+        for k in sorted(theirs.keys() | ours.keys())
+        if k not in free and theirs.get(k) != ours.get(k)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{key}: {source} holds another model ({'; '.join(differ)}); "
+            "make the model section agree"
+        )
+
+
+def _said(model: DecoderConfig) -> dict[str, Any]:
+    """A model's fields, with the values of those that follow from others."""
+    fields = model.model_dump()
+    for name, follows in (("head_dim", "head_width"), ("ffn_size", "ffn_width")):
+        if name in fields:
+            fields[name] = getattr(model, follows, fields[name])
+    return fields
 
 
 def _check_head(source: Path, new_head: bool) -> None:
@@ -62,18 +99,6 @@ def _load_hf(
     new_head = model.head == "scalar" and config.head != "scalar"
     if new_head:
         _check_head(source, may_add_head)
-    # How a model is trained is the recipe's to say.
-    free = {"max_seq_len", *(k for k in type(model).model_fields if "dropout" in k)}
-    free |= {"head", "tie_embeddings"} if new_head else set()
-    wanted, found = model.model_dump(exclude=free), config.model_dump(exclude=free)
-    differ = [
-        f"{k}: {found.get(k)} there, {wanted[k]} here" for k in wanted if wanted[k] != found.get(k)
-    ]
-    if differ:
-        raise ConfigError(
-            f"init_from: {source} holds another model ({'; '.join(differ)}); "
-            "make the model section agree"
-        )
     seen = {HEAD} if new_head else set()
     for name, value in tensors:
         if f"model.{name}" in weights and f"model.{name}" not in seen:
