@@ -149,7 +149,8 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> lis
     """Amaxes, scales and histories of FP8, each bitwise equal to one process's.
 
     Every rank tells of its own parts; who holds the same part must hold the same numbers, and
-    together the ranks hold all.
+    together the ranks hold all. A block of zeros (a query that sees one key) may be noise where a
+    ring merges what its ranks found.
     """
     found = []
     for name in dict.fromkeys([*single, *(n for played in ranks for n in played.scales)]):
@@ -158,13 +159,25 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> lis
         if name not in single or not held or any(h.shape != single[name].shape for h in held):
             found.append(Difference(kind, rest, float("inf"), float("inf"), 0.0))
             continue
-        # Not a number equals itself here, as bits do.
-        equal = [torch.equal(h.nan_to_num(-1.0), single[name].nan_to_num(-1.0)) for h in held]
-        gaps = [(h.double() - single[name].double()).abs().nan_to_num(torch.inf) for h in held]
+        one = single[name]
+        bits = [_without_noise(v, one) for v in (one, *held)]
+        equal = [torch.equal(b, bits[0]) for b in bits[1:]]
+        gaps = [(h.double() - one.double()).abs().nan_to_num(torch.inf) for h in held]
         error = max((float(g.max()) for g in gaps if g.numel()), default=0.0)
         ratio = 0.0 if all(equal) else float("inf")
         found.append(Difference(kind, rest, ratio, 0.0 if all(equal) else error, 0.0))
     return found
+
+
+def _without_noise(value: Tensor, single: Tensor) -> Tensor:
+    """Zero where an FP8 block holds nothing; not a number becomes a number, equal to itself.
+
+    Blockwise scaling gives a block of zeros the scale 1.
+    """
+    real = single.masked_fill(single == 1.0, 0).nan_to_num(0.0, 0.0, 0.0).abs()
+    noise = NOISE * float(real.max()) if real.numel() else 0.0
+    nothing = (value.abs() < noise) | (value == 1.0)
+    return value.nan_to_num(-1.0).masked_fill(nothing, 0)
 
 
 def disagreements(ranks: list[Played]) -> list[tuple[int, str]]:

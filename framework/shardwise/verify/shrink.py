@@ -131,9 +131,13 @@ def _num_batches(recipe: dict[str, Any], layouts: Sequence[Layout]) -> int:
         num_kv_heads=model.get("num_kv_heads", model["num_heads"]),
     )
     for total in range(8, 129, 8):
-        if all(total % x.dp == 0 and _fits(x, probe, total) for x in layouts):
+        refused = [why for x in layouts if (why := _refusal(x, probe, total))]
+        if not refused:
             return total
-    raise ConfigError(f"no number of micro-batches suits all of {', '.join(map(str, layouts))}")
+    every = ", ".join(map(str, layouts))
+    raise ConfigError(
+        f"no number of micro-batches suits all of {every}; with {total}: {refused[0]}"
+    )
 
 
 class _ProbeModel(DecoderConfig):
@@ -148,9 +152,12 @@ class _ProbeModel(DecoderConfig):
         return self.num_kv_heads
 
 
-def _fits(layout: Layout, model: DecoderConfig, total: int) -> bool:
+def _refusal(layout: Layout, model: DecoderConfig, total: int) -> str | None:
+    if total % layout.dp:
+        return f"{layout} does not divide them over {layout.dp} data ranks"
     case = feasible.Case(layout, model, False, total, 1)
-    return not any(row(case) for row in feasible.REFUSALS)
+    found = (row(case) for row in feasible.REFUSALS)
+    return next((f"{layout}: {why}" for why in found if why), None)
 
 
 # --- data ---------------------------------------------------------------------------------------
