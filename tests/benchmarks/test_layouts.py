@@ -113,7 +113,6 @@ def step(
     expected = occupancy.formula(it, batches)
     if config.recompute != "none":  # the block that is computed again counts as a buffer there
         expected["activations"] = activations.kept(*occupancy.shapes_of(it, batches))
-    if config.recompute != "none":
         del expected["buffers"]
     # When a message leaves is known to one message, with several chunks to three.
     messages = 0 if "pp" not in layout else 1 if len(it.chunks) == 1 else 3

@@ -29,3 +29,12 @@ def test_recipe_loads(path: Path) -> None:
         start = {"init_from": None, "tokenizer": TokenizerConfig()}
         config = config.model_copy(update=start)
     preflight(config, world_size=2)
+
+
+def test_ppo_starts_from_the_model_of_the_quickstart() -> None:
+    """No test has the weights at hand, so a run would be the first to notice."""
+    folder = Path(__file__).parents[2] / "configs"
+    ppo, quickstart = (load_config(folder / f"{n}.yaml").config for n in ("ppo_cpu", "quickstart"))
+    assert ppo.model.model_copy(update={"vocab_size": 0}) == quickstart.model.model_copy(
+        update={"vocab_size": 0}
+    )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.verify.compare import NOISE, bounds
+from shardwise.verify.compare import NOISE, bounds, compare_scales
+from shardwise.verify.replay import Played
 
 
 def vector(*values: float) -> Tensor:
@@ -42,3 +43,28 @@ def test_adam_may_move_an_element_without_gradient_either_way(
     rounded = {**exact, "moment/w exp_avg": vector(*moment) + 1e-3}
     found = bounds(exact, rounded, "bf16")["weight/w"]
     assert found == pytest.approx(float(exact["weight/w"].norm()) / 128 + slack)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "same"),
+    [
+        ([2e-6, 3e-6, 1.0], True),
+        ([2e-6, 3e-6, 1e-24], True),  # noise, where one process has a block of zeros
+        ([2e-6, 3e-6, 0.0], True),
+        ([2e-6, 3.000001e-6, 1.0], False),  # the last bits of a block that holds something
+        ([2e-6, 1.0, 1.0], False),
+        ([2e-6, 3e-6, 1e-9], False),
+        ([2e-6, float("nan"), 1.0], False),
+    ],
+)
+def test_scales_are_compared_but_for_blocks_of_nothing(theirs: list[float], same: bool) -> None:
+    one = {"scale/x": torch.tensor([2e-6, 3e-6, 1.0])}
+    rank = Played({}, {"scale/x": torch.tensor(theirs)}, {}, [])
+    [found] = compare_scales(one, [rank])
+    assert found.is_bug != same
+
+
+def test_a_scale_of_a_whole_tensor_is_compared() -> None:
+    rank = Played({}, {"scale/x": torch.tensor([1.0])}, {}, [])
+    [found] = compare_scales({"scale/x": torch.tensor([2e-6])}, [rank])
+    assert found.is_bug
