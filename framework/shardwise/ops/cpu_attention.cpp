@@ -111,7 +111,7 @@ static void panels_of(const bf16* rows, int64_t padded, int64_t width, bf16* to)
 
 // What `block` reads of tensors of T, and how deep a row of it is.
 template <class T> struct Factor {
-  static constexpr bool narrow = std::is_same<T, bf16>::value && BF16_UNIT;
+  static constexpr bool narrow = std::is_same<T, bf16>::value && MULTIPLIES_BF16;
   typedef typename std::conditional<narrow, bf16, float>::type type;
   typedef std::unique_ptr<type[]> Many;
   static int64_t depth(int64_t width) { return narrow ? (width + 31) / 32 * 32 : width; }
@@ -285,30 +285,25 @@ static void backward_group(const Problem& m, const Seen& seen, int64_t b, int64_
 }
 
 // All heads of all sequences, shared among the threads as they become free.
-template <class T, class Head>
+template <class Head>
 static void each(const Problem& m, int64_t heads, Head head) {
   const Seen seen(m);
-#pragma omp parallel num_threads(m.threads)
-  {
-    if (Factor<T>::narrow) tiles_on();
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < m.B * heads; i++) head(m, seen, i / heads, i % heads);
-    if (Factor<T>::narrow) tiles_off();
-  }
+#pragma omp parallel for num_threads(m.threads) schedule(dynamic)
+  for (int64_t i = 0; i < m.B * heads; i++) head(m, seen, i / heads, i % heads);
 }
 
 extern "C" {
 void attention_forward(const Problem* m) {
   if (m->is_bf16)
-    each<bf16>(*m, m->H, forward_head<bf16>);
+    each(*m, m->H, forward_head<bf16>);
   else
-    each<float>(*m, m->H, forward_head<float>);
+    each(*m, m->H, forward_head<float>);
 }
 
 void attention_backward(const Problem* m) {
   if (m->is_bf16)
-    each<bf16>(*m, m->G, backward_group<bf16>);
+    each(*m, m->G, backward_group<bf16>);
   else
-    each<float>(*m, m->G, backward_group<float>);
+    each(*m, m->G, backward_group<float>);
 }
 }

@@ -8,16 +8,11 @@
 #include <stdint.h>
 #include <string.h>
 
-// What multiplies bf16: 0 nothing, 1 AVX512-BF16, 2 AMX.
-#if defined(__AMX_BF16__)
-enum { BF16_UNIT = 2 };
-#elif defined(__AVX512BF16__)
-enum { BF16_UNIT = 1 };
-#else
-enum { BF16_UNIT = 0 };
-#endif
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#ifdef __AVX512BF16__
 #include <immintrin.h>
+enum { MULTIPLIES_BF16 = 1 };
+#else
+enum { MULTIPLIES_BF16 = 0 };
 #endif
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -113,53 +108,8 @@ static inline void block(const float* a, int64_t lda, int rows, int64_t depth, c
     }
 }
 
-// The same in bf16, summed in fp32. The depth is a multiple of 32, and the panel is packed for AMX:
-// by 32 of depth, two halves of 16 pairs of 16 outputs.
-#if defined(__AMX_BF16__)
-struct TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
-                         float (*c)[32]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if (rows <= 16) {
-    for (int64_t k = 0; k < depth; k += 32) {
-      // The hardware stops at each page; asking 4 KiB ahead is worth a sixth of the time.
-      for (int i = 0; i < 1024; i += 32) __builtin_prefetch(w + k * 32 + 2048 + i);
-      _tile_loadd(4, a + k, lda * 2);
-      _tile_loadd(6, w + k * 32, 64);
-      _tile_loadd(7, w + k * 32 + 512, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-  } else {
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-      _tile_loadd(4, a + k, lda * 2);
-      _tile_loadd(5, a + 16 * lda + k, lda * 2);
-      _tile_loadd(6, w + k * 32, 64);
-      _tile_loadd(7, w + k * 32 + 512, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(2, c[16], 128);
-    _tile_stored(3, c[16] + 16, 128);
-  }
-  _tile_stored(0, c[0], 128);
-  _tile_stored(1, c[0] + 16, 128);
-}
-static inline void tiles_on() {
-  TileConfig config;
-  _tile_loadconfig(&config);
-}
-static inline void tiles_off() { _tile_release(); }
-#else
+// The same in bf16, summed in fp32. The panel is packed as AMX wants it: by 32 of depth, two halves
+// of 16 pairs of 16 outputs; the depth is a multiple of 32.
 #ifdef __AVX512BF16__
 static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
                          float (*c)[32]) {
@@ -187,7 +137,4 @@ static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, co
 }
 #else
 static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
-#endif
-static inline void tiles_on() {}
-static inline void tiles_off() {}
 #endif

@@ -13,6 +13,10 @@
 
 #include "../ops/vector.h"
 
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#endif
+
 enum { MAX_HEAD_DIM = 256 };
 
 static inline v16 silu(v16 x) { return x / (1.0f + exp16(-x)); }
@@ -20,6 +24,64 @@ static inline v16 gelu_tanh(v16 x) {
   v16 y = 0.7978845608f * (x + 0.044715f * x * x * x);
   return x / (1.0f + exp16(-2.0f * y));  // 0.5 (1 + tanh y) = sigmoid(2 y)
 }
+
+// `block`, by AMX tiles where there are some.
+static inline void product(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
+                           float (*c)[32]) {
+  block(a, lda, rows, depth, w, c);
+}
+#ifdef __AMX_BF16__
+struct TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static inline void product(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                           float (*c)[32]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (rows <= 16) {
+    for (int64_t k = 0; k < depth; k += 32) {
+      // The hardware stops at each page; asking 4 KiB ahead is worth a sixth of the time.
+      for (int i = 0; i < 1024; i += 32) __builtin_prefetch(w + k * 32 + 2048 + i);
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_loadd(6, w + k * 32, 64);
+      _tile_loadd(7, w + k * 32 + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += 32) {
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_loadd(5, a + 16 * lda + k, lda * 2);
+      _tile_loadd(6, w + k * 32, 64);
+      _tile_loadd(7, w + k * 32 + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(2, c[16], 128);
+    _tile_stored(3, c[16] + 16, 128);
+  }
+  _tile_stored(0, c[0], 128);
+  _tile_stored(1, c[0] + 16, 128);
+}
+static void tiles_on() {
+  TileConfig config;
+  _tile_loadconfig(&config);
+}
+static void tiles_off() { _tile_release(); }
+#else
+static inline void product(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                           float (*c)[32]) {
+  block(a, lda, rows, depth, w, c);
+}
+static void tiles_on() {}
+static void tiles_off() {}
+#endif
 
 // This thread's share of the panels of a linear layer; `finish(row, output, low, high)` gets the
 // sums of outputs [output, output + 16) and the 16 after them.
@@ -30,7 +92,7 @@ static void linear(int64_t n, const T* a, int64_t depth, const T* w, int64_t out
   for (int64_t p = panels * me / threads; p < panels * (me + 1) / threads; p++)
     for (int64_t top = 0; top < n; top += 32) {
       int rows = n - top < 32 ? (int)(n - top) : 32;
-      block(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
+      product(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
       for (int r = 0; r < rows; r++) finish(top + r, p * 32, load(c[r]), load(c[r] + 16));
     }
 }
@@ -330,7 +392,15 @@ static void choose(const float* z, int64_t vocab, float inverse_temperature, boo
 }
 
 extern "C" {
-int64_t bf16_unit() { return BF16_UNIT; }
+int64_t bf16_unit() {  // what multiplies bf16: 0 nothing, 1 AVX512-BF16, 2 AMX
+#if defined(__AMX_BF16__)
+  return 2;
+#elif defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 void forward(const Model* m, int64_t is_bf16, int64_t n, void* x, const int64_t* slots,
              const int64_t* positions, const float* cosine, const float* sine, float eps,
