@@ -43,7 +43,8 @@ def _assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float)
         assert torch.equal(x == -math.inf, blind), name
         y = y.masked_fill(blind, 0.0)
         error = (x.double().masked_fill(blind, 0.0) - y).abs().max()
-        assert error <= tolerance * max(1.0, float(y.abs().max())), (name, float(error))
+        allowed = 1e-5 if x.dtype == torch.float32 else tolerance  # lse: products of bf16 are exact
+        assert error <= allowed * max(1.0, float(y.abs().max())), (name, float(error))
 
 
 @settings(deadline=None, max_examples=40)
