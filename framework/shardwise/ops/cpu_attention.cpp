@@ -3,14 +3,11 @@
 // Flash attention (Dao et al., 2022, algorithms 1 and 4) with a query block's scores kept whole:
 // 32 queries against all keys that one of them sees fit the L2 cache, so nothing is rescaled. Keys
 // come in panels of 32; a panel that no query of the block sees costs nothing, which is most of
-// them for packed documents and for branches. Sums, weights and their gradients are fp32; the two
-// products of what came in as bf16 (queries by keys, gradients by values) are made of it as it is,
-// where the processor can: nothing is rounded for them.
+// them for packed documents and for branches. Everything is fp32 inside.
 //
 // Letters: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
 
 #include <memory>
-#include <type_traits>
 
 #include "vector.h"
 
@@ -73,57 +70,34 @@ static void accumulate(const Tile& a, const float* b, float* c, int64_t width, i
   if (d < width) accumulate_columns<TRANSPOSED, 1>(a[0], b + d, width, c + d, width, depth);
 }
 
-// The rows of one head, and zeros up to `padded` and `pitch`. They lie far apart, so the processor
-// does not guess which come next.
-template <class T, class To>
+// The rows of one head as fp32, times `scale`, and zeros up to `padded`. They lie far apart, so the
+// processor does not guess which come next: it is told.
+template <class T>
 static void rows_of(const View& x, int64_t b, int64_t h, int64_t first, int64_t n, int64_t padded,
-                    int64_t width, int64_t pitch, To* to) {
+                    int64_t width, float scale, float* to) {
   for (int64_t r = 0; r < padded; r++) {
     const T* row = at<T>(x, b, h, first + r);
-    for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + 32 * x.t + d);
-    for (int64_t d = 0; d < pitch; d += 16)
-      store(to + r * pitch + d, r < n && d < width ? load(row + d) : v16{});
+    for (int64_t d = 0; d < width; d += 16) {
+      __builtin_prefetch(row + 32 * x.t + d);
+      store(to + r * width + d, r < n ? load(row + d) * scale : v16{});
+    }
   }
 }
 
 template <class T>
 static void put_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t n, int64_t width,
-                     float scale, const float* from) {
+                     const float* from) {
   for (int64_t r = 0; r < n; r++)
     for (int64_t d = 0; d < width; d += 16)
-      store(at<T>(x, b, h, first + r) + d, load(from + r * width + d) * scale);
+      store(at<T>(x, b, h, first + r) + d, load(from + r * width + d));
 }
 
-// Rows (padded x width) as panels of 32 rows, as `block` reads them: packed by depth.
+// Rows (padded x width) as panels of 32 rows, packed by depth, as `block` reads them.
 static void panels_of(const float* rows, int64_t padded, int64_t width, float* to) {
   for (int64_t p = 0; p < padded; p += 32)
     for (int64_t d = 0; d < width; d++)
       for (int64_t r = 0; r < 32; r++) to[p * width + d * 32 + r] = rows[(p + r) * width + d];
 }
-// By pairs of bf16.
-static void panels_of(const bf16* rows, int64_t padded, int64_t width, bf16* to) {
-  for (int64_t p = 0; p < padded; p += 32)
-    for (int64_t d = 0; d < width; d += 2)
-      for (int64_t r = 0; r < 32; r++)
-        memcpy(to + p * width + d / 32 * 1024 + r / 16 * 512 + d % 32 * 16 + r % 16 * 2,
-               rows + (p + r) * width + d, 2 * sizeof(bf16));
-}
-
-// What `block` reads of tensors of T, and how deep a row of it is.
-template <class T> struct Factor {
-  static constexpr bool narrow = std::is_same<T, bf16>::value && MULTIPLIES_BF16;
-  typedef typename std::conditional<narrow, bf16, float>::type type;
-  typedef std::unique_ptr<type[]> Many;
-  static int64_t depth(int64_t width) { return narrow ? (width + 31) / 32 * 32 : width; }
-
-  // A head's keys or values as panels.
-  static Many panels(const View& x, int64_t b, int64_t g, int64_t S, int64_t padded, int64_t K) {
-    Many rows(new type[padded * depth(K)]), to(new type[padded * depth(K)]);
-    rows_of<T>(x, b, g, 0, S, padded, K, depth(K), rows.get());
-    panels_of(rows.get(), padded, depth(K), to.get());
-    return to;
-  }
-};
 
 // Which panels a block of queries sees: found once, for all heads.
 struct Seen {
@@ -174,29 +148,29 @@ static void hide(const Problem& m, int64_t b, int64_t t, int64_t n, int64_t s, T
   }
 }
 
-// exp(scale z - shift), and 0 where z is minus infinity, whatever the shift is; NaN stays NaN.
-static inline v16 weight(v16 z, float scale, float shift) {
-  return z == -INFINITY ? splat(0.0f) : exp16(z * scale - shift);
+// exp(z - shift), and 0 where z is minus infinity, whatever the shift is; NaN stays NaN.
+static inline v16 weight(v16 z, float shift) {
+  return z == -INFINITY ? splat(0.0f) : exp16(z - shift);
 }
 
 template <class T>
 static void forward_head(const Problem& m, const Seen& seen, int64_t b, int64_t h) {
-  typedef Factor<T> F;
-  const int64_t K = m.K, D = F::depth(K), padded = (m.S + 31) / 32 * 32, g = h / (m.H / m.G);
-  const float scale = 1.0f / sqrtf((float)K);
-  typename F::Many keys = F::panels(m.k, b, g, m.S, padded, K), q(new typename F::type[ROWS * D]);
-  Floats value = floats(padded * K), out = floats(ROWS * K), scores = floats(padded * 32);
+  const int64_t K = m.K, padded = (m.S + 31) / 32 * 32, g = h / (m.H / m.G);
+  Floats value = floats(padded * K), key = floats(padded * K), q = floats(ROWS * K);
+  Floats out = floats(ROWS * K), scores = floats(padded * 32);
   std::unique_ptr<int64_t[]> panels(new int64_t[padded / 32]);
-  rows_of<T>(m.v, b, g, 0, m.S, padded, K, K, value.get());
+  rows_of<T>(m.k, b, g, 0, m.S, padded, K, 1.0f, value.get());
+  panels_of(value.get(), padded, K, key.get());
+  rows_of<T>(m.v, b, g, 0, m.S, padded, K, 1.0f, value.get());
   Tile* tiles = (Tile*)scores.get();
   for (int64_t t = 0; t < m.T; t += ROWS) {
     const int n = lesser(ROWS, m.T - t);
     const int64_t count = seen(m, b, t, panels.get());
-    rows_of<T>(m.q, b, h, t, n, ROWS, K, D, q.get());
+    rows_of<T>(m.q, b, h, t, n, ROWS, K, 1.0f / sqrtf((float)K), q.get());
     v16 top[ROWS];
     for (int r = 0; r < ROWS; r++) top[r] = splat(-INFINITY);
     for (int64_t i = 0; i < count; i++) {
-      block(q.get(), D, ROWS, D, keys.get() + panels[i] * D, tiles[i]);
+      block(q.get(), K, ROWS, K, key.get() + panels[i] * K, tiles[i]);
       hide(m, b, t, n, panels[i], tiles[i]);
       for (int r = 0; r < n; r++) {
         v16 low = load(tiles[i][r]), high = load(tiles[i][r] + 16);
@@ -206,12 +180,12 @@ static void forward_head(const Problem& m, const Seen& seen, int64_t b, int64_t 
     }
     float total[ROWS];
     for (int r = 0; r < n; r++) {
-      const float most = largest(top[r]) * scale;
+      const float most = largest(top[r]);
       v16 all = {};
       for (int64_t i = 0; i < count; i++)
         for (int half = 0; half < 32; half += 16) {
           float* z = tiles[i][r] + half;
-          v16 p = weight(load(z), scale, most);
+          v16 p = weight(load(z), most);
           all += p;
           store(z, p);
         }
@@ -226,33 +200,31 @@ static void forward_head(const Problem& m, const Seen& seen, int64_t b, int64_t 
         float* o = out.get() + r * K + d;
         store(o, total[r] == 0 ? v16{} : load(o) / total[r]);
       }
-    put_rows<T>(m.out, b, h, t, n, K, 1.0f, out.get());
+    put_rows<T>(m.out, b, h, t, n, K, out.get());
   }
 }
 
 // All query heads of a key/value head.
 template <class T>
 static void backward_group(const Problem& m, const Seen& seen, int64_t b, int64_t g) {
-  typedef Factor<T> F;
-  const int64_t K = m.K, D = F::depth(K), padded = (m.S + 31) / 32 * 32, group = m.H / m.G;
+  const int64_t K = m.K, padded = (m.S + 31) / 32 * 32, group = m.H / m.G;
   const float scale = 1.0f / sqrtf((float)K);
-  typename F::Many keys = F::panels(m.k, b, g, m.S, padded, K);
-  typename F::Many values = F::panels(m.v, b, g, m.S, padded, K);
-  typename F::Many queries(new typename F::type[ROWS * D]), grads(new typename F::type[ROWS * D]);
-  Floats key = floats(padded * K), dk(new float[padded * K]()), dv(new float[padded * K]());
+  Floats key = floats(padded * K), keys = floats(padded * K), values = floats(padded * K);
+  Floats dk(new float[padded * K]()), dv(new float[padded * K]());
   Floats q = floats(ROWS * K), grad = floats(ROWS * K), out = floats(ROWS * K);
   std::unique_ptr<int64_t[]> panels(new int64_t[padded / 32]);
-  rows_of<T>(m.k, b, g, 0, m.S, padded, K, K, key.get());
+  rows_of<T>(m.v, b, g, 0, m.S, padded, K, 1.0f, key.get());
+  panels_of(key.get(), padded, K, values.get());
+  rows_of<T>(m.k, b, g, 0, m.S, padded, K, 1.0f, key.get());
+  panels_of(key.get(), padded, K, keys.get());
   Tile p, ds;
   for (int64_t h = g * group; h < (g + 1) * group; h++)
     for (int64_t t = 0; t < m.T; t += ROWS) {
       const int n = lesser(ROWS, m.T - t);
       const int64_t count = seen(m, b, t, panels.get());
-      rows_of<T>(m.q, b, h, t, n, ROWS, K, D, queries.get());
-      rows_of<T>(m.grad, b, h, t, n, ROWS, K, D, grads.get());
-      rows_of<T>(m.q, b, h, t, n, ROWS, K, K, q.get());
-      rows_of<T>(m.grad, b, h, t, n, ROWS, K, K, grad.get());
-      rows_of<T>(m.out, b, h, t, n, ROWS, K, K, out.get());
+      rows_of<T>(m.q, b, h, t, n, ROWS, K, scale, q.get());
+      rows_of<T>(m.grad, b, h, t, n, ROWS, K, 1.0f, grad.get());
+      rows_of<T>(m.out, b, h, t, n, ROWS, K, 1.0f, out.get());
       float mean[ROWS], lse[ROWS];
       for (int r = 0; r < ROWS; r++) {
         v16 dot = {};
@@ -265,12 +237,12 @@ static void backward_group(const Problem& m, const Seen& seen, int64_t b, int64_
       memset(dq, 0, ROWS * K * sizeof(float));
       for (int64_t i = 0; i < count; i++) {
         const int64_t s = panels[i];
-        block(queries.get(), D, ROWS, D, keys.get() + s * D, p);
+        block(q.get(), K, ROWS, K, keys.get() + s * K, p);
         hide(m, b, t, n, s, p);
-        block(grads.get(), D, ROWS, D, values.get() + s * D, ds);
+        block(grad.get(), K, ROWS, K, values.get() + s * K, ds);
         for (int r = 0; r < ROWS; r++)
           for (int half = 0; half < 32; half += 16) {
-            v16 w = weight(load(p[r] + half), scale, lse[r]);
+            v16 w = weight(load(p[r] + half), lse[r]);
             store(p[r] + half, w);
             store(ds[r] + half, w * (load(ds[r] + half) - mean[r]));
           }
@@ -278,32 +250,33 @@ static void backward_group(const Problem& m, const Seen& seen, int64_t b, int64_
         accumulate<true>(ds, q.get(), dk.get() + s * K, K, ROWS);
         accumulate<false>(ds, key.get() + s * K, dq, K, 32);
       }
-      put_rows<T>(m.dq, b, h, t, n, K, scale, dq);
+      for (int64_t d = 0; d < ROWS * K; d += 16) store(dq + d, load(dq + d) * scale);
+      put_rows<T>(m.dq, b, h, t, n, K, dq);
     }
-  put_rows<T>(m.dk, b, g, 0, m.S, K, scale, dk.get());
-  put_rows<T>(m.dv, b, g, 0, m.S, K, 1.0f, dv.get());
-}
-
-// All heads of all sequences, shared among the threads as they become free.
-template <class Head>
-static void each(const Problem& m, int64_t heads, Head head) {
-  const Seen seen(m);
-#pragma omp parallel for num_threads(m.threads) schedule(dynamic)
-  for (int64_t i = 0; i < m.B * heads; i++) head(m, seen, i / heads, i % heads);
+  put_rows<T>(m.dk, b, g, 0, m.S, K, dk.get());
+  put_rows<T>(m.dv, b, g, 0, m.S, K, dv.get());
 }
 
 extern "C" {
 void attention_forward(const Problem* m) {
-  if (m->is_bf16)
-    each(*m, m->H, forward_head<bf16>);
-  else
-    each(*m, m->H, forward_head<float>);
+  const Seen seen(*m);
+#pragma omp parallel for num_threads(m->threads) schedule(dynamic)
+  for (int64_t i = 0; i < m->B * m->H; i++) {
+    if (m->is_bf16)
+      forward_head<bf16>(*m, seen, i / m->H, i % m->H);
+    else
+      forward_head<float>(*m, seen, i / m->H, i % m->H);
+  }
 }
 
 void attention_backward(const Problem* m) {
-  if (m->is_bf16)
-    each(*m, m->G, backward_group<bf16>);
-  else
-    each(*m, m->G, backward_group<float>);
+  const Seen seen(*m);
+#pragma omp parallel for num_threads(m->threads) schedule(dynamic)
+  for (int64_t i = 0; i < m->B * m->G; i++) {
+    if (m->is_bf16)
+      backward_group<bf16>(*m, seen, i / m->G, i % m->G);
+    else
+      backward_group<float>(*m, seen, i / m->G, i % m->G);
+  }
 }
 }

@@ -8,13 +8,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-enum { MULTIPLIES_BF16 = 1 };
-#else
-enum { MULTIPLIES_BF16 = 0 };
-#endif
-
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -107,34 +100,3 @@ static inline void block(const float* a, int64_t lda, int rows, int64_t depth, c
       }
     }
 }
-
-// The same in bf16, summed in fp32. The panel is packed as AMX wants it: by 32 of depth, two halves
-// of 16 pairs of 16 outputs; the depth is a multiple of 32.
-#ifdef __AVX512BF16__
-static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
-                         float (*c)[32]) {
-  for (int top = 0; top < rows; top += TILE_ROWS) {
-    __m512 acc[TILE_ROWS][2] = {};
-    for (int64_t k = 0; k < depth; k += 2) {
-      const bf16* pair = w + k / 32 * 1024 + k % 32 * 16;
-      __m512bh w0 = (__m512bh)_mm512_loadu_si512(pair);
-      __m512bh w1 = (__m512bh)_mm512_loadu_si512(pair + 512);
-#pragma GCC unroll 8
-      for (int r = 0; r < TILE_ROWS; r++) {
-        int32_t two;
-        memcpy(&two, a + (top + r) * lda + k, sizeof two);
-        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
-        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, w0);
-        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, w1);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE_ROWS; r++) {
-      _mm512_storeu_ps(c[top + r], acc[r][0]);
-      _mm512_storeu_ps(c[top + r] + 16, acc[r][1]);
-    }
-  }
-}
-#else
-static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
-#endif

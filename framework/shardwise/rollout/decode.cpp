@@ -13,7 +13,7 @@
 
 #include "../ops/vector.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -25,19 +25,15 @@ static inline v16 gelu_tanh(v16 x) {
   return x / (1.0f + exp16(-2.0f * y));  // 0.5 (1 + tanh y) = sigmoid(2 y)
 }
 
-// `block`, by AMX tiles where there are some.
-static inline void product(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
-                           float (*c)[32]) {
-  block(a, lda, rows, depth, w, c);
-}
+// C = A W^T in bf16; see `block` of vector.h.
 #ifdef __AMX_BF16__
 struct TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static inline void product(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
-                           float (*c)[32]) {
+static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                         float (*c)[32]) {
   _tile_zero(0);
   _tile_zero(1);
   if (rows <= 16) {
@@ -75,10 +71,35 @@ static void tiles_on() {
 }
 static void tiles_off() { _tile_release(); }
 #else
-static inline void product(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
-                           float (*c)[32]) {
-  block(a, lda, rows, depth, w, c);
+#ifdef __AVX512BF16__
+// The panel is packed as for AMX: by 32 of depth, two halves of 16 pairs of 16 outputs.
+static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, const bf16* w,
+                         float (*c)[32]) {
+  for (int top = 0; top < rows; top += TILE_ROWS) {
+    __m512 acc[TILE_ROWS][2] = {};
+    for (int64_t k = 0; k < depth; k += 2) {
+      const bf16* pair = w + k / 32 * 1024 + k % 32 * 16;
+      __m512bh w0 = (__m512bh)_mm512_loadu_si512(pair);
+      __m512bh w1 = (__m512bh)_mm512_loadu_si512(pair + 512);
+#pragma GCC unroll 8
+      for (int r = 0; r < TILE_ROWS; r++) {
+        int32_t two;
+        memcpy(&two, a + (top + r) * lda + k, sizeof two);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, w0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, w1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++) {
+      _mm512_storeu_ps(c[top + r], acc[r][0]);
+      _mm512_storeu_ps(c[top + r] + 16, acc[r][1]);
+    }
+  }
 }
+#else
+static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
+#endif
 static void tiles_on() {}
 static void tiles_off() {}
 #endif
@@ -92,7 +113,7 @@ static void linear(int64_t n, const T* a, int64_t depth, const T* w, int64_t out
   for (int64_t p = panels * me / threads; p < panels * (me + 1) / threads; p++)
     for (int64_t top = 0; top < n; top += 32) {
       int rows = n - top < 32 ? (int)(n - top) : 32;
-      product(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
+      block(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
       for (int r = 0; r < rows; r++) finish(top + r, p * 32, load(c[r]), load(c[r] + 16));
     }
 }
