@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.data.chat import CHATML, check_messages, encode_chat, render
+from shardwise.data.chat import CHATML, encode_chat, render
+from shardwise.data.conversation import check_messages
 from shardwise.data.tokenizer import IM_END, ByteTokenizer, FastTokenizer
 from shardwise.errors import DataError
 

@@ -90,7 +90,7 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 def _source(path: Path, kind: str, field: str | None) -> DataSource:
-    from shardwise.data.readers import find_files
+    from shardwise.data.files import find_files
     from shardwise.data.source import DataSource
 
     if kind == "auto":

@@ -24,7 +24,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shardwise.data.tokenizer import Tokenizer
+from shardwise.data.conversation import Message, check_messages
+from shardwise.data.fast_tokenizer import Tokenizer
 from shardwise.errors import DataError
 
 CHATML = (
@@ -37,8 +38,6 @@ CHATML = (
 # What templates are told when they ask for the date (``strftime_now``): always this day, the one
 # that Llama 3's own template falls back to. Data must not depend on when it was encoded.
 TODAY = datetime.datetime(2024, 7, 26)
-
-Message = Mapping[str, str]
 
 
 class _Generation(Extension):
@@ -71,19 +70,6 @@ def _compile(source: str) -> jinja2.Template:
         return env.from_string(source)
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template does not parse: {error}") from error
-
-
-def check_messages(messages: Any) -> list[dict[str, str]]:
-    """``messages`` as a list of {role, content} with strings; DataError says what is not."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError("a conversation is a non-empty list of messages")
-    for i, message in enumerate(messages):
-        ok = isinstance(message, Mapping) and all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        )
-        if not ok:
-            raise DataError(f"message {i} needs a role and a content, both strings")
-    return [dict(m) for m in messages]
 
 
 def render(

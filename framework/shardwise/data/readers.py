@@ -4,16 +4,14 @@ being readable (file and byte offset, line or row)."""
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from shardwise.data.conversation import check_messages
 from shardwise.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -30,42 +28,6 @@ class Document:
     def raw(self) -> bytes:
         """Its UTF-8 bytes: what compressors and bits per byte count."""
         return self.text.encode("utf-8")
-
-
-def find_files(path: Path | str, suffixes: Sequence[str] = ()) -> list[Path]:
-    """The files of a path: one file, a folder (recursively, by suffix) or a glob; sorted.
-
-    Raises DataError when there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        found = [p for p in found if not suffixes or p.suffix.lower() in suffixes]
-    else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207
-    if not found:
-        wanted = f" ending in {', '.join(suffixes)}" if suffixes else ""
-        raise DataError(f"{path}: no such file, or no files{wanted} there")
-    return sorted(found, key=lambda p: p.as_posix())
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """xxh3-128 of the files' names and contents, in the given order; independent of the folder."""
-    total = xxhash.xxh3_128()
-    for file in files:
-        total.update(file.name.encode() + b"\0" + hash_file(file).encode())
-    return total.hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """xxh3-128 of one file's content."""
-    state = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            state.update(block)
-    return state.hexdigest()
 
 
 def read_text(files: Sequence[Path]) -> Iterator[Document]:
@@ -193,8 +155,6 @@ def read_chat_jsonl(
     files: Sequence[Path], field: str = "messages"
 ) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Each line holds a conversation: (where, list of {role, content}) with string contents."""
-    from shardwise.data.chat import check_messages
-
     for file in files:
         for number, start, row in _json_lines(file):
             where = f"{file}: line {number}, byte {start}"

@@ -26,7 +26,8 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from shardwise.data.tokenizer import FastTokenizer, read_config, special
+from shardwise.data.fast_tokenizer import FastTokenizer, special
+from shardwise.data.tokenizer_config import read_config
 from shardwise.errors import DataError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

@@ -10,6 +10,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import PositiveFloat, Section
+from shardwise.data import files as data_files
 from shardwise.data import readers
 from shardwise.data.indexed import read_manifest, store_paths
 from shardwise.data.readers import Document
@@ -67,7 +68,7 @@ class DataSource(Section):
         assert self.path is not None
         if self.kind == "indexed":
             return list(store_paths(self.path))
-        found = readers.find_files(self.path, _SUFFIXES[self.kind])
+        found = data_files.find_files(self.path, _SUFFIXES[self.kind])
         kept = [f for f in found if not any(f.match(p) for p in self.exclude)]
         if not kept:
             raise DataError(f"{self.path}: exclude leaves none of its {len(found)} files")
@@ -109,4 +110,4 @@ class DataSource(Section):
             if manifest is not None:
                 return str(manifest["content_hash"])
         how = f"{self.kind}|{self.field}|"
-        return xxhash.xxh3_128_hexdigest((how + readers.fingerprint(self.files())).encode())
+        return xxhash.xxh3_128_hexdigest((how + data_files.fingerprint(self.files())).encode())

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from shardwise.data.tokenizer import (
+from shardwise.data.fast_tokenizer import (
     EOS,
     PAD,
     SPECIAL_TOKENS,

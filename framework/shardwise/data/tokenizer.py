@@ -1,289 +1,51 @@
-"""Tokenizers behind one small protocol: plain bytes, BPE trained here, and files of other makers.
-
-Everything that can be expressed as a ``tokenizer.json`` is one class, `FastTokenizer`, so that what
-we train on is by construction what ``transformers.AutoTokenizer`` loads after `save`. That includes
-the byte tokenizer (a byte-level BPE without merges), tiktoken files (`tiktoken_file`) and
-sentencepiece models (`sentencepiece_model`).
-
-Text never turns into control tokens by itself: ``encode`` spells "<|im_end|>" out as ordinary text
-unless the caller asks for ``allow_special=True``, as chat rendering does for the template's parts.
-"""
+"""From a config, a file or a folder to a `Tokenizer`; see `fast_tokenizer` for what that is."""
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from shardwise.config.schema import TokenizerConfig
-from shardwise.data.readers import hash_file
+from shardwise.data.fast_tokenizer import (
+    END_OF_TURN,
+    EOS,
+    IM_END,
+    IM_START,
+    PAD,
+    SPECIAL_TOKENS,
+    ByteTokenizer,
+    FastTokenizer,
+    Tokenizer,
+    byte_alphabet,
+    fingerprint_of,
+    special,
+    train_bpe,
+)
+from shardwise.data.files import hash_file
+from shardwise.data.sentencepiece_model import load_sentencepiece
+from shardwise.data.tiktoken_file import load_tiktoken
+from shardwise.data.tokenizer_config import read_config, token_text
 from shardwise.errors import DataError, UserError
 
-log = logging.getLogger(__name__)
-
-EOS, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
-SPECIAL_TOKENS = (EOS, IM_START, IM_END, PAD)
-
-# Tokens after which an assistant's turn is over, in the templates of the common model families.
-END_OF_TURN = (IM_END, "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<|end_of_text|>", EOS)
-
-# A line break takes the indentation after it (source code is full of both: this saves 4 % of the
-# tokens against GPT-2's pattern with single digits), a word takes the one sign or space before it,
-# digits come one by one (small models calculate better that way).
-SPLIT_PATTERN = r"[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the rest of shardwise asks of a tokenizer. Ids are Python ints in [0, vocab_size)."""
-
-    chat_template: str | None
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-    @property
-    def byte_lengths(self) -> NDArray[np.int64]: ...
-    @property
-    def hash(self) -> str: ...
-    @property
-    def special_tokens(self) -> tuple[str, ...]: ...
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
-    def id_of(self, token: str) -> int: ...
-    def token_of(self, token_id: int) -> str: ...
-    def save(self, folder: Path | str) -> None: ...
-
-
-class FastTokenizer:
-    """A ``tokenizers.Tokenizer`` with the names of its end, begin and padding tokens.
-
-    ``eos``, ``bos`` and ``pad`` are token strings; ``pad`` None pads with ``eos``. Raises DataError
-    when one of them is not in the vocabulary.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        eos: str = EOS,
-        bos: str | None = None,
-        pad: str | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        backend.no_padding()
-        backend.no_truncation()
-        self._parsing = backend  # recognises control tokens inside text
-        self._plain = Backend.from_str(backend.to_str())
-        self._plain.encode_special_tokens = True  # spells them out
-        self.chat_template = chat_template
-        self._eos, self._bos, self._pad = eos, bos, pad
-        self.eos_id = self.id_of(eos)
-        self.bos_id = None if bos is None else self.id_of(bos)
-        self.pad_id = self.eos_id if pad is None else self.id_of(pad)
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id (some vocabularies have holes)."""
-        return int(max(self._parsing.get_vocab(with_added_tokens=True).values())) + 1
-
-    @functools.cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The control tokens, by id."""
-        added = self._parsing.get_added_tokens_decoder()
-        return tuple(t.content for _, t in sorted(added.items()) if t.special)
-
-    @functools.cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a turn or a document; ``eos_id`` first."""
-        known = [t for t in END_OF_TURN if t in self.special_tokens]
-        return tuple(dict.fromkeys([self.eos_id, *map(self.id_of, known)]))
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of ``text``; nothing is added to either end."""
-        backend = self._parsing if allow_special else self._plain
-        return list(backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts, on all the threads that the tokenizers library may use."""
-        batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(e.ids) for e in batch]
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special))
-
-    def id_of(self, token: str) -> int:
-        """Id of one token; DataError when the vocabulary lacks it."""
-        found = self._parsing.token_to_id(token)
-        if found is None:
-            raise DataError(f"the tokenizer has no token {token!r} ({self.vocab_size} tokens)")
-        return int(found)
-
-    def token_of(self, token_id: int) -> str:
-        """The token string of one id."""
-        token = self._parsing.id_to_token(int(token_id))
-        if token is None:
-            raise DataError(f"the tokenizer has no id {token_id} (size {self.vocab_size})")
-        return str(token)
-
-    @functools.cached_property
-    def byte_lengths(self) -> NDArray[np.int64]:
-        """int64 [vocab_size]: UTF-8 bytes that each id stands for; 0 for control tokens.
-
-        For a tokenizer whose ``decode(encode(text)) == text`` the lengths of ``encode(text)`` sum
-        to the bytes of ``text`` exactly. (One that puts a space before the text counts that too.)
-        """
-        spec = json.loads(self._parsing.to_str())
-        byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        added = self._parsing.get_added_tokens_decoder()
-        for token, i in self._parsing.get_vocab(with_added_tokens=True).items():
-            if i in added:
-                lengths[i] = 0 if added[i].special else len(added[i].content.encode())
-            elif byte_level:
-                lengths[i] = len(token)  # one character of the byte alphabet is one byte
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                lengths[i] = 1
-            else:
-                lengths[i] = len(token.replace("\u2581", " ").encode())
-        return lengths
-
-    @property
-    def hash(self) -> str:
-        """xxh3-128 of all that `save` writes."""
-        return _hash(self._parsing.to_str(), self._config())
-
-    def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(
-            self._parsing.to_str(pretty=True), encoding="utf-8", newline="\n"
-        )
-        _write_config(folder, self._config())
-
-    def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 10**30,
-            "eos_token": self._eos,
-            "pad_token": self._pad or self._eos,
-        }
-        if self._bos is not None:
-            config["bos_token"] = self._bos
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        return config
-
-
-class ByteTokenizer(FastTokenizer):
-    """256 byte values, ids 0 to 255, and the special tokens after them. Needs no training."""
-
-    def __init__(self, chat_template: str | None = None) -> None:
-        vocab = {char: byte for byte, char in enumerate(byte_alphabet())}
-        backend = Backend(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([special(t) for t in SPECIAL_TOKENS])
-        super().__init__(backend, pad=PAD, chat_template=chat_template)
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The UTF-8 bytes of ``text`` (the same ids as the saved tokenizer.json, only faster)."""
-        if allow_special:
-            return super().encode(text, allow_special=True)
-        return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts."""
-        return [self.encode(t) for t in texts]
-
-
-def special(token: str) -> AddedToken:
-    """A control token: matched literally, never split or stripped."""
-    return AddedToken(token, special=True, normalized=False)
-
-
-@functools.cache
-def byte_alphabet() -> tuple[str, ...]:
-    """The printable character that byte-level BPE uses for each byte, by byte value.
-
-    Source: GPT-2 (Radford et al. 2019): bytes that print stand for themselves, the other 68 take
-    the code points from 256 on, in order.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return tuple(chr(b) if b in printable else chr(next(others)) for b in range(256))
-
-
-def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int,
-    special_tokens: Sequence[str] = SPECIAL_TOKENS,
-    *,
-    chat_template: str | None = None,
-    pattern: str = SPLIT_PATTERN,
-) -> FastTokenizer:
-    """Byte-level BPE trained on ``texts``: the same texts in the same order give the same ids.
-
-    ``vocab_size`` counts the 256 bytes and the special tokens, which take the lowest ids. Raises
-    UserError when it cannot hold them, DataError when there is no text.
-    """
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise UserError(f"tokenizer.vocab_size is {vocab_size}; bytes and specials need {least}")
-    for needed in (EOS, PAD):
-        if needed not in special_tokens:
-            raise UserError(f"special_tokens must hold {needed!r}")
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[special(t) for t in special_tokens],
-        initial_alphabet=sorted(byte_alphabet()),
-        show_progress=False,
-    )
-    seen = 0
-
-    def counted() -> Iterable[str]:
-        nonlocal seen
-        for text in texts:
-            seen += len(text)
-            yield text
-
-    backend.train_from_iterator(counted(), trainer)
-    if not seen:
-        raise DataError("there is no text to train a tokenizer on; check the data sources")
-    size = backend.get_vocab_size()
-    if size < vocab_size:
-        log.warning(
-            "the text gave a BPE of %d tokens, not %d: it repeats too little", size, vocab_size
-        )
-    return FastTokenizer(backend, pad=PAD, chat_template=chat_template)
+__all__ = [
+    "END_OF_TURN",
+    "EOS",
+    "IM_END",
+    "IM_START",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "ByteTokenizer",
+    "FastTokenizer",
+    "Tokenizer",
+    "byte_alphabet",
+    "load_tokenizer",
+    "special",
+    "tokenizer_fingerprint",
+    "train_bpe",
+]
 
 
 def load_tokenizer(
@@ -308,12 +70,8 @@ def load_tokenizer(
         raise UserError(f"tokenizer.kind {source.kind} needs tokenizer.path")
     tokenizer: Tokenizer
     if source.kind == "tiktoken":
-        from shardwise.data.tiktoken_file import load_tiktoken
-
         tokenizer = load_tiktoken(source.path)
     elif source.kind == "sentencepiece":
-        from shardwise.data.sentencepiece_model import load_sentencepiece
-
         tokenizer = load_sentencepiece(source.path)
     else:
         tokenizer = _load_path(source.path)
@@ -335,7 +93,7 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
         files = [folder / name for name in (*inside, *beside)]
         files += [] if config.path.is_dir() else [config.path]
         said += [hash_file(file) for file in files if file.is_file()]
-    return _hash(*said)
+    return fingerprint_of(*said)
 
 
 def _load_path(path: Path) -> Tokenizer:
@@ -345,8 +103,6 @@ def _load_path(path: Path) -> Tokenizer:
         model = path / "tokenizer.model" if path.is_dir() else path
         if not model.exists():
             raise DataError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
-        from shardwise.data.sentencepiece_model import load_sentencepiece
-
         return load_sentencepiece(model)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -354,7 +110,7 @@ def _load_path(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from error
     config = read_config(file.parent)
-    names = {k: _token_text(config, f"{k}_token", file.parent) for k in ("eos", "bos", "pad")}
+    names = {k: token_text(config, f"{k}_token", file.parent) for k in ("eos", "bos", "pad")}
     eos = names["eos"] or next((t for t in (*END_OF_TURN[::-1], "<eos>") if _has(backend, t)), None)
     if eos is None:
         raise DataError(f"{file}: no end token; name it as eos_token in tokenizer_config.json")
@@ -364,43 +120,8 @@ def _load_path(path: Path) -> Tokenizer:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a folder (empty when absent), with chat_template.jinja read in."""
-    config: dict[str, Any] = {}
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{file}: must hold a JSON object")
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        try:
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{template}: byte {error.start}: not UTF-8") from error
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several by name: take the default one
-        default = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
-        found = config["chat_template"] = default[0].get("template") if default else None
-    if not isinstance(found, str | None):
-        raise DataError(f"{file}: chat_template must be a text")
-    return config
-
-
 def _has(backend: Backend, token: str) -> bool:
     return backend.token_to_id(token) is not None
-
-
-def _token_text(config: dict[str, Any], key: str, folder: Path) -> str | None:
-    """A special token is stored as a string, or as a mapping with its content."""
-    value = config.get(key)
-    text = value.get("content", 0) if isinstance(value, dict) else value
-    if not isinstance(text, str | None):
-        raise DataError(f"{folder / 'tokenizer_config.json'}: {key} must be a text, not {value!r}")
-    return text
 
 
 def _template(value: str | None) -> str | None:
@@ -412,12 +133,3 @@ def _template(value: str | None) -> str | None:
     except (OSError, ValueError) as error:  # the latter: not UTF-8, or no name of a file
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {reason}") from error
-
-
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
-
-
-def _hash(*parts: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from shardwise.checkpoint.convert import OpenModel, open_model
-from shardwise.data.chat import Message, encode_chat
+from shardwise.data.chat import encode_chat
+from shardwise.data.conversation import Message
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import UserError
 from shardwise.ops import dice

@@ -1,0 +1,294 @@
+"""Tokenizers behind one small protocol: plain bytes, BPE trained here, and files of other makers.
+
+Everything that can be expressed as a ``tokenizer.json`` is one class, `FastTokenizer`, so that what
+we train on is by construction what ``transformers.AutoTokenizer`` loads after `save`. That includes
+the byte tokenizer (a byte-level BPE without merges), tiktoken files (`tiktoken_file`) and
+sentencepiece models (`sentencepiece_model`).
+
+Text never turns into control tokens by itself: ``encode`` spells "<|im_end|>" out as ordinary text
+unless the caller asks for ``allow_special=True``, as chat rendering does for the template's parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from shardwise.errors import DataError, UserError
+
+log = logging.getLogger(__name__)
+
+EOS, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+SPECIAL_TOKENS = (EOS, IM_START, IM_END, PAD)
+
+# Tokens after which an assistant's turn is over, in the templates of the common model families.
+END_OF_TURN = (IM_END, "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<|end_of_text|>", EOS)
+
+# A line break takes the indentation after it (source code is full of both: this saves 4 % of the
+# tokens against GPT-2's pattern with single digits), a word takes the one sign or space before it,
+# digits come one by one (small models calculate better that way).
+SPLIT_PATTERN = r"[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of shardwise asks of a tokenizer. Ids are Python ints in [0, vocab_size)."""
+
+    chat_template: str | None
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def byte_lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+    def id_of(self, token: str) -> int: ...
+    def token_of(self, token_id: int) -> str: ...
+    def save(self, folder: Path | str) -> None: ...
+
+
+class FastTokenizer:
+    """A ``tokenizers.Tokenizer`` with the names of its end, begin and padding tokens.
+
+    ``eos``, ``bos`` and ``pad`` are token strings; ``pad`` None pads with ``eos``. Raises DataError
+    when one of them is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos: str = EOS,
+        bos: str | None = None,
+        pad: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._parsing = backend  # recognises control tokens inside text
+        self._plain = Backend.from_str(backend.to_str())
+        self._plain.encode_special_tokens = True  # spells them out
+        self.chat_template = chat_template
+        self._eos, self._bos, self._pad = eos, bos, pad
+        self.eos_id = self.id_of(eos)
+        self.bos_id = None if bos is None else self.id_of(bos)
+        self.pad_id = self.eos_id if pad is None else self.id_of(pad)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id (some vocabularies have holes)."""
+        return int(max(self._parsing.get_vocab(with_added_tokens=True).values())) + 1
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The control tokens, by id."""
+        added = self._parsing.get_added_tokens_decoder()
+        return tuple(t.content for _, t in sorted(added.items()) if t.special)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn or a document; ``eos_id`` first."""
+        known = [t for t in END_OF_TURN if t in self.special_tokens]
+        return tuple(dict.fromkeys([self.eos_id, *map(self.id_of, known)]))
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of ``text``; nothing is added to either end."""
+        backend = self._parsing if allow_special else self._plain
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all the threads that the tokenizers library may use."""
+        batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(e.ids) for e in batch]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return str(self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+
+    def id_of(self, token: str) -> int:
+        """Id of one token; DataError when the vocabulary lacks it."""
+        found = self._parsing.token_to_id(token)
+        if found is None:
+            raise DataError(f"the tokenizer has no token {token!r} ({self.vocab_size} tokens)")
+        return int(found)
+
+    def token_of(self, token_id: int) -> str:
+        """The token string of one id."""
+        token = self._parsing.id_to_token(int(token_id))
+        if token is None:
+            raise DataError(f"the tokenizer has no id {token_id} (size {self.vocab_size})")
+        return str(token)
+
+    @functools.cached_property
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """int64 [vocab_size]: UTF-8 bytes that each id stands for; 0 for control tokens.
+
+        For a tokenizer whose ``decode(encode(text)) == text`` the lengths of ``encode(text)`` sum
+        to the bytes of ``text`` exactly. (One that puts a space before the text counts that too.)
+        """
+        spec = json.loads(self._parsing.to_str())
+        byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self._parsing.get_added_tokens_decoder()
+        for token, i in self._parsing.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                lengths[i] = 0 if added[i].special else len(added[i].content.encode())
+            elif byte_level:
+                lengths[i] = len(token)  # one character of the byte alphabet is one byte
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").encode())
+        return lengths
+
+    @property
+    def hash(self) -> str:
+        """xxh3-128 of all that `save` writes."""
+        return fingerprint_of(self._parsing.to_str(), self._config())
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(
+            self._parsing.to_str(pretty=True), encoding="utf-8", newline="\n"
+        )
+        _write_config(folder, self._config())
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 10**30,
+            "eos_token": self._eos,
+            "pad_token": self._pad or self._eos,
+        }
+        if self._bos is not None:
+            config["bos_token"] = self._bos
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return config
+
+
+class ByteTokenizer(FastTokenizer):
+    """256 byte values, ids 0 to 255, and the special tokens after them. Needs no training."""
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        vocab = {char: byte for byte, char in enumerate(byte_alphabet())}
+        backend = Backend(models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([special(t) for t in SPECIAL_TOKENS])
+        super().__init__(backend, pad=PAD, chat_template=chat_template)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The UTF-8 bytes of ``text`` (the same ids as the saved tokenizer.json, only faster)."""
+        if allow_special:
+            return super().encode(text, allow_special=True)
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts."""
+        return [self.encode(t) for t in texts]
+
+
+def special(token: str) -> AddedToken:
+    """A control token: matched literally, never split or stripped."""
+    return AddedToken(token, special=True, normalized=False)
+
+
+@functools.cache
+def byte_alphabet() -> tuple[str, ...]:
+    """The printable character that byte-level BPE uses for each byte, by byte value.
+
+    Source: GPT-2 (Radford et al. 2019): bytes that print stand for themselves, the other 68 take
+    the code points from 256 on, in order.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return tuple(chr(b) if b in printable else chr(next(others)) for b in range(256))
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    *,
+    chat_template: str | None = None,
+    pattern: str = SPLIT_PATTERN,
+) -> FastTokenizer:
+    """Byte-level BPE trained on ``texts``: the same texts in the same order give the same ids.
+
+    ``vocab_size`` counts the 256 bytes and the special tokens, which take the lowest ids. Raises
+    UserError when it cannot hold them, DataError when there is no text.
+    """
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise UserError(f"tokenizer.vocab_size is {vocab_size}; bytes and specials need {least}")
+    for needed in (EOS, PAD):
+        if needed not in special_tokens:
+            raise UserError(f"special_tokens must hold {needed!r}")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[special(t) for t in special_tokens],
+        initial_alphabet=sorted(byte_alphabet()),
+        show_progress=False,
+    )
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen += len(text)
+            yield text
+
+    backend.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise DataError("there is no text to train a tokenizer on; check the data sources")
+    size = backend.get_vocab_size()
+    if size < vocab_size:
+        log.warning(
+            "the text gave a BPE of %d tokens, not %d: it repeats too little", size, vocab_size
+        )
+    return FastTokenizer(backend, pad=PAD, chat_template=chat_template)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """xxh3-128 of JSON values."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
