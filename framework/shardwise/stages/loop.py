@@ -19,6 +19,7 @@ from shardwise.metrics.meters import Throughput, memory_metrics
 from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
 from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.lineage import Lineage, check_lineage
 from shardwise.stages.trace import TRACED_STEP, trace_step
 
 # Updates in a row whose gradients were not finite before the run gives up.
@@ -29,16 +30,6 @@ class DivergedError(ShardwiseError):
     """Gradients stayed non-finite; the weights are those of the last good update."""
 
     exit_code = 3
-
-
-@dataclasses.dataclass
-class Lineage:
-    """Where a stage's weights come from, as hashes."""
-
-    config_hash: str
-    data_hash: str
-    parent_hash: str
-    parent: str = ""
 
 
 class Loop:
@@ -161,7 +152,10 @@ class Loop:
         if found is None:
             return None
         meta = found.meta
-        check_lineage(self.config.name, meta["lineage"], self.lineage)
+        ctx = self.ctx
+        check_lineage(
+            ctx.run, self.config, ctx.tokenizer.hash, meta["lineage"], self.lineage, found.path
+        )
         self.stage.engine.load_state_dict(meta["engine"])
         for role, engine in self.stage.others().items():
             engine.load_state_dict(meta["roles"][role])
@@ -188,17 +182,6 @@ def stage_state(stage: Stage) -> State:
     for role, other in others.items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in other.tensors.items()}
     return State(tensors, meta | {"roles": {role: other.meta for role, other in others.items()}})
-
-
-def check_lineage(stage: str, stored: dict[str, Any], wanted: Lineage) -> None:
-    """Refuse to continue a stage under another config, other data or another parent."""
-    names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
-    changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
-    if changed:
-        raise CheckpointError(
-            f"stage {stage}: its checkpoints were made with another {' and '.join(changed)}. "
-            "Continue with the old recipe, or start afresh with another run_dir or stage name"
-        )
 
 
 def checkpoint_root(directory: Path, stage: str) -> Path:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
@@ -31,28 +30,13 @@ from shardwise.parallel.collectives import sum_over
 from shardwise.precision.policy import precision_of
 from shardwise.stages.arithmetic import arithmetic
 from shardwise.stages.base import StageContext
-from shardwise.stages.loop import Lineage, Loop, check_lineage, checkpoint_root
+from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
+from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import EVALUATIONS, STAGES
-from shardwise.stages.start import start_hash
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
-# Keys of a stage that may change without making it another computation.
-FREE_KEYS = ("checkpoint", "validation", "keep_rollouts_every")
-FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
-
-
-def stage_hash(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> str:
-    """xxh3-128 of all that decides what a stage computes, but its data and its parent."""
-    body = stage.model_dump(mode="json", exclude=set(FREE_KEYS))
-    body["batch"].pop("micro_batch")
-    for part in (body, *filter(None, body.get("roles", {}).values())):
-        part.pop("ranks", None)
-        for key in FREE_ENGINE_KEYS:
-            part["engine"].pop(key)
-    said = [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
-    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 class Pipeline:
@@ -111,7 +95,7 @@ class Pipeline:
             return None
         result: dict[str, Any] = json.loads(path.read_text())
         wanted = self._lineage(stage, result["data_hash"], parent)
-        check_lineage(stage.name, result, wanted)
+        check_lineage(self.run, stage, self.tokenizer.hash, result, wanted, newest)
         return result
 
     def _run_stage(
@@ -152,13 +136,7 @@ class Pipeline:
         return result
 
     def _lineage(self, stage: StageConfig, data_hash: str, parent: Path | None) -> Lineage:
-        parent_hash = manifest.read(parent).digest if parent else start_hash(self.run)
-        return Lineage(
-            config_hash=stage_hash(self.run, stage, self.tokenizer.hash),
-            data_hash=data_hash,
-            parent_hash=parent_hash,
-            parent=str(parent.relative_to(self.run.directory)) if parent else "",
-        )
+        return lineage_of(self.run, stage, self.tokenizer.hash, data_hash, parent)
 
     def _result_path(self, stage: StageConfig) -> Path:
         return self.run.directory / "stages" / stage.name / RESULT_FILE

@@ -1,0 +1,122 @@
+"""What a stage's weights come from, and whether its checkpoints may go on under a recipe.
+
+A hash settles it in one glance. Where it differs, the recipe that a checkpoint holds is read anew
+and compared value by value: a key that came into the schema later, or got another name, has then
+on both sides what it means today, and what really differs is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardwise.checkpoint import manifest
+from shardwise.checkpoint.convert import RUN_FILE
+from shardwise.config.load import load_config
+from shardwise.config.redact import redact_data
+from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.data.tokenizer import load_tokenizer
+from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.stages.start import start_hash
+
+# Keys of a stage that may change without making it another computation.
+FREE_KEYS = ("checkpoint", "validation", "keep_rollouts_every")
+FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
+
+
+@dataclasses.dataclass
+class Lineage:
+    """Where a stage's weights come from, as hashes."""
+
+    config_hash: str
+    data_hash: str
+    parent_hash: str
+    parent: str = ""
+
+
+def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[Any]:
+    """All that decides what a stage computes, but its data and its parent, as plain JSON."""
+    body = stage.model_dump(mode="json", exclude=set(FREE_KEYS))
+    body["batch"].pop("micro_batch")
+    for part in (body, *filter(None, body.get("roles", {}).values())):
+        part.pop("ranks", None)
+        for key in FREE_ENGINE_KEYS:
+            part["engine"].pop(key)
+    return [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
+
+
+def lineage_of(
+    run: RunConfig, stage: StageConfig, tokenizer_hash: str, data_hash: str, parent: Path | None
+) -> Lineage:
+    """The lineage that a stage of this run has, and that its checkpoints must have."""
+    body = json.dumps(identity(run, stage, tokenizer_hash), sort_keys=True)
+    return Lineage(
+        config_hash=xxhash.xxh3_128_hexdigest(body.encode()),
+        data_hash=data_hash,
+        parent_hash=manifest.read(parent).digest if parent else start_hash(run),
+        parent=str(parent.relative_to(run.directory)) if parent else "",
+    )
+
+
+def check_lineage(
+    run: RunConfig,
+    stage: StageConfig,
+    tokenizer_hash: str,
+    stored: Mapping[str, Any],
+    wanted: Lineage,
+    path: Path,
+) -> None:
+    """Refuse to go on from a checkpoint (``path``) of another config, other data, another parent.
+
+    Raises CheckpointError that names what differs.
+    """
+    names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
+    changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
+    told = ""
+    if "config" in changed:
+        differences = _differences(path, stage.name, identity(run, stage, tokenizer_hash))
+        if not differences:
+            changed.remove("config")
+        told = f" ({'; '.join(differences[:3])})"
+    if changed:
+        raise CheckpointError(
+            f"stage {stage.name}: its checkpoints were made with another {' and '.join(changed)}"
+            f"{told}. Continue with the old recipe, or start afresh with another run_dir or stage "
+            "name"
+        )
+
+
+def _differences(path: Path, stage: str, wanted: list[Any]) -> list[str]:
+    """What the recipe stored in a checkpoint says otherwise than ``wanted``, value by value."""
+    try:
+        run = load_config(path / RUN_FILE).config
+        old = next(s for s in run.stages if s.name == stage)
+        stored = identity(run, old, load_tokenizer(path).hash)
+    except (ShardwiseError, OSError, StopIteration) as error:
+        return [f"its own recipe cannot be read: {error or 'it has no such stage'}"]
+    before, after = dict(_values(stage, stored)), dict(_values(stage, wanted))
+    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    return [f"{k}: {before.get(k, 'absent')} there, {after.get(k, 'absent')} here" for k in keys]
+
+
+def _values(stage: str, said: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Every value of an `identity` under its dotted key; secrets are masked, as in what is kept."""
+    names = ("seed", "model", "the tokenizer", f"stages.{stage}")
+    for name, part in zip(names, redact_data(said), strict=True):
+        yield from _leaves(name, part)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _leaves(f"{key}.{name}", part)
+    elif isinstance(value, list) and value:
+        for i, part in enumerate(value):
+            yield from _leaves(f"{key}.{i}", part)
+    else:
+        yield key, value
