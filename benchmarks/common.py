@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.parallel import mesh
 from shardwise.stages import registry as _registry  # noqa: F401  (stages register themselves)

@@ -37,7 +37,9 @@ from common import Laps, clock, load, table, use_threads, verdict
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
 from shardwise.precision.policy import multiplies_bf16
-from shardwise.rollout import Generator, Request, Sampling
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.generator import Generator
+from shardwise.rollout.scheduler import Request
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGET = 2.0

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file
 
 from shardwise import checkpoint
-from shardwise.checkpoint import MismatchError, Writer, loading, manifest, saving
+from shardwise.checkpoint import MismatchError, Writer, loading, saving, shards
 from shardwise.errors import CheckpointError
 from tests.checkpoint.tools import FILES, assert_equal, blank, content, newest, patched, save
 
@@ -37,7 +37,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, verify: loading.Verify) -> None
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
-        st.tuples(hnp.array_shapes(min_dims=0, min_side=0), st.sampled_from([*manifest.DTYPES])),
+        st.tuples(hnp.array_shapes(min_dims=0, min_side=0), st.sampled_from([*shards.DTYPES])),
         max_size=4,
     )
 )
@@ -46,9 +46,9 @@ def test_any_names_shapes_and_dtypes(
 ) -> None:
     tensors = {}
     for name, (shape, dtype) in spec.items():
-        numel = torch.Size(shape).numel() * manifest.DTYPES[dtype].itemsize
+        numel = torch.Size(shape).numel() * shards.DTYPES[dtype].itemsize
         raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (numel,), dtype=torch.uint8)
-        tensors[name] = raw.view(manifest.DTYPES[dtype]).reshape(shape)
+        tensors[name] = raw.view(shards.DTYPES[dtype]).reshape(shape)
     path = checkpoint.save(tmp_path_factory.mktemp("any"), 1, tensors, {})
     into = {name: torch.empty_like(t) for name, t in tensors.items()}
     checkpoint.load(path, into)

@@ -35,17 +35,6 @@ def test_help_lists_the_commands(shardwise: Command) -> None:
         assert all(name in out for name in subcommands)
 
 
-def test_help_and_mistakes_import_no_torch() -> None:
-    script = (
-        "import sys\nfrom shardwise.cli.main import main\n"
-        "sys.argv = ['shardwise', '--help']\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'plotly'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
-
-
 def test_public_functions_are_where_the_front_page_says() -> None:
     for name in package._PUBLIC:
         assert callable(getattr(package, name)), name

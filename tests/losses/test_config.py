@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from shardwise.losses import PRESETS, PolicyLossConfig, preset_diff
+from shardwise.losses.config import PolicyLossConfig
+from shardwise.losses.presets import PRESETS, preset_diff
 
 
 def test_the_schema_knows_every_preset_and_each_is_whole() -> None:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardwise.errors import ConfigError
-from shardwise.losses import CausalLM, GRPOLoss, PolicyLossConfig
 from shardwise.losses.aggregate import first_valid, fold, sequence_sum
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.losses.config import PolicyLossConfig
+from shardwise.losses.grpo import GRPOLoss
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.policy import clipped_surrogate, truncated_importance
 from tests.losses.support import Sample, lay_out, make_samples, run

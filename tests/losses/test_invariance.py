@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.losses import CausalLM, GRPOLoss, Loss, PolicyLossConfig
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.losses.config import PolicyLossConfig
+from shardwise.losses.contract import Loss
+from shardwise.losses.grpo import GRPOLoss
 from tests.losses.support import Laid, Sample, lay_out, make_samples, run
 
 LOSSES: dict[str, Loss] = {

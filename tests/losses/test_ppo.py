@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
+from shardwise.losses.config import PpoLossConfig
 from shardwise.losses.kl import kl_estimate
-from shardwise.losses.ppo import PolicyLoss, PpoLossConfig, ValueLoss
+from shardwise.losses.ppo import PolicyLoss, ValueLoss
 from shardwise.losses.presets import PPO_PRESETS
 
 F64 = torch.float64

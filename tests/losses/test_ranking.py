@@ -11,9 +11,9 @@ from torch import Tensor
 
 from shardwise.data.batch import join
 from shardwise.data.preferences import Ranking, collate_rankings
+from shardwise.losses.config import RankingLossConfig
 from shardwise.losses.ranking import (
     RankingLoss,
-    RankingLossConfig,
     all_pairs,
     calibration_error,
     centring,

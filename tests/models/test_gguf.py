@@ -20,6 +20,7 @@ from shardwise.models.gguf import from_gguf
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.models.registry import build
 from shardwise.ops import rope
+from shardwise.ops.rope_scaling import RopeScaling
 
 gguf = pytest.importorskip("gguf")
 
@@ -186,7 +187,7 @@ def test_other_pre_tokenizers(tmp_path: Path, pre: str, numbers: list[str]) -> N
 def test_rope_scalings(tmp_path: Path) -> None:
     scaling = RopeScalingConfig(kind="llama3", factor=8.0)
     plain, _ = rope.frequencies(16, 1e5, None)
-    scaled, _ = rope.frequencies(16, 1e5, rope.RopeScaling(**scaling.model_dump()))
+    scaled, _ = rope.frequencies(16, 1e5, RopeScaling(**scaling.model_dump()))
     divisors = (plain / scaled).numpy()
     _write(tmp_path / "m.gguf", "F32", tensors={"rope_freqs.weight": divisors})
     found = from_gguf(tmp_path / "m.gguf")

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.ops import rope
+from shardwise.ops.rope_scaling import RopeScaling
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
-SCALINGS: dict[str, tuple[rope.RopeScaling | None, dict[str, Any]]] = {
+SCALINGS: dict[str, tuple[RopeScaling | None, dict[str, Any]]] = {
     "default": (None, {"rope_type": "default"}),
-    "linear": (rope.RopeScaling("linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
+    "linear": (RopeScaling("linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
     "llama3": (
-        rope.RopeScaling("llama3", 8.0, 64, 1.0, 4.0),
+        RopeScaling("llama3", 8.0, 64, 1.0, 4.0),
         {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -27,11 +28,11 @@ SCALINGS: dict[str, tuple[rope.RopeScaling | None, dict[str, Any]]] = {
         },
     ),
     "yarn": (
-        rope.RopeScaling("yarn", 4.0, 64),
+        RopeScaling("yarn", 4.0, 64),
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
     "yarn, own factor": (
-        rope.RopeScaling("yarn", 4.0, 64, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+        RopeScaling("yarn", 4.0, 64, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
         {
             "rope_type": "yarn",
             "factor": 4.0,

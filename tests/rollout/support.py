@@ -11,7 +11,8 @@ from shardwise.config.schema import ModelConfig
 from shardwise.models import registry
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.init import init_weights
-from shardwise.rollout import Generator, Request
+from shardwise.rollout.generator import Generator
+from shardwise.rollout.scheduler import Request
 from tests.support import toy
 
 _WIDE = {"hidden_size": 64, "num_heads": 2, "vocab_size": 101, "max_seq_len": 64}

@@ -12,8 +12,8 @@ from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import UserError
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
-from shardwise.rollout import Sampling
 from shardwise.rollout.api import encode_prompt
+from shardwise.rollout.config import Sampling
 from tests.support import toy
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"

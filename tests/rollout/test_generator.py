@@ -12,8 +12,11 @@ import torch
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry
 from shardwise.ops.cross_entropy import token_logprobs
-from shardwise.rollout import Completion, Generator, Request, Sampling, stream_checksum
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import filtered
+from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.weights import stream_checksum
 from tests.rollout import support
 
 BACKENDS = pytest.mark.parametrize("accelerate", [False, True], ids=["plain", "native"])

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.ops import compiled
-from shardwise.rollout import Generator, Sampling, native
+from shardwise.rollout import native
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.generator import Generator
 from shardwise.rollout.native import NativeBackend, pack, unpack
 from shardwise.rollout.sampling import choose
 from tests.rollout import support

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.rollout.sampling import Sampling, choose, filtered, row_keys, uniform_at
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.sampling import choose, filtered, row_keys, uniform_at
 
 
 def logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,8 @@ from shardwise import checkpoint
 from shardwise.checkpoint.convert import open_model
 from shardwise.rewards import Problem
 from shardwise.stages.play import Group, Player
-from shardwise.stages.ppo import PpoConfig, PpoStage
+from shardwise.stages.ppo import PpoStage
+from shardwise.stages.ppo_config import PpoConfig
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool

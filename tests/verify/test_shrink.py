@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shardwise.config.load import load_config
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 from shardwise.errors import UserError
 from shardwise.parallel.layout import parse_layout
 from shardwise.verify import suite

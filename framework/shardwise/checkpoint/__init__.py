@@ -7,44 +7,46 @@ latest, best, list_steps, prune        the folder
 inspect, verify, diff                  for people
 """
 
-from shardwise.checkpoint.background import AsyncSaver
-from shardwise.checkpoint.checks import Problem, Summary, inspect, verify
-from shardwise.checkpoint.differences import Difference, diff
-from shardwise.checkpoint.loading import (
-    Loaded,
-    load,
-    load_latest,
-    read_files,
-    read_meta,
-    read_tensors,
-)
-from shardwise.checkpoint.manifest import DamagedError, MismatchError
-from shardwise.checkpoint.saving import mark_best, prune, save
-from shardwise.checkpoint.steps import best, latest, list_steps, resolve
-from shardwise.checkpoint.writer import Writer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AsyncSaver",
-    "DamagedError",
-    "Difference",
-    "Loaded",
-    "MismatchError",
-    "Problem",
-    "Summary",
-    "Writer",
-    "best",
-    "diff",
-    "inspect",
-    "latest",
-    "list_steps",
-    "load",
-    "load_latest",
-    "mark_best",
-    "prune",
-    "read_files",
-    "read_meta",
-    "read_tensors",
-    "resolve",
-    "save",
-    "verify",
-]
+from shardwise import lazy
+
+if TYPE_CHECKING:
+    from shardwise.checkpoint.background import AsyncSaver as AsyncSaver
+    from shardwise.checkpoint.checks import Problem as Problem
+    from shardwise.checkpoint.checks import verify as verify
+    from shardwise.checkpoint.differences import Difference as Difference
+    from shardwise.checkpoint.differences import diff as diff
+    from shardwise.checkpoint.loading import Loaded as Loaded
+    from shardwise.checkpoint.loading import load as load
+    from shardwise.checkpoint.loading import load_latest as load_latest
+    from shardwise.checkpoint.loading import read_files as read_files
+    from shardwise.checkpoint.loading import read_meta as read_meta
+    from shardwise.checkpoint.loading import read_tensors as read_tensors
+    from shardwise.checkpoint.manifest import DamagedError as DamagedError
+    from shardwise.checkpoint.manifest import MismatchError as MismatchError
+    from shardwise.checkpoint.saving import mark_best as mark_best
+    from shardwise.checkpoint.saving import prune as prune
+    from shardwise.checkpoint.saving import save as save
+    from shardwise.checkpoint.steps import best as best
+    from shardwise.checkpoint.steps import latest as latest
+    from shardwise.checkpoint.steps import list_steps as list_steps
+    from shardwise.checkpoint.steps import resolve as resolve
+    from shardwise.checkpoint.summary import Summary as Summary
+    from shardwise.checkpoint.summary import inspect as inspect
+    from shardwise.checkpoint.writer import Writer as Writer
+
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "background": ["AsyncSaver"],
+        "checks": ["Problem", "verify"],
+        "differences": ["Difference", "diff"],
+        "loading": ["Loaded", "load", "load_latest", "read_files", "read_meta", "read_tensors"],
+        "manifest": ["DamagedError", "MismatchError"],
+        "saving": ["mark_best", "prune", "save"],
+        "steps": ["best", "latest", "list_steps", "resolve"],
+        "summary": ["Summary", "inspect"],
+        "writer": ["Writer"],
+    },
+)

@@ -18,8 +18,6 @@ from shardwise.checkpoint.boxes import Box, overlap
 from shardwise.checkpoint.files import open_inside, read_into, read_small
 from shardwise.checkpoint.layout import Piece, pieces
 from shardwise.checkpoint.manifest import (
-    DTYPE_NAMES,
-    DTYPES,
     Chunk,
     DamagedError,
     Manifest,
@@ -27,6 +25,7 @@ from shardwise.checkpoint.manifest import (
     TensorEntry,
 )
 from shardwise.checkpoint.ranks import Ranks
+from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 
 log = logging.getLogger(__name__)

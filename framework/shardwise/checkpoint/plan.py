@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardwise.checkpoint.boxes import Box, tiling_problem
 from shardwise.checkpoint.layout import Piece, pieces
-from shardwise.checkpoint.manifest import DTYPE_NAMES, DTYPES
+from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 
 

@@ -1,6 +1,7 @@
 """The command line: each command is one public function of the package.
 
-Torch is imported only by the commands that need it, so that help and mistakes are instant.
+Torch is imported only by the commands that compute: help, completion, recipes, schemas, reports and
+a look at a checkpoint are instant.
 
 Exit codes: 0 done, 1 the check failed or training broke, 2 bad usage or config (nothing was
 started) or a file that cannot be used, 70 a bug in shardwise, 128 + n stopped by signal n; a rank
@@ -27,7 +28,6 @@ INTERNAL_ERROR = 70
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -153,7 +153,7 @@ def generate(
 ) -> None:
     """Complete prompts; a chat model is asked, a base model continues the text."""
     from shardwise.rollout.api import generate as run
-    from shardwise.rollout.sampling import Sampling
+    from shardwise.rollout.config import Sampling
 
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision}: allowed: fp32, bf16")

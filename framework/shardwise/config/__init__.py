@@ -2,7 +2,8 @@
 
 from shardwise.config.export import config_hash, json_schema, print_config, resolved_yaml
 from shardwise.config.load import LoadedConfig, load_config
-from shardwise.config.schema import RunConfig, Section
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import Section
 
 __all__ = [
     "LoadedConfig",

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from shardwise.config import registry, yaml12
 from shardwise.config.load import LoadedConfig, leaves
 from shardwise.config.redact import redact, redact_data
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 from shardwise.config.source import dotted
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from shardwise.config import overrides as override_room
 from shardwise.config import registry, yaml12
 from shardwise.config.explain import explain
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 from shardwise.config.source import Path as Keys
 from shardwise.config.source import Problem, Source, Tree, dotted
 from shardwise.errors import ConfigError

@@ -9,17 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from shardwise.config.schema import EvaluationConfig, ModelConfig, StageConfig
+from shardwise.config.schema import EvaluationConfig, ModelConfig, StageConfig
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {}
 EVALUATION_CONFIGS: dict[str, type[EvaluationConfig]] = {}
 
-# The rooms that register, by name: this one imports none of them.
-PROVIDERS = ("shardwise.models.registry", "shardwise.stages.registry")
+# Who registers, by name: this room imports none of them. They import no torch.
+PROVIDERS = ("shardwise.models.configs", "shardwise.stages.registry")
 ENTRY_POINTS = "shardwise.stages"
 
 

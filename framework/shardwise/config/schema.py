@@ -1,30 +1,18 @@
 """The sections that every run shares. Strict: an unknown key is an error, values never change type.
 
 Sections that belong to one room (a data source, a reward, a rollout) live in that room and derive
-from `Section`; models and stages register theirs in `shardwise.config.registry`.
+from `Section`; models and stages register theirs in `shardwise.config.registry`. Modules that
+define sections import no torch, so that commands without tensors start at once. The whole recipe
+is `shardwise.config.run.RunConfig`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
-
-from shardwise.config import registry
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -206,11 +194,11 @@ Name = Annotated[str, Field(min_length=1, default_factory=_kind, description="de
 
 
 # Names become folders of a run, and what is built from them must stay inside of it.
-_STAGE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$"
-_RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+STAGE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$"
+RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 
 
-def _shown_as(pattern: str) -> Any:
+def shown_as(pattern: str) -> Any:
     return Field(json_schema_extra={"pattern": pattern})
 
 
@@ -227,8 +215,8 @@ def _checked(pattern: str, allowed: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-_FOLDER_NAME = _checked(_STAGE_NAME, "'_' and '-', the first one no '-'")
-_RUN_FOLDER = _checked(_RUN_NAME, "'_', '-' and '.', the first one no '-' or '.'")
+FOLDER_NAME = _checked(STAGE_NAME, "'_' and '-', the first one no '-'")
+RUN_FOLDER = _checked(RUN_NAME, "'_', '-' and '.', the first one no '-' or '.'")
 
 
 class StageConfig(Section):
@@ -242,7 +230,7 @@ class StageConfig(Section):
     learns_from_itself: ClassVar[bool] = False
 
     kind: str
-    name: Annotated[Name, _FOLDER_NAME, _shown_as(_STAGE_NAME)]
+    name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)]
     steps: PositiveInt
     start_from: str | None = Field(
         None, description="an earlier stage; default: the latest whose model writes text"
@@ -285,119 +273,3 @@ class EvaluationConfig(Section):
     kind: str
     name: Name
     stages: list[str] = Field(default=[], description="measured after these; none: after all")
-
-
-def _model(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "family", registry.MODEL_CONFIGS, ModelConfig)
-
-
-def _stage(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "kind", registry.STAGE_CONFIGS, StageConfig)
-
-
-def _evaluation(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "kind", registry.EVALUATION_CONFIGS, EvaluationConfig)
-
-
-def _by_registry(
-    data: Any, info: ValidationInfo, key: str, table: dict[str, Any], base: type[Section]
-) -> Any:
-    """Validate a mapping against the class registered under ``data[key]``.
-
-    Its errors keep their own locations: pydantic unfolds a ValidationError that a validator raises.
-    """
-    if isinstance(data, base):
-        return data
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a mapping with the key {key!r}")
-    name = data.get(key)
-    if not isinstance(name, str) or name not in table:
-        known = ", ".join(sorted(table))
-        unknown = PydanticCustomError(
-            "unknown_name",
-            "unknown {key} {name}; known: {known}",
-            {"key": key, "name": repr(name), "known": known},
-        )
-        raise ValidationError.from_exception_data(
-            base.__name__, [InitErrorDetails(type=unknown, loc=(key,), input=name)]
-        )
-    if info.mode == "json":  # where strict mode takes a text for a path
-        return table[name].model_validate_json(json.dumps(data), strict=True)
-    return table[name].model_validate(data)
-
-
-def _inherit_engine(part: Any, above: dict[str, Any]) -> Any:
-    """A stage or a role with the keys of the engine above it, where it has none of its own."""
-    if not isinstance(part, dict) or not isinstance(part.get("engine") or {}, dict):
-        return part
-    engine = {**above, **(part.get("engine") or {})}
-    roles = part.get("roles")
-    if not isinstance(roles, dict):
-        return {**part, "engine": engine}
-    roles = {name: role and _inherit_engine(role, engine) for name, role in roles.items()}
-    return {**part, "engine": engine, "roles": roles}
-
-
-class RunConfig(Section):
-    """A whole run: one model, one tokenizer, a list of stages."""
-
-    name: Annotated[str, _RUN_FOLDER, _shown_as(_RUN_NAME)] = "run"
-    run_dir: Path | None = Field(None, description="default: runs/<name>")
-    seed: NonNegativeInt = 0
-    model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
-    init_from: Path | None = Field(
-        None, description="start weights: a shardwise checkpoint or a Hugging Face folder"
-    )
-    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
-        min_length=1
-    )
-    evaluate_start: bool = Field(False, description="also measure what init_from holds")
-    evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (
-        Field(default=[], description="measured on the model after each stage")
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _stages_inherit_engine(cls, data: Any) -> Any:
-        """Keys of ``engine`` pass from the run to its stages and from a stage to its roles."""
-        if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
-            return data
-        top = data.get("engine") or {}
-        if not isinstance(top, dict):
-            return data
-        return {**data, "stages": [_inherit_engine(s, top) for s in data["stages"]]}
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> RunConfig:
-        lists: dict[str, list[str]] = {
-            "stages": [s.name for s in self.stages],
-            "evaluations": [e.name for e in self.evaluations],
-        }
-        for what, names in lists.items():
-            double = sorted({n for n in names if names.count(n) > 1})
-            if double:
-                raise ValueError(
-                    f"{what} share the name {', '.join(double)}; give each its own name"
-                )
-        for i, s in enumerate(self.stages):
-            if s.start_from is not None and s.start_from not in lists["stages"][:i]:
-                raise ValueError(
-                    f"stage {s.name}: start_from names {s.start_from}, which is no earlier stage"
-                )
-        if self.evaluate_start and self.init_from is None:
-            raise ValueError("evaluate_start measures what init_from holds, and there is none")
-        for e in self.evaluations:
-            if unknown := sorted(set(e.stages) - set(lists["stages"])):
-                raise ValueError(
-                    f"evaluation {e.name} names the stages {', '.join(unknown)}; "
-                    f"there are {', '.join(lists['stages'])}"
-                )
-        return self
-
-    @property
-    def directory(self) -> Path:
-        """Where this run lives."""
-        return self.run_dir if self.run_dir is not None else Path("runs") / self.name

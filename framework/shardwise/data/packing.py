@@ -21,19 +21,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from shardwise.data.batch import MicroBatch
+from shardwise.data.config import TooLong
 from shardwise.data.indexed import IndexedStore
 from shardwise.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
-
-TooLong = Literal["truncate", "drop", "error"]
 
 
 class Row(NamedTuple):

@@ -16,9 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from shardwise.config.schema import Section
 from shardwise.data import readers
 from shardwise.data.batch import MicroBatch
 from shardwise.data.chat import encode_chat
@@ -26,20 +24,6 @@ from shardwise.data.groups import collate_groups
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.errors import DataError
-
-
-class PreferenceDataConfig(Section):
-    """Preferences from files."""
-
-    sources: list[DataSource] = Field(default_factory=list)
-    validation: list[DataSource] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _only_preferences(self) -> PreferenceDataConfig:
-        for source in (*self.sources, *self.validation):
-            if source.kind != "preference-jsonl":
-                raise ValueError(f"reward models read preference-jsonl sources, not {source.kind}")
-        return self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from shardwise.config.schema import PositiveFloat, Section
 from shardwise.data import files as data_files
 from shardwise.data import readers
-from shardwise.data.indexed import read_manifest, store_paths
 from shardwise.data.readers import Document
 from shardwise.data.stdlib import read_stdlib, stdlib_files
 from shardwise.errors import DataError, UserError
@@ -67,6 +66,8 @@ class DataSource(Section):
             return stdlib_files(self.split, self.path, self.exclude)
         assert self.path is not None
         if self.kind == "indexed":
+            from shardwise.data.indexed import store_paths  # numpy, which a recipe does not need
+
             return list(store_paths(self.path))
         found = data_files.find_files(self.path, _SUFFIXES[self.kind])
         kept = [f for f in found if not any(f.match(p) for p in self.exclude)]
@@ -105,6 +106,8 @@ class DataSource(Section):
     def fingerprint(self) -> str:
         """Hash of the contents: of every file, or what an indexed store's manifest recorded."""
         if self.kind == "indexed":
+            from shardwise.data.indexed import read_manifest
+
             assert self.path is not None
             manifest = read_manifest(self.path)
             if manifest is not None:

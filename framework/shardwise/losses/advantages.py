@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Shape suffixes: G groups (prompts), N members of a group, B rows, T tokens.
+from shardwise.losses.config import AdvantageKind
 
-AdvantageKind = Literal["group_std", "group", "rloo", "reinforce_pp"]
+# Shape suffixes: G groups (prompts), N members of a group, B rows, T tokens.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,18 +8,13 @@ stands. Only whole sequences may be folded: fold before cutting one over ranks.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from shardwise.errors import ConfigError
+from shardwise.losses.config import Aggregation
 
 # Shape suffixes: B rows, T tokens, S slots for sequences (B * T, an upper bound).
-
-Aggregation = Literal[
-    "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "constant"
-]
 
 
 def fold(

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import NonNegativeFloat, PositiveFloat
 from shardwise.data.batch import MicroBatch
 from shardwise.errors import ConfigError
-from shardwise.losses.advantages import AdvantageKind
+from shardwise.losses.config import PolicyLossConfig
 from shardwise.losses.contract import LossOutput
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import (
-    SurrogateConfig,
     cispo,
     clipped_surrogate,
     extra,
+    folded,
     log_ratio,
     masked_sum,
     means,
@@ -27,40 +24,9 @@ from shardwise.losses.policy import (
     sequence_log_ratio,
     truncated_importance,
 )
-from shardwise.losses.presets import PRESETS
 from shardwise.ops.logits import Logits
 
 # Shape suffixes: B rows, T tokens, V vocabulary.
-
-
-class PolicyLossConfig(SurrogateConfig):
-    """Advantage, ratio and KL, besides `SurrogateConfig`."""
-
-    presets = PRESETS
-
-    preset: (
-        Literal["grpo_deepseekmath", "dapo_paper", "dr_grpo", "gspo", "trl_default", "verl_default"]
-        | None
-    ) = Field(None, description="published settings, see shardwise.losses.presets")
-    advantage: AdvantageKind = "group_std"
-    advantage_eps: NonNegativeFloat = Field(1e-6, description="added to a group's std")
-    ratio: Literal["token", "sequence", "cispo"] = "token"
-    kl: Literal["none", "k1", "k2", "k3"] = Field(
-        "none", description="estimator in the loss; k2 has the on-policy gradient of the KL"
-    )
-    kl_coef: NonNegativeFloat = 0.0
-    importance_cap: PositiveFloat | None = Field(
-        None, description="truncate trainer/sampler importance weights here; None: no correction"
-    )
-    importance_level: Literal["token", "sequence"] = "token"
-
-    @model_validator(mode="after")
-    def _kl_is_whole(self) -> PolicyLossConfig:
-        if self.kl_coef > 0 and self.kl == "none":
-            raise ValueError("kl_coef is set but kl is none; choose kl: k1, k2 or k3")
-        if self.kl != "none" and self.kl_coef == 0:
-            raise ValueError(f"kl is {self.kl} but kl_coef is 0; set kl_coef, or kl: none")
-        return self
 
 
 class GRPOLoss:
@@ -89,14 +55,14 @@ class GRPOLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Tokens or sequences, by the aggregation; the same for every term."""
-        count = self.config.fold(batch)[1].sum()
+        count = folded(self.config, batch)[1].sum()
         return dict.fromkeys(self.weights, count)
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT
         logp_BT = valid_logprobs(logits_BTV, batch, self.temperature)
-        weight_BT = config.fold(batch)[0].to(logp_BT.dtype)
+        weight_BT = folded(config, batch)[0].to(logp_BT.dtype)
         old_BT = extra(batch, "old_logprobs_BT", logp_BT, default=logp_BT)
         advantages_BT = extra(batch, "advantages_BT", logp_BT)
         log_ratio_BT = log_ratio(logp_BT, old_BT)

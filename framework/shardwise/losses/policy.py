@@ -6,50 +6,26 @@ r = exp(logp - logp_old) is the importance ratio, A the advantage. All return lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveInt, Section
 from shardwise.data.batch import MicroBatch
-from shardwise.losses.aggregate import Aggregation, fold, sequence_sum
+from shardwise.losses.aggregate import fold, sequence_sum
+from shardwise.losses.config import SurrogateConfig
 from shardwise.losses.kl import kl_estimate
-from shardwise.losses.presets import Preset
 
 # Shape suffixes: B rows, T tokens.
 
 _MAX_LOG_RATIO = 20.0  # beyond it a token is lost anyway; keeps the exponential finite
 
 
-class SurrogateConfig(Section):
-    """Clipping and aggregation. A preset fills what is not given."""
-
-    presets: ClassVar[Mapping[str, Preset]]
-
-    clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
-    clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
-        None, description="bound of the loss for negative advantages, in units of -A"
+def folded(config: SurrogateConfig, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """See `aggregate.fold`."""
+    return fold(
+        config.aggregation, batch.loss_mask_BT, batch.segment_ids_BT, config.length_constant
     )
-    aggregation: Aggregation = "token_mean"
-    length_constant: PositiveInt | None = Field(
-        None, description="aggregation constant: the longest response allowed, in tokens"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in cls.presets:
-            return {**cls.presets[data["preset"]].settings, **data}
-        return data
-
-    def fold(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """See `aggregate.fold`."""
-        return fold(
-            self.aggregation, batch.loss_mask_BT, batch.segment_ids_BT, self.length_constant
-        )
 
 
 def extra(batch: MicroBatch, name: str, like: Tensor, default: Tensor | None = None) -> Tensor:

@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat
 from shardwise.data.batch import MicroBatch
+from shardwise.losses.config import PpoLossConfig
 from shardwise.losses.contract import LossOutput
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import (
-    SurrogateConfig,
     clipped_surrogate,
     extra,
+    folded,
     log_ratio,
     masked_sum,
     means,
     ratio_metrics,
 )
-from shardwise.losses.presets import PPO_PRESETS
 from shardwise.ops.logits import Logits, selected_values
 
 # Shape suffixes: B rows, T tokens, V vocabulary.
-
-
-class PpoLossConfig(SurrogateConfig):
-    """Rewards, advantages and objective, besides `SurrogateConfig`."""
-
-    presets = PPO_PRESETS
-
-    preset: Literal["ziegler_2019", "trl_default", "verl_default", "openrlhf_default"] | None = (
-        Field(None, description="published settings, see shardwise.losses.presets")
-    )
-    objective: Literal["clip", "kl_penalty"] = "clip"
-    penalty_coef: PositiveFloat = Field(1.0, description="kl_penalty: weight of KL(old || new)")
-    penalty_target: PositiveFloat | None = Field(
-        None, description="kl_penalty: adapt the weight to this KL a token; none: fixed"
-    )
-    value_clip: PositiveFloat | None = Field(0.2, description="none: values are not clipped")
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    kl: Literal["k1", "k2", "k3"] = Field("k1", description="estimator in the reward")
-    kl_coef: NonNegativeFloat = Field(0.05, description="0: no reference model")
-    kl_target: PositiveFloat | None = Field(
-        None, description="adapt kl_coef to this KL a response, in nats; none: fixed"
-    )
-    kl_gain: PositiveFloat = Field(0.1, description="how fast kl_coef adapts")
-    whiten_advantages: bool = True
-    whiten_rewards: bool = Field(False, description="scale rewards to unit variance, keep the mean")
-    missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="taken off the score of a completion that did not stop by itself"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PpoLossConfig:
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("kl_target adapts kl_coef, which is 0; give it a start")
-        return self
 
 
 class PolicyLoss:
@@ -80,13 +42,13 @@ class PolicyLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Tokens or sequences, by the aggregation; the same for every term."""
-        return dict.fromkeys(self.weights, self.config.fold(batch)[1].sum())
+        return dict.fromkeys(self.weights, folded(self.config, batch)[1].sum())
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT
         logp_BT = valid_logprobs(logits_BTV, batch, self.temperature)
-        weight_BT = config.fold(batch)[0].to(logp_BT.dtype)
+        weight_BT = folded(config, batch)[0].to(logp_BT.dtype)
         old_BT = extra(batch, "old_logprobs_BT", logp_BT)
         advantages_BT = extra(batch, "advantages_BT", logp_BT)
         log_ratio_BT = log_ratio(logp_BT, old_BT)
@@ -119,7 +81,7 @@ class ValueLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """As `PolicyLoss.counts`."""
-        return {"value": self.config.fold(batch)[1].sum()}
+        return {"value": folded(self.config, batch)[1].sum()}
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch."""
@@ -128,7 +90,7 @@ class ValueLoss:
         old_BT = extra(batch, "values_BT", value_BT)
         return_BT = extra(batch, "returns_BT", value_BT)
         loss_BT = value_loss(value_BT, old_BT, return_BT, self.config.value_clip)
-        weight_BT = self.config.fold(batch)[0].to(value_BT.dtype)
+        weight_BT = folded(self.config, batch)[0].to(value_BT.dtype)
         moved_BT = (value_BT.detach() - old_BT).abs()
         clipped_BT = moved_BT > (self.config.value_clip or float("inf"))
         figures = {"value_mean": value_BT.detach(), "value_clip_fraction": clipped_BT}

@@ -9,43 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import NonNegativeFloat, Section
 from shardwise.data.batch import MicroBatch
+from shardwise.losses.config import RankingLossConfig
 from shardwise.losses.contract import LossOutput
 from shardwise.ops.attention import BRANCH_SHIFT
 from shardwise.ops.logits import Logits, selected_values
 
 # Shape suffixes: B rows, T tokens, N answers, P pairs of a better and a worse answer.
-
-
-class RankingLossConfig(Section):
-    """How scores are held against a ranking."""
-
-    objective: Literal["pairs", "plackett_luce"] = Field(
-        "pairs", description="all pairs of a ranking (Bradley-Terry), or the ranking as a whole"
-    )
-    margin: NonNegativeFloat = Field(
-        0.0, description="pairs: demanded gap, times the difference of the ratings"
-    )
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
-        0.0, description="pairs: the chance that a preference is the wrong way round"
-    )
-    centring: NonNegativeFloat = Field(
-        0.0, description="weight of the squared sum of a pair's scores, which pulls them around 0"
-    )
-
-    @model_validator(mode="after")
-    def _pairs_only(self) -> RankingLossConfig:
-        if self.objective == "plackett_luce" and (self.margin or self.label_smoothing):
-            raise ValueError("margin and label_smoothing are for objective: pairs")
-        return self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The table of model families. Adding one costs a folder and a row here."""
+"""The table of model families. Adding one costs a folder, a row here and one in `configs`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
+from shardwise.models.configs import CONFIGS
 from shardwise.models.gpt2 import hf as gpt2_hf
-from shardwise.models.gpt2.config import GPT2Config
 from shardwise.models.gpt2.model import GPT2
 from shardwise.models.gpt2.sharding import SHARDING as GPT2_SHARDING
 from shardwise.models.llama import hf as llama_hf
-from shardwise.models.llama.config import LlamaConfig
 from shardwise.models.llama.model import Llama
 from shardwise.models.llama.sharding import SHARDING as LLAMA_SHARDING
 
@@ -31,8 +30,8 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(LlamaConfig, Llama, llama_hf, LLAMA_SHARDING),
-    "gpt2": Family(GPT2Config, GPT2, gpt2_hf, GPT2_SHARDING),
+    "llama": Family(CONFIGS["llama"], Llama, llama_hf, LLAMA_SHARDING),
+    "gpt2": Family(CONFIGS["gpt2"], GPT2, gpt2_hf, GPT2_SHARDING),
 }
 
 

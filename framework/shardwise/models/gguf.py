@@ -20,6 +20,7 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models.gguf_tokenizer import tokenizer_json
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.ops import rope
+from shardwise.ops.rope_scaling import RopeScaling
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -141,7 +142,7 @@ def _rope_scaling(
         divisors = np.asarray(tensors[_ROPE_FACTORS].data, dtype=np.float32).ravel()
         found = RopeScalingConfig(kind="llama3", factor=float(divisors.max()))
         plain, _ = rope.frequencies(head_dim, base, None)
-        scaled, _ = rope.frequencies(head_dim, base, rope.RopeScaling(**found.model_dump()))
+        scaled, _ = rope.frequencies(head_dim, base, RopeScaling(**found.model_dump()))
         if not np.allclose((plain / scaled).numpy(), divisors, rtol=1e-3):
             raise CheckpointError(
                 f"{_ROPE_FACTORS} is not Llama 3's scaling with its published constants"

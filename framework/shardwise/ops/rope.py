@@ -6,32 +6,14 @@ per forward pass (a few dozen numbers), so that no buffer needs care on meta dev
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shardwise.ops.rope_scaling import RopeScaling
+
 # Shape suffixes: B sequences, T tokens, H heads, K head width, R = K / 2 rotated pairs.
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How frequencies are stretched for contexts longer than the one trained on.
-
-    ``linear``: all by ``factor`` (Chen et al. 2023). ``llama3``: low frequencies only (Llama 3.1
-    release). ``yarn``: interpolation by wavelength with a temperature (Peng et al. 2023).
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    original_max_seq_len: int = 8192
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: the paper's 0.1 ln(factor) + 1
 
 
 def frequencies(

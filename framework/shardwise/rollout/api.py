@@ -16,8 +16,8 @@ from shardwise.data.conversation import Message
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import UserError
 from shardwise.ops import dice
+from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.sampling import Sampling
 from shardwise.rollout.scheduler import Completion, Request
 
 Prompt = str | Sequence[Message]

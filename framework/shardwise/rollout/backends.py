@@ -9,7 +9,7 @@ from shardwise.models.common.decoder import Decoder
 from shardwise.parallel.tensor import widen_logits
 from shardwise.rollout import sampling as sampling_
 from shardwise.rollout.cache import SlotCache
-from shardwise.rollout.sampling import Sampling
+from shardwise.rollout.config import Sampling
 
 # Shape suffixes: B prompts, T tokens, N rows, V vocabulary, D model width.
 

@@ -12,7 +12,8 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry
 from shardwise.rollout import native
 from shardwise.rollout.backends import PlainBackend
-from shardwise.rollout.sampling import Sampling, row_keys, uniform_at
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.sampling import row_keys, uniform_at
 from shardwise.rollout.scheduler import Admission, Completion, Request, Scheduler, check_requests
 from shardwise.rollout.weights import combine, digest
 

@@ -18,7 +18,7 @@ from shardwise.models.common.blocks import Block, GeluMLP, RMSNorm, SwiGLU
 from shardwise.models.common.decoder import Decoder
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
-from shardwise.rollout.sampling import Sampling
+from shardwise.rollout.config import Sampling
 
 # Shape suffixes: N rows, V vocabulary, O outputs and I inputs of a linear layer, D model width.
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from shardwise.config.schema import EvaluationConfig, NonNegativeInt, PositiveInt
 from shardwise.engines.base import Engine
-from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward, majority_baseline
-from shardwise.rollout.sampling import Sampling
+from shardwise.rewards import ProblemSet, build_reward, majority_baseline
+from shardwise.rollout.config import Sampling
 from shardwise.stages.base import StageContext
+from shardwise.stages.evaluation_configs import ProblemsConfig
 from shardwise.stages.play import Player
-
-
-class ProblemsConfig(EvaluationConfig):
-    """The first ``num_problems`` of the task's held-out split, which nothing trains on."""
-
-    kind: Literal["problems"]
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: PositiveInt = 512
-    max_new_tokens: PositiveInt = 16
-    reward: RewardConfig = Field(
-        default_factory=RewardConfig, description="an answer is right when it earns the maximum"
-    )
-    num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
 
 
 def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:

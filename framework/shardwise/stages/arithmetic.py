@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from shardwise import memory
-from shardwise.config.schema import RoleConfig, RunConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import RoleConfig
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import pick_device

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from shardwise.checkpoint.convert import open_model
-from shardwise.config.schema import OptimizerConfig, RoleConfig, RunConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import OptimizerConfig, RoleConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from shardwise.config.schema import EvaluationConfig, NonNegativeInt, PositiveInt
 from shardwise.data.compression import compressed_bits_per_byte
-from shardwise.data.config import DataConfig, build_validation
+from shardwise.data.datasets import build_validation
 from shardwise.data.packing import SlidingRows
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
 from shardwise.stages.base import StageContext
+from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.supervised import sum_nll
-
-
-class BitsConfig(EvaluationConfig):
-    """Summed loss in bits over the UTF-8 bytes of the validation documents."""
-
-    kind: Literal["bits_per_byte"]
-    data: DataConfig = Field(default_factory=DataConfig)
-    seq_len: PositiveInt = Field(256, description="tokens of context at most")
-    stride: NonNegativeInt = Field(
-        0,
-        description="0: rows side by side; else rows start this far apart and score their last "
-        "``stride`` tokens, so that every token has seq_len - stride of context",
-    )
-    micro_batch: PositiveInt = 16
 
 
 def evaluate(config: BitsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:

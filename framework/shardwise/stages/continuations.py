@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from shardwise.config.schema import EvaluationConfig
 from shardwise.engines.base import Engine
 from shardwise.ops import dice
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.sampling import Sampling
 from shardwise.rollout.scheduler import Request
 from shardwise.stages.base import StageContext
-
-
-class ContinuationsConfig(EvaluationConfig):
-    """Texts to go on from, as documents (no chat template)."""
-
-    kind: Literal["continuations"]
-    prompts: list[str] = Field(min_length=1)
-    sampling: Sampling = Field(default_factory=Sampling)
+from shardwise.stages.evaluation_configs import ContinuationsConfig
 
 
 def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:

@@ -8,15 +8,14 @@ and the order of updates are pure functions of (seed, step), so a run resumes ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-from pydantic import Field
 
 from shardwise.losses.advantages import group_advantages, rewards_tensor
-from shardwise.losses.grpo import GRPOLoss, PolicyLossConfig
+from shardwise.losses.config import PolicyLossConfig
+from shardwise.losses.grpo import GRPOLoss
 from shardwise.stages.base import StageContext, mean_metrics
+from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.play import Group
-from shardwise.stages.policy import PolicyConfig, PolicyRoles, PolicyStage
+from shardwise.stages.policy import PolicyStage
 from shardwise.stages.rollouts import (
     Logprobs,
     Reading,
@@ -25,21 +24,6 @@ from shardwise.stages.rollouts import (
     rollout_metrics,
 )
 from shardwise.stages.share import own_batches
-
-
-class GrpoConfig(PolicyConfig):
-    """See `PolicyConfig`."""
-
-    kind: Literal["grpo"]
-    samples_per_prompt: int = Field(8, ge=2, description="size of a group")
-    loss: PolicyLossConfig = Field(default_factory=PolicyLossConfig)
-    roles: PolicyRoles = Field(default_factory=PolicyRoles)
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """Whether the weights move between the rollout and some update of its step."""
-        updates = self.updates_per_rollout * self.epochs_per_rollout
-        return updates > 1 or self.loss.importance_cap is not None
 
 
 class GrpoStage(PolicyStage):

@@ -19,7 +19,8 @@ from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import RUN_FILE
 from shardwise.config.load import load_config
 from shardwise.config.redact import redact_data
-from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.stages.start import start_hash

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
-from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.metrics.gemm import measure_gemm
@@ -33,7 +34,7 @@ from shardwise.stages.base import StageContext
 from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
 from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
-from shardwise.stages.registry import EVALUATIONS, STAGES
+from shardwise.stages.registry import build_stage, run_evaluation
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
@@ -106,7 +107,7 @@ class Pipeline:
         ctx = StageContext(
             self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
         )
-        live = STAGES[stage.kind](ctx)
+        live = build_stage(ctx)
         if isinstance(live, PolicyStage):
             world, row = dist.get_world_size(), live.longest_row()
             self.progress.message(arithmetic(self.run, stage, world, row))
@@ -165,7 +166,7 @@ def evaluate_all(
             continue
         began = time.perf_counter()
         progress.message(f"{ctx.stage.name}: evaluating {config.name}")
-        result = EVALUATIONS[config.kind](config, ctx, engine)
+        result = run_evaluation(config, ctx, engine)
         result[f"{config.name}_seconds"] = time.perf_counter() - began
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
         ctx.logger.log(ctx.stage.name, ctx.stage.steps if step is None else step, numbers, "eval")

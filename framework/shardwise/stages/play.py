@@ -15,8 +15,8 @@ from shardwise.engines.base import Engine
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
+from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.sampling import Sampling
 from shardwise.rollout.scheduler import Completion, Request
 from shardwise.stages.base import StageContext
 

@@ -1,4 +1,4 @@
-"""What stages share that learn from their own completions: the config, and half of each step."""
+"""What stages share that learn from their own completions: half of each step."""
 
 from __future__ import annotations
 
@@ -7,58 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import xxhash
-from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Section, StageConfig
 from shardwise.data.sampler import Sampler
 from shardwise.engines.base import Engine
 from shardwise.ops import dice
-from shardwise.rewards import ProblemSet, RewardConfig, TaskConfig, build_reward
-from shardwise.rollout.sampling import Sampling
+from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
 from shardwise.stages.play import Group, Player
 from shardwise.stages.rollouts import keep_rollout
 from shardwise.stages.start import folder_hash
-
-
-class PolicyRoles(Section):
-    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
-
-    actor: RoleConfig | None = None
-    reference: RoleConfig | None = None
-
-
-class PolicyConfig(StageConfig):
-    """``batch.global_batch`` prompts a step, ``samples_per_prompt`` completions each.
-
-    ``batch.micro_batch`` counts prompts, each with all its completions.
-    """
-
-    learns_from_itself = True
-
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
-    samples_per_prompt: PositiveInt = 1
-    sampling: Sampling = Field(default_factory=Sampling)
-    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
-    updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
-    epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
-    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
-
-    @model_validator(mode="after")
-    def _can_learn(self) -> PolicyConfig:
-        if self.batch.global_batch % self.updates_per_rollout:
-            raise ValueError(
-                f"updates_per_rollout {self.updates_per_rollout} must divide "
-                f"batch.global_batch {self.batch.global_batch}"
-            )
-        if self.sampling.greedy:
-            raise ValueError("sampling.greedy explores nothing; nothing can be learnt")
-        if self.batch.ramp_start is not None:
-            raise ValueError(
-                "batch.ramp_start: every rollout has the same number of prompts; leave it out"
-            )
-        return self
 
 
 class PolicyStage(Stage):

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor, whiten
+from shardwise.losses.config import PpoLossConfig
 from shardwise.losses.gae import (
     KLController,
     PenaltyController,
@@ -28,10 +27,11 @@ from shardwise.losses.gae import (
     gae,
     token_rewards,
 )
-from shardwise.losses.ppo import PolicyLoss, PpoLossConfig, ValueLoss
+from shardwise.losses.ppo import PolicyLoss, ValueLoss
 from shardwise.stages.base import StageContext, mean_metrics, role_of
 from shardwise.stages.play import Group
-from shardwise.stages.policy import PolicyConfig, PolicyRoles, PolicyStage
+from shardwise.stages.policy import PolicyStage
+from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.rollouts import (
     Logprobs,
     Reading,
@@ -46,31 +46,6 @@ from shardwise.stages.share import own_batches
 
 ACTOR_TRACKS = ("old_logprobs_BT", "advantages_BT")
 CRITIC_TRACKS = ("values_BT", "returns_BT")
-
-
-class PpoRoles(PolicyRoles):
-    """See `PolicyRoles`."""
-
-    critic: RoleConfig | None = None
-    reward: RoleConfig | None = None
-
-
-class PpoConfig(PolicyConfig):
-    """See `PolicyConfig`."""
-
-    kind: Literal["ppo"]
-    verifier_weight: float = Field(1.0, description="of the verifier's reward in the score")
-    reward_model_weight: float = Field(0.0, description="of the reward model's; 0: no such role")
-    loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
-    roles: PpoRoles = Field(default_factory=PpoRoles)
-    epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
-    critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
-
-    @model_validator(mode="after")
-    def _rewards_something(self) -> PpoConfig:
-        if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
-            raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
-        return self
 
 
 class PpoStage(PolicyStage):

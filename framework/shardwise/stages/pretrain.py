@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
-from shardwise.config.schema import StageConfig
-from shardwise.data.config import DataConfig, build_pretrain_dataset
+from shardwise.data.datasets import build_pretrain_dataset
 from shardwise.stages.base import StageContext
+from shardwise.stages.pretrain_config import PretrainConfig
 from shardwise.stages.supervised import SupervisedStage
-
-
-class PretrainConfig(StageConfig):
-    """Documents from ``data.sources``, packed into rows of ``batch.seq_len`` tokens."""
-
-    kind: Literal["pretrain"]
-    data: DataConfig = Field(default_factory=DataConfig)
 
 
 class PretrainStage(SupervisedStage):

@@ -1,41 +1,76 @@
-"""Stages and evaluations by name. Another package adds its own by the entry-point group
-``shardwise.stages``, whose target is imported and calls `register_stage`."""
+"""Stages and evaluations by name: their config classes now, what runs them when it is wanted.
+
+Nothing here imports torch, so that reading a recipe does not. Another package adds its own by the
+entry-point group ``shardwise.stages``, whose target is imported and calls `register_stage`; it
+keeps commands without tensors fast by naming what runs as ``"module:name"``.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
 from shardwise.config.schema import EvaluationConfig, StageConfig
-from shardwise.stages import accuracy, bits, continuations, grpo, ppo, pretrain, reward, sft
-from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
+from shardwise.stages.grpo_config import GrpoConfig
+from shardwise.stages.ppo_config import PpoConfig
+from shardwise.stages.pretrain_config import PretrainConfig
+from shardwise.stages.reward_config import RewardModelConfig
+from shardwise.stages.sft_config import SftConfig
 
-STAGES: dict[str, Callable[[StageContext], Stage]] = {}
-EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {}
+if TYPE_CHECKING:
+    from shardwise.engines.base import Engine
+    from shardwise.stages.base import Stage, StageContext
+
+    Build = Callable[[StageContext], Stage]
+    Evaluate = Callable[[Any, StageContext, Engine], dict[str, Any]]
+
+_STAGES: dict[str, Build | str] = {}
+_EVALUATIONS: dict[str, Evaluate | str] = {}
 
 
-def register_stage(
-    kind: str, config: type[StageConfig], build: Callable[[StageContext], Stage]
-) -> None:
+def register_stage(kind: str, config: type[StageConfig], build: Build | str) -> None:
     """Make ``stages[i].kind: <kind>`` known: its config class, and what builds it."""
     register_stage_config(kind, config)
-    STAGES[kind] = build
+    _STAGES[kind] = build
 
 
 def register_evaluation(
-    kind: str, config: type[EvaluationConfig], evaluate: Callable[..., dict[str, Any]]
+    kind: str, config: type[EvaluationConfig], evaluate: Evaluate | str
 ) -> None:
     """Make ``evaluations[i].kind: <kind>`` known: ``evaluate(config, ctx, engine)``."""
     register_evaluation_config(kind, config)
-    EVALUATIONS[kind] = evaluate
+    _EVALUATIONS[kind] = evaluate
 
 
-register_stage("pretrain", pretrain.PretrainConfig, pretrain.PretrainStage)
-register_stage("sft", sft.SftConfig, sft.SftStage)
-register_stage("reward", reward.RewardModelConfig, reward.RewardStage)
-register_stage("grpo", grpo.GrpoConfig, grpo.GrpoStage)
-register_stage("ppo", ppo.PpoConfig, ppo.PpoStage)
-register_evaluation("bits_per_byte", bits.BitsConfig, bits.evaluate)
-register_evaluation("problems", accuracy.ProblemsConfig, accuracy.evaluate)
-register_evaluation("continuations", continuations.ContinuationsConfig, continuations.evaluate)
+def build_stage(ctx: StageContext) -> Stage:
+    """The stage of a context, ready to train; a collective call."""
+    built: Stage = _found(_STAGES[ctx.stage.kind])(ctx)
+    return built
+
+
+def run_evaluation(config: EvaluationConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
+    """What an evaluation measures on the weights of ``engine``; a collective call."""
+    result: dict[str, Any] = _found(_EVALUATIONS[config.kind])(config, ctx, engine)
+    return result
+
+
+def _found(target: Any) -> Any:
+    """The callable itself, or the one that ``"module:name"`` names."""
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_HERE = "shardwise.stages"
+register_stage("pretrain", PretrainConfig, f"{_HERE}.pretrain:PretrainStage")
+register_stage("sft", SftConfig, f"{_HERE}.sft:SftStage")
+register_stage("reward", RewardModelConfig, f"{_HERE}.reward:RewardStage")
+register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
+register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
+register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
+register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")
+register_evaluation("continuations", ContinuationsConfig, f"{_HERE}.continuations:evaluate")

@@ -9,17 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import xxhash
-from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, StageConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.data.preferences import (
-    PreferenceDataConfig,
     Ranking,
     collate_rankings,
     encode_ranking,
@@ -29,34 +25,15 @@ from shardwise.data.sampler import Sampler
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.errors import DataError
-from shardwise.losses.ranking import RankingLoss, RankingLossConfig, measures
+from shardwise.losses.ranking import RankingLoss, measures
 from shardwise.ops import dice
 from shardwise.optim.schedules import consumed_before, global_batch_at
 from shardwise.rewards import Problem, ProblemSet, TaskConfig, prompt_messages
 from shardwise.rewards.tasks import Split, solution_text
 from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.reward_config import RewardModelConfig
 from shardwise.stages.rollouts import values_of
 from shardwise.stages.share import measure, own_batches
-
-
-class RewardModelConfig(StageConfig):
-    """``batch`` counts rankings; all answers to a prompt stand in one row, the prompt once."""
-
-    head: ClassVar[Literal["vocabulary", "scalar"]] = "scalar"
-
-    kind: Literal["reward"]
-    data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
-    task: TaskConfig | None = Field(None, description="also make preferences of these problems")
-    num_problems: PositiveInt = Field(4096, description="problems of the task's train_sft split")
-    num_held_out: NonNegativeInt = Field(256, description="validation: of its held_out split")
-    answers_per_problem: int = Field(4, ge=2, description="one right, the others wrong")
-    loss: RankingLossConfig = Field(default_factory=RankingLossConfig)
-
-    @model_validator(mode="after")
-    def _has_data(self) -> RewardModelConfig:
-        if not self.data.sources and self.task is None:
-            raise ValueError("give data.sources, or a task, to learn preferences from")
-        return self
 
 
 @dataclasses.dataclass(frozen=True)

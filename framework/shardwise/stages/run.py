@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
-from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
 from shardwise.config.source import Source
 from shardwise.data.chat import CHATML
-from shardwise.data.config import DataConfig, training_texts
+from shardwise.data.config import DataConfig
+from shardwise.data.datasets import training_texts
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from shardwise.errors import ConfigError, DataError

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 import xxhash
-from pydantic import Field, model_validator
 
-from shardwise.config.schema import PositiveInt, StageConfig
 from shardwise.data.chat import encode_chat
-from shardwise.data.config import ChatDataConfig, build_chat_examples, pack_examples
+from shardwise.data.datasets import build_chat_examples, pack_examples
 from shardwise.data.packing import Example
 from shardwise.data.sampler import Sampler
-from shardwise.rewards.tasks import ProblemSet, TaskConfig, messages
+from shardwise.rewards.tasks import ProblemSet, messages
 from shardwise.stages.base import StageContext
+from shardwise.stages.sft_config import SftConfig
 from shardwise.stages.supervised import SupervisedStage
-
-
-class SftConfig(StageConfig):
-    """Loss on the assistant's turns, their end token included."""
-
-    kind: Literal["sft"]
-    data: ChatDataConfig = Field(default_factory=ChatDataConfig)
-    task: TaskConfig | None = Field(None, description="also learn solutions of these problems")
-    num_problems: PositiveInt = Field(2048, description="problems of the task's train_sft split")
-
-    @model_validator(mode="after")
-    def _has_data(self) -> SftConfig:
-        if not self.data.sources and self.task is None:
-            raise ValueError("give data.sources, or a task, to learn from")
-        return self
 
 
 class SftStage(SupervisedStage):

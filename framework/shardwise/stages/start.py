@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import open_model
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
 from shardwise.models import registry as models

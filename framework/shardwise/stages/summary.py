@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.config.schema import RunConfig
+from shardwise.config.run import RunConfig
 
 # Figures of the whole run, taken from the first stage that measured them.
 _FIRST = (

@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shardwise.engines.native", "shardwise.stages.registry"])
+CONTEXT.set_forkserver_preload(
+    ["shardwise.stages.ppo", "shardwise.stages.grpo", "shardwise.stages.sft"]
+)
 
 
 class _ByValue(ForkingPickler):

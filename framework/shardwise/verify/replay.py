@@ -31,13 +31,13 @@ from shardwise.ops import comm, dice
 from shardwise.ops.fp8_linear import Seen, listening
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rewards import RewardConfig
+from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.sampling import Sampling
 from shardwise.rollout.scheduler import Request
 from shardwise.rollout.weights import digest
 from shardwise.stages.base import ACTOR, StageContext, role_layout, role_of
 from shardwise.stages.play import Group
-from shardwise.stages.registry import STAGES
+from shardwise.stages.registry import build_stage
 from shardwise.verify.roles import with_layouts
 from shardwise.verify.tape import Call, FreshContext, Tape
 
@@ -273,7 +273,7 @@ class _StageAgain(_Notes):
         context = _WatchingContext(
             ctx.run, stage, ctx.tokenizer, ctx.directory, ctx.logger, None, notes=self
         )
-        live: Any = STAGES[stage.kind](context)
+        live: Any = build_stage(context)
         live.player, live.observe = self, self.observe
         self.live = live
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from shardwise.config.load import load_config
-from shardwise.config.schema import RunConfig, StageConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
 from shardwise.errors import ConfigError
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.policy import resolve

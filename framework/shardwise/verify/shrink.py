@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardwise.config.schema import Fp8Config, RunConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import Fp8Config
 from shardwise.errors import ConfigError, DataError
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.models.common.config import DecoderConfig

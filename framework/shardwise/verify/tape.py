@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from shardwise.config.load import load_config
-from shardwise.config.schema import OptimizerConfig, RunConfig
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, State
 from shardwise.losses.contract import Loss
@@ -29,7 +30,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
 from shardwise.stages.base import ACTOR, StageContext
 from shardwise.stages.play import Group
-from shardwise.stages.registry import STAGES
+from shardwise.stages.registry import build_stage
 from shardwise.stages.run import prepare_tokenizer, with_vocabulary
 from shardwise.verify.shrink import STEPS, shrink
 
@@ -153,7 +154,7 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         tape = Tape(run, stage_name)
         logger = MetricsLogger(directory, run.logging, run.name, {}, rank=0)
         ctx = _Context(run, stage, tokenizer, directory, logger, None, tape=tape)
-        live = STAGES[stage.kind](ctx)
+        live: Any = build_stage(ctx)
         if hasattr(live, "player"):
             live.player = _RecordingPlayer(live.player, tape)
         for step in range(STEPS):

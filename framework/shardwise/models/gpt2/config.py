@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.registry import register_model_config
 from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt
 from shardwise.models.common.config import DecoderConfig
 
@@ -46,6 +45,3 @@ class GPT2Config(DecoderConfig):
             "norm": 2 * d,
             "head": 0 if self.tie_embeddings else self.head_size * d,
         }
-
-
-register_model_config("gpt2", GPT2Config)

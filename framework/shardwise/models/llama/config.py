@@ -6,14 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.registry import register_model_config
 from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt, Section
 from shardwise.models.common.config import DecoderConfig
-from shardwise.ops.rope import RopeScaling
+from shardwise.ops.rope_scaling import RopeScaling
 
 
 class RopeScalingConfig(Section):
-    """Stretching of the rotary frequencies; see `shardwise.ops.rope.RopeScaling`."""
+    """Stretching of the rotary frequencies; see `shardwise.ops.rope_scaling.RopeScaling`."""
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: Annotated[float, Field(ge=1.0)]
@@ -90,6 +89,3 @@ class LlamaConfig(DecoderConfig):
             "norm": d,
             "head": 0 if self.tie_embeddings else self.head_size * d,
         }
-
-
-register_model_config("llama", LlamaConfig)

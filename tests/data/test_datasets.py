@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from shardwise.data.config import (
-    ChatDataConfig,
-    DataConfig,
+from shardwise.data.config import ChatDataConfig, DataConfig
+from shardwise.data.datasets import (
     build_chat_examples,
     build_pretrain_dataset,
     build_validation,

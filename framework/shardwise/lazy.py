@@ -1,0 +1,25 @@
+"""Front pages of packages whose names are imported when they are first used.
+
+So ``from package import name`` costs only the module that holds it, and a command that needs no
+tensors never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def attach(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package (PEP 562); ``names``: by submodule."""
+    home = {name: module for module, held in names.items() for name in held}
+
+    def getattr_(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+
+    return getattr_, lambda: sorted(home)

@@ -1,0 +1,127 @@
+"""Settings of the losses. No torch here: recipes are read without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from shardwise.losses.presets import PPO_PRESETS, PRESETS, Preset
+
+AdvantageKind = Literal["group_std", "group", "rloo", "reinforce_pp"]
+Aggregation = Literal[
+    "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "constant"
+]
+
+
+class SurrogateConfig(Section):
+    """Clipping and aggregation. A preset fills what is not given."""
+
+    presets: ClassVar[Mapping[str, Preset]]
+
+    clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
+    clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="bound of the loss for negative advantages, in units of -A"
+    )
+    aggregation: Aggregation = "token_mean"
+    length_constant: PositiveInt | None = Field(
+        None, description="aggregation constant: the longest response allowed, in tokens"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in cls.presets:
+            return {**cls.presets[data["preset"]].settings, **data}
+        return data
+
+
+class PolicyLossConfig(SurrogateConfig):
+    """Advantage, ratio and KL, besides `SurrogateConfig`."""
+
+    presets = PRESETS
+
+    preset: (
+        Literal["grpo_deepseekmath", "dapo_paper", "dr_grpo", "gspo", "trl_default", "verl_default"]
+        | None
+    ) = Field(None, description="published settings, see shardwise.losses.presets")
+    advantage: AdvantageKind = "group_std"
+    advantage_eps: NonNegativeFloat = Field(1e-6, description="added to a group's std")
+    ratio: Literal["token", "sequence", "cispo"] = "token"
+    kl: Literal["none", "k1", "k2", "k3"] = Field(
+        "none", description="estimator in the loss; k2 has the on-policy gradient of the KL"
+    )
+    kl_coef: NonNegativeFloat = 0.0
+    importance_cap: PositiveFloat | None = Field(
+        None, description="truncate trainer/sampler importance weights here; None: no correction"
+    )
+    importance_level: Literal["token", "sequence"] = "token"
+
+    @model_validator(mode="after")
+    def _kl_is_whole(self) -> PolicyLossConfig:
+        if self.kl_coef > 0 and self.kl == "none":
+            raise ValueError("kl_coef is set but kl is none; choose kl: k1, k2 or k3")
+        if self.kl != "none" and self.kl_coef == 0:
+            raise ValueError(f"kl is {self.kl} but kl_coef is 0; set kl_coef, or kl: none")
+        return self
+
+
+class PpoLossConfig(SurrogateConfig):
+    """Rewards, advantages and objective, besides `SurrogateConfig`."""
+
+    presets = PPO_PRESETS
+
+    preset: Literal["ziegler_2019", "trl_default", "verl_default", "openrlhf_default"] | None = (
+        Field(None, description="published settings, see shardwise.losses.presets")
+    )
+    objective: Literal["clip", "kl_penalty"] = "clip"
+    penalty_coef: PositiveFloat = Field(1.0, description="kl_penalty: weight of KL(old || new)")
+    penalty_target: PositiveFloat | None = Field(
+        None, description="kl_penalty: adapt the weight to this KL a token; none: fixed"
+    )
+    value_clip: PositiveFloat | None = Field(0.2, description="none: values are not clipped")
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    kl: Literal["k1", "k2", "k3"] = Field("k1", description="estimator in the reward")
+    kl_coef: NonNegativeFloat = Field(0.05, description="0: no reference model")
+    kl_target: PositiveFloat | None = Field(
+        None, description="adapt kl_coef to this KL a response, in nats; none: fixed"
+    )
+    kl_gain: PositiveFloat = Field(0.1, description="how fast kl_coef adapts")
+    whiten_advantages: bool = True
+    whiten_rewards: bool = Field(False, description="scale rewards to unit variance, keep the mean")
+    missing_eos_penalty: NonNegativeFloat = Field(
+        0.0, description="taken off the score of a completion that did not stop by itself"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PpoLossConfig:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target adapts kl_coef, which is 0; give it a start")
+        return self
+
+
+class RankingLossConfig(Section):
+    """How scores are held against a ranking."""
+
+    objective: Literal["pairs", "plackett_luce"] = Field(
+        "pairs", description="all pairs of a ranking (Bradley-Terry), or the ranking as a whole"
+    )
+    margin: NonNegativeFloat = Field(
+        0.0, description="pairs: demanded gap, times the difference of the ratings"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="pairs: the chance that a preference is the wrong way round"
+    )
+    centring: NonNegativeFloat = Field(
+        0.0, description="weight of the squared sum of a pair's scores, which pulls them around 0"
+    )
+
+    @model_validator(mode="after")
+    def _pairs_only(self) -> RankingLossConfig:
+        if self.objective == "plackett_luce" and (self.margin or self.label_smoothing):
+            raise ValueError("margin and label_smoothing are for objective: pairs")
+        return self

@@ -1,0 +1,26 @@
+"""What a recipe says about generation."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shardwise.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class Sampling(Section):
+    """How tokens are chosen and when a completion ends."""
+
+    temperature: PositiveFloat = Field(1.0, description="divides the logits; also when greedy")
+    greedy: bool = Field(False, description="the most probable token; no randomness")
+    top_k: NonNegativeInt = Field(0, description="keep the k most probable tokens; 0: all")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass")
+    max_new_tokens: PositiveInt = 64
+    stop_ids: tuple[int, ...] = Field(
+        (), description="tokens that end a completion, besides the tokenizer's end of text"
+    )
+    stop_strings: tuple[str, ...] = Field((), description="texts that end a completion")
+
+    @property
+    def filters(self) -> bool:
+        """Whether the distribution is cut before sampling."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)

@@ -1,0 +1,25 @@
+"""Config of GRPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from shardwise.losses.config import PolicyLossConfig
+from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
+
+
+class GrpoConfig(PolicyConfig):
+    """See `PolicyConfig`."""
+
+    kind: Literal["grpo"]
+    samples_per_prompt: int = Field(8, ge=2, description="size of a group")
+    loss: PolicyLossConfig = Field(default_factory=PolicyLossConfig)
+    roles: PolicyRoles = Field(default_factory=PolicyRoles)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the weights move between the rollout and some update of its step."""
+        updates = self.updates_per_rollout * self.epochs_per_rollout
+        return updates > 1 or self.loss.importance_cap is not None

@@ -1,0 +1,49 @@
+"""What configs of stages share that learn from their own completions."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Section, StageConfig
+from shardwise.rewards import RewardConfig, TaskConfig
+from shardwise.rollout.config import Sampling
+
+
+class PolicyRoles(Section):
+    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
+
+    actor: RoleConfig | None = None
+    reference: RoleConfig | None = None
+
+
+class PolicyConfig(StageConfig):
+    """``batch.global_batch`` prompts a step, ``samples_per_prompt`` completions each.
+
+    ``batch.micro_batch`` counts prompts, each with all its completions.
+    """
+
+    learns_from_itself = True
+
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
+    samples_per_prompt: PositiveInt = 1
+    sampling: Sampling = Field(default_factory=Sampling)
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
+    updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
+    epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
+    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> PolicyConfig:
+        if self.batch.global_batch % self.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} must divide "
+                f"batch.global_batch {self.batch.global_batch}"
+            )
+        if self.sampling.greedy:
+            raise ValueError("sampling.greedy explores nothing; nothing can be learnt")
+        if self.batch.ramp_start is not None:
+            raise ValueError(
+                "batch.ramp_start: every rollout has the same number of prompts; leave it out"
+            )
+        return self

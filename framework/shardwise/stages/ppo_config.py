@@ -1,0 +1,36 @@
+"""Config of PPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig
+from shardwise.losses.config import PpoLossConfig
+from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
+
+
+class PpoRoles(PolicyRoles):
+    """See `PolicyRoles`."""
+
+    critic: RoleConfig | None = None
+    reward: RoleConfig | None = None
+
+
+class PpoConfig(PolicyConfig):
+    """See `PolicyConfig`."""
+
+    kind: Literal["ppo"]
+    verifier_weight: float = Field(1.0, description="of the verifier's reward in the score")
+    reward_model_weight: float = Field(0.0, description="of the reward model's; 0: no such role")
+    loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
+    roles: PpoRoles = Field(default_factory=PpoRoles)
+    epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
+    critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
+
+    @model_validator(mode="after")
+    def _rewards_something(self) -> PpoConfig:
+        if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
+            raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+        return self

@@ -1,0 +1,26 @@
+"""Config of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import PositiveInt, StageConfig
+from shardwise.data.config import ChatDataConfig
+from shardwise.rewards import TaskConfig
+
+
+class SftConfig(StageConfig):
+    """Loss on the assistant's turns, their end token included."""
+
+    kind: Literal["sft"]
+    data: ChatDataConfig = Field(default_factory=ChatDataConfig)
+    task: TaskConfig | None = Field(None, description="also learn solutions of these problems")
+    num_problems: PositiveInt = Field(2048, description="problems of the task's train_sft split")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> SftConfig:
+        if not self.data.sources and self.task is None:
+            raise ValueError("give data.sources, or a task, to learn from")
+        return self
