@@ -48,9 +48,9 @@ def test_diff_names_everything(tmp_path: Path) -> None:
     two["model.mask"] = torch.ones(3, dtype=torch.bool)
     two["new"] = two.pop("model.empty")
     a = checkpoint.save(tmp_path, 1, one, {"lr": 1.0, "data": {"seen": 3, "seed": 1}}, FILES)
-    b = checkpoint.save(
-        tmp_path, 2, two, {"lr": 1, "data": {"seen": 4, "seed": 1}, "x": 0}, {"config.json": b"[]"}
-    )
+    meta = {"lr": 1, "data": {"seen": 4, "seed": 1}, "x": 0}
+    free = {"model.embed.weight"}
+    b = checkpoint.save(tmp_path, 2, two, meta, {"config.json": b"[]"}, nonfinite=free)
     found = checkpoint.diff(a, b)
     assert not found.equal and (found.only_a, found.only_b) == (["model.empty"], ["new"])
     assert found.shapes == {"model.mask": ((9,), (3,))}

@@ -49,9 +49,9 @@ def test_any_names_shapes_and_dtypes(
         numel = torch.Size(shape).numel() * shards.DTYPES[dtype].itemsize
         raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (numel,), dtype=torch.uint8)
         tensors[name] = raw.view(shards.DTYPES[dtype]).reshape(shape)
-    path = checkpoint.save(tmp_path_factory.mktemp("any"), 1, tensors, {})
+    path = checkpoint.save(tmp_path_factory.mktemp("any"), 1, tensors, {}, nonfinite=tensors)
     into = {name: torch.empty_like(t) for name, t in tensors.items()}
-    checkpoint.load(path, into)
+    checkpoint.load(path, into, nonfinite=tensors)
     for name, tensor in tensors.items():
         assert torch.equal(into[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 

@@ -1,5 +1,7 @@
 """Checkpoints that are committed or do not exist: atomic, hashed, free of pickle, any layout.
 
+Nothing that is not finite is committed, so an older, sound checkpoint is never pruned for it.
+
 save(root, step, tensors, meta)        one directory, durable when the call returns
 AsyncSaver(root).save(step, ...)       the same behind the training loop
 load(path, tensors), load_latest(...)  in place, into any layout; every byte verified
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from shardwise.checkpoint.loading import read_tensors as read_tensors
     from shardwise.checkpoint.manifest import DamagedError as DamagedError
     from shardwise.checkpoint.manifest import MismatchError as MismatchError
+    from shardwise.checkpoint.manifest import NonFiniteError as NonFiniteError
+    from shardwise.checkpoint.manifest import PeerLostError as PeerLostError
     from shardwise.checkpoint.saving import mark_best as mark_best
     from shardwise.checkpoint.saving import prune as prune
     from shardwise.checkpoint.saving import save as save
@@ -43,7 +47,7 @@ __getattr__, __dir__ = lazy.attach(
         "checks": ["Problem", "verify"],
         "differences": ["Difference", "diff"],
         "loading": ["Loaded", "load", "load_latest", "read_files", "read_meta", "read_tensors"],
-        "manifest": ["DamagedError", "MismatchError"],
+        "manifest": ["DamagedError", "MismatchError", "NonFiniteError", "PeerLostError"],
         "saving": ["mark_best", "prune", "save"],
         "steps": ["best", "latest", "list_steps", "resolve"],
         "summary": ["Summary", "inspect"],

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.checkpoint.boxes import Box
+from shardwise.checkpoint.manifest import NonFiniteError, PeerLostError
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.checkpoint.saving import Part, Planner, Request, write
 from shardwise.checkpoint.writer import Writer
@@ -69,20 +70,23 @@ class AsyncSaver:
         *,
         protect: Collection[int] = (),
         metric: float | None = None,
+        nonfinite: Collection[str] = (),
     ) -> None:
         """Start a save as `save` does; returns when the tensors may change again.
 
         Raises CheckpointError if this one cannot start. If the one before failed, this one takes
-        its place.
+        its place, unless no later one can be better: NonFiniteError and PeerLostError are raised.
         """
         try:
             self.wait()
+        except (NonFiniteError, PeerLostError):
+            raise
         except Exception as error:
             log.error("step %d is saved in place of one that failed: %s", step, error)
         request = Request(
             self.root, step, meta, dict(files or {}), self.keep, tuple(protect),
             None if metric is None else float(metric),
-            self.lower_is_better,
+            self.lower_is_better, tuple(nonfinite),
         )  # fmt: skip
         parts = self._planner.parts(self._ranks, request, tensors)
         # meta may change while the thread writes; a round trip through JSON is a deep copy

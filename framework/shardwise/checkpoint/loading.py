@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from shardwise.checkpoint.manifest import (
     DamagedError,
     Manifest,
     MismatchError,
+    NonFiniteError,
     TensorEntry,
 )
 from shardwise.checkpoint.ranks import Ranks
@@ -50,6 +51,7 @@ def load(
     *,
     verify: Verify = "full",
     partial: bool = False,
+    nonfinite: Collection[str] = (),
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fill ``tensors`` (plain or DTensors of any placement) in place; a collective call.
@@ -60,10 +62,12 @@ def load(
             written, and what is read once more; "fast" hashes what is read; "off" hashes nothing
             but the manifest.
         partial: allow tensors in the checkpoint that no rank asks for.
+        nonfinite: as for `save`.
 
     Returns the checkpoint's meta. Raises MismatchError if names, shapes or dtypes do not fit, and
     DamagedError if the files are not what was written. Both come before anything is written into
-    ``tensors``, but for damage found while reading ("fast", or storage that changes its mind).
+    ``tensors``, but for damage found while reading ("fast", or storage that changes its mind) and
+    for a NonFiniteError: values that nothing sound can have written.
     """
     if verify not in ("full", "fast", "off"):
         raise CheckpointError(f"verify={verify!r}; allowed: full, fast, off")
@@ -89,6 +93,11 @@ def load(
         for name, wanted in parts.items():
             for piece in wanted:
                 reader.fill(name, piece)
+                if not shards.is_finite(piece.view) and name not in nonfinite:
+                    raise NonFiniteError(
+                        f"{directory}: {shards.first_nonfinite(name, piece.view)}; it cannot be "
+                        "trained or started from"
+                    )
     return book.meta
 
 
@@ -99,11 +108,13 @@ def load_latest(
     *,
     verify: Verify = "full",
     partial: bool = False,
+    nonfinite: Collection[str] = (),
     group: dist.ProcessGroup | None = None,
 ) -> Loaded | None:
     """`load` the newest checkpoint under ``root``; None if there is none; a collective call.
 
-    A damaged one is passed over with a warning for the one before it, unless ``strict``.
+    One that is damaged, or holds values that are not finite, is passed over with a warning for
+    the one before it, unless ``strict``.
     """
     root = Path(root)
     ranks = Ranks.of(group)
@@ -116,7 +127,14 @@ def load_latest(
     names = ranks.share(names)
     for name, fallback in zip(names, [*names[1:], None]):
         try:
-            meta = load(root / name, tensors, verify=verify, partial=partial, group=group)
+            meta = load(
+                root / name,
+                tensors,
+                verify=verify,
+                partial=partial,
+                nonfinite=nonfinite,
+                group=group,
+            )
         except DamagedError as error:
             if strict or fallback is None:
                 raise

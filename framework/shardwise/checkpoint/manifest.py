@@ -45,6 +45,14 @@ class DamagedError(CheckpointError):
     """The files of a checkpoint are not what was written; an older checkpoint may be used."""
 
 
+class NonFiniteError(DamagedError):
+    """A tensor holds NaN or an infinity; it was not saved, or an older checkpoint may be used."""
+
+
+class PeerLostError(CheckpointError):
+    """A rank that took part is gone; nothing can be agreed upon any more."""
+
+
 class MismatchError(CheckpointError):
     """The checkpoint is sound, but its tensors are not the ones asked for."""
 

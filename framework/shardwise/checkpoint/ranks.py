@@ -13,12 +13,17 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from shardwise.checkpoint.manifest import DamagedError, MismatchError
+from shardwise.checkpoint.manifest import (
+    DamagedError,
+    MismatchError,
+    NonFiniteError,
+    PeerLostError,
+)
 from shardwise.errors import CheckpointError
 from shardwise.parallel.mesh import timeout
 
 _KINDS: dict[str, type[CheckpointError]] = {
-    c.__name__: c for c in (CheckpointError, DamagedError, MismatchError)
+    c.__name__: c for c in (CheckpointError, DamagedError, MismatchError, NonFiniteError)
 }
 _created: dict[str, tuple[Any, dist.ProcessGroup]] = {}
 
@@ -124,8 +129,8 @@ class Ranks:
         dist.all_gather(lengths, torch.tensor([own]), group=self.group)
         return [int(n) for n in lengths]
 
-    def _lost(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"rank {self.rank}: lost contact with another rank ({error})")
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"rank {self.rank}: lost contact with another rank ({error})")
 
     def _fail(self, failed: list[tuple[int, list[str]]], own: Exception | None) -> NoReturn:
         rank, (kind, text) = failed[0]

@@ -39,6 +39,7 @@ class Part:
     box: Box
     key: str
     values: Tensor
+    finite: bool = True  # whether it must be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Request:
     protect: Collection[int]
     metric: float | None
     lower_is_better: bool
+    nonfinite: Collection[str] = ()
 
 
 def save(
@@ -66,6 +68,7 @@ def save(
     protect: Collection[int] = (),
     metric: float | None = None,
     lower_is_better: bool = True,
+    nonfinite: Collection[str] = (),
     group: dist.ProcessGroup | None = None,
     writer: Writer | None = None,
 ) -> Path:
@@ -79,15 +82,20 @@ def save(
         meta: all else, as JSON; rank 0's is stored. ``files``: small files, likewise.
         keep: remove older checkpoints beyond this many, except the best and ``protect``.
         metric: marks the checkpoint as the best if it improves on the best so far.
+        nonfinite: names of tensors that may hold NaN and infinities: what was observed rather
+            than computed with, or a mask. Everywhere else such a value is refused.
         group: ranks that take part; by default all.
 
     Raises CheckpointError, on every rank and naming the rank at fault. Then nothing of the new
-    checkpoint remains, the older ones are untouched, and training may go on. Once it is committed,
+    checkpoint remains and the older ones are untouched. Training may go on, unless the error is a
+    NonFiniteError (it names tensor and value) or a PeerLostError. Once it is committed,
     a pointer that cannot be written or an older checkpoint that cannot be removed is a warning.
     """
     ranks = Ranks.of(group)
     metric = None if metric is None else float(metric)
-    request = Request(Path(root), step, meta, files or {}, keep, protect, metric, lower_is_better)
+    request = Request(
+        Path(root), step, meta, files or {}, keep, protect, metric, lower_is_better, nonfinite
+    )
     planner = Planner()
     parts = planner.parts(ranks, request, tensors)
     return write(ranks, writer or Writer(), request, parts, planner.table)
@@ -121,7 +129,8 @@ class Planner:
             holding, piece = held[index], memory[index][number]
             single = len(memory[index]) == 1
             key = holding.name if single else f"{holding.name}@{list(piece.box.offset)}"
-            parts.append(Part(holding.name, piece.box, key, piece.view))
+            finite = holding.name not in request.nonfinite
+            parts.append(Part(holding.name, piece.box, key, piece.view, finite))
         return parts
 
     def _agree(self, ranks: Ranks, document: list[list[Any]]) -> list[tuple[int, int]]:
@@ -201,7 +210,9 @@ def _write_shards(writer: Writer, directory: Path, rank: int, parts: list[Part])
         size += num_bytes
     for index, group in enumerate(groups):
         name = f"shard-{rank:05d}-{index:03d}.safetensors"
-        entry, hashes = writer.shard(directory, name, index, [(p.key, p.values) for p in group])
+        tensors = [(p.key, p.values) for p in group]
+        free = {p.key for p in group if not p.finite}
+        entry, hashes = writer.shard(directory, name, index, tensors, free)
         files[name] = [entry.size, entry.xxh3_128]
         chunks += [
             [p.name, p.box.offset, p.box.shape, name, p.key, h] for p, h in zip(group, hashes)

@@ -116,6 +116,23 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, nothing is allocated."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.element_size() == 1:  # float8 has no reductions of its own
+        values = values.float()
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def first_nonfinite(name: str, values: Tensor) -> str:
+    """Say where ``values`` are not finite."""
+    bad = ~values.float().isfinite() if values.element_size() < 8 else ~values.isfinite()
+    where = bad.nonzero()[0].tolist()
+    found = float(values[tuple(where)].item())
+    return f"tensor {name}: {found} at {where} ({int(bad.sum())} of {values.numel()} values)"
+
+
 def block_hashes(data: memoryview, block_bytes: int) -> list[str]:
     """The xxh3-128 of each block of ``data``."""
     return [

@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 import xxhash
 from torch import Tensor
 
 from shardwise.checkpoint import manifest, shards, steps
 from shardwise.checkpoint.files import PIECE_BYTES, start_write_back, sync_directory, write_all
-from shardwise.checkpoint.manifest import BLOCK_BYTES, FileEntry
+from shardwise.checkpoint.manifest import BLOCK_BYTES, FileEntry, NonFiniteError
 from shardwise.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -72,11 +73,17 @@ class Writer:
         return self.attempt(root, make)
 
     def shard(
-        self, directory: Path, name: str, index: int, tensors: Sequence[tuple[str, Tensor]]
+        self,
+        directory: Path,
+        name: str,
+        index: int,
+        tensors: Sequence[tuple[str, Tensor]],
+        nonfinite: Collection[str] = (),
     ) -> tuple[FileEntry, list[list[str]]]:
         """Write file number ``index`` of this rank: ``tensors`` (key, values on any device).
 
-        Returns the file's entry and the block hashes of each tensor, made from memory.
+        Returns the file's entry and the block hashes of each tensor, made from memory. Raises
+        NonFiniteError for a value that is not finite in a tensor that ``nonfinite`` does not name.
         """
         head = shards.header([(key, t.dtype, t.shape) for key, t in tensors])
         block_hashes: list[list[str]] = []
@@ -84,7 +91,7 @@ class Writer:
         def pieces() -> Iterable[Any]:
             block_hashes.clear()  # a retry starts over
             yield head
-            for _, tensor in tensors:
+            for key, tensor in tensors:
                 # one at a time; copied only if on a device or strided
                 values = tensor.contiguous().cpu()
                 data = shards.bytes_of(values)
@@ -93,6 +100,10 @@ class Writer:
                 for start in range(0, len(data), BLOCK_BYTES):
                     hasher = xxhash.xxh3_128()
                     for piece in _pieces(data[start : start + BLOCK_BYTES]):
+                        # while the piece is in the cache
+                        part = torch.frombuffer(piece, dtype=values.dtype)
+                        if not shards.is_finite(part) and key not in nonfinite:
+                            raise NonFiniteError(shards.first_nonfinite(key, values))
                         hasher.update(piece)
                         yield piece
                     hashes.append(hasher.hexdigest())

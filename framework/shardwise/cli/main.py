@@ -4,8 +4,8 @@ Torch is imported only by the commands that compute: help, completion, recipes, 
 a look at a checkpoint are instant.
 
 Exit codes: 0 done, 1 the check failed or training broke, 2 bad usage or config (nothing was
-started) or a file that cannot be used, 70 a bug in shardwise, 128 + n stopped by signal n; a rank
-that was lost gives its own.
+started) or a file that cannot be used, 3 diverged, 4 most updates of a stage were skipped, 70 a
+bug in shardwise, 128 + n stopped by signal n; a rank that was lost gives its own.
 """
 
 from __future__ import annotations

@@ -244,6 +244,13 @@ class StageConfig(Section):
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    max_skipped: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="share of skipped updates (non-finite gradients) beyond which the stage is not "
+        "done (exit code 4) and no start; 1.0: whatever it be",
+    )
 
 
 class RoleConfig(Section):

@@ -14,10 +14,14 @@ from shardwise.losses.contract import Loss
 
 @dataclasses.dataclass
 class State:
-    """All that a resume needs: tensors (possibly DTensors, by name) and plain JSON."""
+    """All that a resume needs: tensors (possibly DTensors, by name) and plain JSON.
+
+    ``nonfinite`` names those tensors that may hold NaN and infinities.
+    """
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    nonfinite: frozenset[str] = frozenset()
 
 
 class Engine(Protocol):

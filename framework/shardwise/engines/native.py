@@ -68,6 +68,7 @@ class NativeEngine:
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self._has_gradients = False
         self.updates = 0  # optimizer steps tried; with the stage's name, the time on the dice
+        self.skipped = 0  # of them, those that left the weights as they were
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer) if optimizer else None
         )
@@ -163,6 +164,7 @@ class NativeEngine:
         self.optimizer.zero_grad(set_to_none=True)
         self._has_gradients = False
         self.updates += 1
+        self.skipped += not finite
         return norm
 
     # --- evaluation -----------------------------------------------------------------------------
@@ -240,18 +242,20 @@ class NativeEngine:
         tensors = {f"model.{n}": p.data for n, p in parameters.items()}
         if self.optimizer is not None:
             tensors |= optimizer_tensors(self.optimizer, parameters.items())
-        meta: dict[str, Any] = {"updates": self.updates}
+        meta: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
+        nonfinite: frozenset[str] = frozenset()
         if self.fp8 is not None:
             tensors |= dict(self.fp8.tensors())
             meta["fp8"] = self.fp8.state_dict()
+            nonfinite = self.fp8.observed
         if self.scale:
             meta["loss_scale"] = self.scale.state_dict()
-        return State(tensors, meta)
+        return State(tensors, meta, nonfinite)
 
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         """Take over ``meta``; the tensors of `state_dict` were filled in place before."""
         meta = state.meta if isinstance(state, State) else state
-        self.updates = int(meta["updates"])
+        self.updates, self.skipped = int(meta["updates"]), int(meta.get("skipped", 0))
         if self.scale and "loss_scale" in meta:
             self.scale.load_state_dict(meta["loss_scale"])
         if self.fp8 is not None and "fp8" in meta:

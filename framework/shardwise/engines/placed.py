@@ -8,6 +8,7 @@ outside, so that engines on disjoint ranks work at the same time.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ class PlacedEngine:
     def state_dict(self) -> State:
         """Outside: the JSON part alone."""
         state = State({}, {}) if self.inner is None else self.inner.state_dict()
-        return State(state.tensors, self.everywhere(state.meta))
+        return dataclasses.replace(state, meta=self.everywhere(state.meta))
 
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         """Outside: nothing."""

@@ -13,6 +13,7 @@ from shardwise.launch.local import launch_local
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
 from shardwise.stages.run import preflight, run_rank
+from shardwise.stages.skipped import SkippedError
 
 
 def train(
@@ -42,8 +43,14 @@ def train_rank(
 ) -> dict[str, Any]:
     """One rank of a run; rank 0 writes the report and prints the summary."""
     loaded = load_config(config, overrides)
-    summary = run_rank(loaded)
+    skipped: SkippedError | None = None
+    try:
+        summary = run_rank(loaded)
+    except SkippedError as error:
+        skipped, summary = error, error.summary
     if int(os.environ.get("RANK", "0")) == 0:
         page = report(loaded.config.directory)
         print("\n".join([*summary_lines(summary), f"report: {page}"]), flush=True)
+    if skipped is not None:
+        raise skipped
     return summary

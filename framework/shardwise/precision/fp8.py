@@ -185,6 +185,11 @@ class Fp8:
                 yield f"fp8.{path}.amax_history", self.history_SH3[i]
                 yield f"fp8.{path}.scale", self.scale_S3[i]
 
+    @property
+    def observed(self) -> frozenset[str]:
+        """Which of `tensors` may hold infinities: what an overflow has shown; no scale does."""
+        return frozenset(name for name, _ in self.tensors() if name.endswith(".amax_history"))
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides `tensors`, as JSON values."""
         return {"sentinel": self.sentinel.state_dict()}

@@ -101,6 +101,16 @@ def _speed(summary: Mapping[str, Any]) -> list[str]:
     return [_row("speed", ", ".join(parts))] if parts else []
 
 
+def _skipped(summary: Mapping[str, Any]) -> list[str]:
+    """The updates that left the weights as they were, by stage."""
+    table = summary.get("skipped_updates")
+    if not isinstance(table, dict) or not table:
+        return []
+    tried = {r.get("name"): num(r.get("updates")) for r in summary_stages(summary)}
+    parts = [f"{name} {n} of {tried.get(name) or 0:.0f} updates" for name, n in table.items()]
+    return [_row("skipped", ", ".join(parts))]
+
+
 def _stages(summary: Mapping[str, Any]) -> list[str]:
     rows = summary_stages(summary)
     if not rows:
@@ -135,9 +145,10 @@ def summary_lines(summary: Mapping[str, Any], report: str | None = None) -> list
     if layouts or summary.get("layout"):
         parts.append(" > ".join(layouts or [str(summary["layout"])]))
     if wall is not None:
-        parts.append(f"done in {duration(wall)}")
+        parts.append(f"{'stopped after' if summary.get('stopped') else 'done in'} {duration(wall)}")
     lines = ["  ".join(parts), ""]
-    lines += _compression(summary) + _accuracy(summary) + _speed(summary) + _stages(summary)
+    lines += _compression(summary) + _accuracy(summary) + _speed(summary) + _skipped(summary)
+    lines += _stages(summary)
     if report:
         lines += ["", _row("report", shorten(report, WIDTH - _LABEL - 2))]
     return [shorten(" ".join(line.splitlines()) if line else "", WIDTH) for line in lines]

@@ -24,7 +24,8 @@ from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.parallel.mesh import pick_device, place_mesh
-from shardwise.stages.start import load_start
+from shardwise.stages.skipped import check_trained
+from shardwise.stages.start import is_native, load_start
 
 ACTOR = "actor"  # the role of a stage's own model, and of its only one
 REFERENCE = "reference"
@@ -93,7 +94,12 @@ class StageContext:
 
     def load_start(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""
-        load_start(engine, self.model_of(role), self.start_of(role), new_head=role != "reward")
+        source = self.start_of(role)
+        outside = source is not None and source not in (self.parent, *self.finished.values())
+        if source is not None and outside and is_native(source):
+            key = f"the start of stages.{self.stage.name}, {role}"
+            check_trained(source, self.stage.max_skipped, key)
+        load_start(engine, self.model_of(role), source, new_head=role != "reward")
 
     @property
     def wide(self) -> type[np.floating[Any]]:

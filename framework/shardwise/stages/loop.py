@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ class DivergedError(ShardwiseError):
     """Gradients stayed non-finite; the weights are those of the last good update."""
 
     exit_code = 3
+
+
+def last_good(root: Path) -> str:
+    """Which checkpoint a run that broke can go on from, in words."""
+    newest = checkpoint.latest(root)
+    if newest is None:
+        return "no checkpoint was saved before"
+    return f"the last good checkpoint is {newest}; the same command goes on from it"
 
 
 class Loop:
@@ -67,7 +76,8 @@ class Loop:
             elapsed = time.perf_counter() - began
             self._after_step(step + 1, metrics, elapsed)
         if self.saver:
-            self.saver.close()
+            with self._only_finite():
+                self.saver.close()
         newest = checkpoint.latest(self.root)
         assert newest is not None
         return newest
@@ -91,7 +101,7 @@ class Loop:
             raise DivergedError(
                 f"stage {self.config.name}: {MAX_SKIPPED} updates in a row had non-finite "
                 f"gradients (last step {step + 1}); lower optimizer.lr, or look at the samples "
-                "of these steps"
+                f"of these steps; {last_good(self.root)}"
             )
         return metrics
 
@@ -130,25 +140,37 @@ class Loop:
         }
         files = checkpoint_files(self.ctx)
         metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
+        options: dict[str, Any] = {"metric": metric, "nonfinite": state.nonfinite}
         try:
-            if self.saver:
-                self.saver.save(done, state.tensors, meta, files, metric=metric)
-            else:
-                keep = self.config.checkpoint.keep
-                checkpoint.save(
-                    self.root, done, state.tensors, meta, files, keep=keep, metric=metric
-                )
+            with self._only_finite():
+                if self.saver:
+                    self.saver.save(done, state.tensors, meta, files, **options)
+                else:
+                    options["keep"] = self.config.checkpoint.keep
+                    checkpoint.save(self.root, done, state.tensors, meta, files, **options)
         except CheckpointError as error:
             # A full disk must not cost the run: the previous checkpoint is intact. All ranks fail
             # alike. Only the last one has to succeed.
-            if done == self.config.steps:
+            if done == self.config.steps or isinstance(error, checkpoint.PeerLostError):
                 raise
             self.ctx.logger.note("checkpoint_failed", str(error), self.config.name, done)
             self.progress.message(f"checkpoint of step {done} failed, training goes on: {error}")
 
+    @contextlib.contextmanager
+    def _only_finite(self) -> Iterator[None]:
+        """Weights that are not finite end the run, on all ranks alike: no later step mends them."""
+        try:
+            yield
+        except checkpoint.NonFiniteError as error:
+            raise DivergedError(
+                f"stage {self.config.name}: {error}; nothing was saved, {last_good(self.root)}. "
+                "If it happens again at the same step, lower optimizer.lr or look at its samples"
+            ) from error
+
     def _resume(self) -> int | None:
         """Load the newest checkpoint of this stage; returns its step, None if there is none."""
-        found = checkpoint.load_latest(self.root, stage_state(self.stage).tensors)
+        state = stage_state(self.stage)
+        found = checkpoint.load_latest(self.root, state.tensors, nonfinite=state.nonfinite)
         if found is None:
             return None
         meta = found.meta
@@ -178,10 +200,13 @@ def stage_state(stage: Stage) -> State:
     """
     state = stage.engine.state_dict()
     tensors, meta = dict(state.tensors), {"engine": state.meta, "carried": stage.carried()}
+    nonfinite = set(state.nonfinite)
     others = {role: engine.state_dict() for role, engine in stage.others().items()}
     for role, other in others.items():
         tensors |= {f"{role}.{name}": tensor for name, tensor in other.tensors.items()}
-    return State(tensors, meta | {"roles": {role: other.meta for role, other in others.items()}})
+        nonfinite |= {f"{role}.{name}" for name in other.nonfinite}
+    meta["roles"] = {role: other.meta for role, other in others.items()}
+    return State(tensors, meta, frozenset(nonfinite))
 
 
 def checkpoint_root(directory: Path, stage: str) -> Path:

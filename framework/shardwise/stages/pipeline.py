@@ -35,6 +35,7 @@ from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
 from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import build_stage, run_evaluation
+from shardwise.stages.skipped import counted, too_many
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
@@ -48,9 +49,13 @@ class Pipeline:
     ) -> None:
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
+        self.stopped = ""  # why the last stage that ran is not done
 
     def run_all(self) -> list[dict[str, Any]]:
-        """All stages in order; their results, as stored in each stage's result.json."""
+        """All stages in order; their results, as stored in each stage's result.json.
+
+        A stage that skipped too many of its updates is the last one; `stopped` says so.
+        """
         results: list[dict[str, Any]] = []
         done: dict[str, Path] = {}
         for stage in self.run.stages:
@@ -62,6 +67,14 @@ class Pipeline:
             else:
                 self.progress.message(f"{stage.name}: finished before, nothing to do")
             results.append(result)
+            if words := too_many(result, stage.max_skipped):
+                self.stopped = (
+                    f"stage {stage.name}: {words}; its weights are hardly trained, and no other "
+                    "stage starts from them. Lower optimizer.lr, try engine.precision=bf16, or set "
+                    f"stages.{stage.name}.max_skipped=1.0 to take them as they are"
+                )
+                self.logger.note("mostly_skipped", self.stopped, stage.name, stage.steps)
+                break
             done[stage.name] = Path(self.run.directory, result["checkpoint"])
         return results
 
@@ -114,6 +127,9 @@ class Pipeline:
         lineage = self._lineage(stage, live.data_hash, parent)
         loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
         path = loop.run()
+        counts = counted(checkpoint.read_meta(path))
+        if words := too_many(counts, stage.max_skipped):
+            self.logger.event(stage.name, stage.steps, "mostly_skipped", words, **counts)
         metrics = evaluate_all(ctx, live.engine, self.progress)
         result = {
             "name": stage.name,
@@ -126,6 +142,7 @@ class Pipeline:
             "seconds": loop.seconds,
             "wall_seconds": time.perf_counter() - began,
             "tokens": loop.tokens,
+            **counts,
             **loop.meter.total(),
             "metrics": metrics,
         }

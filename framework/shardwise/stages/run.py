@@ -33,7 +33,8 @@ from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages.base import role_layout, role_of, roles_of
 from shardwise.stages.pipeline import RESULT_FILE, Pipeline, write_atomically
-from shardwise.stages.start import check_start
+from shardwise.stages.skipped import SkippedError, check_trained
+from shardwise.stages.start import check_start, is_native
 from shardwise.stages.summary import summarize
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -43,7 +44,8 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     """Run every stage in this process, as one rank of what torchrun started, or as the only one.
 
     Returns the summary; rank 0 also writes it to ``<run_dir>/summary.json``. Raises ConfigError
-    before anything is started when the recipe cannot be.
+    before anything is started when the recipe cannot be, and SkippedError (with the summary) when
+    a stage skipped most of its updates.
     """
     run = loaded.config
     preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
@@ -71,11 +73,15 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     summary = summarize(run, results, pipeline.gemm, host_info())
     if "accuracy" in start_metrics:
         summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
+    if pipeline.stopped:
+        summary["stopped"] = pipeline.stopped
     summary["wall_seconds"] = time.perf_counter() - began
     if rank == 0:
         text = json.dumps(summary, indent=1)
         write_atomically(directory / "summary.json", text.encode())
     dist.barrier()
+    if pipeline.stopped:
+        raise SkippedError(pipeline.stopped, summary)
     return summary
 
 
@@ -115,6 +121,8 @@ def preflight(
         model = run.model
         assert isinstance(model, DecoderConfig)
         check_start(run.init_from, model.as_scalar() if scalar else model, named("init_from"))
+        if is_native(run.init_from):
+            check_trained(run.init_from, run.stages[0].max_skipped, named("init_from"))
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():
         raise ConfigError(
             f"{named('tokenizer.path')}: {run.tokenizer.path} does not exist (from {Path.cwd()})"

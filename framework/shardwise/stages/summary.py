@@ -40,6 +40,7 @@ def summarize(
         summary["gemm_gflops"] = gemm[precision] / 1e9
     summary["layout"] = first["layout"]
     summary["samples"] = [s for r in results for s in r["metrics"].get("samples", [])]
+    summary["skipped_updates"] = {r["name"]: n for r in results if (n := r.get("skipped", 0))}
     summary["tokens"] = {r["name"]: r["tokens"] for r in results}
     summary["stages"] = [_without_samples(r) for r in results]
     summary["machine"] = dict(machine)
