@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.rewards.numerals import parse_number
 from shardwise.rewards.verifiers import (
     Extract,
     exact_match,
@@ -15,7 +16,6 @@ from shardwise.rewards.verifiers import (
     language_consistency,
     numeric_match,
     overlong_penalty,
-    parse_number,
     template_match,
 )
 
@@ -35,8 +35,14 @@ from shardwise.rewards.verifiers import (
         ("no number", "last_number", None),
         ("first 7, so **42**.", "last_number", "42"),
         ("7, (42).", "last_number", "42"),
-        (r"7 = \boxed{42}", "last_number", r"\boxed{42}"),
-        (r"7 = \frac{3}{4}.", "last_number", r"\frac{3}{4}"),
+        (r"7 = \boxed{42}", "last_number", "42"),
+        (r"7 = \frac{3}{4}.", "last_number", "3/4"),
+        ("Answer: 1\nand then Answer:", "marker", None),
+        ("**Answer:** *blue*", "marker", "blue"),
+        ("answer\uff1a 7", "marker", "7"),
+        ("<answer>1</answer> or <answer>2", "tag", None),
+        (r"\boxed{1} or \boxed{2", "boxed", None),
+        (r"\fbox{a} \boxed {\text{b c}}", "boxed", "b c"),
         ("of 7, x=5", "last_number", "5"),
         ("is `-3`, then", "last_number", "-3"),
     ],

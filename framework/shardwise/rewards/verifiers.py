@@ -14,123 +14,69 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
+from shardwise.rewards.numerals import last_number, read_number
+
 Extract = Literal["whole", "marker", "tag", "boxed", "last_number"]
-MAX_NUMBER_CHARS = 200  # longer is not a number; bounds the work of parsing
-MAX_EXPONENT = 1000
 
 
 def extract_answer(text: str, how: Extract) -> str | None:
     """The answer inside a completion, stripped; None when there is none.
 
-    ``whole``: the whole text; ``marker``: the line after the last ``Answer:``; ``tag``: inside
-    the last ``<answer>...</answer>``; ``boxed``: inside the last ``\\boxed{...}``, braces
-    balanced; ``last_number``: the last token that reads as a number.
+    ``whole``: the whole text; ``marker``: what follows the last ``Answer:``, to the end of its
+    line; ``tag``: inside the last ``<answer>...</answer>``; ``boxed``: inside the last
+    ``\\boxed{...}`` or ``\\fbox{...}``, braces balanced; ``last_number``: the last number, read
+    through units, currencies, Markdown, HTML and LaTeX.
+
+    An answer that was begun last and not finished, or a last number that cannot be read, is none:
+    an earlier one never takes its place.
     """
     if how == "whole":
         return text.strip()
     if how == "marker":
-        _, found, tail = text.rpartition("Answer:")
-        return tail.strip().split("\n", 1)[0].strip() if found else None
+        return _after_marker(text)
     if how == "tag":
-        head, found, _ = text.rpartition("</answer>")
-        _, opened, inside = head.rpartition("<answer>")
-        return inside.strip() if found and opened else None
+        _, opened, inside = text.rpartition("<answer>")
+        inside, closed, _ = inside.partition("</answer>")
+        return inside.strip() if opened and closed else None
     if how == "boxed":
         return _last_boxed(text)
-    return next((t for t in reversed(_number_tokens(text)) if parse_number(t) is not None), None)
+    return last_number(text)
+
+
+_MARKER = re.compile(r"\banswer[*_`]{0,3} ?[:\uff1a]", re.IGNORECASE)
+
+
+def _after_marker(text: str) -> str | None:
+    *_, found = (None, *_MARKER.finditer(text))
+    if found is None:
+        return None
+    # Emphasis may have been opened before the marker or behind it.
+    tail = text[found.end() :].lstrip("*_` \t\r\n")
+    line = tail.split("\n", 1)[0].strip().rstrip("*_`").strip()
+    return line or None
+
+
+_BOX = re.compile(r"\\f?(?:boxed|box)(?![A-Za-z])\s{0,3}")
+_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}")
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    *_, found = (None, *_BOX.finditer(text))
+    if found is None:
         return None
-    depth, begin = 1, start + len("\\boxed{")
+    begin = found.end()
+    if text[begin : begin + 1] != "{":
+        bare = re.compile(r"[^\s${}\\]+").match(text, begin)
+        return bare.group().rstrip(".,;") if bare else None
+    depth = 0
     for i in range(begin, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+        escaped = text[i - 1] == "\\"
+        depth += (text[i] == "{" and not escaped) - (text[i] == "}" and not escaped)
         if depth == 0:
-            return text[begin:i].strip()
+            inside = text[begin + 1 : i].strip()
+            worded = _TEXT.fullmatch(inside)
+            return worded[1].strip() if worded else inside
     return None
-
-
-def _number_tokens(text: str) -> list[str]:
-    """Words without the punctuation that prose puts around numbers."""
-    return [t for w in re.split(r"[\s=]+", text) if (t := _bare(w))]
-
-
-def _bare(word: str) -> str:
-    """LaTeX keeps its braces and what stands before its backslash's word."""
-    opening, closing = "([{\"'`*:;?!", ")]}\"'`*:;?!.,"
-    word = word.strip("*`").rstrip(".,;:!?")
-    if word.lstrip("$").startswith("\\"):
-        return word.rstrip("*`'\"")
-    return word.lstrip(opening).rstrip(closing)
-
-
-def parse_number(text: str) -> Fraction | None:
-    """An exact rational from ``-1,234.5``, ``3/4``, ``50%``, ``1e-3``, ``$12``, LaTeX fractions.
-
-    Thousands separators must separate groups of three digits. None when it is not a number.
-    """
-    if len(text) > MAX_NUMBER_CHARS:
-        return None
-    text = text.strip().strip("$").replace("\\,", "").replace("\\!", "").replace("\u2212", "-")
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return parse_number(boxed)
-    sign = -1 if text.startswith("-") else 1
-    text = text.lstrip("+-").strip() if text[:1] in "+-" and text[1:2] not in "+-" else text
-    text = text.strip("$").strip()
-    percent = text.endswith("%")
-    if percent:
-        text = text.removesuffix("%").removesuffix("\\").strip()
-    value = _latex_fraction(text) if text.startswith("\\") else _ratio(text)
-    if value is None:
-        return None
-    return sign * value / (100 if percent else 1)
-
-
-def _latex_fraction(text: str) -> Fraction | None:
-    for command in ("\\frac", "\\dfrac", "\\tfrac"):
-        if text.startswith(command + "{") and text.endswith("}"):
-            top, middle, bottom = text[len(command) + 1 : -1].partition("}{")
-            a, b = _signed_decimal(top), _signed_decimal(bottom)
-            return a / b if middle and a is not None and b else None
-    return None
-
-
-def _ratio(text: str) -> Fraction | None:
-    top, slash, bottom = text.partition("/")
-    a = _decimal(top.strip())
-    if not slash:
-        return a
-    b = _signed_decimal(bottom.strip())
-    return a / b if a is not None and b else None
-
-
-def _signed_decimal(text: str) -> Fraction | None:
-    value = _decimal(text[1:] if text[:1] in "+-" and text else text)
-    return value if value is None or text[:1] != "-" else -value
-
-
-def _decimal(text: str) -> Fraction | None:
-    """An unsigned decimal, with thousands separators and an exponent."""
-    mantissa, e, exponent = text.lower().partition("e")
-    whole, _, rest = mantissa.partition(".")
-    if "," in whole:
-        first, *groups = whole.split(",")
-        if not 1 <= len(first) <= 3 or any(len(g) != 3 for g in groups):
-            return None
-        whole = first + "".join(groups)
-    digits = whole + rest
-    if not (digits.isascii() and digits.isdigit()):
-        return None
-    power = 0
-    if e:
-        unsigned = exponent[1:] if exponent[:1] in ("+", "-") else exponent
-        if not (unsigned.isascii() and unsigned.isdigit()) or int(unsigned) > MAX_EXPONENT:
-            return None
-        power = -int(unsigned) if exponent[0] == "-" else int(unsigned)
-    return Fraction(int(digits)) * Fraction(10) ** (power - len(rest))
 
 
 def exact_match(got: str | None, want: str, *, ignore_case: bool = False) -> float:
@@ -150,16 +96,25 @@ def numeric_match(
 ) -> float | None:
     """1 when both read as numbers and |got - want| <= max(rel_tol * |want|, abs_tol).
 
-    None when the reference is no number.
+    Where only one of them is a percentage, 50% is 50 as well as 0.5. None when the reference is
+    no number.
     """
-    target = parse_number(want)
-    if target is None:
+    target = read_number(want)
+    if target is None or target.value is None:
         return None
-    value = parse_number(got) if got is not None else None
-    if value is None:
+    value = read_number(got) if got is not None else None
+    if value is None or value.value is None:
         return 0.0
-    bound = max(Fraction(rel_tol) * abs(target), Fraction(abs_tol))
-    return float(abs(value - target) <= bound)
+
+    def near(a: Fraction, b: Fraction) -> bool:
+        return abs(a - b) <= max(Fraction(rel_tol) * abs(b), Fraction(abs_tol))
+
+    a, b = value.value, target.value
+    if value.percent == target.percent:
+        return float(near(a, b))
+    return float(
+        near(a, b) or near(100 * a, b) if value.percent else near(a, b) or near(a, 100 * b)
+    )
 
 
 def template_match(text: str, template: str) -> float:
