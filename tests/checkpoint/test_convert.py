@@ -39,5 +39,5 @@ def test_nothing_half_written_stays(
     assert out.exists() == exists and list(out.parent.iterdir()) == [out] * exists
     monkeypatch.setattr(convert, "open_model", lambda path: stand_in(breaks=False))
     convert.convert("somewhere", out)
-    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "hashes.json", "model.safetensors"}
     assert list(out.parent.iterdir()) == [out]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from shardwise import integrity
 from shardwise.checkpoint import loading, manifest, saving, steps
 from shardwise.config import yaml12
 from shardwise.config.schema import ModelConfig
@@ -155,6 +156,8 @@ def _fill_hf(model: OpenModel, folder: Path, dtype: torch.dtype | None) -> None:
             "pad_id": tokenizer.pad_id,
         }
     models.to_hf(folder, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
+    names = [path.name for path in folder.iterdir() if path.name != integrity.SUMS_FILE]
+    integrity.write_sums(folder, names)
 
 
 def _write_native(model: OpenModel, out: Path, source: str) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardwise.cli.output import JsonOption, emit, size
+from shardwise.cli.output import JsonOption, NoVerify, emit, size
 from shardwise.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def inspect(
         str | None, typer.Option(help="To decode samples with; as for prepare.")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """What a token store holds: counts, lengths, the beginning of some documents."""

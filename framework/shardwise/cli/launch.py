@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli.output import JsonOption, emit, json_alone
+from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Start the ranks of a run.")
@@ -31,6 +31,7 @@ def local(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, show the ranks, start nothing.")
     ] = False,
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Run a recipe on N processes of this machine."""

@@ -21,7 +21,7 @@ import typer
 
 from shardwise import __version__
 from shardwise.cli import checkpoint, data, launch
-from shardwise.cli.output import JsonOption, emit, json_alone
+from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.errors import ConfigError, ShardwiseError, UserError
 
 INTERNAL_ERROR = 70
@@ -79,6 +79,7 @@ def train(
     trace: Annotated[
         bool, typer.Option("--trace", help="Profile one step of each stage (RUN/trace).")
     ] = False,
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Run a recipe's stages; under torchrun, as one rank of it. Goes on where it was stopped."""
@@ -114,6 +115,7 @@ def verify(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks, as training does.")
     ] = False,
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Prove that layouts of a recipe compute what one process computes; exit code 1 if not."""
@@ -149,6 +151,7 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Complete prompts; a chat model is asked, a base model continues the text."""
@@ -180,7 +183,7 @@ def generate(
 
 
 @app.command()
-def evaluate(ckpt: Checkpoint, json: JsonOption = None) -> None:
+def evaluate(ckpt: Checkpoint, no_verify: NoVerify = False, json: JsonOption = None) -> None:
     """Measure a checkpoint again: the figures its run reported, from the checkpoint alone."""
     from shardwise.stages.evaluate import evaluate as run
 
@@ -200,6 +203,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
     ] = None,
+    no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Convert a model, with its tokenizer and chat template."""

@@ -13,11 +13,35 @@ from typing import Annotated, Any
 
 import typer
 
+from shardwise import integrity
 from shardwise.errors import UserError
 
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="F", help="Write the result as JSON to F; - for stdout."),
+]
+
+
+def _trust_files(wanted: bool) -> None:
+    """What `NoVerify` does: ranks inherit the environment."""
+    if wanted:
+        os.environ[integrity.NO_VERIFY] = "1"
+    if os.environ.get(integrity.NO_VERIFY) and os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            "warning: files are not compared with their hashes (--no-verify): damaged or exchanged "
+            "tokens, tokenizers and imported weights would be used without a word",
+            err=True,
+        )
+
+
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        callback=_trust_files,
+        help="Use token stores, tokenizers and imported weights even if they are not what was "
+        "written: damage then goes unnoticed.",
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ import xxhash
 from shardwise.data import readers
 from shardwise.data.chat import encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig
-from shardwise.data.indexed import IndexedStore, read_manifest
+from shardwise.data.indexed import IndexedStore, manifest_path, read_manifest, store_paths
 from shardwise.data.mixture import MixtureSampler
 from shardwise.data.packing import Example, PackedExamples, PackedRows, Row
 from shardwise.data.prepare import Progress, write_store
@@ -225,12 +225,26 @@ def _open_source(
 
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{key}.lock"):
-        manifest = read_manifest(prefix)
-        if manifest is None:
+        store = _open_cached(prefix)
+        if store is None:
             write_store(documents(), tokenizer, prefix, content_hash=key, progress=progress)
-            manifest = read_manifest(prefix)
-            assert manifest is not None
-    return IndexedStore(prefix), int(manifest["num_bytes"]), key
+            store = IndexedStore(prefix)
+        manifest = read_manifest(prefix)
+        assert manifest is not None
+    return store, int(manifest["num_bytes"]), key
+
+
+def _open_cached(prefix: Path) -> IndexedStore | None:
+    """The store that was made before; None if it is missing, damaged or without hashes."""
+    try:
+        manifest = read_manifest(prefix)
+        if manifest is not None and "files" in manifest:
+            return IndexedStore(prefix)
+    except DataError as error:
+        log.warning("%s: made again from its source", error)
+        for path in (manifest_path(prefix), *store_paths(prefix)):
+            path.unlink(missing_ok=True)
+    return None
 
 
 def _open_indexed(source: DataSource, tokenizer: Tokenizer) -> tuple[IndexedStore, int, str]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from shardwise import integrity
 from shardwise.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ class FastTokenizer:
             self._parsing.to_str(pretty=True), encoding="utf-8", newline="\n"
         )
         _write_config(folder, self._config())
+        integrity.write_sums(folder, ["tokenizer.json", "tokenizer_config.json"])
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {

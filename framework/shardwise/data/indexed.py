@@ -18,11 +18,15 @@ offset content                   meaning
 
 The writer works under temporary names and commits by renaming, the index last: a store without an
 index does not exist. Format: megatron/core/datasets/indexed_dataset.py.
+
+``<prefix>.store.json``, of the stores that we write, holds the size and hash of both files, and its
+own; they are compared when the store is opened (see `shardwise.integrity`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 import uuid
@@ -32,12 +36,17 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
+from shardwise import integrity, safe_files
 from shardwise.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_MEND = "restore the store, or prepare it again; --no-verify takes it as it is"
 _DTYPES: dict[int, Any] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32,
     5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
@@ -61,27 +70,38 @@ def manifest_path(prefix: Path | str) -> Path:
 def read_manifest(prefix: Path | str) -> dict[str, Any] | None:
     """The manifest of a committed store; None when there is no store, or it has no manifest.
 
-    Raises DataError for a file of that name that is no manifest of format 1.
+    Raises DataError for a file of that name that is no manifest, or is damaged.
     """
     path = manifest_path(prefix)
     if not (store_paths(prefix)[1].exists() and path.exists()):
         return None
-    return _parse_manifest(path)
+    manifest = _own_manifest(path)
+    found = manifest.get("files")
+    if manifest["format"] == 1 and found is None and "digest" not in manifest:
+        return manifest  # from before contents were hashed
+    mend = "restore the store, or prepare it again"
+    if not integrity.is_sealed(manifest):
+        raise DataError(f"{path}: does not match its own hash; {mend}")
+    names = [p.suffix for p in store_paths(prefix)]
+    if not isinstance(found, dict) or not all(integrity.is_entry(found.get(n)) for n in names):
+        raise DataError(f"{path}: holds no hash of the store's files; {mend}")
+    return manifest
 
 
-def _parse_manifest(path: Path) -> dict[str, Any]:
+def _own_manifest(path: Path) -> dict[str, Any]:
+    """What a file holds that is, perhaps damaged, a manifest of ours. Raises DataError."""
     mend = "it may be somebody's data: move it elsewhere, or name another store"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(safe_files.read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a store's manifest, nor JSON: {error}; {mend}") from error
     wanted = {"content_hash": str, "num_bytes": int}
     if (
         not isinstance(manifest, dict)
-        or manifest.get("format") != 1
+        or manifest.get("format") not in (1, 2)
         or not all(isinstance(manifest.get(key), kind) for key, kind in wanted.items())
     ):
-        raise DataError(f"{path}: not a store's manifest of format 1; {mend}")
+        raise DataError(f"{path}: not a store's manifest; {mend}")
     return manifest
 
 
@@ -100,27 +120,50 @@ class IndexedStore:
 
     def __init__(self, prefix: Path | str) -> None:
         self.bin_path, self.idx_path = store_paths(prefix)
-        sizes = {p: _size(p) for p in (self.idx_path, self.bin_path)}
-        lengths, pointers, documents = self._read_index(sizes[self.idx_path])
-        itemsize = self.dtype.itemsize
-        total = int(lengths.sum(dtype=np.int64)) * itemsize
-        if sizes[self.bin_path] != total:
-            at = min(sizes[self.bin_path], total)
-            raise DataError(
-                f"{self.bin_path}: byte {at}: {sizes[self.bin_path]} bytes, but the index counts "
-                f"{total}; truncated, or of another index"
-            )
-        if not total:
-            raise DataError(f"{self.bin_path}: byte 0: the store holds no tokens")
-        self.tokens: NDArray[Any] = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        # What is hashed is what is mapped: the same open files.
+        with _open(self.idx_path) as idx, _open(self.bin_path) as tokens:
+            sizes = {p: os.fstat(f.fileno()).st_size for p, f in self._paths(idx, tokens)}
+            self._check_content(idx, tokens)
+            lengths, pointers, documents = self._read_index(idx, sizes[self.idx_path])
+            itemsize = self.dtype.itemsize
+            total = int(lengths.sum(dtype=np.int64)) * itemsize
+            if sizes[self.bin_path] != total:
+                at = min(sizes[self.bin_path], total)
+                raise DataError(
+                    f"{self.bin_path}: byte {at}: {sizes[self.bin_path]} bytes, but the index "
+                    f"counts {total}; truncated, or of another index"
+                )
+            if not total:
+                raise DataError(f"{self.bin_path}: byte 0: the store holds no tokens")
+            self.tokens: NDArray[Any] = np.memmap(tokens, dtype=self.dtype, mode="r")
         ends = np.append(pointers // itemsize, self.tokens.size)
         self.starts: NDArray[np.int64] = ends[documents]
 
-    def _read_index(self, size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _paths(self, idx: BinaryIO, tokens: BinaryIO) -> list[tuple[Path, BinaryIO]]:
+        return [(self.idx_path, idx), (self.bin_path, tokens)]
+
+    def _check_content(self, idx: BinaryIO, tokens: BinaryIO) -> None:
+        """Compare both files with the manifest, if the store has one."""
+        manifest = read_manifest(self.bin_path)
+        if manifest is None:
+            return
+        if manifest["format"] == 1:
+            log.warning(
+                "%s was written before token stores were hashed, so damage to it would not be "
+                "noticed; prepare it again",
+                self.bin_path,
+            )
+            return
+        for path, stream in self._paths(idx, tokens):
+            integrity.check(stream, path, manifest["files"][path.suffix], _MEND)
+
+    def _read_index(
+        self, stream: BinaryIO, size: int
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         path = self.idx_path
         if size < _HEADER.size:
             raise DataError(f"{path}: byte {size}: truncated inside the header")
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        raw = np.memmap(stream, dtype=np.uint8, mode="r")
         magic, version, code, num_seqs, num_docs = _HEADER.unpack(raw[: _HEADER.size].tobytes())
         if magic != _MAGIC:
             raise DataError(f"{path}: byte 0: not a token index (magic {magic!r})")
@@ -168,9 +211,9 @@ class IndexedStore:
         return np.diff(self.starts)
 
 
-def _size(path: Path) -> int:
+def _open(path: Path) -> BinaryIO:
     try:
-        return path.stat().st_size
+        return safe_files.open_regular(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -197,9 +240,10 @@ class IndexedWriter:
         self._largest = int(np.iinfo(self.dtype).max)
         self._lengths: list[int] = []
         self._documents = [0]
+        self._hash = xxhash.xxh3_128()
         self.num_tokens = 0  # added so far
         self.manifest: dict[str, Any] | None = (
-            None  # set before leaving: JSON kept beside the store
+            None  # set before leaving: JSON kept beside the store, with the files' hashes
         )
         mark = f".{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
         self._finals = (self.bin_path, manifest_path(prefix), self.idx_path)
@@ -208,7 +252,7 @@ class IndexedWriter:
 
     def __enter__(self) -> IndexedWriter:
         if (old := self._finals[1]).exists():
-            _parse_manifest(old)  # what we did not write we do not replace
+            _own_manifest(old)  # what we did not write we do not replace
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._temporary[0].open("wb")
         return self
@@ -230,7 +274,9 @@ class IndexedWriter:
                     f"{self.bin_path}: document {self.num_documents}: ids {ids.min()} to "
                     f"{ids.max()} do not fit {self.dtype}"
                 )
-            self._stream.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
+            data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
+            self._stream.write(data)
+            self._hash.update(data)
             self._lengths.append(int(ids.size))
             self.num_tokens += int(ids.size)
         self._documents.append(len(self._lengths))
@@ -259,8 +305,15 @@ class IndexedWriter:
             raise DataError(f"{self.bin_path}: there are no tokens to store; the input is empty")
         _sync(self._stream)
         self._stream.close()
-        manifest = "" if self.manifest is None else json.dumps(self.manifest, indent=2) + "\n"
-        contents = (manifest.encode(), index_bytes(self._code, self._lengths, self._documents))
+        index = index_bytes(self._code, self._lengths, self._documents)
+        manifest = ""
+        if self.manifest is not None:
+            size = self.num_tokens * self.dtype.itemsize
+            tokens = {"size": size, "xxh3_128": self._hash.hexdigest()}
+            hashed = {".bin": tokens, ".idx": integrity.entry(index)}
+            sealed = integrity.sealed({**self.manifest, "format": 2, "files": hashed})
+            manifest = json.dumps(sealed, indent=2) + "\n"
+        contents = (manifest.encode(), index)
         for path, content in zip(self._temporary[1:], contents):
             with path.open("wb") as stream:
                 stream.write(content)

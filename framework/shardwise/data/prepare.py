@@ -105,7 +105,6 @@ def write_store(
             if progress is not None:
                 progress(_report(prefix, writer, num_bytes))
         writer.manifest = {
-            "format": 1,
             "content_hash": content_hash or digest.hexdigest(),
             "tokenizer_hash": tokenizer.hash,
             "eos_id": tokenizer.eos_id,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from shardwise import integrity, safe_files
 from shardwise.config.schema import TokenizerConfig
 from shardwise.data.fast_tokenizer import (
     END_OF_TURN,
@@ -99,6 +100,7 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
 def _load_path(path: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer file or folder")
+    integrity.check_folder(path if path.is_dir() else path.parent, weights=False)
     if path.suffix == ".model" or (path.is_dir() and not (path / "tokenizer.json").exists()):
         model = path / "tokenizer.model" if path.is_dir() else path
         if not model.exists():
@@ -106,7 +108,7 @@ def _load_path(path: Path) -> Tokenizer:
         return load_sentencepiece(model)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        backend = Backend.from_str(file.read_text(encoding="utf-8"))
+        backend = Backend.from_str(safe_files.read_text(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from error
     config = read_config(file.parent)

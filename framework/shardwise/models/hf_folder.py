@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shardwise import integrity
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models.common.config import DecoderConfig
@@ -58,10 +59,12 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     """Config and weights (our names, stored dtype, CPU) of a Hugging Face folder.
 
     The iterator reads one tensor at a time. Raises CheckpointError, naming the file, when
-    something is missing (MissingModelError: the whole model), unreadable or not expressible; no
-    code and no pickle is ever loaded.
+    something is missing (MissingModelError: the whole model), unreadable or not expressible, and
+    DataError for files that are not what a ``hashes.json`` beside them says; no code and no pickle
+    is ever loaded.
     """
     folder = Path(folder)
+    integrity.check_folder(folder)
     raw = _read_json(folder / "config.json")
     kind = raw.get("model_type")
     for family in FAMILIES.values():
