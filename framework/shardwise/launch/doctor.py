@@ -65,6 +65,7 @@ def doctor() -> dict[str, Any]:
             if compiler
             else "no C++ compiler: engine.compile auto means off on CPU; install g++ or clang++",
         },
+        "caches": _caches(),
         "devices": _devices(torch),
         "libraries": [dataclasses.asdict(library) for library in libraries],
     }
@@ -81,6 +82,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"{machine['memory_gib'] or '?'} GiB",
         f"compiler   {found['compiler']['path'] or 'none'}: {found['compiler']['detail']}",
     ]
+    lines += [f"cache      {c['name']} {c['path']}: {c['detail']}" for c in found["caches"]]
     lines += [f"device     {d['name']}, {d['memory_gib']} GiB" for d in found["devices"]] or [
         "device     no GPU: everything runs on the CPU, over gloo"
     ]
@@ -92,6 +94,21 @@ def as_text(found: dict[str, Any]) -> str:
             f"{library['purpose']}: {library['detail']}"
         )
     return "\n".join(lines)
+
+
+def _caches() -> list[dict[str, str]]:
+    """Folders from which built code is loaded."""
+    from shardwise.ops import compile_caches
+    from shardwise.safe_files import cache_root, private_folder
+
+    try:
+        kernels, detail = private_folder("kernels"), "CPU kernels, by hash"
+    except OSError as error:
+        kernels, detail = cache_root() / "kernels", f"not used: {error}"
+    found = [{"name": "kernels", "path": str(kernels), "detail": detail}]
+    for name, place in compile_caches.places().items():
+        found.append({"name": name, "path": str(place.folder), "detail": place.detail})
+    return found
 
 
 def _torch(torch: Any) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from shardwise.ops import compile_caches
+
 
 @functools.cache
 def _kernels() -> tuple[Any, str]:
     """The imported kernels, or None and why not."""
+    compile_caches.secure()
     try:
         return importlib.import_module("shardwise_kernels.quantize"), ""
     except ImportError as error:

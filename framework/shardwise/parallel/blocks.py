@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from shardwise.config.schema import EngineConfig
 from shardwise.errors import ConfigError
+from shardwise.ops import compile_caches
 from shardwise.ops import cpu_attention as _registered  # noqa: F401  (its operator is named below)
 
 Recompute = Literal["none", "selective", "full"]
@@ -86,6 +87,8 @@ def wrap_blocks(
     ``checkpoint(forward, *args)`` is for blocks that must be recomputed (in full) in a way of
     their own.
     """
+    if compile:
+        compile_caches.secure()
     for block in filter(None, model.layers):  # type: ignore[arg-type]
         forward = block.forward
         if compile:
