@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shardwise.data.chat import CHATML, encode_chat, render
 from shardwise.data.conversation import check_messages
+from shardwise.data.preferences import encode_ranking
 from shardwise.data.tokenizer import IM_END, ByteTokenizer, FastTokenizer
 from shardwise.errors import DataError
 
@@ -65,6 +66,7 @@ def test_other_templates() -> None:
     assert learned(tokenizer, chat[:2]) == "4<|endoftext|>"
     ids, mask = encode_chat(tokenizer, chat[:2])
     assert ids[-1] == tokenizer.eos_id and mask[-1]
+    # One mark for several turns says nothing about them.
     tokenizer = ByteTokenizer(chat_template="{% generation %}" + CHATML + "{% endgeneration %}")
     assert learned(tokenizer, CHAT) == "4<|im_end|>6<|im_end|>"
 
@@ -109,22 +111,29 @@ def test_prompts_are_prefixes(template: str | None, turns: list[tuple[str, str]]
         if chat[i]["role"] == "assistant":
             prompt, none = encode_chat(tokenizer, chat[:i], add_generation_prompt=True)
             assert ids[: len(prompt)] == prompt
-            assert mask[: len(prompt)] == none
+            assert not any(none)
             if len(prompt) < len(mask):
                 runs += mask[len(prompt)]
     assert runs == len(turns) or template is BARE
 
 
-def test_bpe_never_merges_across_the_border() -> None:
-    """A template that ends the prompt in a space, where BPE would like ' 4' as one token."""
+def test_a_token_across_the_border_is_learned() -> None:
+    """A template that ends the prompt in a space, where BPE makes ' yes' of it."""
     from shardwise.data.tokenizer import train_bpe
 
     tokenizer = train_bpe([" 4 assistant: 4 4 4 yes yes"] * 20, 280, chat_template=BARE)
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     ids, _ = encode_chat(tokenizer, chat)
-    prompt, _ = encode_chat(tokenizer, chat[:1], add_generation_prompt=True)
-    assert ids[: len(prompt)] == prompt
-    assert tokenizer.encode(render(tokenizer, chat)) != ids[:-1]  # as a whole it would merge
+    assert ids == [*tokenizer.encode(render(tokenizer, chat)), tokenizer.eos_id]
+    assert learned(tokenizer, chat) == " yes<|endoftext|>"
+    ranking = encode_ranking(tokenizer, chat[:1], ["yes", "no"], [1, 0])
+    assert [*ranking.prompt, *ranking.answers[0]] == ids
+    assert tokenizer.decode(ranking.prompt) == "user: ? | assistant:"
+
+
+def test_only_what_is_asked_for_is_learned() -> None:
+    ids, mask = encode_chat(BYTES, CHAT, learn=[True, True, False, True, True])
+    assert BYTES.decode([i for i, m in zip(ids, mask) if m], skip_special=False) == "6<|im_end|>"
 
 
 def test_control_tokens_in_content_are_refused() -> None:
@@ -153,15 +162,65 @@ def test_the_date_is_always_the_same() -> None:
     assert render(ByteTokenizer(template), CHAT) == "26 Jul 2024"
 
 
+def thinking(message: str, prompt: str = "") -> ByteTokenizer:
+    """ChatML with another content and another generation prompt."""
+    turn = CHATML.replace("message['content']", message)
+    return ByteTokenizer(turn.replace("assistant\n' }}", "assistant\n" + prompt + "' }}"))
+
+
+DROPPED = "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+THOUGHT = [CHAT[1], {"role": "assistant", "content": "<think>a</think>b"}]
+
+
 def test_template_that_rewrites_history() -> None:
-    rewriting = CHATML.replace(
-        "message['content']",
-        "(message['content'] if loop.last or message['role'] != 'assistant' else '...')",
-    )
-    tokenizer = ByteTokenizer(chat_template=rewriting)
-    assert learned(tokenizer, CHAT[:3]) == "4<|im_end|>"
+    """Each turn is learned as it would be generated, or refused; never as it is shown later."""
+    tokenizer = thinking(DROPPED)
+    assert learned(tokenizer, THOUGHT) == "<think>a</think>b<|im_end|>"
+    with pytest.raises(DataError, match=r"renders message 1 otherwise.*data\.turns: apart"):
+        encode_chat(tokenizer, [*THOUGHT, *THOUGHT])
+    ids, mask = encode_chat(tokenizer, [*THOUGHT, *THOUGHT], learn=[False] * 3 + [True])
+    said = tokenizer.decode([i for i, m in zip(ids, mask) if m], skip_special=False)
+    assert said == "<think>a</think>b<|im_end|>" and "assistant\nb" in tokenizer.decode(ids)
+    last = "loop.last and message['role'] == 'assistant'"
+    empty = thinking(f"(('<think></think>' if {last} else '') + message['content'])")
+    assert learned(empty, CHAT[:3]) == "<think></think>4<|im_end|>"
     with pytest.raises(DataError, match="renders message 2 otherwise"):
-        encode_chat(tokenizer, CHAT)
+        encode_chat(empty, CHAT)
+
+
+def test_generation_prompt_that_opens_a_thought() -> None:
+    tokenizer = thinking("message['content']", "<think>\\n")
+    with pytest.raises(DataError, match=r"after '.*<think>\\n', but renders .*<think>a") as error:
+        encode_chat(tokenizer, THOUGHT)
+    assert "more messages" not in str(error.value)
+    said = [CHAT[1], {"role": "assistant", "content": "<think>\na</think>b"}]
+    assert learned(tokenizer, said) == "a</think>b<|im_end|>"
+    # R1's own template: what is stored never has its thought.
+    with pytest.raises(DataError, match="message 1"):
+        encode_chat(thinking("message['content'].split('</think>')[-1]", "<think>\\n"), THOUGHT)
+
+
+def test_template_that_leaves_out_part_of_a_turn() -> None:
+    dropping = thinking("message['content'].split('</think>')[-1]")
+    with pytest.raises(DataError, match="leaves out part of message 1"):
+        encode_chat(dropping, THOUGHT)
+    assert learned(thinking("message['content'] | trim | upper"), [CHAT[1], THOUGHT[1]]) == (
+        "<THINK>A</THINK>B<|im_end|>"
+    )
+    with pytest.raises(DataError, match="leaves out part of message 1"):
+        encode_chat(BYTES, [CHAT[0], CHAT[2] | {"reasoning_content": "long thoughts"}])
+
+
+def test_the_mark_of_the_template_is_followed() -> None:
+    """Around the header too, and without the end token: which is learned all the same."""
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    assert learned(ByteTokenizer(marked), CHAT) == "4<|im_end|>6<|im_end|>"
+    _, mask = encode_chat(ByteTokenizer(marked), CHAT, learn=[False] * 4 + [True])
+    assert sum(mask) == 2
 
 
 @pytest.mark.parametrize(
@@ -219,17 +278,3 @@ def test_the_sandbox_is_what_stops_them(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     jinja2.Environment().from_string(HOSTILE[1]).render(canary=str(canary))
     assert canary.exists()
-
-
-def test_renders_like_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    tokenizer = ByteTokenizer(chat_template=CHATML)
-    tokenizer.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for template in (CHATML, LLAMA3, BARE, "{{ messages | tojson }}{{ bos_token }}{{ eos_token }}"):
-        tokenizer.chat_template = theirs.chat_template = template
-        for prompt in (False, True):
-            expected = theirs.apply_chat_template(
-                CHAT, tokenize=False, add_generation_prompt=prompt
-            )
-            assert render(tokenizer, CHAT, add_generation_prompt=prompt) == expected

@@ -1,31 +1,30 @@
 """Conversations as tokens, with a mask of what the assistant must learn.
 
-Templates come from strangers, so they run only in Jinja's immutable sandbox: no attribute of
-Python's internals, no mutation of arguments, no imports, no files.
+The whole conversation is rendered once and encoded once: its ids are those that transformers'
+``apply_chat_template`` gives, and that a server will feed the model. The mask is laid over them by
+the offsets of the tokens in the text. Where an assistant's turn stands in the text
 
-The mask is found by prefix rendering, which needs no marks in the template: the text before an
-assistant's turn is the rendering of the earlier messages with a generation prompt, exactly what the
-model is given when it generates. Each piece between two such borders is encoded on its own, so the
-ids of a prompt are always the first ids of the whole conversation, and what the model generated is
-never re-tokenised together with its prompt.
+- the template says itself, by one ``{% generation %}`` for each assistant turn; or else
+- follows from rendering prefixes: a turn begins where the earlier messages with a generation prompt
+  end, exactly what the model is given when it generates, and ends where it ends as the last one.
+
+So a turn is learned as it would be generated. Templates that show a turn otherwise once more
+messages follow (those that drop earlier thoughts) have no such place: they are refused with the
+mend.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
+from jinja2 import TemplateSyntaxError
+from numpy.typing import NDArray
 
 from shardwise.data.conversation import Message, check_messages
 from shardwise.data.fast_tokenizer import Tokenizer
+from shardwise.data.templates import REASONING, Rendered, render_template
 from shardwise.errors import DataError
 
 CHATML = (
@@ -34,42 +33,6 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-# What templates are told when they ask for the date (``strftime_now``): always this day, the one
-# that Llama 3's own template falls back to. Data must not depend on when it was encoded.
-TODAY = datetime.datetime(2024, 7, 26)
-
-
-class _Generation(Extension):
-    """``{% generation %}`` marks assistant text in some templates; here it is transparent."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = TODAY.strftime
-    try:
-        return env.from_string(source)
-    except jinja2.TemplateError as error:
-        raise DataError(f"the chat template does not parse: {error}") from error
 
 
 def render(
@@ -81,19 +44,24 @@ def render(
 ) -> str:
     """The conversation as text, by the tokenizer's template (ChatML when it has none).
 
-    ``variables`` reach the template. Raises DataError when the template refuses, fails, or tries
-    what the sandbox forbids.
+    ``variables`` (tools, documents, a template's own switches) reach the template. Raises DataError
+    when the template refuses, fails, or tries what the sandbox forbids.
     """
-    template = _compile(tokenizer.chat_template or CHATML)
-    bos = "" if tokenizer.bos_id is None else tokenizer.token_of(tokenizer.bos_id)
-    names = {"bos_token": bos, "eos_token": tokenizer.token_of(tokenizer.eos_id), "tools": None}
-    copies = [dict(m) for m in messages]
+    return _draw(tokenizer, messages, variables, add_generation_prompt).text
+
+
+def _draw(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    add_generation_prompt: bool = False,
+) -> Rendered:
+    names: dict[str, Any] = {**tokenizer.special_tokens_map, **variables}
+    names["add_generation_prompt"] = add_generation_prompt
     try:
-        return template.render(
-            messages=copies,
-            add_generation_prompt=add_generation_prompt,
-            **{**names, **variables},
-        )
+        return render_template(tokenizer.chat_template or CHATML, messages, names)
+    except TemplateSyntaxError as error:
+        raise DataError(f"the chat template does not parse: {error}") from error
     except Exception as error:  # a stranger's template may fail in any way
         raise DataError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
@@ -103,65 +71,130 @@ def encode_chat(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = False,
+    learn: Sequence[bool] | None = None,
     **variables: Any,
 ) -> tuple[list[int], list[bool]]:
     """(ids, loss_mask) of a conversation; both of one length.
 
-    The mask covers each assistant turn's content and the token that ends it, not what the template
-    puts after that. If the template ends the last turn with no stop token, EOS is added, so that
-    stopping is learned. With ``add_generation_prompt`` the ids end where the model goes on. Raises
-    DataError for messages that hold control tokens anywhere (content, role, or another field that
-    a template may write), and for a template that rewrites earlier turns.
+    The mask covers each assistant turn and the token that ends it, not what the template puts after
+    that. ``learn``: for each message whether it is learned; None: every assistant's. If the
+    template ends a learned last turn with no stop token, EOS is added, so that stopping is learned.
+    With ``add_generation_prompt`` the ids end where the model goes on, and nothing is learned.
+    Raises DataError for messages that hold control tokens anywhere (content, role, or another field
+    that a template may write), and for a turn whose place in the text cannot be told.
     """
     checked = check_messages(messages)
-    _refuse_control_tokens(tokenizer, checked)
-
-    def draw(part: Sequence[Message], prompt: bool) -> str:
-        return render(tokenizer, part, add_generation_prompt=prompt, **variables)
-
-    full = draw(checked, add_generation_prompt)
-    ids: list[int] = []
-    mask: list[bool] = []
-    done = ""  # the part of `full` that is already encoded
-
-    def encode_until(text: str, learn: bool, turn: int) -> None:
-        nonlocal done
-        if not (text.startswith(done) and full.startswith(text)):
-            raise DataError(
-                f"the chat template renders message {turn} otherwise once more messages follow, so "
-                "its loss cannot be located; train on one assistant turn at a time"
-            )
-        piece = tokenizer.encode(text[len(done) :], allow_special=True)
-        ids.extend(piece)
-        mask.extend(_learned(piece, tokenizer.stop_ids) if learn else [False] * len(piece))
-        if learn and turn == len(checked) - 1 and not set(piece) & set(tokenizer.stop_ids):
+    _refuse_control_tokens(tokenizer, checked, variables)
+    full = _draw(tokenizer, checked, variables, add_generation_prompt)
+    ids, offsets = tokenizer.encode_with_offsets(full.text)
+    mask = [False] * len(ids)
+    if add_generation_prompt:
+        return ids, mask
+    wanted = [
+        i
+        for i, message in enumerate(checked)
+        if message["role"] == "assistant" and (learn is None or learn[i])
+    ]
+    stops, places = set(tokenizer.stop_ids), np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    for turn, start, end in _spans(tokenizer, checked, variables, wanted, full):
+        _refuse_loss(checked[turn], full.text[start:end], turn)
+        inside = _inside(ids, places, start, end, tokenizer.control_ids)
+        following = inside[-1] + 1 if inside else len(ids)
+        ends = [k for k in inside if ids[k] in stops]
+        if ends:
+            inside = [k for k in inside if k <= ends[-1]]
+        elif full.marked and following < len(ids) and ids[following] in stops:
+            inside.append(following)  # the mark leaves out what ends the turn
+        elif turn == len(checked) - 1:
             ids.append(tokenizer.eos_id)
             mask.append(True)
-        done = text
-
-    for i, message in enumerate(checked):
-        if message["role"] == "assistant":
-            encode_until(draw(checked[:i], True), False, i)
-            encode_until(draw(checked[: i + 1], False), True, i)
-    encode_until(full, False, len(checked) - 1)
+        for k in inside:
+            mask[k] = True
     return ids, mask
 
 
-def _learned(piece: Sequence[int], stop_ids: Sequence[int]) -> list[bool]:
-    """True up to the last stop token of an assistant's turn; all True when there is none."""
-    stops = [i for i, token in enumerate(piece) if token in stop_ids]
-    end = stops[-1] + 1 if stops else len(piece)
-    return [i < end for i in range(len(piece))]
+def _spans(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    wanted: Sequence[int],
+    full: Rendered,
+) -> Iterator[tuple[int, int, int]]:
+    """(message, start, end) of each turn in ``wanted``, in the text of all messages."""
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if len(full.marked) == len(turns):
+        marked = dict(zip(turns, full.marked))
+        yield from ((i, *marked[i]) for i in wanted)
+        return
+    for i in wanted:
+        before = _draw(tokenizer, messages[:i], variables, add_generation_prompt=True).text
+        last = i == len(messages) - 1
+        after = full.text if last else _draw(tokenizer, messages[: i + 1], variables).text
+        if not after.startswith(before):
+            raise DataError(_unlike_its_prompt(i, before, after))
+        if not full.text.startswith(after):
+            raise DataError(
+                f"the chat template renders message {i} otherwise once more messages follow (as "
+                "those do that drop earlier thoughts), so the text does not hold it as it would be "
+                "generated; set data.turns: apart to learn each assistant turn in an example of "
+                f"its own, or give message {i} the weight 0"
+            )
+        yield i, len(before), len(after)
 
 
-def _refuse_control_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+def _unlike_its_prompt(turn: int, before: str, after: str) -> str:
+    """Why the text of a turn does not go on where generation starts."""
+    same = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), len(after))
+    prompt, stored = (text[max(0, same - 24) : same + 36] for text in (before, after))
+    return (
+        f"the chat template lets the model generate message {turn} after {prompt!r}, but renders "
+        f"the given one as {stored!r}; begin its content as the model would go on from that prompt "
+        "(with the thought, if the prompt opens one), or take a template that agrees with itself"
+    )
+
+
+def _refuse_loss(message: Message, text: str, turn: int) -> None:
+    """Refuse a template that leaves out part of what is to be learned; spaces do not count."""
+    written = "".join(text.split())
+    thought = next((message[k] for k in REASONING if isinstance(message.get(k), str)), "")
+    said = ["".join(t.split()) for t in (thought, message.get("content") or "")]
+    if any(t not in written for t in said) and len(written) < sum(map(len, said)):
+        raise DataError(
+            f"the chat template leaves out part of message {turn}: it writes {text[:80]!r}; mend "
+            "the message, or take another template"
+        )
+
+
+def _inside(
+    ids: Sequence[int],
+    offsets: NDArray[np.int64],
+    start: int,
+    end: int,
+    control: Container[int],
+) -> list[int]:
+    """Indices of the tokens that have a character of [start, end).
+
+    A token that begins before ``start`` counts, unless it is a control token that swallowed a
+    space. Some tokenizers take spaces out of offsets: what is left of a token of spaces is the
+    empty range behind it.
+    """
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    empty = (begins == ends) & (begins > start) & (begins <= end)
+    found = np.flatnonzero(((begins < end) & (ends > start) & (begins < ends)) | empty)
+    return [k for k in found.tolist() if begins[k] >= start or ids[k] not in control]
+
+
+def _refuse_control_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
+) -> None:
     tokens = [token for token in tokenizer.special_tokens if token]
-    for i, message in enumerate(messages):
-        for field, value in message.items():
+    holders = [(f"message {i}", message) for i, message in enumerate(messages)]
+    for where, holder in [*holders, ("the row", variables)]:
+        for field, value in holder.items():
             for text in (field, *_texts(value)):
                 if found := next((token for token in tokens if token in text), None):
                     raise DataError(
-                        f"message {i} contains the control token {found!r} in its {field}, which "
+                        f"{where} contains the control token {found!r} in its {field}, which "
                         "would end or forge a turn; remove it from the data"
                     )
 

@@ -10,6 +10,7 @@ from shardwise.config.schema import Fraction, Section
 from shardwise.data.source import DataSource
 
 TooLong = Literal["truncate", "drop", "error"]
+Turns = Literal["together", "apart"]
 
 
 class DataConfig(Section):
@@ -61,6 +62,11 @@ class ChatDataConfig(Section):
     validation: list[DataSource] = Field(default_factory=list)
     pack: bool = Field(True, description="several examples in a row, without leaking")
     too_long: TooLong = Field("error", description="what to do with examples over seq_len")
+    turns: Turns = Field(
+        "together",
+        description="apart: an example for each assistant turn, ending with it, for templates that "
+        "render earlier turns otherwise (drop their thoughts)",
+    )
 
     @model_validator(mode="after")
     def _only_chat(self) -> ChatDataConfig:

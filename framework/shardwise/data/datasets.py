@@ -18,7 +18,8 @@ import xxhash
 
 from shardwise.data import readers
 from shardwise.data.chat import encode_chat
-from shardwise.data.config import ChatDataConfig, DataConfig
+from shardwise.data.config import ChatDataConfig, DataConfig, Turns
+from shardwise.data.conversation import Message
 from shardwise.data.indexed import IndexedStore, manifest_path, read_manifest, store_paths
 from shardwise.data.mixture import MixtureSampler
 from shardwise.data.packing import Example, PackedExamples, PackedRows, Row
@@ -281,19 +282,31 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def build_chat_examples(sources: Iterable[DataSource], tokenizer: Tokenizer) -> list[Example]:
+def build_chat_examples(
+    sources: Iterable[DataSource], tokenizer: Tokenizer, turns: Turns = "together"
+) -> list[Example]:
     """Conversations of chat-jsonl sources as (ids, loss_mask); DataError names file and line."""
     examples = []
     for source in sources:
         for where, messages in readers.read_chat_jsonl(source.files(), source.field or "messages"):
             try:
-                example = Example(*encode_chat(tokenizer, messages))
+                found = list(_examples(messages, tokenizer, turns))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-            if not any(example.loss_mask):
+            if not any(any(example.loss_mask) for example in found):
                 raise DataError(f"{where}: the conversation has no assistant turn to learn")
-            examples.append(example)
+            examples += found
     return examples
+
+
+def _examples(messages: Sequence[Message], tokenizer: Tokenizer, turns: Turns) -> Iterator[Example]:
+    if turns == "together":
+        yield Example(*encode_chat(tokenizer, messages))
+        return
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            learn = [False] * i + [True]
+            yield Example(*encode_chat(tokenizer, messages[: i + 1], learn=learn))
 
 
 def pack_examples(

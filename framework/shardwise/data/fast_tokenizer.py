@@ -63,6 +63,11 @@ class Tokenizer(Protocol):
     def hash(self) -> str: ...
     @property
     def special_tokens(self) -> tuple[str, ...]: ...
+    @property
+    def control_ids(self) -> frozenset[int]: ...
+    @property
+    def special_tokens_map(self) -> dict[str, str]: ...
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
@@ -110,6 +115,17 @@ class FastTokenizer:
         return tuple(t.content for _, t in sorted(added.items()) if t.special)
 
     @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of `special_tokens`."""
+        return frozenset(map(self.id_of, self.special_tokens))
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The named tokens (``eos_token``, ...) as `save` writes them; chat templates get these."""
+        found = self._config().items()
+        return {k: v for k, v in found if k.endswith("_token") and isinstance(v, str)}
+
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a turn or a document; ``eos_id`` first."""
         known = [t for t in END_OF_TURN if t in self.special_tokens]
@@ -119,6 +135,11 @@ class FastTokenizer:
         """Ids of ``text``; nothing is added to either end."""
         backend = self._parsing if allow_special else self._plain
         return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, [start, end) of each in ``text``) with control tokens read as such."""
+        found = self._parsing.encode(text, add_special_tokens=False)
+        return list(found.ids), list(found.offsets)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all the threads that the tokenizers library may use."""

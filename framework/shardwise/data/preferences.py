@@ -12,6 +12,7 @@ first. ``margin`` (default 1) is by how much the chosen one is better.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,16 +52,18 @@ def encode_ranking(
     answers: Sequence[str],
     ratings: Sequence[float],
 ) -> Ranking:
-    """Token ids as the policy would write them: the chat's prompt, then answer and end token."""
+    """Token ids as the policy would write them: the chat's prompt, then answer and end token.
+
+    A token that reaches from the prompt into the answer is the answer's.
+    """
     head, _ = encode_chat(tokenizer, prompt, add_generation_prompt=True)
-    found = []
+    rows = []
     for answer in answers:
         said = [*prompt, {"role": "assistant", "content": answer}]
-        ids, mask = encode_chat(tokenizer, said)
-        if ids[: len(head)] != head:
-            raise DataError("the chat template writes the prompt otherwise once an answer follows")
-        found.append([t for t, is_said in zip(ids[len(head) :], mask[len(head) :]) if is_said])
-    return Ranking(head, found, [float(r) for r in ratings])
+        ids, mask = encode_chat(tokenizer, said, learn=[False] * len(prompt) + [True])
+        rows.append(ids[: len(mask) - mask[::-1].index(True)])  # its end token is the last
+    shared = sum(1 for _ in itertools.takewhile(lambda s: len(set(s)) == 1, zip(head, *rows)))
+    return Ranking(head[:shared], [row[shared:] for row in rows], [float(r) for r in ratings])
 
 
 def read_rankings(sources: Sequence[DataSource], tokenizer: Tokenizer) -> Iterator[Ranking]:
