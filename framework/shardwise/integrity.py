@@ -180,7 +180,7 @@ def check_folder(folder: Path, weights: bool = True) -> None:
         path = folder / name
         if path.suffix == ".safetensors" and not weights:
             continue
-        if path.name != name:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{folder / SUMS_FILE}: {name!r} is no file of its folder; {mend}")
         try:
             stream = safe_files.open_regular(path)

@@ -160,7 +160,7 @@ def test_tokenizer_and_template(tmp_path: Path) -> None:
 
     _write(tmp_path / "m.gguf", "F32")
     found = from_gguf(tmp_path / "m.gguf")
-    assert found.chat_template == "{{ messages[0]['content'] }}"
+    assert found.chat_templates == {"default": "{{ messages[0]['content'] }}"}
     assert found.special_ids == {"eos": 2, "bos": 1}
     tokenizer = Tokenizer.from_str(json.dumps(found.tokenizer_json))
     text = "<|im_start|>hello 12é<tool>\n"

@@ -41,7 +41,7 @@ def test_round_trip_with_transformers(name: str, tmp_path: Path) -> None:
         assert float(expected.std()) > 0.1  # the comparison would see a wrong model
 
         named = ours.named_parameters()
-        to_hf(tmp_path / "ours", ours.config, named, max_shard_size=30_000, eos_id=7)  # type: ignore[arg-type]
+        to_hf(tmp_path / "ours", ours.config, named, max_shard_size=30_000, stop_ids=[7])  # type: ignore[arg-type]
         assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
         again, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "ours", attn_implementation="eager", output_loading_info=True

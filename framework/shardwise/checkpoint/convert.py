@@ -1,7 +1,7 @@
 """`shardwise convert`: a model from one of the formats we read into one of those we write.
 
 Reads a native checkpoint, a Hugging Face folder or a GGUF file; writes a Hugging Face folder or a
-native checkpoint (fp32 masters, step 0), tokenizer and chat template included.
+native checkpoint (fp32 masters, step 0), with all that travels with a model (`models.travel`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from shardwise.config.schema import ModelConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
+from shardwise.models import travel
 
 Target = Literal["hf", "native"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +39,12 @@ class OpenModel:
     format: Literal["native", "hf", "gguf"]
     config: ModelConfig
     tensors: Iterator[tuple[str, Tensor]]
-    tokenizer_files: dict[str, bytes]  # empty when the model comes without one
+    files: dict[str, bytes]  # what travels with it (`models.travel`)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer of a kind that we read came with it."""
+        return bool(self.files.keys() & {travel.TOKENIZER, travel.SENTENCEPIECE})
 
 
 def open_model(path: Path | str) -> OpenModel:
@@ -58,8 +63,7 @@ def open_model(path: Path | str) -> OpenModel:
     if (path / manifest.NAME).exists() or steps.latest(path) is not None:
         return _open_native(steps.resolve(path))
     config, tensors = models.from_hf(path)
-    files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()}
-    return OpenModel("hf", config, tensors, files)
+    return OpenModel("hf", config, tensors, travel.read(path))
 
 
 def _open_native(path: Path) -> OpenModel:
@@ -80,8 +84,7 @@ def _open_native(path: Path) -> OpenModel:
         for name, tensor in loading.read_tensors(path, lambda n: n.startswith(prefix))
     )
     config = cls.model_validate_json(json.dumps(section), strict=True)
-    kept = {n: files[n] for n in TOKENIZER_FILES if n in files}
-    return OpenModel("native", config, tensors, kept)
+    return OpenModel("native", config, tensors, travel.among(files))
 
 
 def _open_gguf(path: Path) -> OpenModel:
@@ -90,11 +93,13 @@ def _open_gguf(path: Path) -> OpenModel:
 
     model = from_gguf(path)
     names = {kind: model.tokens[i] for kind, i in model.special_ids.items()}
-    settings = tokenizer_config(names, model.chat_template, model.config)
+    settings = tokenizer_config(names, model.chat_templates, model.config)
     files = {
-        "tokenizer.json": json.dumps(model.tokenizer_json, ensure_ascii=False).encode(),
-        "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
+        travel.TOKENIZER: json.dumps(model.tokenizer_json, ensure_ascii=False).encode(),
+        travel.TOKENIZER_CONFIG: travel.dump(settings),
     }
+    if model.end_ids:
+        files[travel.GENERATION] = travel.dump({"eos_token_id": model.end_ids})
     return OpenModel("gguf", model.config, model.tensors, files)
 
 
@@ -126,7 +131,8 @@ def convert(
         "out": str(written),
         "format": to,
         "family": model.config.family,
-        "tokenizer": bool(model.tokenizer_files),
+        "tokenizer": model.has_tokenizer,
+        "files": sorted(model.files),
     }
 
 
@@ -145,24 +151,24 @@ def _write_hf(model: OpenModel, out: Path, dtype: torch.dtype | None) -> Path:
 
 
 def _fill_hf(model: OpenModel, folder: Path, dtype: torch.dtype | None) -> None:
-    for name, data in model.tokenizer_files.items():
-        (folder / name).write_bytes(data)
-    ids: dict[str, int | None] = {}
-    if model.tokenizer_files:
-        tokenizer = load_tokenizer(folder)
-        ids = {
-            "eos_id": tokenizer.eos_id,
-            "bos_id": tokenizer.bos_id,
-            "pad_id": tokenizer.pad_id,
-        }
-    models.to_hf(folder, model.config, model.tensors, dtype=dtype, **ids)  # type: ignore[arg-type]
-    names = [path.name for path in folder.iterdir() if path.name != integrity.SUMS_FILE]
-    integrity.write_sums(folder, names)
+    travel.write(folder, model.files)
+    tokenizer = load_tokenizer(folder) if model.has_tokenizer else None
+    models.to_hf(
+        folder,
+        model.config,
+        model.tensors,
+        dtype=dtype,
+        carried=model.files,
+        stop_ids=tokenizer.stop_ids if tokenizer else (),
+        named_ids=tokenizer.named_ids if tokenizer else None,
+    )
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    integrity.write_sums(folder, (name for name in found if name != integrity.SUMS_FILE))
 
 
 def _write_native(model: OpenModel, out: Path, source: str) -> Path:
     tensors = {f"model.{name}": tensor.float() for name, tensor in model.tensors}
     section = model.config.model_dump_json().encode()
-    files = {MODEL_FILE: section, **model.tokenizer_files}
+    files = {MODEL_FILE: section, **model.files}
     meta = {"converted_from": Path(source).name, "model": json.loads(section)}
     return saving.save(out, 0, tensors, meta, files)

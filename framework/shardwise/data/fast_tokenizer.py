@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from shardwise import integrity
 from shardwise.errors import DataError, UserError
+from shardwise.models import travel
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Tokenizer(Protocol):
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
     @property
+    def named_ids(self) -> dict[str, int]: ...
+    @property
     def byte_lengths(self) -> NDArray[np.int64]: ...
     @property
     def hash(self) -> str: ...
@@ -73,14 +76,16 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
     def id_of(self, token: str) -> int: ...
     def token_of(self, token_id: int) -> str: ...
-    def save(self, folder: Path | str) -> None: ...
+    def files(self) -> dict[str, bytes]: ...
+    def save(self, folder: Path | str, also: Mapping[str, bytes] | None = None) -> None: ...
 
 
 class FastTokenizer:
     """A ``tokenizers.Tokenizer`` with the names of its end, begin and padding tokens.
 
-    ``eos``, ``bos`` and ``pad`` are token strings; ``pad`` None pads with ``eos``. Raises DataError
-    when one of them is not in the vocabulary.
+    ``eos``, ``bos`` and ``pad`` are token strings; ``pad`` None pads with ``eos``. ``files`` are
+    those it was read from, which `save` writes again as they are; ``ends`` are further ids that end
+    a turn. Raises DataError when a token is not in the vocabulary.
     """
 
     def __init__(
@@ -91,17 +96,21 @@ class FastTokenizer:
         bos: str | None = None,
         pad: str | None = None,
         chat_template: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self._parsing = backend  # recognises control tokens inside text
         self._plain = Backend.from_str(backend.to_str())
         self._plain.encode_special_tokens = True  # spells them out
-        self.chat_template = chat_template
+        self.chat_template = self._read_template = chat_template
+        self._files = dict(files or {})
         self._eos, self._bos, self._pad = eos, bos, pad
         self.eos_id = self.id_of(eos)
         self.bos_id = None if bos is None else self.id_of(bos)
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
+        self._ends = tuple(i for i in ends if i < self.vocab_size)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -129,7 +138,13 @@ class FastTokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a turn or a document; ``eos_id`` first."""
         known = [t for t in END_OF_TURN if t in self.special_tokens]
-        return tuple(dict.fromkeys([self.eos_id, *map(self.id_of, known)]))
+        return tuple(dict.fromkeys([self.eos_id, *map(self.id_of, known), *self._ends]))
+
+    @property
+    def named_ids(self) -> dict[str, int]:
+        """Of "eos", "bos" and "pad", those that the tokenizer names itself."""
+        named = {"eos": self._eos, "bos": self._bos, "pad": self._pad}
+        return {kind: self.id_of(token) for kind, token in named.items() if token is not None}
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is added to either end."""
@@ -188,18 +203,30 @@ class FastTokenizer:
 
     @property
     def hash(self) -> str:
-        """xxh3-128 of all that `save` writes."""
-        return fingerprint_of(self._parsing.to_str(), self._config())
+        """xxh3-128 of what decides the ids of a text and of a conversation."""
+        said = {"pad_token": self.token_of(self.pad_id), **self._config()}
+        return fingerprint_of(self._parsing.to_str(), said)
 
-    def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(
-            self._parsing.to_str(pretty=True), encoding="utf-8", newline="\n"
-        )
-        _write_config(folder, self._config())
-        integrity.write_sums(folder, ["tokenizer.json", "tokenizer_config.json"])
+    def save(self, folder: Path | str, also: Mapping[str, bytes] | None = None) -> None:
+        """Write `files`, and ``also`` over them, with what they hash to."""
+        files = self.files() | dict(also or {})
+        travel.write(Path(folder), files)
+        integrity.write_sums(Path(folder), files)
+
+    def files(self) -> dict[str, bytes]:
+        """What transformers' AutoTokenizer reads (`models.travel`), by name."""
+        files = dict(self._files)
+        config = travel.parse(files, travel.TOKENIZER_CONFIG)
+        if travel.TOKENIZER not in files:
+            files[travel.TOKENIZER] = self._parsing.to_str(pretty=True).encode()
+            files[travel.TOKENIZER_CONFIG] = travel.dump(config | self._config())
+        elif not config:
+            files[travel.TOKENIZER_CONFIG] = travel.dump(self._config())
+        if self.chat_template is not None and self.chat_template != self._read_template:
+            files = travel.with_template(files, self.chat_template)
+        if self._ends:
+            files[travel.GENERATION] = travel.dump({"eos_token_id": list(self.stop_ids)})
+        return files
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -207,8 +234,9 @@ class FastTokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 10**30,
             "eos_token": self._eos,
-            "pad_token": self._pad or self._eos,
         }
+        if self._pad is not None:
+            config["pad_token"] = self._pad
         if self._bos is not None:
             config["bos_token"] = self._bos
         if self.chat_template is not None:
@@ -305,11 +333,6 @@ def train_bpe(
             "the text gave a BPE of %d tokens, not %d: it repeats too little", size, vocab_size
         )
     return FastTokenizer(backend, pad=PAD, chat_template=chat_template)
-
-
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def fingerprint_of(*parts: Any) -> str:

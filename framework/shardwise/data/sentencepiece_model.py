@@ -27,8 +27,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from shardwise.data.fast_tokenizer import FastTokenizer, special
-from shardwise.data.tokenizer_config import read_config
+from shardwise.data.tokenizer_config import end_ids, read_settings
 from shardwise.errors import DataError
+from shardwise.models import travel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
@@ -50,14 +51,15 @@ def load_sentencepiece(path: Path | str) -> FastTokenizer:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return _build(path, list(_fields(raw)))
+        return _build(path, raw)
     except DataError:
         raise
     except Exception as error:  # of a damaged file, here or in the library (a bare Exception)
         raise DataError(f"{path}: {error}; not a sentencepiece model") from error
 
 
-def _build(path: Path, model: list[tuple[int, bytes | int]]) -> FastTokenizer:
+def _build(path: Path, raw: bytes) -> FastTokenizer:
+    model = list(_fields(raw))
     pieces = [_piece(v) for n, v in model if n == 1 and isinstance(v, bytes)]
     trainer = _message(model, 2)
     normalizer = _message(model, 3)
@@ -94,8 +96,16 @@ def _build(path: Path, model: list[tuple[int, bytes | int]]) -> FastTokenizer:
     bos, eos, pad = (n if n in control else None for n in names)
     if eos is None:
         raise DataError(f"{path}: the model has no end token; train it with one")
-    template = read_config(path.parent).get("chat_template")
-    return FastTokenizer(backend, eos=eos, bos=bos, pad=pad, chat_template=template)
+    files, config = read_settings(path.parent)
+    return FastTokenizer(
+        backend,
+        eos=eos,
+        bos=bos,
+        pad=pad,
+        chat_template=config["chat_template"],
+        files=files | {travel.SENTENCEPIECE: raw},
+        ends=end_ids(path.parent),
+    )
 
 
 def _unknown(pieces: list[_Piece]) -> int:

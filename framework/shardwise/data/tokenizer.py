@@ -28,8 +28,9 @@ from shardwise.data.fast_tokenizer import (
 from shardwise.data.files import hash_file
 from shardwise.data.sentencepiece_model import load_sentencepiece
 from shardwise.data.tiktoken_file import load_tiktoken
-from shardwise.data.tokenizer_config import read_config, token_text
+from shardwise.data.tokenizer_config import end_ids, read_settings, token_text
 from shardwise.errors import DataError, UserError
+from shardwise.models import travel
 
 __all__ = [
     "END_OF_TURN",
@@ -107,19 +108,32 @@ def _load_path(path: Path) -> Tokenizer:
             raise DataError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
         return load_sentencepiece(model)
     file = path / "tokenizer.json" if path.is_dir() else path
+    files, config = read_settings(file.parent)
+    if path.is_dir():
+        files |= travel.read(path, travel.VOCABULARIES)
     try:
-        backend = Backend.from_str(safe_files.read_text(file))
+        files[travel.TOKENIZER] = safe_files.read_bytes(file)
+        backend = Backend.from_str(files[travel.TOKENIZER].decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from error
-    config = read_config(file.parent)
+    ends = end_ids(file.parent)
     names = {k: token_text(config, f"{k}_token", file.parent) for k in ("eos", "bos", "pad")}
-    eos = names["eos"] or next((t for t in (*END_OF_TURN[::-1], "<eos>") if _has(backend, t)), None)
+    guesses = (*map(backend.id_to_token, ends), *END_OF_TURN[::-1], "<eos>")
+    eos = names["eos"] or next((t for t in guesses if t and _has(backend, t)), None)
     if eos is None:
         raise DataError(f"{file}: no end token; name it as eos_token in tokenizer_config.json")
-    pad = names["pad"] or (PAD if _has(backend, PAD) else None)
-    return FastTokenizer(
-        backend, eos=eos, bos=names["bos"], pad=pad, chat_template=config.get("chat_template")
+    made = FastTokenizer(
+        backend,
+        eos=eos,
+        bos=names["bos"],
+        pad=names["pad"],
+        chat_template=config["chat_template"],
+        files=files,
+        ends=ends,
     )
+    if names["pad"] is None and _has(backend, PAD):
+        made.pad_id = made.id_of(PAD)  # for our own use; the tokenizer names none
+    return made
 
 
 def _has(backend: Backend, token: str) -> bool:

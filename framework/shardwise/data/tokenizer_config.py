@@ -1,38 +1,37 @@
-"""What stands beside a tokenizer: tokenizer_config.json and the chat template."""
+"""What stands beside a vocabulary: its settings, the chat template, the model's end tokens."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import DataError
+from shardwise.errors import CheckpointError, DataError
+from shardwise.models import travel
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a folder (empty when absent), with chat_template.jinja read in."""
-    config: dict[str, Any] = {}
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{file}: must hold a JSON object")
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        try:
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{template}: byte {error.start}: not UTF-8") from error
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several by name: take the default one
-        default = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
-        found = config["chat_template"] = default[0].get("template") if default else None
-    if not isinstance(found, str | None):
-        raise DataError(f"{file}: chat_template must be a text")
-    return config
+def read_settings(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files beside a vocabulary that travel with it, and what they say together.
+
+    As in transformers, special_tokens_map.json counts where tokenizer_config.json lists no tokens,
+    and chat_template.jinja more than either. Raises DataError naming the file.
+    """
+    try:
+        files = travel.read(folder, travel.SETTINGS)
+        config = travel.parse(files, travel.TOKENIZER_CONFIG)
+        if "added_tokens_decoder" not in config:
+            config |= travel.parse(files, travel.SPECIAL_TOKENS)
+        template = travel.template(files, config)
+    except CheckpointError as error:
+        raise DataError(f"{folder}/{error}") from error
+    return files, config | {"chat_template": template}
+
+
+def end_ids(folder: Path) -> tuple[int, ...]:
+    """The end tokens that the model beside a tokenizer names."""
+    try:
+        return travel.end_ids(travel.read(folder, travel.MODEL))
+    except CheckpointError as error:
+        raise DataError(f"{folder}/{error}") from error
 
 
 def token_text(config: dict[str, Any], key: str, folder: Path) -> str | None:

@@ -25,7 +25,7 @@ class Family:
 
     config: type[DecoderConfig]
     model: type[Decoder]
-    hf: ModuleType  # rules, config_from_hf, config_to_hf, MODEL_TYPES, PREFIX, IGNORE
+    hf: ModuleType  # rules, config_from_hf, config_to_hf, MODEL_TYPES, PREFIX, IGNORE, OTHER_WORDS
     sharding: tuple[ShardRule, ...]
 
 

@@ -39,6 +39,7 @@ _LAYER = {
     "ffn_down": "mlp.down",
 }
 _SPECIAL = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown"}
+_ENDS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -49,9 +50,10 @@ class GgufModel:
     config: LlamaConfig
     tensors: Iterator[tuple[str, Tensor]]
     tokenizer_json: dict[str, Any]
-    chat_template: str | None
+    chat_templates: dict[str, str]  # by name; "default" is the one to use
     tokens: list[str]
     special_ids: dict[str, int]  # "eos", "bos", "pad", "unk", as far as the file names them
+    end_ids: list[int]  # all that end a turn or a text
 
 
 def from_gguf(path: Path | str) -> GgufModel:
@@ -84,9 +86,10 @@ def from_gguf(path: Path | str) -> GgufModel:
             config=config,
             tensors=_stream(path, config, fields["general.architecture"], tensors),
             tokenizer_json=tokenizer_json(fields, special.get("bos")),
-            chat_template=fields.get("tokenizer.chat_template"),
+            chat_templates=_templates(fields),
             tokens=fields["tokenizer.ggml.tokens"],
             special_ids=special,
+            end_ids=list(dict.fromkeys(int(fields[k]) for k in _ENDS if k in fields)),
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: the metadata has no {error}") from None
@@ -94,6 +97,12 @@ def from_gguf(path: Path | str) -> GgufModel:
         raise CheckpointError(f"{path}: {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
+    stem = "tokenizer.chat_template"
+    named = {k.removeprefix(f"{stem}."): v for k, v in fields.items() if k.startswith(f"{stem}.")}
+    return ({"default": fields[stem]} if stem in fields else {}) | named
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfig:

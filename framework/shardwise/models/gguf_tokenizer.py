@@ -106,12 +106,15 @@ def _bos_first(token: str, token_id: int) -> dict[str, Any]:
 
 
 def tokenizer_config(
-    names: Mapping[str, str], chat_template: str | None, config: LlamaConfig
+    names: Mapping[str, str], chat_templates: Mapping[str, str], config: LlamaConfig
 ) -> dict[str, Any]:
     """Contents of tokenizer_config.json, as transformers reads it."""
     found: dict[str, Any] = {f"{kind}_token": token for kind, token in names.items()}
-    if chat_template is not None:
-        found["chat_template"] = chat_template
+    if list(chat_templates) == ["default"]:
+        found["chat_template"] = chat_templates["default"]
+    elif chat_templates:
+        listed = [{"name": n, "template": t} for n, t in chat_templates.items()]
+        found["chat_template"] = listed
     return found | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_seq_len,

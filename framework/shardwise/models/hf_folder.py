@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from shardwise import integrity
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError, UserError
+from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.common.hf import from_hf_stream, to_hf_stream
+from shardwise.models.common.hf import LABELS, from_hf_stream, to_hf_stream
 from shardwise.models.families import FAMILIES, family_of
 
 INDEX = "model.safetensors.index.json"
@@ -143,33 +144,59 @@ def to_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
-    eos_id: int | None = None,
-    bos_id: int | None = None,
-    pad_id: int | None = None,
+    carried: Mapping[str, bytes] | None = None,
+    stop_ids: Sequence[int] = (),
+    named_ids: Mapping[str, int] | None = None,
 ) -> None:
     """Write a folder that transformers loads.
 
     ``named`` are full tensors under our names, converted to ``dtype`` if given. A file holds at
-    most ``max_shard_size`` bytes of tensors, or one tensor. The token ids go to config.json and
-    generation_config.json. config.json is written last, so a folder that has it is complete.
+    most ``max_shard_size`` bytes of tensors, or one tensor. ``carried`` are files that came with
+    the model (`travel`): its config.json and generation_config.json go on, but for what ``config``
+    says otherwise and for ``stop_ids``, after which generation ends too. ``named_ids`` (of "eos",
+    "bos", "pad") serve where the files say nothing. config.json is written last, so a folder that
+    has it is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    raw = family_of(config).hf.config_to_hf(config)
-    for stale in (folder / "config.json", folder / INDEX, *folder.glob("model*.safetensors")):
+    carried = carried or {}
+    raw = _config_json(config, travel.parse(carried, travel.CONFIG))
+    tokens = {f"{kind}_token_id": token for kind, token in (named_ids or {}).items()}
+    for stale in (folder / travel.CONFIG, folder / INDEX, *folder.glob("model*.safetensors")):
         stale.unlink(missing_ok=True)
     stored = _write_shards(folder, to_hf_tensors(config, named), dtype, max_shard_size)
-    tokens = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id}
-    tokens = {key: value for key, value in tokens.items() if value is not None}
-    if tokens:
-        _write_json(folder / "generation_config.json", tokens)
+    ends = list(dict.fromkeys([*travel.end_ids(carried), *stop_ids]))
+    said = tokens | travel.generation(carried)
+    if len(ends) > len(travel.end_ids(carried)):
+        said["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if said:
+        _write_json(folder / travel.GENERATION, said)
     # An absent bos or eos would fall back to the class's own, which may be outside the vocabulary.
-    raw |= {"bos_token_id": None, "eos_token_id": None} | tokens
-    _write_json(folder / "config.json", raw | {"torch_dtype": stored})
+    raw = {"bos_token_id": None, "eos_token_id": None} | tokens | raw
+    raw |= {"dtype" if "dtype" in raw else "torch_dtype": stored}
+    _write_json(folder / travel.CONFIG, raw)
+
+
+def _config_json(config: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]:
+    """What ``carried`` says, but for what ``config`` says otherwise."""
+    hf = family_of(config).hf
+    made: dict[str, Any] = hf.config_to_hf(config)
+    if carried.get("model_type") not in hf.MODEL_TYPES:
+        return made
+    before, head = hf.config_from_hf(carried), getattr(config, "head", "vocabulary")
+    if before == config:
+        return carried
+    kept = {k: v for k, v in carried.items() if k not in (*made, *hf.OTHER_WORDS)}
+    for key in LABELS:  # names of scores
+        if before.head != head:
+            kept.pop(key, None)
+        elif key in carried:
+            made[key] = carried[key]
+    return kept | made
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(travel.dump(value))
 
 
 def _write_shards(

@@ -15,6 +15,7 @@ from shardwise.data.chat import encode_chat
 from shardwise.data.conversation import Message
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import UserError
+from shardwise.models import travel
 from shardwise.ops import dice
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
@@ -97,9 +98,8 @@ def encode_prompt(
 
 
 def _tokenizer(model: OpenModel, ckpt: Path | str) -> Tokenizer:
-    if not model.tokenizer_files:
+    if not model.has_tokenizer:
         raise UserError(f"{ckpt}: comes without a tokenizer; put tokenizer.json beside the weights")
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in model.tokenizer_files.items():
-            (Path(folder) / name).write_bytes(data)
+        travel.write(Path(folder), model.files)
         return load_tokenizer(folder)

@@ -16,6 +16,7 @@ from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
+from shardwise.models import travel
 from shardwise.parallel.mesh import pick_device, start
 from shardwise.stages.base import StageContext
 from shardwise.stages.pipeline import evaluate_all
@@ -35,8 +36,7 @@ def evaluate(ckpt: str | Path) -> dict[str, Any]:
     if "config.yaml" not in files:
         raise CheckpointError(f"{path}: carries no config.yaml; it was not saved by a stage")
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
+        travel.write(Path(folder), files)
         run = load_config(parse(files["config.yaml"].decode(), f"{path}/config.yaml").data).config
         if not run.evaluations:
             raise CheckpointError(f"{path}: its recipe has no evaluations; add some and retrain")

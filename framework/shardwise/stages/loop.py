@@ -216,7 +216,9 @@ def checkpoint_root(directory: Path, stage: str) -> Path:
 
 def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
     """What makes a checkpoint complete: recipe, stage, tokenizer, and a model of another kind."""
-    files = {p.name: p.read_bytes() for p in sorted((ctx.directory / "tokenizer").iterdir())}
+    folder = ctx.directory / "tokenizer"
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
     files["config.yaml"] = resolved_yaml(ctx.run).encode()
     files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
     if ctx.model != ctx.run.model:

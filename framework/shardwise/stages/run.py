@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise.checkpoint.convert import open_model
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
 from shardwise.config.run import RunConfig
@@ -26,6 +27,7 @@ from shardwise.errors import ConfigError, DataError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
+from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
@@ -205,7 +207,7 @@ def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
         tokenizer = load_tokenizer(run.tokenizer, texts)
         if tokenizer.chat_template is None and any(s.kind != "pretrain" for s in run.stages):
             tokenizer.chat_template = CHATML  # said aloud, so that whoever loads it talks alike
-        tokenizer.save(folder)
+        tokenizer.save(folder, _of_start(run, tokenizer))
         write_atomically(folder / "ready", asked.encode())
     dist.barrier()
     made = (folder / "ready").read_text()
@@ -216,6 +218,23 @@ def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
             "afresh with another run_dir"
         )
     return load_tokenizer(folder)
+
+
+def _of_start(run: RunConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The configs that came with the model that a run starts from.
+
+    Their token ids are left out if its tokenizer is another one.
+    """
+    files = {} if run.init_from is None else open_model(run.init_from).files
+    kept = {name: files[name] for name in travel.MODEL if name in files}
+    own = tokenizer.files()[travel.TOKENIZER]
+    if files.get(travel.TOKENIZER, own) == own:
+        return kept
+    read = {name: travel.parse(files, name) for name in kept}
+    return {
+        name: travel.dump({k: v for k, v in config.items() if not k.endswith("_token_id")})
+        for name, config in read.items()
+    }
 
 
 def with_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:

@@ -29,7 +29,9 @@ def test_folder_loads_in_transformers_with_equal_scores(tmp_path: Path, index: i
     assert model.head.weight.shape == (1, config.hidden_size)
     parameters = sum(p.numel() for p in model.parameters())
     assert config.num_parameters() == parameters
-    registry.to_hf(tmp_path, config, model.named_parameters(), pad_id=0, eos_id=1)
+    registry.to_hf(
+        tmp_path, config, model.named_parameters(), stop_ids=[1], named_ids={"eos": 1, "pad": 0}
+    )
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     ids = torch.tensor([[5, 9, 3, 7]])
     with torch.no_grad():

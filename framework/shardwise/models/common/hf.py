@@ -14,6 +14,7 @@ from shardwise.errors import CheckpointError
 # Where a decoder's head stands, by `DecoderConfig.head`.
 HEADS = {"vocabulary": "lm_head.weight", "scalar": "score.weight"}
 _SCORES = "ForSequenceClassification"
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of a scalar head alone
 
 
 def head_from_hf(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:

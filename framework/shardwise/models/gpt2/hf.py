@@ -12,6 +12,7 @@ from shardwise.models.gpt2.config import GPT2Config
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
 IGNORE = (".attn.bias", ".attn.masked_bias")  # constant masks that old checkpoints carry
+OTHER_WORDS = ()  # see llama/hf.py
 
 _QKV = ("attn.q", "attn.k", "attn.v")
 # Ours, theirs, and whether it is a Conv1D, whose weight is (in, out).

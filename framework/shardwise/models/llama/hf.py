@@ -16,6 +16,11 @@ from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 PREFIX = "model."
 IGNORE = (".rotary_emb.inv_freq",)
+# Keys that `config_from_hf` reads and `config_to_hf` may say in other words.
+OTHER_WORDS = (
+    "rope_parameters", "layer_types", "use_sliding_window", "sliding_window", "max_window_layers",
+    "attention_bias", "mlp_bias",
+)  # fmt: skip
 
 _LAYER = (
     ("attn_norm.weight", "input_layernorm.weight"),
