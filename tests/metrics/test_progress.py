@@ -123,3 +123,4 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_describe_ignores_what_is_no_number() -> None:
     assert describe({"loss": "x", "grad_norm": 0.5, "unknown": 1}) == "grad 0.5"
+    assert describe({"loss": 2.0, "val_loss": 2.5}) == "loss 2  val loss 2.5"

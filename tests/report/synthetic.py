@@ -147,10 +147,10 @@ def summary() -> dict[str, Any]:
     hashes = ["3f9c0a7be1d24c55a0b1c2d3e4f50617", "a81be07714c94a02b7d1e2f3a4b5c6d7"]
     stages = []
     parent = ""
-    for name, steps, seconds, tokens in (
-        ("pretrain", 900, 331.0, 1_843_200),
-        ("sft", 60, 26.0, 122_880),
-        ("grpo", 160, 148.0, 912_000),
+    for name, steps, seconds, tokens, figures in (
+        ("pretrain", 900, 331.0, 1_843_200, {"loss": 3.0211, "val_loss": 3.2916}),
+        ("sft", 60, 26.0, 122_880, {"loss": 0.31}),
+        ("grpo", 160, 148.0, 912_000, {"loss": -0.002, "reward_mean": 0.7012}),
     ):
         stages.append(
             {
@@ -164,6 +164,7 @@ def summary() -> dict[str, Any]:
                 "parent_hash": parent,
                 "seconds": seconds,
                 "tokens": tokens,
+                "figures": figures,
                 "metrics": {"loss": 3.02 if name == "pretrain" else 0.31},
             }
         )
@@ -173,6 +174,7 @@ def summary() -> dict[str, Any]:
         "val_bits_per_byte": 1.874,
         "gzip_bits_per_byte": 2.091,
         "xz_bits_per_byte": 2.003,
+        "val_source": "stdlib:validation",
         "accuracy": {"pretrain": 0.004, "sft": 0.594, "grpo": 0.871},
         "majority_baseline": 0.231,
         "num_problems": 512,

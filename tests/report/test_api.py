@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
@@ -42,7 +43,7 @@ def plots(text: str) -> list[dict[str, Any]]:
 def test_whole_run(run_dir: Path) -> None:
     text = body(run_dir)
     for expected in (
-        "1.874 bits per byte on held-out text, 10.4% below gzip -9",
+        "1.874 bits per byte on held-out text (stdlib:validation), 10.4% below gzip -9",
         "went from 0.59 (sft) to 0.87 (grpo) on 512 problems",
         "the 95% intervals do not overlap",
         "majority answer 0.231",
@@ -319,3 +320,47 @@ def test_a_run_whose_start_was_measured_is_finished_too(tmp_path: Path) -> None:
         tmp_path / "run", metrics=[start, *synthetic.lines()], summary_=synthetic.summary()
     )
     assert page.is_finished(load_run(folder))
+
+
+def test_a_run_without_held_out_figures_has_a_sentence_too(tmp_path: Path) -> None:
+    """No lone full stop under the title, whatever is missing."""
+    summary = {"stages": [{"name": "pretrain", "figures": {"loss": 2.5, "val_loss": 2.75}}]}
+    config = "stages:\n  - kind: pretrain\n"
+    write = functools.partial(synthetic.write_run, metrics=[], config=config)
+    run = load_run(write(tmp_path / "a", summary_=summary))
+    assert page.verdict(run) == "Pretrain: loss 2.5, validation 2.75."
+    del summary["stages"][0]["figures"]
+    assert page.verdict(load_run(write(tmp_path / "b", summary_=summary))) == "Finished."
+
+
+def test_figures_say_what_they_are_of(tmp_path: Path) -> None:
+    folder = synthetic.write_run(tmp_path / "run", summary_=synthetic.summary())
+    assert "bits per byte on held-out text (stdlib:validation)" in body(folder)
+    assert "the last of" not in body(folder)
+    write_jsonl(folder / "notes.jsonl", [{"kind": "event", "event": "started"}] * 2)
+    assert "Wall time, the last of 2 starts" in body(folder)
+
+
+def test_accuracy_of_the_stage_before_is_what_a_policy_started_from(tmp_path: Path) -> None:
+    """It is measured after a stage only; the rule sees the fall all the same."""
+    rows = [r for r in synthetic.lines() if "accuracy" not in r]
+    for step, stage, accuracy in ((60, "sft", 0.8), (160, "grpo", 0.5)):
+        head = {"time": 2e9, "stage": stage, "step": step, "kind": "eval"}
+        rows.append(head | {"accuracy": accuracy, "num_problems": 512})
+    run = load_run(synthetic.write_run(tmp_path / "run", metrics=rows))
+    found = [c.rule for diagnosis in page.diagnoses(run) for c in diagnosis.found]
+    assert found == ["reward hacking"]
+
+
+def test_gzip_of_other_documents_is_no_reference(tmp_path: Path) -> None:
+    def rows(gzip: float) -> list[dict[str, Any]]:
+        head = {"time": 1.0, "kind": "eval", "val_bits_per_byte": 1.5}
+        return [
+            head | {"stage": "pretrain", "step": 9, "gzip_bits_per_byte": 2.0},
+            head | {"stage": "sft", "step": 9, "gzip_bits_per_byte": gzip},
+        ]
+
+    for gzip, drawn in ((2.0, True), (2.5, False)):
+        run = load_run(synthetic.write_run(tmp_path / str(gzip), metrics=rows(gzip)))
+        chart = figures.compression_chart(run)
+        assert chart is not None and ("gzip -9" in str(chart.traces)) == drawn

@@ -167,6 +167,15 @@ def test_reward_hacking() -> None:
         assert d.reward_hacking(up, EMPTY, longer).status == "found"
         assert d.reward_hacking(up, rising, longer).status == "clear"  # longer and better
         assert d.reward_hacking(up, rising, constant).status == "clear"
+        shorter = series(np.linspace(20, 9, 160))
+        more = series(np.linspace(0.2, 0.9, 160))  # they learn to stop
+        assert d.reward_hacking(up, EMPTY, shorter, more).status == "clear"
+        assert d.reward_hacking(up, EMPTY, shorter).status == "clear"  # nobody knows why
+        assert d.reward_hacking(up, rising, shorter, constant).status == "clear"
+        answer = d.reward_hacking(up, EMPTY, shorter, constant)
+        assert answer.status == "found" and "shrank" in answer.message
+        assert d.reward_hacking(up, falling, constant, num_problems=512).status == "found"
+        assert d.reward_hacking(up, falling, constant, num_problems=8).status == "clear"  # chance
         assert d.reward_hacking(reward(seed, 0.5, 0.5), falling, longer).status == "clear"
 
 
@@ -209,3 +218,14 @@ def test_rolling_median_is_of_the_past() -> None:
     values = np.array([5.0, 1.0, 9.0, 2.0, 8.0, 3.0])
     expected = [5.0, 5.0, 3.0, 5.0, 2.0, 8.0]
     np.testing.assert_array_equal(d._rolling_median(values, 3), expected)
+
+
+@pytest.mark.parametrize("n", [60, 200])
+def test_a_loss_of_zero_has_no_percentages(n: int) -> None:
+    """A memorised corpus ends at exactly 0; noise of 1e-9 there is no spike, and no swing."""
+    values = np.concatenate([np.linspace(3, 0, n // 3), np.zeros(n - n // 3)])
+    values[-5] = 1e-9
+    assert d.spikes(series(values)).status == "clear"
+    assert d.oscillates(series(values)).status == "clear"
+    values[-5] = 2.0
+    assert d.spikes(series(values)).status == "found"

@@ -14,7 +14,10 @@ from tests.report.synthetic import summary
 EXPECTED = """\
 shardwise  quickstart  dp2.zero1  done in 8:57
 
-  validation  1.874 bits/byte
+  last step   pretrain  loss 3.021, validation 3.292
+              sft       loss 0.31
+              grpo      reward 0.701
+  validation  1.874 bits/byte of stdlib:validation
               10.4% below gzip -9 (2.091), 6.4% below xz (2.003)
   accuracy    pretrain  0.004  [0.001, 0.014]
               sft       0.594  [0.551, 0.636]  +0.590
@@ -41,14 +44,17 @@ def test_nothing_known() -> None:
 ODD = st.one_of(
     st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=200), st.lists(st.none())
 )
+FIGURES = st.dictionaries(st.sampled_from(["loss", "val_loss", "reward_mean"]), st.floats())
 STAGE = st.dictionaries(
-    st.sampled_from(["name", "kind", "steps", "tokens", "seconds", "checkpoint"]), ODD
+    st.sampled_from(["name", "kind", "steps", "tokens", "seconds", "checkpoint", "figures"]),
+    st.one_of(ODD, FIGURES),
 )
 ODD_SUMMARY = st.fixed_dictionaries(
     {},
     optional=dict.fromkeys(summary(), ODD)
     | {
         "stages": st.lists(st.one_of(STAGE, st.none()), max_size=30),
+        "val_source": st.text(max_size=200),
         "accuracy": st.dictionaries(st.text(max_size=50), st.floats(), max_size=30),
         "num_problems": st.one_of(st.none(), st.integers(-1, 1000)),
     },
@@ -65,7 +71,7 @@ def test_always_fits(data: dict[str, Any], path: str) -> None:
 
 def test_what_is_left_out_is_counted() -> None:
     data = {"accuracy": {f"s{i}": 0.5 for i in range(12)}}
-    assert any("and 5 more in the report" in line for line in summary_lines(data))
+    assert any("and 7 more in the report" in line for line in summary_lines(data))
 
 
 @pytest.mark.parametrize("width", [5, 6, 21])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardwise.config.load import load_config
+from shardwise.errors import ConfigError
 from shardwise.stages.evaluate import evaluate
+from shardwise.stages.run import preflight
 from tests.stages.recipes import TASK, recipe, run
 from tests.support.pool import RankPool
 
@@ -43,3 +47,66 @@ def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes(ranks: RankPool, tmp_p
     assert figures["val_bytes"] == len(text)
     assert figures["val_tokens"] == len(text) + 1
     assert 1.0 < figures["val_bits_per_byte"] < 9.0
+
+
+def test_bits_per_byte_is_of_the_run_s_own_documents(ranks: RankPool, tmp_path: Path) -> None:
+    """Without data of its own: the stage's validation documents, after fine-tuning too.
+
+    A second evaluation of the kind keeps its figures apart from the first one's.
+    """
+    config = recipe(tmp_path / "run", "pretrain", "sft")
+    corpus = tmp_path / "corpus"
+    own = {"sources": [{"kind": "text", "path": str(corpus / "[0-4].txt")}]}
+    own["validation"] = [{"kind": "text", "path": str(corpus / "4.txt")}]
+    bits = {"kind": "bits_per_byte", "seq_len": 16, "micro_batch": 3}
+    config["evaluations"] = [bits, bits | {"name": "other", "data": own}]
+    [summary] = ranks.run(run, config, world=1)
+    for stage in summary["stages"]:
+        figures = stage["metrics"]
+        assert figures["val_bytes"] == (corpus / "5.txt").stat().st_size
+        assert figures["other.val_bytes"] == (corpus / "4.txt").stat().st_size
+        assert figures["val_source"].endswith("5.txt")
+        assert figures["val_bits_per_byte"] != figures["other.val_bits_per_byte"]
+    assert summary["val_source"].endswith("5.txt")
+    # A share held out by content is measured as such.
+    pretrain = config["stages"][0]
+    pretrain |= {"data": {"sources": pretrain["data"]["sources"], "held_out": 0.7}}
+    config |= {"run_dir": str(tmp_path / "share"), "stages": [pretrain]}
+    config["evaluations"] = [bits]
+    [summary] = ranks.run(run, config, world=1)
+    assert summary["val_source"].startswith("0.7 of text:")
+    assert 0 < summary["stages"][0]["metrics"]["val_bytes"] < 2000
+
+
+def test_what_an_evaluation_lacks_is_told_before_anything_starts(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "pretrain")
+    config["evaluations"] = [{"kind": "bits_per_byte"}]
+    del config["stages"][0]["data"]["validation"]
+    with pytest.raises(ConfigError, match=r"bits_per_byte after stage pretrain.*held_out"):
+        preflight(load_config(config).config, 1)
+    missing = {"sources": [{"kind": "text", "path": str(tmp_path / "none.txt")}], "held_out": 0.1}
+    config["evaluations"][0]["data"] = missing
+    with pytest.raises(ConfigError, match=r"evaluations\.0\.data\.sources\.0\.path.*none\.txt"):
+        preflight(load_config(config).config, 1)
+
+
+def test_speed_and_tokens_are_of_steady_work_and_real_tokens(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    """The first step is in no figure of speed, and padding in no number of tokens."""
+    config = recipe(tmp_path / "run", "sft", "grpo")
+    config["stages"][0]["data"] = {"pack": False}
+    [summary] = ranks.run(run, config, world=1)
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    timed = [r for r in rows if r["stage"] == "sft" and r["kind"] == "train"]
+    assert ["tokens_per_second" in r for r in timed] == [False, True, True, True]
+    assert all(0 < r["tokens"] < 4 * 96 / 2 for r in timed)  # of 4 rows of 96, mostly padding
+    seconds = sum(r["step_seconds"] for r in timed[1:])
+    sft, grpo = summary["stages"]
+    assert sft["tokens"] == sum(r["tokens"] for r in timed)
+    steady = sum(r["tokens"] for r in timed[1:])
+    assert sft["tokens_per_second"] == pytest.approx(steady / seconds)
+    assert sft["figures"] == {"loss": timed[-1]["loss"]}
+    # Of what generates, the FLOPs of training alone say nothing about the machine.
+    assert "fraction_of_gemm" in sft and "fraction_of_gemm" not in grpo
+    assert set(grpo["figures"]) == {"loss", "reward_mean"}

@@ -120,8 +120,17 @@ class PretrainDataset:
 
     def row(self, index: int) -> Row:
         """Row ``index`` of the concatenated sources."""
+        part, inside = self._place(index)
+        return part.row(inside)
+
+    def num_pairs(self, index: int) -> int:
+        """Pairs of row ``index``, padding left out."""
+        part, inside = self._place(index)
+        return part.num_pairs(inside)
+
+    def _place(self, index: int) -> tuple[PackedRows, int]:
         part = int(np.searchsorted(self._offsets, index, side="right")) - 1
-        return self.parts[part].row(index - int(self._offsets[part]))
+        return self.parts[part], index - int(self._offsets[part])
 
     def sampler(self, name: str = "pretrain") -> Sampler | MixtureSampler:
         """The endless order of row indices: ``.batch(position, size)``."""

@@ -86,6 +86,10 @@ class PackedRows:
             raise IndexError(f"row {index} of {self.num_rows}")
         return self.cut(index * self.seq_len)
 
+    def num_pairs(self, index: int) -> int:
+        """Pairs of row ``index``, padding left out."""
+        return min(self.seq_len, self.num_tokens - index * self.seq_len)
+
     def cut(self, begin: int) -> Row:
         """The row whose first target is token ``begin`` of the stream."""
         T = self.seq_len
@@ -238,6 +242,10 @@ class PackedExamples:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def num_pairs(self, index: int) -> int:
+        """Pairs of row ``index``, padding left out."""
+        return sum(self._examples[i][0].size - 1 for i in self._rows[index])
 
     def row(self, index: int) -> Row:
         """Row ``index``, its examples in their given order."""

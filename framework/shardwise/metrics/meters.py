@@ -18,6 +18,9 @@ GB = 1e9
 class Throughput:
     """Tokens per second over the last ``window`` steps, and what it means in FLOPs.
 
+    Give it steady steps only: not the first of a process, which compiles and warms up, and neither
+    validation nor saving.
+
     ``flops_per_token`` is see `shardwise.metrics.flops`; ``limit_flops`` the rate to compare
     with, in FLOP/s over all ranks (the machine's GEMM rate, or the GPUs' peak). Either may be
     None, and the metrics that need it are then absent.

@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 # What is shown of a step's metrics, in this order: name, label, how it is written.
 _SHOWN: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss", ".4g"),
+    ("val_loss", "val loss", ".4g"),
     ("reward_mean", "reward", ".3f"),
     ("val_bits_per_byte", "val bits/byte", ".3f"),
     ("accuracy", "accuracy", ".3f"),

@@ -8,13 +8,14 @@ equals the standard deviation for normal noise but ignores outliers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from shardwise.report.series import Floats, Series
+from shardwise.report.series import EMPTY, Floats, Series
 
 Status = Literal["clear", "found", "too_short"]
 
@@ -24,7 +25,7 @@ SPIKE_SIGMA, SPIKE_SHARE, SPIKE_WINDOW = 10.0, 0.10, 25
 PERIOD_CORRELATION, SWING_SHARE = 0.5, 0.02
 STALL_TAIL, STALL_SHARE, STALL_LR = 0.4, 0.005, 0.2
 OVERFIT_RISE, OVERFIT_POINTS = 0.02, 5
-REWARD_RISE, ACCURACY_DROP, LENGTH_FACTOR = 0.10, 0.02, 1.5
+REWARD_RISE, ACCURACY_DROP, LENGTH_FACTOR, STOPPED_RISE = 0.10, 0.02, 1.5, 0.05
 SATURATED_REWARD = 0.9
 ENTROPY_SHARE = 0.1
 DEGENERATE_SHARE = 0.8
@@ -106,7 +107,9 @@ def spikes(loss: Series) -> Check:
     if len(values) < MIN_POINTS:
         return _too_short(rule, len(values))
     before = _rolling_median(values, SPIKE_WINDOW)
-    scale = np.maximum(np.abs(before), 1e-12)
+    # Near 0 a share says nothing: there the curve's own level is the measure.
+    level = max(SPIKE_SHARE * float(np.abs(values).mean()), 1e-12)
+    scale = np.maximum(np.abs(before), level)
     excess = (values - before) / scale
     sigma = max(robust_sigma(excess[SPIKE_WINDOW:]), 1e-12)
     limit = max(SPIKE_SIGMA * sigma, SPIKE_SHARE)
@@ -165,7 +168,7 @@ def oscillates(loss: Series) -> Check:
         peak = float(correlation[lag])
     pace = float(np.median(np.diff(loss.steps)))
     numbers = {"correlation": peak, "period_steps": lag * pace, "swing": swing, "level": level}
-    if peak < PERIOD_CORRELATION or swing < SWING_SHARE * level:
+    if peak < PERIOD_CORRELATION or swing <= SWING_SHARE * level or level == 0.0:
         return Check(rule, "clear", f"strongest period has correlation {peak:.2f}", numbers)
     return Check(
         rule,
@@ -273,8 +276,20 @@ def reward_never_rises(reward: Series) -> Check:
     )
 
 
-def reward_hacking(reward: Series, accuracy: Series, length: Series) -> Check:
-    """Does the reward rise while held-out accuracy falls, or while the length runs away?"""
+def reward_hacking(
+    reward: Series,
+    accuracy: Series,
+    length: Series,
+    stopped: Series = EMPTY,
+    num_problems: float | None = None,
+) -> Check:
+    """Does the reward rise while held-out accuracy falls, or while the length runs away?
+
+    ``accuracy`` starts with what the stage began with. A fall counts when it is two standard
+    errors of a difference between shares of ``num_problems``. Length explained by a gain in
+    accuracy is no sign, nor are completions that get shorter because more of them end by
+    themselves (``stopped``, a share; where it is not known, shorter is no sign).
+    """
     rule = "reward hacking"
     if len(reward) < MIN_POINTS:
         return _too_short(rule, len(reward))
@@ -287,15 +302,24 @@ def reward_hacking(reward: Series, accuracy: Series, length: Series) -> Check:
     if len(accuracy) >= 2:
         change = float(accuracy.values[-1] - accuracy.values[0])
         numbers["accuracy_change"] = change
-        if change < -ACCURACY_DROP:
+        error_of_share = math.sqrt(0.5 / num_problems) if num_problems else 0.0
+        if change < -max(ACCURACY_DROP, 2 * error_of_share):
             signs.append(f"held-out accuracy fell by {-change:.3f}")
     if len(length) >= MIN_POINTS:
         short, long, _ = ends(length.values)
         factor = long / short if short > 0 else 1.0
         numbers["length_factor"] = factor
         rewarded = len(accuracy) >= 2 and numbers["accuracy_change"] > ACCURACY_DROP
-        if not rewarded and not 1 / LENGTH_FACTOR < factor < LENGTH_FACTOR:
+        if not rewarded and factor >= LENGTH_FACTOR:
             signs.append(f"completions became {factor:.1f} times as long")
+        if not rewarded and factor <= 1 / LENGTH_FACTOR and len(stopped) >= MIN_POINTS:
+            before, after, _ = ends(stopped.values)
+            numbers["stopped_change"] = after - before
+            if after - before < STOPPED_RISE:
+                signs.append(
+                    f"completions shrank to {factor:.2f} of their length, no more of them ending "
+                    "by themselves"
+                )
     if not signs:
         return Check(rule, "clear", f"the reward rose by {gain:.3f}, nothing else ran", numbers)
     return Check(
@@ -380,6 +404,7 @@ REWARD = ("reward_mean", "reward")
 ENTROPY = ("entropy", "entropy_mean", "entropy_estimate", "policy_entropy")
 DEGENERATE = ("degenerate_fraction", "fraction_degenerate", "degenerate_groups")
 LENGTH = ("completion_length", "completion_tokens", "completion_length_mean")
+STOPPED = ("stopped_fraction",)
 ACCURACY = ("accuracy", "val_accuracy")
 
 
@@ -397,7 +422,9 @@ def diagnose(get: Callable[..., Series]) -> list[Check]:
     if len(reward):
         checks += [
             reward_never_rises(reward),
-            reward_hacking(reward, get(*ACCURACY), get(*LENGTH)),
+            reward_hacking(
+                reward, get(*ACCURACY), get(*LENGTH), get(*STOPPED), get("num_problems").last
+            ),
         ]
         if len(entropy := get(*ENTROPY)):
             checks.append(entropy_collapse(entropy, reward))

@@ -165,7 +165,13 @@ def compression_chart(run: RunData) -> Chart | None:
     chart = Chart("Validation, bits per byte", "Learning")
     chart.caption = "Lower is better. gzip and xz compress each held-out file alone."
     references = (("gzip -9", "gzip_bits_per_byte", "dash"), ("xz", "xz_bits_per_byte", "dot"))
-    known = [(n, v, d) for n, k, d in references if (v := num(run.summary.get(k))) is not None]
+    known = [
+        (n, v, d)
+        for n, k, d in references
+        if (v := num(run.summary.get(k))) is not None
+        # Of other documents it is no measure.
+        and all(run.get(s, k).last in (None, v) for s in stages)
+    ]
     if all(len(set(run.get(s, name).steps.tolist())) == 1 for s in stages):
         rows = [(s, float(run.get(s, name).values[-1])) for s in stages]
         _dots(

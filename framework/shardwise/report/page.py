@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,18 @@ import numpy as np
 
 from shardwise.config.redact import redact
 from shardwise.metrics.progress import duration, number
-from shardwise.report.diagnosis import Check, diagnose
+from shardwise.report.diagnosis import ACCURACY, Check, diagnose
 from shardwise.report.rundata import RunData, config_stages, summary_stages
 from shardwise.report.series import Series, wilson
-from shardwise.report.summary import accuracies, compared, gemm_rate, interval, num, sample_size
+from shardwise.report.summary import (
+    accuracies,
+    compared,
+    gemm_rate,
+    interval,
+    num,
+    sample_size,
+    stage_figures,
+)
 
 MAX_EVENTS = 200
 
@@ -76,10 +85,13 @@ def verdict(run: RunData) -> str:
     )
     if bits is not None:
         text = f"{bits:.3f} bits per byte on held-out text"
+        text += f" ({source})" if (source := run.summary.get("val_source")) else ""
         parts.append(text + (f", {compared(bits, gzip)} gzip -9" if gzip else ""))
     if lift := _lift(run):
         parts.append(lift)
-    return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
+    if bits is None and not lift:
+        parts += [f"{name}: {text}" for name, text in stage_figures(run.summary)]
+    return ". ".join(part[0].upper() + part[1:] for part in parts or ["Finished"]) + "."
 
 
 def _model_notes(run: RunData) -> tuple[str, ...]:
@@ -96,7 +108,7 @@ def tiles(run: RunData) -> list[Tile]:
     """The figures at the head of the page; those that are not known are left out."""
     s, out = run.summary, []
     if (bits := num(s.get("val_bits_per_byte"))) is not None:
-        notes = []
+        notes = [redact(str(s["val_source"]))] if s.get("val_source") else []
         for key, label in (("gzip_bits_per_byte", "gzip -9"), ("xz_bits_per_byte", "xz")):
             if reference := num(s.get(key)):
                 notes.append(f"{compared(bits, reference)} {label} ({reference:.3f})")
@@ -132,8 +144,11 @@ def tiles(run: RunData) -> list[Tile]:
         out.append(Tile("Time so far", duration(run.last_time - run.first_time)))
     elif wall is not None:
         total = sum(num(x.get("tokens")) or 0.0 for x in summary_stages(s))
-        notes = [f"{number(total)} tokens"] if total else []
-        out.append(Tile("Wall time", duration(wall), tuple(notes)))
+        notes = [f"{number(total)} tokens in all"] if total else []
+        # Another start of the same run finds its stages done, or half done.
+        starts = sum(e.get("event") == "started" for e in run.events)
+        label = "Wall time" if starts < 2 else f"Wall time, the last of {starts} starts"
+        out.append(Tile(label, duration(wall), tuple(notes)))
     return out
 
 
@@ -341,11 +356,27 @@ class Diagnosis:
         return [c for c in self.checks if c.status == "found"]
 
 
+def _seen(run: RunData, stage: str, *names: str) -> Series:
+    """A stage's series; of accuracy, with what the stage started from in front."""
+    series = run.get(stage, *names)
+    if names != ACCURACY or not len(series):
+        return series
+    said = run.stage_config(stage).get("start_from")
+    earlier = [*reversed(run.stages[: run.stages.index(stage)]), "start"]
+    for name in [str(said)] if said else earlier:
+        if len(before := run.get(name, *names)):
+            return Series(
+                np.concatenate([[0], series.steps]),
+                np.concatenate([before.values[-1:], series.values]),
+            )
+    return series
+
+
 def diagnoses(run: RunData) -> list[Diagnosis]:
     """Every stage through every rule that applies to it."""
     out = []
     for stage in run.stages:
-        checks = diagnose(lambda *names, stage=stage: run.get(stage, *names))
+        checks = diagnose(functools.partial(_seen, run, stage))
         if checks:
             out.append(Diagnosis(stage, checks))
     return out

@@ -11,7 +11,8 @@ from shardwise.report.series import wilson
 
 WIDTH, HEIGHT = 80, 30
 _LABEL = 12
-_ROWS = 7
+_FIGURES = ("loss", "val_loss", "reward_mean")
+_ROWS = 5
 
 
 def num(value: Any) -> float | None:
@@ -64,7 +65,8 @@ def _compression(summary: Mapping[str, Any]) -> list[str]:
     for key, label in (("gzip_bits_per_byte", "gzip -9"), ("xz_bits_per_byte", "xz")):
         if reference := num(summary.get(key)):
             against.append(f"{compared(bits, reference)} {label} ({reference:.3f})")
-    lines = [_row("validation", f"{bits:.3f} bits/byte")]
+    source = f" of {summary['val_source']}" if summary.get("val_source") else ""
+    lines = [_row("validation", f"{bits:.3f} bits/byte{source}")]
     return lines + ([_row("", ", ".join(against))] if against else [])
 
 
@@ -88,6 +90,35 @@ def _accuracy(summary: Mapping[str, Any]) -> list[str]:
     if baseline is not None:
         notes.insert(0, f"majority answer {baseline:.3f}")
     return lines + ([_row("", ", ".join(notes))] if notes else [])
+
+
+def stage_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and newest figures of each stage that has some: a reward, or its losses."""
+    found = []
+    for row in summary_stages(summary):
+        figures = row.get("figures")
+        if not isinstance(figures, dict):
+            continue
+        loss, validation, reward = (num(figures.get(k)) for k in _FIGURES)
+        parts = [] if reward is None else [f"reward {reward:.3f}"]
+        if loss is not None and reward is None:  # a policy's loss is no measure
+            parts.append(f"loss {loss:.4g}")
+        if validation is not None:
+            parts.append(f"validation {validation:.4g}")
+        if parts:
+            found.append((str(row.get("name", "?")), ", ".join(parts)))
+    return found
+
+
+def _losses(summary: Mapping[str, Any]) -> list[str]:
+    rows = stage_figures(summary)
+    width = min(max((len(name) for name, _ in rows), default=0), 20)
+    lines = [
+        _row("" if i else "last step", f"{name[:20]:<{width}}  {text}")
+        for i, (name, text) in enumerate(rows[:_ROWS])
+    ]
+    more = [_row("", f"and {len(rows) - _ROWS} more in the report")] if len(rows) > _ROWS else []
+    return lines + more
 
 
 def _speed(summary: Mapping[str, Any]) -> list[str]:
@@ -147,8 +178,8 @@ def summary_lines(summary: Mapping[str, Any], report: str | None = None) -> list
     if wall is not None:
         parts.append(f"{'stopped after' if summary.get('stopped') else 'done in'} {duration(wall)}")
     lines = ["  ".join(parts), ""]
-    lines += _compression(summary) + _accuracy(summary) + _speed(summary) + _skipped(summary)
-    lines += _stages(summary)
+    lines += _losses(summary) + _compression(summary) + _accuracy(summary)
+    lines += _speed(summary) + _skipped(summary) + _stages(summary)
     if report:
         lines += ["", _row("report", shorten(report, WIDTH - _LABEL - 2))]
     return [shorten(" ".join(line.splitlines()) if line else "", WIDTH) for line in lines]

@@ -16,7 +16,9 @@ class BitsConfig(EvaluationConfig):
     """Summed loss in bits over the UTF-8 bytes of the validation documents."""
 
     kind: Literal["bits_per_byte"]
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig | None = Field(
+        None, description="default: of the stage, else of the first that has documents"
+    )
     seq_len: PositiveInt = Field(256, description="tokens of context at most")
     stride: NonNegativeInt = Field(
         0,

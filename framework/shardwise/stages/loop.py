@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from shardwise.stages.trace import TRACED_STEP, trace_step
 
 # Updates in a row whose gradients were not finite before the run gives up.
 MAX_SKIPPED = 10
+# What the end of a stage is told by, besides its evaluations.
+FIGURES = ("loss", "val_loss", "reward_mean")
 
 
 class DivergedError(ShardwiseError):
@@ -55,13 +58,17 @@ class Loop:
         self.ctx, self.stage, self.lineage, self.progress = ctx, stage, lineage, progress
         self.config = ctx.stage
         self.root = checkpoint_root(ctx.directory, self.config.name)
-        self.meter = Throughput(flops_per_token(ctx.model, self.config.batch.seq_len), gemm)
+        # A step that also generates multiplies far more than training its tokens takes.
+        trains_only = not self.config.learns_from_itself
+        flops = flops_per_token(ctx.model, self.config.batch.seq_len) if trains_only else None
+        self.meter = Throughput(flops, gemm)
         keep = self.config.checkpoint.keep
         behind = self.config.checkpoint.asynchronous
         self.saver = checkpoint.AsyncSaver(self.root, keep=keep) if behind else None
         self.seconds = 0.0
         self.tokens = 0.0
         self.skipped = 0
+        self.figures: dict[str, float] = {}  # the newest of `FIGURES`
 
     def run(self) -> Path:
         """Train to the end; returns the last checkpoint."""
@@ -74,7 +81,8 @@ class Loop:
             began = time.perf_counter()
             metrics = self._train_step(step)
             elapsed = time.perf_counter() - began
-            self._after_step(step + 1, metrics, elapsed)
+            steady = step > start and not self._traced(step)
+            self._after_step(step + 1, metrics, elapsed, steady)
         if self.saver:
             with self._only_finite():
                 self.saver.close()
@@ -84,8 +92,8 @@ class Loop:
 
     def _train_step(self, step: int) -> dict[str, float]:
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, step, self.config.steps)
-        traced = self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
-        with trace_step(self.ctx, self.progress) if traced else contextlib.nullcontext():
+        traced = trace_step(self.ctx, self.progress) if self._traced(step) else None
+        with traced or contextlib.nullcontext():
             metrics = {"lr": lr} | self.stage.train_step(step, lr)
         for kind, text in self.stage.engine.events():
             self.ctx.logger.event(self.config.name, step + 1, kind, text)
@@ -105,19 +113,32 @@ class Loop:
             )
         return metrics
 
-    def _after_step(self, done: int, metrics: dict[str, float], elapsed: float) -> None:
+    def _traced(self, step: int) -> bool:
+        """Whether this is the step that the profiler watches."""
+        return self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
+
+    def _keep(self, metrics: dict[str, float]) -> None:
+        found = {k: metrics[k] for k in FIGURES if math.isfinite(metrics.get(k, math.nan))}
+        self.figures |= found
+
+    def _after_step(
+        self, done: int, metrics: dict[str, float], elapsed: float, steady: bool
+    ) -> None:
         """Log, validate and save, as the config asks; ``done`` steps are complete."""
         name, last = self.config.name, done == self.config.steps
         self.seconds += elapsed
         self.tokens += metrics.get("tokens", 0.0)
-        metrics |= self.meter.update(int(metrics.get("tokens", 0)), elapsed)
+        if steady:
+            metrics |= self.meter.update(int(metrics.get("tokens", 0)), elapsed)
         metrics |= memory_metrics(self.ctx.device) | {"step_seconds": elapsed}
+        self._keep(metrics)
         self.ctx.logger.log(name, done, metrics, force=last)
         self.progress.update(name, done, metrics)
         validated: dict[str, float] = {}
         if last or _due(done, self.config.validation.every):
             validated = self.stage.validate()
             if validated:
+                self._keep(validated)
                 self.ctx.logger.log(name, done, validated, "validation")
                 self.progress.update(name, done, metrics | validated)
         if last or _due(done, self.config.checkpoint.every):
@@ -137,6 +158,8 @@ class Loop:
             "layout": str(self.ctx.layout),
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "steady": [self.meter.num_tokens, self.meter.seconds],
+            "figures": self.figures,
         }
         files = checkpoint_files(self.ctx)
         metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
@@ -183,8 +206,9 @@ class Loop:
             engine.load_state_dict(meta["roles"][role])
         self.stage.carry(meta["carried"])
         self.seconds, self.tokens = meta["seconds"], meta["tokens"]
-        # The stage's own speed is over all its steps, whoever ran them.
-        self.meter.num_tokens, self.meter.seconds = int(self.tokens), self.seconds
+        # The stage's own speed is over all its steady steps, whoever ran them.
+        self.meter.num_tokens, self.meter.seconds = meta.get("steady", [0, 0.0])
+        self.figures = meta.get("figures", {})
         if found.step < self.config.steps:
             self.ctx.logger.note(
                 "resumed", f"continued from {found.path.name}", self.config.name, found.step
@@ -227,14 +251,12 @@ def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
 
 
 def flops_per_token(model: Any, seq_len: int) -> float:
-    """Training FLOPs a token, by the convention of `metrics.flops`."""
-    return training_flops_per_token(
-        FlopsShape(
-            num_params=model.matmul_parameters(),
-            num_layers=model.num_layers,
-            attention_width=model.num_heads * model.head_width,
-            seq_len=seq_len,
-        )
+    """Training FLOPs a token, by the convention of `metrics.flops`, windows of layers heeded."""
+    width = model.num_heads * model.head_width
+    windows = Counter(model.window_of(layer) for layer in range(model.num_layers))
+    return training_flops_per_token(FlopsShape(model.matmul_parameters(), 0, width, seq_len)) + sum(
+        training_flops_per_token(FlopsShape(0, number, width, seq_len, sliding_window=window))
+        for window, number in windows.items()
     )
 
 

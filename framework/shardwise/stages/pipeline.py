@@ -144,6 +144,7 @@ class Pipeline:
             "tokens": loop.tokens,
             **counts,
             **loop.meter.total(),
+            "figures": loop.figures,
             "metrics": metrics,
         }
         if dist.get_rank() == 0:
@@ -175,15 +176,20 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """Every evaluation of the run on the engine's weights; flat metrics.
 
-    A model without a vocabulary's head has none: its stage validates it.
+    Figures of a kind's first evaluation go by their plain names; those of further ones carry the
+    evaluation's name in front, so that none stands for another. A model without a vocabulary's
+    head has none: its stage validates it.
     """
     merged: dict[str, Any] = {}
+    first = {e.kind: e.name for e in reversed(ctx.run.evaluations)}
     for config in ctx.run.evaluations if ctx.stage.head == "vocabulary" else ():
         if config.stages and ctx.stage.name not in config.stages:
             continue
         began = time.perf_counter()
         progress.message(f"{ctx.stage.name}: evaluating {config.name}")
         result = run_evaluation(config, ctx, engine)
+        if first[config.kind] != config.name:
+            result = {k if k == "samples" else f"{config.name}.{k}": v for k, v in result.items()}
         result[f"{config.name}_seconds"] = time.perf_counter() - began
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
         ctx.logger.log(ctx.stage.name, ctx.stage.steps if step is None else step, numbers, "eval")

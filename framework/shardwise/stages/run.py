@@ -33,7 +33,9 @@ from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
 from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
+from shardwise.stages import bits
 from shardwise.stages.base import role_layout, role_of, roles_of
+from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.pipeline import RESULT_FILE, Pipeline, write_atomically
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.start import check_start, is_native
@@ -135,6 +137,10 @@ def preflight(
             f"{named('tokenizer.kind')}: bpe is trained on text, and the sources hold tokens only; "
             "give tokenizer.path"
         )
+    for evaluation in (e for e in run.evaluations if isinstance(e, BitsConfig)):
+        for stage in run.stages:
+            if stage.head == "vocabulary" and stage.name in (evaluation.stages or [stage.name]):
+                bits.data_of(evaluation, run, stage)
     for key, source in _sources(run):
         try:
             source.check()
@@ -143,14 +149,19 @@ def preflight(
 
 
 def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource]]:
-    """The data sources of every stage that is still to run, and their keys."""
+    """The data sources of the evaluations and of every stage still to run, and their keys."""
+    for i, evaluation in enumerate(run.evaluations):
+        yield from _of(f"evaluations.{i}", evaluation)
     for i, stage in enumerate(run.stages):
-        data = getattr(stage, "data", None)
-        if (run.directory / "stages" / stage.name / RESULT_FILE).exists():
-            continue  # finished: its data may be gone
-        for part in ("sources", "validation"):
-            for j, source in enumerate(getattr(data, part, ())):
-                yield f"stages.{i}.data.{part}.{j}", source
+        if not (run.directory / "stages" / stage.name / RESULT_FILE).exists():
+            yield from _of(f"stages.{i}", stage)  # else finished: its data may be gone
+
+
+def _of(key: str, part: Any) -> Iterator[tuple[str, DataSource]]:
+    data = getattr(part, "data", None)
+    for name in ("sources", "validation"):
+        for j, source in enumerate(getattr(data, name, ())):
+            yield f"{key}.data.{name}.{j}", source
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:

@@ -12,6 +12,7 @@ _FIRST = (
     "val_bits_per_byte",
     "gzip_bits_per_byte",
     "xz_bits_per_byte",
+    "val_source",
     "majority_baseline",
     "num_problems",
 )

@@ -27,6 +27,14 @@ class Rows(Protocol):
         ...
 
 
+class TrainingRows(Rows, Protocol):
+    """Rows that are counted without being read."""
+
+    def num_pairs(self, index: int) -> int:
+        """Tokens of a row, padding left out."""
+        ...
+
+
 class Order(Protocol):
     """The endless stream of row indices."""
 
@@ -42,7 +50,12 @@ class SupervisedStage(Stage):
     packed = True
 
     def __init__(
-        self, ctx: StageContext, train: Rows, order: Order, validation: Rows | None, data_hash: str
+        self,
+        ctx: StageContext,
+        train: TrainingRows,
+        order: Order,
+        validation: Rows | None,
+        data_hash: str,
     ) -> None:
         self.config: StageConfig = ctx.stage
         self.train, self.order, self.validation = train, order, validation
@@ -64,7 +77,7 @@ class SupervisedStage(Stage):
         )
         return metrics | {
             "grad_norm": self.engine.step(lr),
-            "tokens": float(size * batch.seq_len),
+            "tokens": float(sum(self.train.num_pairs(int(i)) for i in indices)),
             "samples": float(position + size),
         }
 

@@ -49,6 +49,10 @@ class DecoderConfig(ModelConfig):
         """Features of one head."""
         return self.hidden_size // self.num_heads
 
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of a layer, None for full attention."""
+        return None
+
     def param_counts(self) -> dict[str, int]:
         """Parameters by part: ``embedding``, ``layers`` (all), ``norm`` (the last), ``head``.
 
