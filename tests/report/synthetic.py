@@ -183,6 +183,7 @@ def summary() -> dict[str, Any]:
         "gemm_gflops": 706.0,
         "layout": "dp2.zero1",
         "wall_seconds": 537.0,
+        "expected_seconds": {"before": 12.0, "pretrain": 350.0, "sft": 30.0, "grpo": 130.0},
         "stages": stages,
         "samples": samples(),
         "tokens": {"train": 2_878_080},

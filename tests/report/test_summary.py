@@ -24,6 +24,7 @@ shardwise  quickstart  dp2.zero1  done in 8:57
               grpo      0.871  [0.839, 0.897]  +0.277
               majority answer 0.231, 512 held-out problems, 95% intervals
   speed       5.6k tokens/s, 0.61 of the machine's GEMM rate (706 GFLOP/s)
+  expected    8:42: before 12 s, pretrain 5:50, sft 30 s, grpo 2:10
 
   stage        steps  tokens    time  checkpoint
   pretrain       900    1.8M    5:31  stages/pretrain/checkpoints/step_00000900
@@ -46,7 +47,12 @@ ODD = st.one_of(
 )
 FIGURES = st.dictionaries(st.sampled_from(["loss", "val_loss", "reward_mean"]), st.floats())
 STAGE = st.dictionaries(
-    st.sampled_from(["name", "kind", "steps", "tokens", "seconds", "checkpoint", "figures"]),
+    st.sampled_from(
+        [
+            *("name", "kind", "steps", "tokens", "seconds", "wall_seconds", "checkpoint"),
+            "figures",
+        ]
+    ),
     st.one_of(ODD, FIGURES),
 )
 ODD_SUMMARY = st.fixed_dictionaries(
@@ -57,6 +63,7 @@ ODD_SUMMARY = st.fixed_dictionaries(
         "val_source": st.text(max_size=200),
         "accuracy": st.dictionaries(st.text(max_size=50), st.floats(), max_size=30),
         "num_problems": st.one_of(st.none(), st.integers(-1, 1000)),
+        "expected_seconds": st.dictionaries(st.text(max_size=50), ODD, max_size=30),
     },
 )
 

@@ -48,6 +48,9 @@ def test_finished_run_does_nothing_again(ranks: RankPool, tmp_path: Path) -> Non
     assert {p: p.stat().st_mtime_ns for p in files} == before
     assert metrics(tmp_path / "run") == lines
     assert second["stages"] == first["stages"]
+    assert set(first["expected_seconds"]) == {"before", *ALL}
+    assert all(s > 0 for s in first["expected_seconds"].values())
+    assert set(second["expected_seconds"]) == {"before"}, "nothing is left to do"
 
 
 def test_lineage_chains_config_data_and_parent(ranks: RankPool, tmp_path: Path) -> None:

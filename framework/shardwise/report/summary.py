@@ -142,13 +142,29 @@ def _skipped(summary: Mapping[str, Any]) -> list[str]:
     return [_row("skipped", ", ".join(parts))]
 
 
+def _expected(summary: Mapping[str, Any]) -> list[str]:
+    """What was said at the start, to hold the times against."""
+    table = summary.get("expected_seconds")
+    pairs = table.items() if isinstance(table, dict) else []
+    known = {str(name): f for name, s in pairs if (f := num(s)) is not None}
+    if not known:
+        return []
+    parts = [f"{name[:20]} {duration(s)}" for name, s in known.items()]
+    more = [f"and {len(parts) - _ROWS} more"] if len(parts) > _ROWS else []
+    total = duration(sum(known.values()))
+    return [_row("expected", f"{total}: {', '.join(parts[:_ROWS] + more)}")]
+
+
 def _stages(summary: Mapping[str, Any]) -> list[str]:
     rows = summary_stages(summary)
     if not rows:
         return []
     lines = ["", f"  {'stage':<{_LABEL}}{'steps':>6}{'tokens':>8}{'time':>8}  checkpoint"]
     for row in rows[:_ROWS]:
-        steps, tokens, seconds = (num(row.get(k)) for k in ("steps", "tokens", "seconds"))
+        steps, tokens = num(row.get("steps")), num(row.get("tokens"))
+        times = [t for k in ("seconds", "wall_seconds") if (t := num(row.get(k))) is not None]
+        # Evaluations included; of a resumed stage, at least all its steps.
+        seconds = max(times, default=None)
         line = (
             f"  {str(row.get('name', '?'))[: _LABEL - 1]:<{_LABEL}}"
             f"{'' if steps is None else int(steps):>6}"
@@ -178,8 +194,8 @@ def summary_lines(summary: Mapping[str, Any], report: str | None = None) -> list
     if wall is not None:
         parts.append(f"{'stopped after' if summary.get('stopped') else 'done in'} {duration(wall)}")
     lines = ["  ".join(parts), ""]
-    lines += _losses(summary) + _compression(summary) + _accuracy(summary)
-    lines += _speed(summary) + _skipped(summary) + _stages(summary)
+    lines += _losses(summary) + _compression(summary) + _accuracy(summary) + _speed(summary)
+    lines += _skipped(summary) + _expected(summary) + _stages(summary)
     if report:
         lines += ["", _row("report", shorten(report, WIDTH - _LABEL - 2))]
     return [shorten(" ".join(line.splitlines()) if line else "", WIDTH) for line in lines]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shardwise.checkpoint.convert import open_model
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import OptimizerConfig, RoleConfig
+from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
@@ -217,6 +217,13 @@ def role_of(stage: Any, role: str) -> RoleConfig:
     """The config of a role; what is not said is the stage's."""
     said = getattr(getattr(stage, "roles", None), role, None)
     return said if said is not None else RoleConfig(engine=stage.engine)
+
+
+def evaluations_of(run: RunConfig, stage: StageConfig) -> list[EvaluationConfig]:
+    """What is measured after a stage. A model without a vocabulary's head has nothing to say."""
+    if stage.head != "vocabulary":
+        return []
+    return [e for e in run.evaluations if not e.stages or stage.name in e.stages]
 
 
 def role_layout(role: RoleConfig, world_size: int) -> Layout:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
+from shardwise.checkpoint.steps import step_of
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import Tokenizer
@@ -28,9 +29,11 @@ from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
+from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
 from shardwise.stages.arithmetic import arithmetic
-from shardwise.stages.base import StageContext
+from shardwise.stages.base import StageContext, evaluations_of
+from shardwise.stages.estimate import estimate, expectation
 from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
 from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
@@ -50,6 +53,19 @@ class Pipeline:
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
         self.stopped = ""  # why the last stage that ran is not done
+
+    def expected(self) -> dict[str, float | None]:
+        """Seconds that each stage still to run will take here, also said aloud; see `estimate`."""
+        done: dict[str, int] = {}
+        for stage in self.run.stages:
+            newest = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
+            done[stage.name] = 0 if newest is None else step_of(newest)
+            if done[stage.name] < stage.steps:
+                self._gemm(stage, pick_device(stage.engine.device))
+        found = estimate(self.run, self.tokenizer, self.gemm, dist.get_world_size(), done)
+        if found:
+            self.progress.message(expectation(found, self.gemm))
+        return found
 
     def run_all(self) -> list[dict[str, Any]]:
         """All stages in order; their results, as stored in each stage's result.json.
@@ -182,9 +198,7 @@ def evaluate_all(
     """
     merged: dict[str, Any] = {}
     first = {e.kind: e.name for e in reversed(ctx.run.evaluations)}
-    for config in ctx.run.evaluations if ctx.stage.head == "vocabulary" else ():
-        if config.stages and ctx.stage.name not in config.stages:
-            continue
+    for config in evaluations_of(ctx.run, ctx.stage):
         began = time.perf_counter()
         progress.message(f"{ctx.stage.name}: evaluating {config.name}")
         result = run_evaluation(config, ctx, engine)

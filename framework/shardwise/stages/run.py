@@ -69,6 +69,8 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     pipeline = Pipeline(run, tokenizer, logger, progress)
     try:
         logger.note("started", f"{dist.get_world_size()} ranks")
+        before = time.perf_counter() - began
+        expected = pipeline.expected()
         start_metrics = pipeline.start_metrics()
         results = pipeline.run_all()
     finally:
@@ -79,6 +81,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
         summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
     if pipeline.stopped:
         summary["stopped"] = pipeline.stopped
+    summary["expected_seconds"] = {"before": before, **expected}
     summary["wall_seconds"] = time.perf_counter() - began
     if rank == 0:
         text = json.dumps(summary, indent=1)

@@ -1,0 +1,228 @@
+"""How long a run will take on this machine: said when it starts, compared when it ends.
+
+A stage's seconds are its model FLOPs (convention of `metrics.flops`) over the machine's GEMM rate
+for its dtype, measured a moment before, times an efficiency by the sort of work; and what does not
+hang on FLOPs (start, compiler, saves) on top. The efficiencies are those of small models on two CPU
+cores (docs/results/quickstart.md), where most first runs are; wider models and GPUs come closer to
+their GEMM rate, so that there the estimate is rather too long. Another package's stage or
+evaluation joins by ``work_of.register``; what is not known is said to be, never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
+from shardwise.data.chat import encode_chat
+from shardwise.data.source import DataSource
+from shardwise.data.tokenizer import Tokenizer
+from shardwise.errors import UserError
+from shardwise.metrics.progress import duration
+from shardwise.models.common.config import DecoderConfig
+from shardwise.optim.schedules import consumed_before
+from shardwise.parallel import blocks
+from shardwise.parallel.mesh import pick_device
+from shardwise.rewards import TaskConfig
+from shardwise.rewards.tasks import candidates, messages, prompt_messages
+from shardwise.stages.arithmetic import TRAINED, roles_in_use
+from shardwise.stages.base import ACTOR, SCORERS, evaluations_of, role_layout, role_of
+from shardwise.stages.bits import data_of
+from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
+from shardwise.stages.grpo_config import GrpoConfig
+from shardwise.stages.loop import flops_per_token
+from shardwise.stages.ppo_config import PpoConfig
+from shardwise.stages.pretrain_config import PretrainConfig
+from shardwise.stages.reward_config import RewardModelConfig
+from shardwise.stages.sft_config import SftConfig
+
+# Of the GEMM rate. A pass over rows (training, scoring) is made of products; a decode step of a
+# small model is made of everything else.
+ROWS, DECODE = 0.45, 0.15
+STAGE_SECONDS = 4.0  # engine, first step, checkpoints, result
+COMPILE_SECONDS = 20.0  # on a CPU
+TEXT_BYTES_A_SECOND = 3e6  # read, tokenised and stored
+SAMPLED = 64  # problems from whose lengths those of a task are told
+SAMPLED_BYTES = 1 << 16  # of a text, from whose tokens those of all are told
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of passes over rows and of decoding, and seconds of what is neither."""
+
+    rows: float = 0.0
+    decode: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.rows + other.rows, self.decode + other.decode, self.seconds + other.seconds
+        )
+
+    def times(self, factor: float) -> Work:
+        """As often."""
+        return Work(self.rows * factor, self.decode * factor, self.seconds * factor)
+
+    def on(self, flops: float) -> float:
+        """Seconds on a machine whose GEMM rate is ``flops`` FLOP/s."""
+        return (self.rows / ROWS + self.decode / DECODE) / flops + self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What the work of a part follows from, beside its own settings."""
+
+    run: RunConfig
+    stage: StageConfig
+    tokenizer: Tokenizer
+    done: int = 0  # steps of the stage that stand in a checkpoint
+
+    def train(self, tokens: float, seq_len: int, head: str = "vocabulary") -> float:
+        """FLOPs of a forward and a backward pass; a forward pass is a third of it."""
+        model = self.run.model
+        assert isinstance(model, DecoderConfig)
+        return tokens * flops_per_token(model.as_scalar() if head == "scalar" else model, seq_len)
+
+
+@functools.singledispatch
+def work_of(part: Any, case: Case) -> Work | None:
+    """What is left to do of a stage, or what an evaluation takes; None: not known."""
+    return None
+
+
+@work_of.register
+def _pretrain(stage: PretrainConfig, case: Case) -> Work | None:
+    work = _rows(stage, case)
+    if (case.run.directory / "cache").is_dir():
+        return work
+    return work + Work(seconds=_bytes(stage.data.sources) / TEXT_BYTES_A_SECOND)
+
+
+@work_of.register(SftConfig)
+def _rows(stage: PretrainConfig | SftConfig, case: Case) -> Work:
+    batch = stage.batch
+    rows = consumed_before(batch, stage.steps) - consumed_before(batch, case.done)
+    return Work(rows=case.train(rows * batch.seq_len, batch.seq_len))
+
+
+@work_of.register
+def _rankings(stage: RewardModelConfig, case: Case) -> Work | None:
+    if stage.data.sources or stage.task is None:
+        return None  # lengths stand in files
+    prompt, answer = lengths(stage.task, case.tokenizer)
+    row = prompt + stage.answers_per_problem * answer
+    rankings = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
+    return Work(rows=case.train(rankings * row, int(row), "scalar"))
+
+
+@work_of.register(GrpoConfig)
+@work_of.register(PpoConfig)
+def _rollouts(stage: GrpoConfig | PpoConfig, case: Case) -> Work:
+    """Decoding, a forward pass of every role that is read, epochs of those that are trained."""
+    prompt, answer = lengths(stage.task, case.tokenizer)
+    answer = min(answer, stage.sampling.max_new_tokens)
+    row = prompt + stage.samples_per_prompt * answer
+    read_first = isinstance(stage, PpoConfig) or stage.needs_old_logprobs
+    work = Work(decode=case.train(row, int(row)) / 3)
+    for role in roles_in_use(stage):
+        passes = (role not in TRAINED or read_first) / 3 + stage.epochs_per_rollout * (
+            role in TRAINED
+        )
+        head = "scalar" if role in SCORERS else "vocabulary"
+        work += Work(rows=passes * case.train(row, int(row), head))
+    return work.times((stage.steps - case.done) * stage.batch.global_batch)
+
+
+@work_of.register
+def _problems(evaluation: ProblemsConfig, case: Case) -> Work:
+    prompt, answer = lengths(evaluation.task, case.tokenizer)
+    tokens = evaluation.num_problems * (prompt + min(answer, evaluation.max_new_tokens))
+    return Work(decode=case.train(tokens, int(prompt)) / 3)
+
+
+@work_of.register
+def _bits(evaluation: BitsConfig, case: Case) -> Work | None:
+    """A token is computed in every window that it stands in."""
+    data = data_of(evaluation, case.run, case.stage)
+    sources = data.validation_sources()
+    if any(s.kind == "indexed" for s in sources):
+        return None
+    text = next(iter(sources[0].documents())).text[:SAMPLED_BYTES]
+    share = 1.0 if data.validation else data.held_out or 1.0
+    tokens = share * _bytes(sources) * len(case.tokenizer.encode(text)) / max(len(text.encode()), 1)
+    windows = evaluation.seq_len / (evaluation.stride or evaluation.seq_len)
+    return Work(rows=case.train(tokens * windows, evaluation.seq_len) / 3)
+
+
+@work_of.register
+def _continuations(evaluation: ContinuationsConfig, case: Case) -> Work:
+    tokens = len(evaluation.prompts) * evaluation.sampling.max_new_tokens
+    return Work(decode=case.train(tokens, evaluation.sampling.max_new_tokens) / 3)
+
+
+def _bytes(sources: Sequence[DataSource]) -> float:
+    return float(sum(f.stat().st_size for s in sources for f in s.files()))
+
+
+def lengths(task: TaskConfig, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Mean tokens of a task's prompts and of their solutions, ends included."""
+    prompts = answers = 0
+    for problem in itertools.islice(candidates(task), SAMPLED):
+        asked = prompt_messages(problem, task)
+        prompts += len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
+        answers += sum(encode_chat(tokenizer, messages(problem, task))[1])
+    return prompts / SAMPLED, answers / SAMPLED
+
+
+def estimate(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    rates: Mapping[str, float],
+    world_size: int,
+    done: Mapping[str, int],
+) -> dict[str, float | None]:
+    """Seconds that each stage will take, its evaluations included; None where it is not known.
+
+    ``rates``: the GEMM rate in FLOP/s over all ranks, by precision. ``done``: steps of each stage
+    that need not be run again; a stage with all of them is left out.
+    """
+    found: dict[str, float | None] = {}
+    for stage in run.stages:
+        case = Case(run, stage, tokenizer, done.get(stage.name, 0))
+        if case.done < stage.steps:
+            found[stage.name] = _seconds(stage, case, rates[stage.engine.precision], world_size)
+    return found
+
+
+def _seconds(stage: StageConfig, case: Case, rate: float, world_size: int) -> float | None:
+    try:
+        work = work_of(stage, case)
+        evaluations = [work_of(e, case) for e in evaluations_of(case.run, stage)]
+    except UserError:
+        return None  # whoever reads those files will say it better
+    if work is None or None in evaluations:
+        return None
+    layout = role_layout(role_of(stage, ACTOR), world_size)
+    rows = stage.batch.global_batch / getattr(stage, "updates_per_rollout", 1) / layout.dp
+    micro_batches = math.ceil(rows / stage.batch.micro_batch)
+    bubble = 1 + (layout.pp - 1) / micro_batches  # of a pipeline that fills and drains
+    seconds = STAGE_SECONDS + dataclasses.replace(work, rows=work.rows * bubble).on(rate)
+    device = pick_device(stage.engine.device)
+    if blocks.wants_compile(stage.engine, device):
+        seconds += COMPILE_SECONDS
+    return seconds + sum(e.on(rate) for e in evaluations if e is not None)
+
+
+def expectation(expected: Mapping[str, float | None], rates: Mapping[str, float]) -> str:
+    """The estimate as one line."""
+    known = {name: s for name, s in expected.items() if s is not None}
+    rate = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {name}" for name, flops in rates.items())
+    parts = ", ".join(f"{name} {duration(s)}" for name, s in known.items())
+    unknown = ", ".join(name for name, s in expected.items() if s is None)
+    text = f"expected on this machine ({rate}): about {duration(sum(known.values()))}: {parts}"
+    return text + (f"; not {unknown}, whose work cannot be told in advance" if unknown else "")
