@@ -18,6 +18,7 @@ FLOORS = [
     {"safe_files"},
     {"integrity"},
     {"config"},
+    {"storage"},
     {"metrics", "memory"},
     {"ops"},
     {"models"},

@@ -167,6 +167,11 @@ def unseal(data: bytes, source: Path) -> dict[str, Any]:
     return document
 
 
+def is_hash(text: str) -> bool:
+    """Whether it is an xxh3-128 in hexadecimal."""
+    return bool(_HASH.fullmatch(text))
+
+
 def digest_of(sealed: bytes) -> str:
     """The hash that sealed bytes carry; it stands for the whole document."""
     return sealed[len(_SEAL) : _SEALED_BODY].decode()

@@ -8,6 +8,7 @@ Only after `rename` does the checkpoint exist; only after `pointer` may older on
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import secrets
@@ -22,9 +23,10 @@ import xxhash
 from torch import Tensor
 
 from shardwise.checkpoint import manifest, shards, steps
-from shardwise.checkpoint.files import PIECE_BYTES, start_write_back, sync_directory, write_all
+from shardwise.checkpoint.files import PIECE_BYTES, start_write_back, write_all
 from shardwise.checkpoint.manifest import BLOCK_BYTES, FileEntry, NonFiniteError
 from shardwise.errors import CheckpointError
+from shardwise.storage.durable import explain, make_folder, set_aside, sync_folder
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,7 +37,6 @@ TRANSIENT = {
     errno.ENOTCONN, errno.EREMOTEIO,
 }  # fmt: skip
 WRITE_BACK_BYTES = 64 << 20
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Writer:
@@ -44,7 +45,8 @@ class Writer:
     ``sleep`` is called with the pause in seconds.
     """
 
-    in_progress: ClassVar[set[Path]] = set()  # directories that this process is writing
+    # Directories that this process is writing, and the descriptors that say so to others.
+    in_progress: ClassVar[dict[Path, int]] = {}
 
     def __init__(
         self,
@@ -60,17 +62,41 @@ class Writer:
         """Remove what killed saves left behind and make a fresh directory to write in."""
 
         def make() -> Path:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
             for stale in steps.leftovers(root):
                 if stale not in self.in_progress:
-                    log.warning("%s: removing what an interrupted save left", stale)
-                    self.remove_tree(stale) if stale.is_dir() else stale.unlink()
-            staged = root / f"{steps.directory_name(step)}.tmp-{secrets.token_hex(6)}"
-            self.in_progress.add(staged)  # before it exists, lest a save beside us removes it
-            staged.mkdir()
-            return staged
+                    self._remove_leftover(stale)
+            while True:
+                staged = root / f"{steps.directory_name(step)}.tmp-{secrets.token_hex(6)}"
+                self.in_progress[staged] = -1  # lest a save in another thread removes it
+                staged.mkdir()
+                self.in_progress[staged] = _open_folder(staged, fcntl.LOCK_SH)
+                if staged.exists():  # else a neighbour came between
+                    return staged
+                self._settle(staged)
 
         return self.attempt(root, make)
+
+    def _remove_leftover(self, stale: Path) -> None:
+        """Remove what an interrupted save left, unless its writer lives in another process."""
+        if not stale.is_dir():
+            stale.unlink(missing_ok=True)
+            return
+        try:
+            handle = _open_folder(stale, fcntl.LOCK_EX)
+        except BlockingIOError:
+            log.info("%s: another process is writing it", stale)
+            return
+        try:
+            log.warning("%s: removing what an interrupted save left", stale)
+            self.remove_tree(stale)
+        finally:
+            os.close(handle)
+
+    def _settle(self, staged: Path) -> None:
+        """It is no longer being written."""
+        if (handle := self.in_progress.pop(staged, -1)) >= 0:
+            os.close(handle)
 
     def shard(
         self,
@@ -122,7 +148,7 @@ class Writer:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 entry = self._file(path, [data])
                 for parent in path.relative_to(directory).parents[:-1]:
-                    sync_directory(directory / parent)
+                    sync_folder(directory / parent)
                 return entry
 
             entries[name] = self.attempt(path, write)
@@ -133,7 +159,7 @@ class Writer:
 
         def write() -> None:
             self._file(directory / manifest.NAME, [data])
-            sync_directory(directory)
+            sync_folder(directory)
 
         self.attempt(directory / manifest.NAME, write)
 
@@ -146,10 +172,10 @@ class Writer:
                 if final.exists():
                     final.rename(aside)
                 staged.rename(final)
-            sync_directory(final.parent)
+            sync_folder(final.parent)
 
         self.attempt(final, commit)
-        self.in_progress.discard(staged)
+        self._settle(staged)
         if aside.exists():
             self._remove(aside)
 
@@ -160,11 +186,13 @@ class Writer:
         def write() -> None:
             try:
                 self._file(fresh, [manifest.seal(fields)])
+                if (root / name).is_dir():
+                    set_aside(root / name, "a folder stands in the place of a pointer")
                 fresh.rename(root / name)
             except OSError:
                 fresh.unlink(missing_ok=True)
                 raise
-            sync_directory(root)
+            sync_folder(root)
 
         self.attempt(root / name, write)
 
@@ -177,8 +205,8 @@ class Writer:
 
     def discard(self, staged: Path) -> None:
         """Remove a directory that will not be committed; a failure is only told."""
-        self.in_progress.discard(staged)
         try:
+            self._settle(staged)
             self.remove_tree(staged)
         except FileNotFoundError:
             pass
@@ -197,7 +225,8 @@ class Writer:
                 return action()
             except OSError as error:
                 if error.errno not in TRANSIENT or not left:
-                    raise _explained(error, path, self.retries - left) from error
+                    tried = f" after {self.retries - left} retries" if left < self.retries else ""
+                    raise CheckpointError(explain(error, path, tried)) from error
                 log.warning("%s: %s; trying again in %g s", path, error.strerror, pause)
             self.sleep(pause)
             pause *= 2
@@ -245,20 +274,22 @@ class Writer:
             log.warning("%s: cannot be removed (%s); its space stays taken", directory, error)
 
 
+def _open_folder(folder: Path, lock: int) -> int:
+    """A descriptor with a lock on it where the file system has some; it dies with the process.
+
+    Raises BlockingIOError for an exclusive one that somebody else's stands against.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, lock | fcntl.LOCK_NB if lock == fcntl.LOCK_EX else lock)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError as error:  # NFS has none for folders: there the run's lock must do
+        log.debug("%s: no lock (%s)", folder, error)
+    return handle
+
+
 def _pieces(data: memoryview) -> Iterator[memoryview]:
     for start in range(0, len(data), PIECE_BYTES):
         yield data[start : start + PIECE_BYTES]
-
-
-def _explained(error: OSError, path: Path, retried: int) -> CheckpointError:
-    number = error.errno
-    if number in FULL:
-        limit = " (a file size limit or quota)" if number != errno.ENOSPC else ""
-        mend = f"disk full{limit}; free some space, keep fewer checkpoints or move the run"
-        return CheckpointError(f"{path}: {mend} ({error.strerror})")
-    if number == errno.EROFS:
-        return CheckpointError(f"{path}: the storage is read-only; remount it or move the run")
-    if number in (errno.EACCES, errno.EPERM):
-        return CheckpointError(f"{path}: no permission to write there ({error.strerror})")
-    tried = f" after {retried} retries" if retried else ""
-    return CheckpointError(f"{path}: cannot be written{tried} ({error.strerror or error})")

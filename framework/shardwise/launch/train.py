@@ -14,6 +14,7 @@ from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
 from shardwise.stages.run import preflight, run_rank
 from shardwise.stages.skipped import SkippedError
+from shardwise.storage.lock import RunLock
 
 
 def train(
@@ -24,7 +25,8 @@ def train(
     """Run every stage of a recipe; returns the summary that ``<run_dir>/summary.json`` holds.
 
     Under torchrun this process is one rank. Otherwise ``nproc`` ranks are started on this machine
-    (None or 1: this process alone). Raises ConfigError before anything is started.
+    (None or 1: this process alone). Raises ConfigError before anything is started, LockedError
+    before anything is written if another run lives in its directory.
     """
     if (nproc or 1) == 1 or "RANK" in os.environ:
         return train_rank(config, overrides)
@@ -33,19 +35,24 @@ def train(
     preflight(run, nproc or 1, loaded.provenance)
     recipe = str(config) if isinstance(config, str | Path) else dict(config)
     target = f"{__name__}:{train_rank.__name__}"
-    launch_local(target, [recipe, list(overrides)], nproc or 1, run.directory / "logs")
+    with RunLock(run.directory) as lock:
+        args = [recipe, list(overrides), lock.token]
+        launch_local(target, args, nproc or 1, run.directory / "logs")
     summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
     return summary
 
 
 def train_rank(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), token: str = ""
 ) -> dict[str, Any]:
-    """One rank of a run; rank 0 writes the report and prints the summary."""
+    """One rank of a run; rank 0 writes the report and prints the summary.
+
+    ``token``: see `run_rank`.
+    """
     loaded = load_config(config, overrides)
     skipped: SkippedError | None = None
     try:
-        summary = run_rank(loaded)
+        summary = run_rank(loaded, token)
     except SkippedError as error:
         skipped, summary = error, error.summary
     if int(os.environ.get("RANK", "0")) == 0:

@@ -22,6 +22,7 @@ from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
 from shardwise.stages.base import Stage, StageContext
 from shardwise.stages.lineage import Lineage, check_lineage
+from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER
 from shardwise.stages.trace import TRACED_STEP, trace_step
 
 # Updates in a row whose gradients were not finite before the run gives up.
@@ -240,7 +241,7 @@ def checkpoint_root(directory: Path, stage: str) -> Path:
 
 def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
     """What makes a checkpoint complete: recipe, stage, tokenizer, and a model of another kind."""
-    folder = ctx.directory / "tokenizer"
+    folder = ctx.directory / TOKENIZER_FOLDER
     found = sorted(p for p in folder.rglob("*") if p.is_file())
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
     files["config.yaml"] = resolved_yaml(ctx.run).encode()

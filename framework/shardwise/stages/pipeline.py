@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import build_stage, run_evaluation
 from shardwise.stages.skipped import counted, too_many
+from shardwise.storage.durable import write_durably
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
@@ -111,7 +111,7 @@ class Pipeline:
         ctx.load_start(engine)
         found = evaluate_all(ctx, engine, self.progress, step=0)
         if dist.get_rank() == 0:
-            write_atomically(path, json.dumps(found, indent=1).encode())
+            write_durably(path, json.dumps(found, indent=1).encode())
         dist.barrier()
         return found
 
@@ -164,7 +164,7 @@ class Pipeline:
             "metrics": metrics,
         }
         if dist.get_rank() == 0:
-            write_atomically(self._result_path(stage), json.dumps(result, indent=1).encode())
+            write_durably(self._result_path(stage), json.dumps(result, indent=1).encode())
         dist.barrier()
         del live, loop
         gc.collect()
@@ -210,14 +210,3 @@ def evaluate_all(
         samples = [*merged.get("samples", []), *result.pop("samples", [])]
         merged |= result | ({"samples": samples} if samples else {})
     return merged
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step; a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.tmp")
-    with staged.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    staged.replace(path)

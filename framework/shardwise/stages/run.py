@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -35,31 +36,40 @@ from shardwise.parallel.mesh import pick_device, start
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages import bits
 from shardwise.stages.base import role_layout, role_of, roles_of
+from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
-from shardwise.stages.pipeline import RESULT_FILE, Pipeline, write_atomically
+from shardwise.stages.pipeline import RESULT_FILE, Pipeline
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.start import check_start, is_native
 from shardwise.stages.summary import summarize
+from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
+from shardwise.storage.durable import write_durably
 
-TOKENIZER_FOLDER = "tokenizer"
 
-
-def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
+def run_rank(loaded: LoadedConfig, token: str = "") -> dict[str, Any]:
     """Run every stage in this process, as one rank of what torchrun started, or as the only one.
 
+    ``token``: of the lock that the launcher holds on the run's directory, if one does.
     Returns the summary; rank 0 also writes it to ``<run_dir>/summary.json``. Raises ConfigError
-    before anything is started when the recipe cannot be, and SkippedError (with the summary) when
-    a stage skipped most of its updates.
+    before anything is started when the recipe cannot be, LockedError before anything is written
+    when another run lives in the directory, and SkippedError (with the summary) when a stage
+    skipped most of its updates.
     """
     run = loaded.config
     preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
     start(pick_device(run.engine.device), run.engine.timeout_s)
+    with claimed(run.directory, token):
+        return _run_stages(loaded)
+
+
+def _run_stages(loaded: LoadedConfig) -> dict[str, Any]:
+    """`run_rank` in a directory that is ours."""
     rank = dist.get_rank()
     began = time.perf_counter()
-    run = with_precision(run)
+    run = with_precision(loaded.config)
     directory = run.directory
     if rank == 0:
-        _claim(directory, run, loaded)
+        _store_recipe(directory, run, loaded)
     dist.barrier()
     tokenizer = prepare_tokenizer(run, directory, rank)
     run = with_vocabulary(run, tokenizer)
@@ -85,7 +95,7 @@ def run_rank(loaded: LoadedConfig) -> dict[str, Any]:
     summary["wall_seconds"] = time.perf_counter() - began
     if rank == 0:
         text = json.dumps(summary, indent=1)
-        write_atomically(directory / "summary.json", text.encode())
+        write_durably(directory / "summary.json", text.encode())
     dist.barrier()
     if pipeline.stopped:
         raise SkippedError(pipeline.stopped, summary)
@@ -210,21 +220,25 @@ def tokenizer_data(run: RunConfig) -> DataConfig:
 def prepare_tokenizer(run: RunConfig, directory: Path, rank: int) -> Tokenizer:
     """Make or copy the tokenizer once, on rank 0; every rank reads the saved one.
 
-    Raises ConfigError, on all ranks alike, when the folder holds that of another section.
+    A damaged folder comes back from a checkpoint. Raises ConfigError, on all ranks alike, when the
+    folder holds that of another section.
     """
     folder = directory / TOKENIZER_FOLDER
     asked = tokenizer_fingerprint(run.tokenizer)
-    if rank == 0 and not (folder / "ready").exists():
+    sound = rank != 0 or section_of(folder) is not None
+    if not sound and (source := restore(folder, directory / "stages")):
+        logging.warning("%s: taken from %s", folder, source)
+    elif not sound:
         texts = None
         if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
             texts = training_texts(tokenizer_data(run), run.tokenizer.sample_bytes, run.seed)
         tokenizer = load_tokenizer(run.tokenizer, texts)
         if tokenizer.chat_template is None and any(s.kind != "pretrain" for s in run.stages):
             tokenizer.chat_template = CHATML  # said aloud, so that whoever loads it talks alike
-        tokenizer.save(folder, _of_start(run, tokenizer))
-        write_atomically(folder / "ready", asked.encode())
+        with filled(folder, asked) as fresh:
+            tokenizer.save(fresh, _of_start(run, tokenizer))
     dist.barrier()
-    made = (folder / "ready").read_text()
+    made = section_of(folder)
     if made and made != asked:  # empty: made before markers said of what
         raise ConfigError(
             f"tokenizer: {folder} was made from another tokenizer section, or its file has "
@@ -285,9 +299,8 @@ def with_precision(run: RunConfig) -> RunConfig:
     return named(run).model_copy(update={"stages": [named(s) for s in run.stages]})  # type: ignore[no-any-return]
 
 
-def _claim(directory: Path, run: RunConfig, loaded: LoadedConfig) -> None:
-    """Make the run's directory and store the resolved recipe with the source of each value."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "config.yaml", resolved_yaml(run).encode())
+def _store_recipe(directory: Path, run: RunConfig, loaded: LoadedConfig) -> None:
+    """The resolved recipe with the source of each value."""
+    write_durably(directory / "config.yaml", resolved_yaml(run).encode())
     text = json.dumps(provenance_json(loaded), indent=1)
-    write_atomically(directory / "provenance.json", text.encode())
+    write_durably(directory / "provenance.json", text.encode())
