@@ -13,8 +13,15 @@ from shardwise.config.schema import TokenizerConfig
 from shardwise.data import tiktoken_file
 from shardwise.data.stdlib import read_stdlib
 from shardwise.data.tiktoken_file import load_tiktoken, read_ranks
-from shardwise.data.tokenizer import EOS, SPECIAL_TOKENS, byte_alphabet, load_tokenizer, train_bpe
-from shardwise.errors import DataError
+from shardwise.data.tokenizer import (
+    EOS,
+    SPECIAL_TOKENS,
+    byte_alphabet,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_bpe,
+)
+from shardwise.errors import DataError, UserError
 
 CORPUS = [d.text for d in read_stdlib("all") if d.name in ("argparse.py", "json/encoder.py")]
 
@@ -44,7 +51,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ranks = _ranks(pattern)
     path = _write(tmp_path_factory.mktemp("tt") / f"{request.param}.tiktoken", ranks)
     theirs = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return load_tokenizer(TokenizerConfig(kind="tiktoken", path=path)), theirs, path
+    return (
+        load_tokenizer(
+            TokenizerConfig(
+                kind="tiktoken", path=path, split="cl100k" if request.param == "x" else None
+            )
+        ),
+        theirs,
+        path,
+    )
 
 
 def test_real_files(pair) -> None:  # type: ignore[no-untyped-def]
@@ -101,7 +116,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=rf"d\.tiktoken: .*{message}"):
-            load_tiktoken(path)
+            load_tiktoken(path, "gpt2")
     with pytest.raises(DataError, match="cannot be read"):
         load_tiktoken(tmp_path / "none.tiktoken")
 
@@ -110,3 +125,16 @@ def test_a_rank_out_of_range_is_named(tmp_path: Path) -> None:
     path = _write(tmp_path / "x.tiktoken", {b"a": -3})
     with pytest.raises(DataError, match=r"line 1: .*rank -3 is out of range"):
         load_tiktoken(path)
+
+
+def test_splitting_is_never_guessed(tmp_path: Path) -> None:
+    path = _write(tmp_path / "tokenizer.model", BYTES)
+    with pytest.raises(UserError, match=r"tokenizer\.split: .*does not say how text is split"):
+        load_tiktoken(path)
+    config = TokenizerConfig(kind="tiktoken", path=path, split="o200k")
+    assert load_tokenizer(config).encode("ab") == [97, 98]
+    assert tokenizer_fingerprint(config) != tokenizer_fingerprint(
+        config.model_copy(update={"split": None})
+    )
+    with pytest.raises(ValueError, match="split is of kind tiktoken alone"):
+        TokenizerConfig(kind="file", path=path, split="gpt2")

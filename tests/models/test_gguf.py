@@ -212,7 +212,7 @@ def test_folder_for_transformers(tmp_path: Path) -> None:
     convert(tmp_path / "m.gguf", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer.eos_token == "<|im_end|>" and theirs.generation_config.eos_token_id == 2
+    assert tokenizer.eos_token == "<|im_end|>" and theirs.generation_config.eos_token_id == [2, 0]
     message = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == "hello"
     ours = build(CONFIG)

@@ -19,6 +19,7 @@ from shardwise.models.registry import build, from_hf, from_hf_tensors, to_hf, to
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
 from tests.models.families import FAMILIES, hf_model, inputs  # noqa: E402
+from tests.support import toy  # noqa: E402
 
 
 def _load(folder: Path) -> nn.Module:
@@ -127,6 +128,19 @@ def _edit(path: Path, **changes: Any) -> None:
         ({"rope_scaling": [1]}, r"config\.json: a value of a kind that cannot be"),
         ({"architectures": 5}, r"config\.json: a value of a kind that cannot be"),
         ({"attention_bias": True}, "missing"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, r"config\.json: auto_map names code"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types of mistral"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
+            | {"layer_types": ["chunked_attention"]},
+            "chunked_attention",
+        ),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -180,3 +194,24 @@ def test_export_needs_every_parameter(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(CheckpointError, match="no place"):
         to_hf(tmp_path, config, [*named, ("extra", torch.zeros(1))])
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_keys_that_are_not_there_mean_what_the_class_says(name: str, tmp_path: Path) -> None:
+    theirs = hf_model(name).config
+    theirs.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key in ("head_dim", "num_key_value_heads", "max_position_embeddings", "sliding_window"):
+        raw.pop(key, None)
+    raw |= {"num_attention_heads": 32, "hidden_size": 64, "use_sliding_window": True}
+    raw |= {"max_window_layers": 1, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    to_hf(tmp_path, toy.llama(), build(toy.llama()).named_parameters(), carried={})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours = from_hf(tmp_path)[0]
+    assert isinstance(ours, LlamaConfig)
+    assert ours.num_kv_heads == read.num_key_value_heads
+    assert ours.head_width == (getattr(read, "head_dim", None) or 2)
+    assert ours.max_seq_len == read.max_position_embeddings
+    assert ours.sliding_window == read.sliding_window

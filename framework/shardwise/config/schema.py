@@ -47,6 +47,9 @@ class TokenizerConfig(Section):
 
     kind: Literal["bytes", "bpe", "file", "tiktoken", "sentencepiece"] = "bytes"
     path: Path | None = Field(None, description="tokenizer.json, a tiktoken or a .model file")
+    split: Literal["gpt2", "cl100k", "o200k"] | None = Field(
+        None, description="how a tiktoken file splits text; None: by the file's name"
+    )
     vocab_size: PositiveInt = Field(4096, description="size of a BPE vocabulary trained here")
     sample_bytes: PositiveInt = Field(8_000_000, description="bytes of text that train a BPE")
     chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
@@ -60,6 +63,8 @@ class TokenizerConfig(Section):
             )
         if self.kind in ("file", "tiktoken", "sentencepiece") and self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
+        if self.split is not None and self.kind != "tiktoken":
+            raise ValueError(f"split is of kind tiktoken alone, not of {self.kind}; leave it out")
         return self
 
 

@@ -2,8 +2,8 @@
 
 The file holds ranks only. BPE merges follow from them: a token's last merge joins the two parts
 into which the lower ranks alone leave it. The pattern that splits text and the numbers of the
-control tokens are not in the file; they are known for the public vocabularies by name, and any
-other file is taken to split like cl100k (Llama 3 does) and gets our control tokens at its end.
+control tokens are not in the file; they are known for the public vocabularies by name. Of any
+other file the recipe must say how it splits; it gets our control tokens at its end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardwise.data.fast_tokenizer import (
     byte_alphabet,
     special,
 )
-from shardwise.errors import DataError
+from shardwise.errors import DataError, UserError
 
 # The published split patterns and control tokens of OpenAI's vocabularies.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -56,11 +56,26 @@ _KNOWN: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def load_tiktoken(path: Path | str) -> FastTokenizer:
-    """A tokenizer with the ids of a tiktoken file; DataError names file and line of damage."""
+SPLITS = {"gpt2": _GPT2, "cl100k": _CL100K, "o200k": _O200K}
+
+
+def load_tiktoken(path: Path | str, split: str | None = None) -> FastTokenizer:
+    """A tokenizer with the ids of a tiktoken file.
+
+    ``split`` (of `SPLITS`) says how text is split, None: as the public vocabulary whose name is in
+    the file's. Raises DataError naming file and line of damage, UserError for an unknown splitting.
+    """
     path = Path(path)
     ranks = read_ranks(path)
-    pattern, known = next((v for k, v in _KNOWN.items() if k in path.name), (_CL100K, {}))
+    pattern, known = next((v for k, v in _KNOWN.items() if k in path.name), ("", {}))
+    if split is not None:
+        pattern, known = SPLITS[split], {}
+    if not pattern:
+        raise UserError(
+            f"tokenizer.split: {path} does not say how text is split before merging, and its name "
+            f"is none of the known ones ({', '.join(_KNOWN)}); name its splitting: "
+            f"{', '.join(SPLITS)} (Llama 3: cl100k)"
+        )
     alphabet = byte_alphabet()
 
     def spell(token: bytes) -> str:

@@ -72,7 +72,7 @@ def load_tokenizer(
         raise UserError(f"tokenizer.kind {source.kind} needs tokenizer.path")
     tokenizer: Tokenizer
     if source.kind == "tiktoken":
-        tokenizer = load_tiktoken(source.path)
+        tokenizer = load_tiktoken(source.path, source.split)
     elif source.kind == "sentencepiece":
         tokenizer = load_sentencepiece(source.path)
     else:
@@ -88,6 +88,8 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
     said: list[Any] = ["bpe" if trained else config.kind, _template(config.chat_template)]
     if trained:
         said += [config.vocab_size, config.sample_bytes]
+    if config.split is not None:
+        said.append(config.split)
     if config.path is not None:
         folder = config.path if config.path.is_dir() else config.path.parent
         beside = ("tokenizer_config.json", "chat_template.jinja")

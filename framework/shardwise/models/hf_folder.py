@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shardwise import integrity
 from shardwise.config.schema import ModelConfig
-from shardwise.errors import CheckpointError, UserError
+from shardwise.errors import CheckpointError
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.common.hf import LABELS, from_hf_stream, to_hf_stream
+from shardwise.models.common.hf import LABELS, from_hf_stream, refuse_foreign, to_hf_stream
 from shardwise.models.families import FAMILIES, family_of
+from shardwise.models.weight_files import INDEX, SINGLE, read_json, read_tensors, refuse_adapter
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TIED = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 
 # Counts in a config.json, of every family; 0 or a text would only fail much later.
 _COUNTS = (
@@ -30,10 +28,6 @@ _COUNTS = (
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "n_positions", "n_embd", "n_inner", "n_layer", "n_head",
 )  # fmt: skip
-
-
-class MissingModelError(UserError, CheckpointError):
-    """There is no model at a path; nothing of it is damaged."""
 
 
 def to_hf_tensors(
@@ -66,26 +60,28 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     """
     folder = Path(folder)
     integrity.check_folder(folder)
-    raw = _read_json(folder / "config.json")
+    path = folder / travel.CONFIG
+    raw = read_json(path)
+    refuse_adapter(folder)
     kind = raw.get("model_type")
     for family in FAMILIES.values():
         if kind in family.hf.MODEL_TYPES:
-            _check_counts(raw, folder / "config.json")
+            _check_counts(raw, path)
             try:
+                refuse_foreign(raw)
                 config: DecoderConfig = family.hf.config_from_hf(raw)
             except KeyError as error:
-                raise CheckpointError(f"{folder / 'config.json'}: no key {error}") from None
+                raise CheckpointError(f"{path}: no key {error}") from None
             except ValueError as error:
-                raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+                raise CheckpointError(f"{path}: {error}") from None
             except (TypeError, AttributeError, ArithmeticError) as error:
                 raise CheckpointError(
-                    f"{folder / 'config.json'}: a value of a kind that cannot be: {error}"
+                    f"{path}: a value of a kind that cannot be: {error}"
                 ) from None
-            return config, from_hf_tensors(config, _read_tensors(folder))
+            stored = _tied_alike(folder, config, read_tensors(folder))
+            return config, _fitting(path, config, from_hf_tensors(config, stored))
     known = ", ".join(t for f in FAMILIES.values() for t in f.hf.MODEL_TYPES)
-    raise CheckpointError(
-        f"{folder / 'config.json'}: model_type {kind!r} is not supported; supported: {known}"
-    )
+    raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {known}")
 
 
 def _check_counts(raw: dict[str, Any], path: Path) -> None:
@@ -94,47 +90,40 @@ def _check_counts(raw: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {key} is {count!r}; allowed: an integer, at least 1")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingModelError(
-            f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return found
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or missing: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        outside = [n for n in files if not isinstance(n, str) or Path(n).name != n]
-        names = set() if outside else set(files)
-        if outside or not names:
+def _fitting(
+    path: Path, config: DecoderConfig, named: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, if every tensor has the shape that ``config`` means, and numbers as they are."""
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in family_of(config).model(config).named_parameters()}
+    for name, tensor in named:
+        if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{folder / INDEX}: weight_map must name files of this folder, not {outside}"
+                f"{path.parent}: {name} is stored as {tensor.dtype}: quantised weights without "
+                "their scales are not read; save the model in bf16, fp16 or fp32"
             )
-        return [folder / name for name in sorted(names)]
-    if not (folder / SINGLE).exists():
-        raise CheckpointError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}; pickled .bin weights are not loaded, "
-            "convert them to safetensors first"
-        )
-    return [folder / SINGLE]
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{path.parent}: {name} has the shape {tuple(tensor.shape)}, and by {path.name} it "
+                f"is {tuple(shapes[name])}; does the config belong to these weights?"
+            )
+        yield name, tensor
+
+
+def _tied_alike(
+    folder: Path, config: DecoderConfig, stored: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, if a stored head is the embedding that the config ties it to."""
+    ends: list[Tensor] = []
+    for name, tensor in stored:
+        if config.tie_embeddings and name.endswith(_TIED):
+            ends.append(tensor)
+        if len(ends) == 2 and not torch.equal(*ends):
+            raise CheckpointError(
+                f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but "
+                "both are stored and differ; set it to false"
+            )
+        yield name, tensor
 
 
 def to_hf(

@@ -58,9 +58,7 @@ def generate(
     batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
     model = open_model(ckpt)
     tokenizer = _tokenizer(model, ckpt)
-    sampling = sampling or Sampling()
-    stops = (*sampling.stop_ids, *tokenizer.stop_ids)
-    sampling = sampling.model_copy(update={"stop_ids": tuple(dict.fromkeys(stops))})
+    sampling = (sampling or Sampling()).stopping_at(tokenizer.stop_ids)
     requests = [
         Request(i, encode_prompt(tokenizer, prompt, raw=raw, system=system), num_samples)
         for i, prompt in enumerate(batch)

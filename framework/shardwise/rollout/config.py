@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import Field
 
 from shardwise.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
@@ -19,6 +21,11 @@ class Sampling(Section):
         (), description="tokens that end a completion, besides the tokenizer's end of text"
     )
     stop_strings: tuple[str, ...] = Field((), description="texts that end a completion")
+
+    def stopping_at(self, stop_ids: Iterable[int]) -> Sampling:
+        """The same, with the tokenizer's ``stop_ids`` behind those that the user gave."""
+        both = dict.fromkeys([*self.stop_ids, *stop_ids])
+        return self.model_copy(update={"stop_ids": tuple(both)})
 
     @property
     def filters(self) -> bool:

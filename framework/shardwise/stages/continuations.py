@@ -23,7 +23,7 @@ def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> 
         return {"samples": []}
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     requests = [Request(i, [start, *tokenizer.encode(p)]) for i, p in enumerate(config.prompts)]
-    sampling = config.sampling.model_copy(update={"stop_ids": tokenizer.stop_ids})
+    sampling = config.sampling.stopping_at(tokenizer.stop_ids)
     key = dice.key(ctx.run.seed, "continuations", config.name)
     found = generator.generate(requests, sampling, key)
     return {

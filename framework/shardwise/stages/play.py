@@ -130,8 +130,7 @@ class Player:
         ``key`` and a problem's ``prompt_id`` decide its draws, whatever else is in the batch.
         """
         tokenizer = self.ctx.tokenizer
-        stops = tuple(dict.fromkeys([*sampling.stop_ids, *tokenizer.stop_ids]))
-        sampling = sampling.model_copy(update={"stop_ids": stops})
+        sampling = sampling.stopping_at(tokenizer.stop_ids)
         rank, world = dist.get_rank(), dist.get_world_size()
         mine = range(rank, len(problems), world)
         ids = [int(prompt_ids[i]) for i in mine]

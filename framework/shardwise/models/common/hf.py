@@ -17,6 +17,48 @@ _SCORES = "ForSequenceClassification"
 LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of a scalar head alone
 
 
+# Keys of a config.json by which a model computes what ours do not, and the values that say nothing.
+_FOREIGN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("attention_chunk_size", "clip_qkv", "query_pre_attn_scalar", "final_logit_softcapping",
+         "attn_logit_softcapping"), (None,),
+    ),
+    **dict.fromkeys(
+        ("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+         "attention_multiplier", "logit_scale", "scale_emb", "scale_depth"), (None, 1),
+    ),
+    **dict.fromkeys(
+        ("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention", "alibi",
+         "use_qk_norm", "qk_layernorm", "num_experts", "num_local_experts"), (None, False, 0),
+    ),
+    **dict.fromkeys(("pruned_heads", "no_rope_layers"), (None, {}, [])),
+    "is_causal": (None, True),
+}  # fmt: skip
+
+
+def refuse_foreign(raw: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the first key by which a model computes otherwise than ours."""
+    if raw.get("auto_map"):
+        raise CheckpointError(
+            "config.json: auto_map names code that computes the model, and such code is never run; "
+            f"remove the key if transformers' own {raw.get('model_type')} computes the same"
+        )
+    if quantised := raw.get("quantization_config") or raw.get("compression_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise CheckpointError(
+            f"config.json: quantization_config: weights quantised by {method} are not read; load "
+            "them with transformers, dequantize() and save them in bf16"
+        )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    said = {**(rope if isinstance(rope, Mapping) else {}), **raw}
+    for key, neutral in _FOREIGN.items():
+        if key in said and said[key] not in neutral:
+            raise CheckpointError(
+                f"config.json: {key} = {said[key]!r} means a computation that is not done here; "
+                "remove the key if the weights do without it"
+            )
+
+
 def head_from_hf(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     """``head`` and ``tie_embeddings`` of a config.json; a class of several labels is refused."""
     names = raw.get("architectures") or []
@@ -107,6 +149,8 @@ def from_hf_stream(
     for name, tensor in named:
         full = name if name in known else prefix + name
         if full in known:
+            if full not in waiting:
+                raise CheckpointError(f"tensor {full!r} is stored twice, with prefix and without")
             yield from waiting.pop(full).split(tensor)
         elif not name.endswith(tuple(ignore)):
             raise CheckpointError(

@@ -22,6 +22,18 @@ OTHER_WORDS = (
     "attention_bias", "mlp_bias",
 )  # fmt: skip
 
+# Where a class of transformers does not take what the others do for a key that is not there.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096,
+    },
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096},
+    "qwen3": {
+        "num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096,
+        "head_dim": 128,
+    },
+}  # fmt: skip
+
 _LAYER = (
     ("attn_norm.weight", "input_layernorm.weight"),
     ("attn.q.weight", "self_attn.q_proj.weight"),
@@ -54,9 +66,9 @@ def rules(config: LlamaConfig) -> list[Rule]:
 def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """Our config from a config.json; raises CheckpointError for what the family cannot express."""
     kind = raw["model_type"]
+    raw = _DEFAULTS.get(kind, {}) | dict(raw)
     _must(raw, "hidden_act", ("silu",))
     _must(raw, "mlp_bias", (False,))
-    _must(raw, "partial_rotary_factor", (1.0,))
     qwen2 = kind == "qwen2"
     bias = bool(raw.get("attention_bias", False)) and not qwen2
     window, start = _window_from_hf(raw)
@@ -106,7 +118,17 @@ def _window_from_hf(raw: Mapping[str, Any]) -> tuple[int | None, int]:
     num_layers = raw["num_hidden_layers"]
     start = raw.get("max_window_layers", 28) if qwen else 0
     kinds = raw.get("layer_types")
-    if kinds is not None:
+    if kinds is not None and not qwen:  # Mistral's class does not look at them
+        if set(kinds) != {"sliding_attention"}:
+            raise CheckpointError(
+                f"config.json: layer_types of {raw['model_type']}: only sliding_attention with a "
+                "sliding_window, as its class computes"
+            )
+    elif kinds is not None:
+        if set(kinds) - {"sliding_attention", "full_attention"}:
+            raise CheckpointError(
+                f"config.json: layer_types {sorted(set(kinds))}: full and sliding attention alone"
+            )
         start = kinds.index("sliding_attention") if "sliding_attention" in kinds else num_layers
         if "full_attention" in kinds[start:]:
             raise CheckpointError(
