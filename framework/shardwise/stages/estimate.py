@@ -46,7 +46,7 @@ from shardwise.stages.sft_config import SftConfig
 ROWS, DECODE = 0.45, 0.15
 STAGE_SECONDS = 4.0  # engine, first step, checkpoints, result
 COMPILE_SECONDS = 20.0  # on a CPU
-TEXT_BYTES_A_SECOND = 3e6  # read, tokenised and stored
+TEXT_BYTES_A_SECOND = 2e6  # read, tokenised and stored
 SAMPLED = 64  # problems from whose lengths those of a task are told
 SAMPLED_BYTES = 1 << 16  # of a text, from whose tokens those of all are told
 
@@ -166,7 +166,9 @@ def _continuations(evaluation: ContinuationsConfig, case: Case) -> Work:
 
 
 def _bytes(sources: Sequence[DataSource]) -> float:
-    return float(sum(f.stat().st_size for s in sources for f in s.files()))
+    """Of text; an indexed source is tokens already."""
+    texts = [s for s in sources if s.kind != "indexed"]
+    return float(sum(f.stat().st_size for s in texts for f in s.files()))
 
 
 def lengths(task: TaskConfig, tokenizer: Tokenizer) -> tuple[float, float]:
@@ -203,7 +205,7 @@ def _seconds(stage: StageConfig, case: Case, rate: float, world_size: int) -> fl
     try:
         work = work_of(stage, case)
         evaluations = [work_of(e, case) for e in evaluations_of(case.run, stage)]
-    except UserError:
+    except (UserError, OSError):
         return None  # whoever reads those files will say it better
     if work is None or None in evaluations:
         return None
