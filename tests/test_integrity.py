@@ -46,26 +46,26 @@ def prefix(tmp_path: Path) -> Path:
     return prepare([source], ByteTokenizer(), tmp_path / "store").prefix
 
 
-def _flip(dice: random.Random, data: bytes) -> bytes:
-    at = dice.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
+def _flip(rng: random.Random, data: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
 
 
-def _swap(dice: random.Random, data: bytes) -> bytes:
+def _swap(rng: random.Random, data: bytes) -> bytes:
     """Two unequal stretches of four bytes change places."""
     while True:
-        a, b = sorted(dice.sample(range(0, len(data) - 4, 4), 2))
+        a, b = sorted(rng.sample(range(0, len(data) - 4, 4), 2))
         changed = data[:a] + data[b : b + 4] + data[a + 4 : b] + data[a : a + 4] + data[b + 4 :]
         if changed != data:
             return changed
 
 
-def _truncate(dice: random.Random, data: bytes) -> bytes:
-    return data[: dice.randrange(len(data))]
+def _truncate(rng: random.Random, data: bytes) -> bytes:
+    return data[: rng.randrange(len(data))]
 
 
-def _zero(dice: random.Random, data: bytes) -> bytes:
-    at = dice.choice([i for i in range(len(data)) if data[i]])
+def _zero(rng: random.Random, data: bytes) -> bytes:
+    at = rng.choice([i for i in range(len(data)) if data[i]])
     return data[:at] + bytes(len(data[at : at + 16])) + data[at + 16 :]
 
 
@@ -88,10 +88,10 @@ def test_every_damage_to_a_store_is_found(
     """Twelve each, 144 in all; each right after the sound store was read and remembered."""
     path = Path(f"{prefix}{suffix}")
     good = path.read_bytes()
-    dice = random.Random(f"{damage.__name__}{suffix}")
+    rng = random.Random(f"{damage.__name__}{suffix}")
     for trial in range(12):
         expected = IndexedStore(prefix).tokens.tolist()
-        _overwrite(path, damage(dice, good), replace=trial % 2 == 1)
+        _overwrite(path, damage(rng, good), replace=trial % 2 == 1)
         with pytest.raises(DataError, match=path.name.replace(".", r"\.")):
             IndexedStore(prefix)
         _overwrite(path, good, replace=False)
@@ -102,10 +102,10 @@ def test_every_damage_to_a_store_is_found(
 def test_every_damage_to_a_tokenizer_is_found(prefix: Path, name: str) -> None:
     folder = prefix.with_suffix(".tokenizer")
     good = (folder / name).read_bytes()
-    dice = random.Random(name)
+    rng = random.Random(name)
     for damage in (_flip, _swap, _truncate, _zero) * 3:
         load_tokenizer(folder)
-        _overwrite(folder / name, damage(dice, good), replace=False)
+        _overwrite(folder / name, damage(rng, good), replace=False)
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             load_tokenizer(folder)
         _overwrite(folder / name, good, replace=True)

@@ -17,24 +17,24 @@ from tests.checkpoint.tools import assert_equal, blank, content, save
 SHARD = "shard-00000-000.safetensors"
 
 
-def damage(path: Path, dice: random.Random, span: tuple[int, int] | None = None) -> list[int]:
+def damage(path: Path, rng: random.Random, span: tuple[int, int] | None = None) -> list[int]:
     """Hurt a file within ``span``; returns the offsets that changed."""
     before = path.read_bytes()
     low, high = span or (0, len(before))
     while True:
         data = bytearray(before)
-        kind = dice.choice(["truncate", "delete", "zero", "flip"])
+        kind = rng.choice(["truncate", "delete", "zero", "flip"])
         if kind == "delete":
             path.unlink()
             return list(range(low, len(before)))
         if kind == "truncate":
-            data = data[: dice.randrange(low, high)]
+            data = data[: rng.randrange(low, high)]
         elif kind == "zero":
-            start = dice.randrange(low, high)
+            start = rng.randrange(low, high)
             end = min(start + 4096, high)
             data[start:end] = bytes(end - start)
         else:
-            data[dice.randrange(low, high)] ^= 1 << dice.randrange(8)
+            data[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
         changed = [i for i, old in enumerate(before) if i >= len(data) or data[i] != old]
         if changed:
             path.write_bytes(data)

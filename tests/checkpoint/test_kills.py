@@ -71,18 +71,18 @@ def test_killed_in_a_phase(
 
 
 def kill_at_random(root: Path, seed: int) -> None:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=endless, args=(root, theirs, seed % 2 == 1))
     process.start()
     theirs.close()
     durable = 0
-    for _ in range(dice.randint(1, 4)):
+    for _ in range(rng.randint(1, 4)):
         durable = ours.recv()
-    pause = dice.uniform(0, 0.03)  # anywhere in the saves that follow
+    pause = rng.uniform(0, 0.03)  # anywhere in the saves that follow
     while ours.poll(pause):
         durable = ours.recv()
-        pause = dice.choice([0.0, pause / 2])
+        pause = rng.choice([0.0, pause / 2])
         if pause == 0.0:
             break
     process.kill()

@@ -13,7 +13,7 @@ from shardwise.models.common.init import init_weights
 from shardwise.models.gpt2.config import GPT2Config
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.models.registry import build
-from shardwise.ops import dice
+from shardwise.ops import rng
 
 LLAMA = {"vocab_size": 50, "hidden_size": 32, "num_layers": 3, "num_heads": 4}
 LLAMA |= {"num_kv_heads": 2, "ffn_size": 48}
@@ -103,22 +103,22 @@ def test_cache_in_uneven_pieces_equals_one_pass(name: str) -> None:
 def test_dropout_does_not_depend_on_the_batch(name: str) -> None:
     model = _model(name)
     ids, positions = _ids(4, 10), torch.arange(10).expand(4, -1)
-    keys = dice.token_dice(0, 3, "s", torch.arange(100, 104), torch.arange(10))
-    whole = model(ids, positions, dice_BT=keys)
-    rows = [model(ids[i : i + 1], positions[:1], dice_BT=keys[i : i + 1]) for i in (2, 0, 3, 1)]
+    keys = rng.token_keys(0, 3, "s", torch.arange(100, 104), torch.arange(10))
+    whole = model(ids, positions, rng_keys_BT=keys)
+    rows = [model(ids[i : i + 1], positions[:1], rng_keys_BT=keys[i : i + 1]) for i in (2, 0, 3, 1)]
     torch.testing.assert_close(whole[[2, 0, 3, 1]], torch.cat(rows), atol=1e-12, rtol=1e-12)
     assert not torch.allclose(whole, model(ids, positions), atol=1e-3)
-    other = dice.token_dice(0, 4, "s", torch.arange(100, 104), torch.arange(10))
-    assert not torch.allclose(whole, model(ids, positions, dice_BT=other), atol=1e-3)
+    other = rng.token_keys(0, 4, "s", torch.arange(100, 104), torch.arange(10))
+    assert not torch.allclose(whole, model(ids, positions, rng_keys_BT=other), atol=1e-3)
 
 
 def test_every_dropout_place_draws_its_own_mask() -> None:
     """Layers and places within a layer must not share masks."""
-    keys = dice.token_dice(0, 0, "s", torch.arange(1), torch.arange(6))
+    keys = rng.token_keys(0, 0, "s", torch.arange(1), torch.arange(6))
     from shardwise.ops.dropout import dropout
 
     masks = [
-        dropout(torch.ones(1, 6, 64), 0.5, dice.fold(keys, layer), salt)
+        dropout(torch.ones(1, 6, 64), 0.5, rng.fold(keys, layer), salt)
         for layer in range(4)
         for salt in range(3)
     ]
@@ -154,11 +154,11 @@ def test_blocks_compile_to_one_graph(name: str) -> None:
     model = _model(name, torch.float32)
     ids, positions = _ids(2, 16), torch.arange(16).expand(2, -1)
     segments = (torch.arange(16) // 6).expand(2, -1).contiguous()
-    keys = dice.token_dice(0, 0, "s", torch.arange(2), torch.arange(16))
+    keys = rng.token_keys(0, 0, "s", torch.arange(2), torch.arange(16))
     calls: list[dict[str, Any]] = [
         {},
         {"segment_ids_BT": segments},
-        {"segment_ids_BT": segments, "dice_BT": keys},
+        {"segment_ids_BT": segments, "rng_keys_BT": keys},
     ]
     expected = [model(ids, positions, **kwargs) for kwargs in calls]
     dynamo.reset()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardwise.ops import dice, flash
+from shardwise.ops import flash, rng
 from shardwise.ops.attention import Mask, allowed_by_position, attention, causal_mask
 from tests.contracts.signatures import checked, versions
 
@@ -100,21 +100,21 @@ def test_packed_gradients_equal_separate_documents() -> None:
 def test_dropout_path_without_drops_is_attention() -> None:
     """With a probability too small to drop anything, the explicit path is the fused one."""
     q, k, v = _qkv(2, 4, 2, 6)
-    keys = dice.token_dice(0, 0, "t", torch.arange(2), torch.arange(6))
+    keys = rng.token_keys(0, 0, "t", torch.arange(2), torch.arange(6))
     for mask in (Mask(), causal_mask(torch.arange(6).expand(2, -1), q.dtype, window=2)):
-        got = attention(q, k, v, mask, dropout_p=1e-12, dice_BT=keys)
+        got = attention(q, k, v, mask, dropout_p=1e-12, rng_keys_BT=keys)
         torch.testing.assert_close(got, attention(q, k, v, mask), atol=1e-12, rtol=1e-12)
 
 
 def test_dropout_of_a_slice_of_heads_and_rows() -> None:
     q, k, v = _qkv(3, 4, 4, 6)
-    keys = dice.token_dice(0, 0, "t", torch.arange(3), torch.arange(6))
-    whole = attention(q, k, v, Mask(), dropout_p=0.5, dice_BT=keys)
+    keys = rng.token_keys(0, 0, "t", torch.arange(3), torch.arange(6))
+    whole = attention(q, k, v, Mask(), dropout_p=0.5, rng_keys_BT=keys)
     part = attention(
         *(t[1:2, 2:] for t in (q, k, v)),
         Mask(),
         dropout_p=0.5,
-        dice_BT=keys[1:2],
+        rng_keys_BT=keys[1:2],
         head_offset=2,
     )
     assert torch.equal(part, whole[1:2, 2:])
@@ -183,8 +183,8 @@ def test_flash_attn_is_called_rightly(
     positions = torch.arange(7).expand(2, -1)
     plain = causal_mask(positions, q.dtype, segments, window)
     expected = attention(q, k, v, plain)
-    keys = dice.token_dice(0, 0, "t", torch.arange(2), torch.arange(7))
-    dropped = attention(q, k, v, plain, dropout_p=0.3, dice_BT=keys)
+    keys = rng.token_keys(0, 0, "t", torch.arange(2), torch.arange(7))
+    dropped = attention(q, k, v, plain, dropout_p=0.3, rng_keys_BT=keys)
     library = _FlashStandIn(version)
     monkeypatch.setattr(flash, "unusable", lambda device, dtype: None)
     monkeypatch.setattr(flash, "_library", lambda: (library, ""))
@@ -193,7 +193,7 @@ def test_flash_attn_is_called_rightly(
     assert library.calls == ["varlen" if packed else "dense"]
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
     # The same mask, in its short form, still serves the explicit path.
-    again = attention(q, k, v, mask, dropout_p=0.3, dice_BT=keys)
+    again = attention(q, k, v, mask, dropout_p=0.3, rng_keys_BT=keys)
     torch.testing.assert_close(again, dropped, atol=1e-12, rtol=0)
 
 

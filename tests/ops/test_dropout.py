@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.ops.dropout import dropout, keep_mask
 
-KEYS = dice.token_dice(0, 1, "test", torch.arange(8), torch.arange(32))
+KEYS = rng.token_keys(0, 1, "test", torch.arange(8), torch.arange(32))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

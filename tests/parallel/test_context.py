@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardwise.ops import attention_blocks, comm, dice
+from shardwise.ops import attention_blocks, comm, rng
 from shardwise.ops.attention import BRANCH_SHIFT, attention, causal_mask
 from shardwise.parallel.context import (
     ContextAttention,
@@ -60,10 +60,10 @@ class Scene:
         shapes = [(ROWS, h, TOKENS, WIDTH) for h in heads]
         return tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
 
-    def dice(self) -> Tensor | None:
+    def rng(self) -> Tensor | None:
         if not self.dropout:
             return None
-        return dice.token_dice(1, 2, "s", torch.arange(ROWS), torch.arange(TOKENS))
+        return rng.token_keys(1, 2, "s", torch.arange(ROWS), torch.arange(TOKENS))
 
 
 SCENES = [
@@ -92,7 +92,7 @@ def _whole(scene: Scene, dtype: torch.dtype) -> list[Tensor]:
         *leaves,
         mask,
         dropout_p=scene.dropout,
-        dice_BT=scene.dice(),
+        rng_keys_BT=scene.rng(),
         salt=1,
         head_offset=scene.head_offset,
     )
@@ -109,12 +109,12 @@ def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     positions, segments = scene.masks()
-    keys = scene.dice()
+    keys = scene.rng()
     out = ContextAttention(group, kind)(
         *leaves,
         ContextMask(index, segments, positions, scene.window),
         dropout_p=scene.dropout,
-        dice_BT=None if keys is None else keys[:, index],
+        rng_keys_BT=None if keys is None else keys[:, index],
         salt=1,
         head_offset=scene.head_offset,
     )

@@ -87,7 +87,7 @@ def check_logprobs(name: str, completions: list[Completion], sampling: Sampling)
 )
 def test_logprobs_are_the_trainers(name: str, accelerate: bool, sampling: Sampling) -> None:
     generator = made(name, accelerate, max_slots=4)
-    found = generator.generate(support.requests(), sampling, dice_key=5)
+    found = generator.generate(support.requests(), sampling, rng_key=5)
     assert [len(c.token_ids) for c in found] == [17] * len(found)
     check_logprobs(name, found, sampling)
 
@@ -98,10 +98,10 @@ def test_a_completion_does_not_depend_on_its_batch(name: str, accelerate: bool) 
     """Other slots, other neighbours, alone: the same tokens; on the native backend, bitwise."""
     sampling = Sampling(max_new_tokens=15, stop_ids=tuple(range(8)))
     asked = support.requests()
-    whole = made(name, accelerate, max_slots=64).generate(asked, sampling, dice_key=7)
+    whole = made(name, accelerate, max_slots=64).generate(asked, sampling, rng_key=7)
     assert {c.finish_reason for c in whole} == {"stop", "length"}
-    few = made(name, accelerate, max_slots=2).generate(asked, sampling, dice_key=7)
-    backwards = made(name, accelerate, max_slots=5).generate(asked[::-1], sampling, dice_key=7)
+    few = made(name, accelerate, max_slots=2).generate(asked, sampling, rng_key=7)
+    backwards = made(name, accelerate, max_slots=5).generate(asked[::-1], sampling, rng_key=7)
     key = lambda c: (c.prompt_id, c.sample_id)  # noqa: E731
     for other in (few, sorted(backwards, key=key)):
         assert list(map(key, other)) == list(map(key, whole))
@@ -109,7 +109,7 @@ def test_a_completion_does_not_depend_on_its_batch(name: str, accelerate: bool) 
             assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
             if accelerate:
                 assert a.logprobs == b.logprobs
-    again = made(name, accelerate, max_slots=64).generate(asked, sampling, dice_key=8)
+    again = made(name, accelerate, max_slots=64).generate(asked, sampling, rng_key=8)
     assert [c.token_ids for c in again] != [c.token_ids for c in whole]
 
 

@@ -80,8 +80,8 @@ def foreign_vocabulary_not_masked() -> Iterator[Any]:
 
 @bug("gpt2", "pretrain", "tp2.sp")
 def dropout_from_the_wrong_rank() -> Iterator[Any]:
-    def forward(self: Any, x: Tensor, dice_BT: Tensor | None, salt: int) -> Tensor:
-        own = None if dice_BT is None else dice_BT[:, : x.shape[1]]
+    def forward(self: Any, x: Tensor, rng_keys_BT: Tensor | None, salt: int) -> Tensor:
+        own = None if rng_keys_BT is None else rng_keys_BT[:, : x.shape[1]]
         return self.old(x, own, salt)
 
     yield _patch(tensor.TokenDropout, "forward", forward)

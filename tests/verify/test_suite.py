@@ -74,21 +74,21 @@ def test_split_backward_under_zero_reduces_one_dtype(verifiers: Verifiers) -> No
 
 
 def _random_layouts(count: int) -> list[str]:
-    dice, found = random.Random(0), set[str]()
+    rng, found = random.Random(0), set[str]()
     while len(found) < count:
-        dp, tp, pp, cp = (dice.choice((1, 1, 2, 4)) for _ in range(4))
+        dp, tp, pp, cp = (rng.choice((1, 1, 2, 4)) for _ in range(4))
         if not 2 <= dp * tp * pp * cp <= 8:
             continue
-        words = [f"dp{dp}", f"zero{dice.randrange(4)}", f"tp{tp}", f"pp{pp}", f"cp{cp}"]
-        if tp > 1 and dice.random() < 0.5:
+        words = [f"dp{dp}", f"zero{rng.randrange(4)}", f"tp{tp}", f"pp{pp}", f"cp{cp}"]
+        if tp > 1 and rng.random() < 0.5:
             words.append("sp")
         if pp > 1:
-            words.append(dice.choice(SCHEDULES))
+            words.append(rng.choice(SCHEDULES))
         if cp > 1:
-            words.append(dice.choice(("ring", "ulysses")))
+            words.append(rng.choice(("ring", "ulysses")))
         if dp == 4 and words[1] != "zero0":
-            words.append(dice.choice(("hsdp2", "hsdp4")))
-        dice.shuffle(words)
+            words.append(rng.choice(("hsdp2", "hsdp4")))
+        rng.shuffle(words)
         found.add(".".join(words))
     return sorted(found)
 

@@ -25,7 +25,7 @@ class MicroBatch:
     position_ids_BT: Tensor  # int64, restarts at 0 with each packed document
     targets_BT: Tensor  # int64
     loss_mask_BT: Tensor  # bool
-    sample_ids_B: Tensor  # int64, global index of each row; the root of its dropout dice
+    sample_ids_B: Tensor  # int64, global index of each row; the root of its dropout rng keys
     segment_ids_BT: Tensor | None = None  # int64
     extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by stage, first dim B
 

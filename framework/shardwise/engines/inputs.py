@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.models.common.config import DecoderConfig
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.ops.attention import PADDING
 from shardwise.ops.logits import Logits
 from shardwise.parallel.context import ContextMask, gather_tokens, multiple_of, token_index
@@ -98,7 +98,9 @@ class Cut:
             index_t = self.index_t
             if index_t is None:
                 index_t = torch.arange(self.padded, device=self.mesh.device)
-            arguments["dice_BT"] = dice.token_dice(seed, step, stage, batch.sample_ids_B, index_t)
+            arguments["rng_keys_BT"] = rng.token_keys(
+                seed, step, stage, batch.sample_ids_B, index_t
+            )
         return arguments
 
     def logits(self, local_BtW: Tensor) -> Tensor | Logits:

@@ -36,7 +36,7 @@ class NativeEngine:
         config: layout, precision, recompute, compile, clipping.
         mesh: this process's place; made by `parallel.mesh.build_mesh`.
         seed: root of the initial weights and of dropout.
-        stage: the training stage's name; part of the dropout dice.
+        stage: the training stage's name; part of dropout's rng keys.
         optimizer: None for a model that is only evaluated.
         wide_logits: the head's product gives fp32 logits of bf16 or fp16 operands, for losses
             that compare log-probabilities of two computations.
@@ -67,7 +67,7 @@ class NativeEngine:
         self.named = Named(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self._has_gradients = False
-        self.updates = 0  # optimizer steps tried; with the stage's name, the time on the dice
+        self.updates = 0  # optimizer steps tried; with the stage's name, the time in rng keys
         self.skipped = 0  # of them, those that left the weights as they were
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer) if optimizer else None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops import cpu_attention, dice, flash
+from shardwise.ops import cpu_attention, flash, rng
 from shardwise.ops.dropout import keep_mask
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
@@ -103,19 +103,19 @@ def attention(
     mask: Mask,
     *,
     dropout_p: float = 0.0,
-    dice_BT: Tensor | None = None,
+    rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
 ) -> Tensor:
     """Scaled dot-product attention (BHTK), H a multiple of G (grouped-query attention).
 
-    Dropout of the attention weights happens when ``dice_BT`` is given and ``dropout_p > 0``; then
-    the explicit path runs, since no fused kernel can draw our dice. ``salt`` tells dropout places
+    Dropout of the attention weights happens when ``rng_keys_BT`` is given and ``dropout_p > 0``; then
+    the explicit path runs, since no fused kernel can draw from our rng keys. ``salt`` tells dropout places
     apart; ``head_offset`` is the global index of the first query head, for a rank that holds some.
     """
-    if dice_BT is not None and dropout_p > 0.0:
-        dice_BT = dice.fold(dice_BT, salt)
-        return _explicit(q_BHTK, k_BGSK, v_BGSK, mask, dropout_p, dice_BT, head_offset)
+    if rng_keys_BT is not None and dropout_p > 0.0:
+        rng_keys_BT = rng.fold(rng_keys_BT, salt)
+        return _explicit(q_BHTK, k_BGSK, v_BGSK, mask, dropout_p, rng_keys_BT, head_offset)
     if mask.flash:
         if q_BHTK.shape[3] <= flash.MAX_HEAD_WIDTH:
             return flash.attention(q_BHTK, k_BGSK, v_BGSK, mask.cu_seqlens, mask.window)
@@ -141,7 +141,7 @@ def _explicit(
     v_BGSK: Tensor,
     mask: Mask,
     dropout_p: float,
-    dice_BT: Tensor,
+    rng_keys_BT: Tensor,
     head_offset: int,
 ) -> Tensor:
     num_heads, num_queries, num_keys = q_BHTK.shape[1], q_BHTK.shape[2], k_BGSK.shape[2]
@@ -152,7 +152,7 @@ def _explicit(
     scores = (q_BHTK @ k_BHSK.transpose(-1, -2)).to(wide) / math.sqrt(q_BHTK.shape[-1])
     scores = scores.masked_fill(~_dense(mask, q_BHTK, num_queries, num_keys), -math.inf)
     heads_H = torch.arange(head_offset, head_offset + num_heads, device=q_BHTK.device)
-    keys_BHT = dice.fold(dice_BT[:, None, :], heads_H[:, None])
+    keys_BHT = rng.fold(rng_keys_BT[:, None, :], heads_H[:, None])
     keep_BHTS = keep_mask(keys_BHT, num_keys, dropout_p)
     weights = torch.softmax(scores, dim=-1)
     weights = torch.where(keep_BHTS, weights / (1.0 - dropout_p), 0.0)

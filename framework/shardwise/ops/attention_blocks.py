@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardwise.ops import cpu_attention, dice
+from shardwise.ops import cpu_attention, rng
 from shardwise.ops.dropout import _NUM_BITS
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
@@ -30,21 +30,21 @@ class Block:
     allowed_B1TS: Tensor | None = None  # bool; None with is_causal False: all see all
     is_causal: bool = False
     dropout_p: float = 0.0
-    dice_BHt: Tensor | None = None  # keys of the queries, before heads are folded in
+    rng_keys_BHt: Tensor | None = None  # keys of the queries, before heads are folded in
     key_index: Tensor | None = None  # global index of each key, for dropout
     head_offset: int = 0
 
     @property
     def drops(self) -> bool:
         """Whether attention weights are dropped."""
-        return self.dice_BHt is not None and self.dropout_p > 0.0
+        return self.rng_keys_BHt is not None and self.dropout_p > 0.0
 
     def keep(self, num_heads: int) -> Tensor:
         """True where a weight stays; the draws of `ops.dropout.keep_mask`, by global key."""
-        assert self.dice_BHt is not None and self.key_index is not None
+        assert self.rng_keys_BHt is not None and self.key_index is not None
         heads = torch.arange(self.head_offset, self.head_offset + num_heads)
-        keys_BHT = dice.fold(self.dice_BHt, heads.to(self.dice_BHt.device)[:, None])
-        draws = dice.bits(dice.fold(keys_BHT[..., None], self.key_index), _NUM_BITS)
+        keys_BHT = rng.fold(self.rng_keys_BHt, heads.to(self.rng_keys_BHt.device)[:, None])
+        draws = rng.bits(rng.fold(keys_BHT[..., None], self.key_index), _NUM_BITS)
         return draws >= round(self.dropout_p * (1 << _NUM_BITS))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwise.ops import dice
+from shardwise.ops import rng
 
 # Shape suffixes: B sequences, T tokens, F features.
 
@@ -25,7 +25,7 @@ def keep_mask(keys: Tensor, num_columns: int, p: float, offset: int = 0) -> Tens
     the first column. Decided in integers, so that dtypes and devices agree.
     """
     columns = torch.arange(offset, offset + num_columns, device=keys.device)
-    draws = dice.bits(dice.fold(keys[..., None], columns), _NUM_BITS)
+    draws = rng.bits(rng.fold(keys[..., None], columns), _NUM_BITS)
     return draws >= round(p * (1 << _NUM_BITS))
 
 
@@ -35,15 +35,15 @@ def _(keys: Tensor, num_columns: int, p: float, offset: int = 0) -> Tensor:
 
 
 def dropout(
-    x_BTF: Tensor, p: float, dice_BT: Tensor | None, salt: int, feature_offset: int = 0
+    x_BTF: Tensor, p: float, rng_keys_BT: Tensor | None, salt: int, feature_offset: int = 0
 ) -> Tensor:
     """Zero each feature with probability ``p`` and scale the rest by ``1 / (1 - p)``.
 
-    ``dice_BT`` (int64) holds a key per token; None or ``p == 0`` returns ``x`` itself. ``salt``
+    ``rng_keys_BT`` (int64) holds a key per token; None or ``p == 0`` returns ``x`` itself. ``salt``
     tells the dropout places of one forward pass apart. ``feature_offset`` is the global index of
     the first feature, for a rank that holds a slice of F.
     """
-    if dice_BT is None or p == 0.0:
+    if rng_keys_BT is None or p == 0.0:
         return x_BTF
-    keep_BTF = keep_mask(dice.fold(dice_BT, salt), x_BTF.shape[-1], p, feature_offset)
+    keep_BTF = keep_mask(rng.fold(rng_keys_BT, salt), x_BTF.shape[-1], p, feature_offset)
     return torch.where(keep_BTF, x_BTF / (1.0 - p), 0.0)

@@ -112,7 +112,7 @@ def _recomputed(forward: Any, *, selective: bool) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # Dropout is a pure function of its dice, so no generator state needs keeping.
+        # Dropout is a pure function of its rng keys, so no generator state needs keeping.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if selective:
             options["context_fn"] = contexts

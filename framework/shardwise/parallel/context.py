@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.ops import attention as plain
-from shardwise.ops import attention_blocks, comm, dice
+from shardwise.ops import attention_blocks, comm, rng
 from shardwise.ops.attention_blocks import Block
 
 # Shape suffixes: B sequences, T tokens, t tokens of this rank, H query heads, G key/value heads,
@@ -148,7 +148,7 @@ class _Ring:
     mask: ContextMask
     group: dist.ProcessGroup
     dropout_p: float
-    dice_Bt: Tensor | None  # of this rank's queries, folded with the place's salt
+    rng_keys_Bt: Tensor | None  # of this rank's queries, folded with the place's salt
     head_offset: int
 
     def block(self, owner: int) -> Block | None:
@@ -173,15 +173,15 @@ class _Ring:
             if not bool(allowed.any()):
                 return None
         keys_BHt = None
-        if self.dice_Bt is not None:
-            keys_BHt = self.dice_Bt[:, None, rows]
+        if self.rng_keys_Bt is not None:
+            keys_BHt = self.rng_keys_Bt[:, None, rows]
         return Block(
             rows,
             columns,
             allowed,
             is_causal=allowed is None and owner == rank,
             dropout_p=self.dropout_p,
-            dice_BHt=keys_BHt,
+            rng_keys_BHt=keys_BHt,
             key_index=key_t,
             head_offset=self.head_offset,
         )
@@ -261,7 +261,7 @@ def ring_attention(
     *,
     group: dist.ProcessGroup,
     dropout_p: float = 0.0,
-    dice_BT: Tensor | None = None,
+    rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
 ) -> Tensor:
@@ -269,11 +269,11 @@ def ring_attention(
 
     The backward pass treats each block with the merged output and log-sum-exp (Dao 2023,
     "FlashAttention-2", algorithm 2): autograd through the merge would lose what a block's weights
-    owe to the other blocks. ``dice_BT`` holds the keys of this rank's queries.
+    owe to the other blocks. ``rng_keys_BT`` holds the keys of this rank's queries.
     """
-    dropped = dice_BT is not None and dropout_p > 0.0
-    dice_Bt = dice.fold(dice_BT, salt) if dice_BT is not None and dropped else None
-    ring = _Ring(mask, group, dropout_p if dropped else 0.0, dice_Bt, head_offset)
+    dropped = rng_keys_BT is not None and dropout_p > 0.0
+    rng_keys_Bt = rng.fold(rng_keys_BT, salt) if rng_keys_BT is not None and dropped else None
+    ring = _Ring(mask, group, dropout_p if dropped else 0.0, rng_keys_Bt, head_offset)
     return _RingAttention.apply(q_BHtK, k_BGtK, v_BGtK, ring)  # type: ignore[no-any-return]
 
 
@@ -305,7 +305,7 @@ def ulysses_attention(
     *,
     group: dist.ProcessGroup,
     dropout_p: float = 0.0,
-    dice_BT: Tensor | None = None,
+    rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
 ) -> Tensor:
@@ -321,15 +321,15 @@ def ulysses_attention(
         k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)
         v_BGtK = v_BGtK.repeat_interleave(repeats, dim=1)
     q, k, v = (_Exchange.apply(x, 1, 2, group) for x in (q_BHtK, k_BGtK, v_BGtK))
-    if dice_BT is not None and dropout_p > 0.0:
-        dice_BT = gather_tokens(dice_BT, 1, group, "ulysses")
+    if rng_keys_BT is not None and dropout_p > 0.0:
+        rng_keys_BT = gather_tokens(rng_keys_BT, 1, group, "ulysses")
     out = plain.attention(
         q,
         k,
         v,
         plain.causal_mask(mask.position_ids_BT, q.dtype, mask.segment_ids_BT, mask.window),
         dropout_p=dropout_p,
-        dice_BT=dice_BT,
+        rng_keys_BT=rng_keys_BT,
         salt=salt,
         head_offset=head_offset + group.rank() * (num_heads // size),
     )

@@ -306,15 +306,15 @@ class EnteringNorm(Swapped):
 
 
 class TokenDropout(nn.Module):
-    """Dropout on this rank's tokens, with their own dice."""
+    """Dropout on this rank's tokens, with their own rng keys."""
 
     def __init__(self, old: Dropout, axis: Axis) -> None:
         super().__init__()
         self.old, self.axis = old, axis
 
-    def forward(self, x_BTD: Tensor, dice_BT: Tensor | None, salt: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, rng_keys_BT: Tensor | None, salt: int) -> Tensor:
         """See `models.common.blocks.Dropout`."""
-        own = None if dice_BT is None else self.axis.own_tokens(dice_BT)
+        own = None if rng_keys_BT is None else self.axis.own_tokens(rng_keys_BT)
         return self.old(x_BTD, own, salt)  # type: ignore[no-any-return]
 
 

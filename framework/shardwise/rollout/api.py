@@ -16,7 +16,7 @@ from shardwise.data.conversation import Message
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import UserError
 from shardwise.models import travel
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Completion, Request
@@ -72,7 +72,7 @@ def generate(
         config, _DTYPES[precision], device, max_slots, decode_text=tokenizer.decode
     )
     generator.load(model.tensors, hf_names=False)
-    completions = generator.generate(requests, sampling, dice.key(seed, "generate"))
+    completions = generator.generate(requests, sampling, rng.key(seed, "generate"))
     grouped: list[list[Generated]] = [[] for _ in batch]
     for completion in completions:
         text = tokenizer.decode(completion.token_ids)

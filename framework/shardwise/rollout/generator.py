@@ -88,11 +88,11 @@ class Generator:
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, dice_key: int = 0
+        self, requests: Sequence[Request], sampling: Sampling, rng_key: int = 0
     ) -> list[Completion]:
         """All samples of all requests, in their order.
 
-        ``dice_key`` (see `ops.dice.key`) with the prompt and sample ids decides every draw.
+        ``rng_key`` (see `ops.rng.key`) with the prompt and sample ids decides every draw.
         Raises UserError for a prompt that is empty, too long, or outside the vocabulary.
         """
         if not self.checksum:
@@ -102,7 +102,7 @@ class Generator:
         check_requests(requests, self.config.vocab_size, self.config.max_seq_len)
         if not requests:
             return []
-        return _Session(self, requests, sampling, dice_key).run()
+        return _Session(self, requests, sampling, rng_key).run()
 
 
 class _Session:
@@ -113,7 +113,7 @@ class _Session:
         generator: Generator,
         requests: Sequence[Request],
         sampling: Sampling,
-        dice_key: int,
+        rng_key: int,
     ) -> None:
         self.generator, self.sampling = generator, sampling
         self.backend, self.device = generator.backend, generator.device
@@ -130,7 +130,7 @@ class _Session:
         self.limit_C = self._long(limits)
         ids = self._long([r.prompt_id for r, _ in rows])
         samples = self._long([r.first_sample_id + s for r, s in rows])
-        self.keys_C = row_keys(dice_key, ids, samples)
+        self.keys_C = row_keys(rng_key, ids, samples)
         width = max(limits)
         self.tokens_CT = torch.zeros(len(rows), width, dtype=torch.int64, device=self.device)
         self.logp_CT = torch.zeros(len(rows), width, device=self.device)

@@ -13,21 +13,21 @@ import math
 import torch
 from torch import Tensor
 
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 
 # Shape suffixes: N rows, V vocabulary.
 
 
 def row_keys(key: int, prompt_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:
-    """Dice keys (int64 N) of completions, by their global names alone."""
+    """Rng keys (int64 N) of completions, by their global names alone."""
     base_N = torch.full_like(prompt_ids_N, key)
-    return dice.fold(dice.fold(base_N, prompt_ids_N), sample_ids_N)
+    return rng.fold(rng.fold(base_N, prompt_ids_N), sample_ids_N)
 
 
 def uniform_at(row_keys_N: Tensor, token_index_N: Tensor) -> Tensor:
     """Float64 N in (0, 1): the number that decides token ``token_index_N[n]`` of row n."""
-    return dice.uniform(dice.fold(row_keys_N, token_index_N), torch.float64)
+    return rng.uniform(rng.fold(row_keys_N, token_index_N), torch.float64)
 
 
 def filtered(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -82,7 +82,7 @@ class StageContext:
                 config.engine,
                 mesh,
                 seed=self.run.seed,
-                # Part of the dropout dice.
+                # Part of dropout's rng keys.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
                 wide_logits=self.stage.learns_from_itself,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from shardwise.engines.base import Engine
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Request
 from shardwise.stages.base import StageContext
@@ -24,7 +24,7 @@ def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> 
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     requests = [Request(i, [start, *tokenizer.encode(p)]) for i, p in enumerate(config.prompts)]
     sampling = config.sampling.stopping_at(tokenizer.stop_ids)
-    key = dice.key(ctx.run.seed, "continuations", config.name)
+    key = rng.key(ctx.run.seed, "continuations", config.name)
     found = generator.generate(requests, sampling, key)
     return {
         "samples": [

@@ -10,7 +10,7 @@ import xxhash
 
 from shardwise.data.sampler import Sampler
 from shardwise.engines.base import Engine
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
 from shardwise.stages.play import Group, Player
@@ -64,7 +64,7 @@ class PolicyStage(Stage):
             [self.problems[int(i)] for i in self.order.batch(step * size, size)],
             config.sampling,
             config.samples_per_prompt,
-            key=dice.key(self.ctx.run.seed, "rollout", config.name, step),
+            key=rng.key(self.ctx.run.seed, "rollout", config.name, step),
             prompt_ids=ids,
         )
         return groups, ids

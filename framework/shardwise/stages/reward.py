@@ -26,7 +26,7 @@ from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.errors import DataError
 from shardwise.losses.ranking import RankingLoss, measures
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.optim.schedules import consumed_before, global_batch_at
 from shardwise.rewards import Problem, ProblemSet, TaskConfig, prompt_messages
 from shardwise.rewards.tasks import Split, solution_text
@@ -130,7 +130,7 @@ def _wrong_answers(problem: Problem, pool: Sequence[str], number: int, seed: int
     """Distinct answers of other problems, drawn as often as they occur; fewer if there are not."""
     found: list[str] = []
     for draw in range(50 * number):
-        answer = pool[dice.key(seed, "wrong answer", problem.question, draw) % len(pool)]
+        answer = pool[rng.key(seed, "wrong answer", problem.question, draw) % len(pool)]
         if answer != problem.answer and answer not in found:
             found.append(answer)
         if len(found) == number:

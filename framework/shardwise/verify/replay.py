@@ -27,7 +27,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.engines.placed import PlacedEngine
 from shardwise.losses.contract import Loss
 from shardwise.metrics.writers import MetricsLogger
-from shardwise.ops import comm, dice
+from shardwise.ops import comm, rng
 from shardwise.ops.fp8_linear import Seen, listening
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rewards import RewardConfig
@@ -180,7 +180,7 @@ class _Notes:
         generator.load(self.engines[0].weights())
         requests = [Request(i, p, 1) for i, p in enumerate(self.tape.prompts)]
         sampling = Sampling(greedy=True, max_new_tokens=NEW_TOKENS)
-        done = generator.generate(requests, sampling, dice.key(0, "verify"))
+        done = generator.generate(requests, sampling, rng.key(0, "verify"))
         ids = list(itertools.chain(*(c.token_ids for c in done)))
         logprobs = list(itertools.chain(*(c.logprobs for c in done)))
         self.note("generated tokens", "greedy", torch.tensor(ids))

@@ -219,17 +219,17 @@ def _is_small(sources: Sequence[Any]) -> bool:
 
 def _documents() -> Iterator[dict[str, Any]]:
     """Short documents of seeded letters: several to a packed row, some longer than one."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     for i in range(160):
-        length = dice.choice((3, 7, 11, 20, 45))
-        yield {"id": i, "text": "".join(dice.choices("abcdefgh ", k=length))}
+        length = rng.choice((3, 7, 11, 20, 45))
+        yield {"id": i, "text": "".join(rng.choices("abcdefgh ", k=length))}
 
 
 def _chats() -> Iterator[dict[str, Any]]:
-    dice = random.Random(1)
+    rng = random.Random(1)
     for _ in range(96):
-        asked = "".join(dice.choices("abcd ", k=dice.randint(2, 12)))
-        said = "".join(dice.choices("wxyz ", k=dice.randint(1, 12)))
+        asked = "".join(rng.choices("abcd ", k=rng.randint(2, 12)))
+        said = "".join(rng.choices("wxyz ", k=rng.randint(1, 12)))
         yield {
             "messages": [
                 {"role": "user", "content": asked},
@@ -239,10 +239,10 @@ def _chats() -> Iterator[dict[str, Any]]:
 
 
 def _preferences() -> Iterator[dict[str, Any]]:
-    dice = random.Random(2)
+    rng = random.Random(2)
     for i in range(64):
-        answers = ["".join(dice.choices("wxyz ", k=dice.randint(1, 9))) for _ in range(2 + i % 3)]
-        yield {"prompt": "".join(dice.choices("abcd ", k=dice.randint(2, 9))), "answers": answers}
+        answers = ["".join(rng.choices("wxyz ", k=rng.randint(1, 9))) for _ in range(2 + i % 3)]
+        yield {"prompt": "".join(rng.choices("abcd ", k=rng.randint(2, 9))), "answers": answers}
 
 
 _STAND_INS = {"jsonl": _documents, "chat-jsonl": _chats, "preference-jsonl": _preferences}

@@ -1,7 +1,7 @@
 """The parts that decoder families share: norm, attention, feed-forward, pre-norm block.
 
 Every block takes ``(x_BTD, context)``. The context is computed once per forward pass by the model
-(masks, rotary tables, dice), so a block holds no state but its parameters, and all blocks of a
+(masks, rotary tables, rng keys), so a block holds no state but its parameters, and all blocks of a
 model compile to one graph. It is not a pytree on purpose: FSDP2 casts floating-point tensors that
 it finds in a block's arguments, and rotary tables must stay fp32.
 """
@@ -35,7 +35,7 @@ class Context:
 
     mask: Any  # what `Attention.core` takes: `ops.attention.Mask` for the plain one
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, BTR
-    dice_BT: Tensor | None = None  # keys of this layer; None: no dropout
+    rng_keys_BT: Tensor | None = None  # keys of this layer; None: no dropout
     cache: KVCache | None = None
     layer: int = 0  # read only with a cache, so that compiled blocks do not depend on it
 
@@ -47,9 +47,9 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x_BTD: Tensor, dice_BT: Tensor | None, salt: int) -> Tensor:
-        """BTD to BTD; ``dice_BT`` None turns it off."""
-        return dropout(x_BTD, self.p, dice_BT, salt)
+    def forward(self, x_BTD: Tensor, rng_keys_BT: Tensor | None, salt: int) -> Tensor:
+        """BTD to BTD; ``rng_keys_BT`` None turns it off."""
+        return dropout(x_BTD, self.p, rng_keys_BT, salt)
 
 
 class RMSNorm(nn.Module):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             v_BGSK,
             context.mask,
             dropout_p=self.dropout,
-            dice_BT=context.dice_BT,
+            rng_keys_BT=context.rng_keys_BT,
             salt=_ATTENTION_SALT,
             head_offset=self.head_offset,
         )
@@ -168,8 +168,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """BTD to BTD."""
-        dice_BT = context.dice_BT
+        rng_keys_BT = context.rng_keys_BT
         branch = self.attn(self.attn_norm(x_BTD), context)
-        x_BTD = x_BTD + self.drop(branch, dice_BT, _AFTER_ATTENTION_SALT)
+        x_BTD = x_BTD + self.drop(branch, rng_keys_BT, _AFTER_ATTENTION_SALT)
         branch = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + self.drop(branch, dice_BT, _AFTER_MLP_SALT)  # type: ignore[no-any-return]
+        return x_BTD + self.drop(branch, rng_keys_BT, _AFTER_MLP_SALT)  # type: ignore[no-any-return]

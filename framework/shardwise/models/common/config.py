@@ -31,7 +31,7 @@ class DecoderConfig(ModelConfig):
         return self.model_copy(update={"head": "scalar", "tie_embeddings": False})
 
     def without_dropout(self) -> Self:
-        """The same decoder, drawing no dice."""
+        """The same decoder, without dropout."""
         return self.model_copy(update={k: 0.0 for k in type(self).model_fields if "dropout" in k})
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shardwise.models.common.blocks import Context
 from shardwise.models.common.cache import KVCache
 from shardwise.models.common.config import DecoderConfig
-from shardwise.ops import dice
+from shardwise.ops import rng
 from shardwise.ops.attention import Mask, causal_mask
 
 # Shape suffixes: B sequences, T tokens, D model width, V vocabulary.
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor,
         segment_ids_BT: Tensor | None = None,
         *,
-        dice_BT: Tensor | None = None,
+        rng_keys_BT: Tensor | None = None,
         cache: KVCache | None = None,
         masks: Masks | None = None,
         x_BTD: Tensor | None = None,
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         """Logits (BTV, compute dtype) of the token after each position.
 
         Attention stays within equal ``segment_ids_BT`` (None: each row is one document), unless
-        ``masks`` says otherwise. ``dice_BT`` (int64 key a token, `ops.dice.token_dice`) turns
+        ``masks`` says otherwise. ``rng_keys_BT`` (int64 key a token, `ops.rng.token_keys`) turns
         dropout on. With a ``cache``, the inputs are the new tokens only, and segments are not
         looked at. ``x_BTD`` are the activations of the layer before this part of a model; a part
         without the last layer returns activations.
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
             input_ids_BT,
             position_ids_BT,
             segment_ids_BT,
-            dice_BT=dice_BT,
+            rng_keys_BT=rng_keys_BT,
             cache=cache,
             masks=masks,
             x_BTD=x_BTD,
@@ -104,14 +104,14 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor,
         segment_ids_BT: Tensor | None = None,
         *,
-        dice_BT: Tensor | None = None,
+        rng_keys_BT: Tensor | None = None,
         cache: KVCache | None = None,
         masks: Masks | None = None,
         x_BTD: Tensor | None = None,
     ) -> Tensor:
         """Like `forward`, but the normed activations (BTD) before the head."""
         if x_BTD is None:
-            x_BTD = self.embed_tokens(input_ids_BT, position_ids_BT, dice_BT)
+            x_BTD = self.embed_tokens(input_ids_BT, position_ids_BT, rng_keys_BT)
         if cache is not None:
             cache.begin(position_ids_BT)
             masks = cache.mask
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
                 continue
             context = Context(
                 mask=by_window[self.window_of(i)],
-                dice_BT=None if dice_BT is None else dice.fold(dice_BT, i),
+                rng_keys_BT=None if rng_keys_BT is None else rng.fold(rng_keys_BT, i),
                 cache=cache,
                 layer=0 if cache is None else i,
                 **shared,
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTD) if self.is_last else x_BTD
 
     def embed_tokens(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor, dice_BT: Tensor | None
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, rng_keys_BT: Tensor | None
     ) -> Tensor:
         """Activations (BTD) in front of the first layer."""
         return self.embed(input_ids_BT)  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shardwise.errors import CheckpointError
-from shardwise.ops import dice
+from shardwise.ops import rng
 
 _BLOCK_ELEMENTS = 1 << 18
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -61,7 +61,7 @@ def init_tensor(
     block = max(1, _BLOCK_ELEMENTS // max(1, math.prod(rest)))
     generator = torch.Generator("cpu")
     for index in range(start // block, -(-stop // block) if stop > start else 0):
-        generator.manual_seed(dice.key(seed, "init", name, *shape, index))
+        generator.manual_seed(rng.key(seed, "init", name, *shape, index))
         # Always a full block: how many numbers are asked for changes which numbers come.
         values = torch.randn((block, *rest), generator=generator, device="cpu")
         first, last = index * block, (index + 1) * block

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardwise.models.common.blocks import Attention, Block, Dropout, GeluMLP
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.gpt2.config import GPT2Config
-from shardwise.ops import dice
+from shardwise.ops import rng
 
 # Shape suffixes: B sequences, T tokens, D model width, V vocabulary.
 
@@ -47,10 +47,10 @@ class GPT2(Decoder):
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
     def embed_tokens(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor, dice_BT: Tensor | None
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, rng_keys_BT: Tensor | None
     ) -> Tensor:
         """Token and position embeddings, with dropout."""
         x_BTD = self.embed(input_ids_BT) + self.pos_embed(position_ids_BT)
         # Layers fold in 0, 1, ...; the embedding takes the index after the last.
-        keys_BT = None if dice_BT is None else dice.fold(dice_BT, self.config.num_layers)
+        keys_BT = None if rng_keys_BT is None else rng.fold(rng_keys_BT, self.config.num_layers)
         return self.embed_drop(x_BTD, keys_BT, _EMBED_SALT)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.ops import dice
+from shardwise.ops import rng
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 WORD = (1 << 64) - 1
@@ -23,27 +23,27 @@ def _reference_mix(x: int) -> int:
 
 @given(INT64)
 def test_mix_is_the_published_finaliser(x: int) -> None:
-    assert int(dice.mix(torch.tensor(x))) & WORD == _reference_mix(x)
+    assert int(rng.mix(torch.tensor(x))) & WORD == _reference_mix(x)
 
 
 @given(INT64, st.integers(0, 2**40), st.integers(0, 2**40))
 def test_fold_orders_and_separates(key: int, a: int, b: int) -> None:
     k = torch.tensor(key)
-    assert int(dice.fold(k, a)) == int(dice.fold(k, torch.tensor(a)))
+    assert int(rng.fold(k, a)) == int(rng.fold(k, torch.tensor(a)))
     if a != b:
-        assert int(dice.fold(k, a)) != int(dice.fold(k, b))
-        assert int(dice.fold(dice.fold(k, a), b)) != int(dice.fold(dice.fold(k, b), a))
+        assert int(rng.fold(k, a)) != int(rng.fold(k, b))
+        assert int(rng.fold(rng.fold(k, a), b)) != int(rng.fold(rng.fold(k, b), a))
 
 
 def test_key_is_stable_and_tells_parts_apart() -> None:
-    assert dice.key(0, "init", 3) == 757837668734800805
+    assert rng.key(0, "init", 3) == 757837668734800805
     keys = [
-        dice.key(0, "ab", "c"),
-        dice.key(0, "a", "bc"),
-        dice.key(0, "abc"),
-        dice.key(0, 1),
-        dice.key(0, "1"),
-        dice.key(1, "abc"),
+        rng.key(0, "ab", "c"),
+        rng.key(0, "a", "bc"),
+        rng.key(0, "abc"),
+        rng.key(0, 1),
+        rng.key(0, "1"),
+        rng.key(1, "abc"),
     ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= k < 2**63 for k in keys)
@@ -51,8 +51,8 @@ def test_key_is_stable_and_tells_parts_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_is_open_and_flat(dtype: torch.dtype) -> None:
-    keys = dice.fold(torch.tensor(dice.key(7, "uniform")), torch.arange(200_000))
-    u = dice.uniform(keys, dtype)
+    keys = rng.fold(torch.tensor(rng.key(7, "uniform")), torch.arange(200_000))
+    u = rng.uniform(keys, dtype)
     assert u.dtype == dtype and float(u.min()) > 0 and float(u.max()) < 1
     # Chi-square over 100 bins: mean 99, standard deviation 14.1; 170 is 5 sigma.
     counts = torch.histc(u.float(), 100, 0, 1)
@@ -68,18 +68,18 @@ def test_uniform_never_reaches_its_ends() -> None:
         assert float((top + 0.5) * 2.0**-num_bits) < 1.0
 
 
-def test_token_dice_does_not_depend_on_how_the_batch_is_cut() -> None:
+def test_token_keys_does_not_depend_on_how_the_batch_is_cut() -> None:
     samples, positions = torch.tensor([11, 3, 900]), torch.arange(16)
-    whole = dice.token_dice(5, 2, "sft", samples, positions)
-    rows = torch.cat([dice.token_dice(5, 2, "sft", s[None], positions) for s in samples])
+    whole = rng.token_keys(5, 2, "sft", samples, positions)
+    rows = torch.cat([rng.token_keys(5, 2, "sft", s[None], positions) for s in samples])
     columns = torch.cat(
-        [dice.token_dice(5, 2, "sft", samples, p) for p in positions.split(4)], dim=1
+        [rng.token_keys(5, 2, "sft", samples, p) for p in positions.split(4)], dim=1
     )
     assert torch.equal(whole, rows) and torch.equal(whole, columns)
     assert whole.unique().numel() == whole.numel()
     for other in (
-        dice.token_dice(6, 2, "sft", samples, positions),
-        dice.token_dice(5, 3, "sft", samples, positions),
-        dice.token_dice(5, 2, "pretrain", samples, positions),
+        rng.token_keys(6, 2, "sft", samples, positions),
+        rng.token_keys(5, 3, "sft", samples, positions),
+        rng.token_keys(5, 2, "pretrain", samples, positions),
     ):
         assert not (whole == other).any()

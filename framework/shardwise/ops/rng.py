@@ -73,7 +73,7 @@ def fold(keys: Tensor, index: Tensor | int) -> Tensor:
     )
 
 
-def token_dice(
+def token_keys(
     seed: int, step: int, stage_name: str, sample_ids_B: Tensor, position_index_T: Tensor
 ) -> Tensor:
     """Keys (int64, BT) of every token of a micro-batch.
