@@ -36,7 +36,7 @@ from shardwise.data.chat import encode_chat
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.rewards import RewardConfig, RewardItem, Scorer, build_reward, prompt_messages
 from shardwise.stages.grpo import GrpoStage
-from shardwise.stages.play import Group
+from shardwise.stages.rollout_worker import Group
 
 TARGET = 2.0
 TRL = "TRL"
@@ -139,18 +139,18 @@ def as_lists(stage: GrpoStage, groups: list[Group]) -> tuple[list[str], list[Any
 
 def our_replay(stage: GrpoStage, groups: list[Group]) -> Replayed:
     """The stored groups through the stage: one update, with a learning rate of zero."""
-    player, forward_backward = stage.player, stage.engine.forward_backward
+    rollout_worker, forward_backward = stage.rollout_worker, stage.engine.forward_backward
     seen: list[Any] = []
 
     def watch(batches: Any, loss: Any) -> dict[str, float]:
         seen.extend(batches)
         return forward_backward(batches, loss)
 
-    stage.player, stage.engine.forward_backward = Replay(groups), watch  # type: ignore
+    stage.rollout_worker, stage.engine.forward_backward = Replay(groups), watch  # type: ignore
     try:
         metrics = stage.train_step(0, 0.0)
     finally:
-        stage.player, stage.engine.forward_backward = player, forward_backward  # type: ignore
+        stage.rollout_worker, stage.engine.forward_backward = rollout_worker, forward_backward  # type: ignore
     values = stage.engine.forward(seen, lambda z, b: valid_logprobs(z, b)[b.loss_mask_BT])
     return Replayed(
         [g.prompt for g in groups for _ in range(GROUP)],

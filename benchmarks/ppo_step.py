@@ -43,8 +43,8 @@ from shardwise.data.chat import encode_chat
 from shardwise.precision.policy import resolve
 from shardwise.rewards import prompt_messages
 from shardwise.stages.base import StageContext
-from shardwise.stages.play import Group
 from shardwise.stages.ppo import PpoStage
+from shardwise.stages.rollout_worker import Group
 
 TARGET = 2.0
 TRL = "TRL 1.12"
@@ -139,12 +139,12 @@ def stored_rollout(stage: PpoStage, length: int) -> list[Group]:
 
 def our_replay(stage: PpoStage, groups: list[Group]) -> dict[str, Any]:
     """The stored groups through the stage, with a learning rate of zero; by (prompt, tokens)."""
-    player = stage.player
-    stage.player = Replay(groups)  # type: ignore[assignment]
+    rollout_worker = stage.rollout_worker
+    stage.rollout_worker = Replay(groups)  # type: ignore[assignment]
     try:
         metrics = stage.train_step(0, 0.0)
     finally:
-        stage.player = player
+        stage.rollout_worker = rollout_worker
     found: dict[str, Any] = {
         "policy": metrics["grad_norm"],
         "value": metrics["critic_grad_norm"],

@@ -14,7 +14,7 @@ from contest import Contest, Lap
 from shardwise.data.chat import encode_chat
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.rewards import Problem, prompt_messages
-from shardwise.stages.play import Group
+from shardwise.stages.rollout_worker import Group
 
 
 class EndlessTokenizer(ByteTokenizer):
@@ -27,7 +27,7 @@ class EndlessTokenizer(ByteTokenizer):
 
 
 class Replay:
-    """Stands in for the stage's player: hands out stored groups."""
+    """Stands in for the stage's rollout worker: hands out stored groups."""
 
     def __init__(self, groups: list[Group]) -> None:
         self.groups = groups
@@ -35,7 +35,7 @@ class Replay:
     def sync(self, engine: object) -> None:
         """Nothing is generated, so no weights are needed."""
 
-    def play(self, problems: list[Problem], *_: Any, **__: Any) -> list[Group]:
+    def rollout(self, problems: list[Problem], *_: Any, **__: Any) -> list[Group]:
         """The stored groups of these problems."""
         return [next(g for g in self.groups if g.problem == p) for p in problems]
 

@@ -1,4 +1,4 @@
-"""What all ranks' programs say together, against the programs themselves played out."""
+"""What all ranks' programs say together, against the programs themselves carried out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def receipt(message: tuple[str, int, int]) -> tuple[str, int, int]:
     return "RECV_F" if ahead else "RECV_B", chunk + (1 if ahead else -1), microbatch
 
 
-def played(programs: list[list[Any]]) -> Iterator[tuple[int, int]]:
+def executed(programs: list[list[Any]]) -> Iterator[tuple[int, int]]:
     """Ranks that run ahead as far as they can, rank 0 the furthest; stops where all wait."""
     waits = [timetable.releases(programs, rank) for rank in range(len(programs))]
     keys = [[parts(a) for a in actions] for actions in programs]
@@ -70,7 +70,7 @@ def test_waiting_for_messages_never_stops_the_ranks(
 ) -> None:
     number = 2 * rounds * layout.pp
     programs = (forward_program if forward_only else program)(layout, number)
-    assert sum(1 for _ in played(programs)) == sum(map(len, programs))
+    assert sum(1 for _ in executed(programs)) == sum(map(len, programs))
     for rank, actions in enumerate(programs):
         sends = [parts(a) for a in actions if parts(a)[0].startswith("SEND")]
         for index, named in timetable.releases(programs, rank).items():

@@ -14,9 +14,9 @@ import torch
 from shardwise import checkpoint
 from shardwise.checkpoint.convert import open_model
 from shardwise.rewards import Problem
-from shardwise.stages.play import Group, Player
 from shardwise.stages.ppo import PpoStage
 from shardwise.stages.ppo_config import PpoConfig
+from shardwise.stages.rollout_worker import Group, RolloutWorker
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool
@@ -89,9 +89,9 @@ def test_placement_of_roles_changes_nothing(
 
 def kill_in_rollout(config: dict[str, Any], step: int, *overrides: str) -> None:
     """Die when a step's completions are written, before anything is learnt from them."""
-    original, count = Player.play, 0
+    original, count = RolloutWorker.rollout, 0
 
-    def play(self: Player, *args: Any, **kwargs: Any) -> Any:
+    def rollout(self: RolloutWorker, *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         found = original(self, *args, **kwargs)
         if count == step:
@@ -99,7 +99,7 @@ def kill_in_rollout(config: dict[str, Any], step: int, *overrides: str) -> None:
         count += 1
         return found
 
-    with mock.patch.object(Player, "play", play), pytest.raises(KilledError):
+    with mock.patch.object(RolloutWorker, "rollout", rollout), pytest.raises(KilledError):
         run(config, *overrides)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.ops import fp8
 from shardwise.ops.fp8_linear import Site
 from shardwise.precision.fp8 import Fp8
-from shardwise.verify.replay import Played, play
+from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.tape import Tape
 
 Plant = Callable[[], Any]
@@ -40,12 +40,12 @@ def bug(recipe: str, layout: str) -> Callable[[Plant], Plant]:
     return add
 
 
-def play_with(name: str, tape: Tape, layout: str) -> Played:
-    """`replay.play` with a bug planted; runs on every rank."""
+def replay_with(name: str, tape: Tape, layout: str) -> Replayed:
+    """`replay.replay` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in BUGS[name].plant():
             stack.enter_context(patch)
-        return play(tape, layout, "fp64")
+        return replay(tape, layout, "fp64")
 
 
 def _patch(target: Any, name: str, new: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.engines.native import NativeEngine
 from shardwise.losses import ppo as losses
 from shardwise.stages import ppo
-from shardwise.verify.replay import Played, play
+from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.tape import Tape
 from tests.verify.bugs import Bug, _patch
 
@@ -29,12 +29,12 @@ def bug(layout: str) -> Callable[[Any], Any]:
     return add
 
 
-def play_with(name: str, tape: Tape, layout: str) -> Played:
-    """`replay.play` with a bug planted; runs on every rank."""
+def replay_with(name: str, tape: Tape, layout: str) -> Replayed:
+    """`replay.replay` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in PPO_BUGS[name].plant():
             stack.enter_context(patch)
-        return play(tape, layout, "fp64")
+        return replay(tape, layout, "fp64")
 
 
 @bug("dp2.zero2")

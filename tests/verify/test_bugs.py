@@ -10,7 +10,7 @@ from shardwise.verify import suite
 from shardwise.verify.compare import disagreements
 from shardwise.verify.run import Verifier, world_of
 from tests.support.pool import RankPool
-from tests.verify.bugs import BUGS, play_with
+from tests.verify.bugs import BUGS, replay_with
 
 # What the first differing value must be, for bugs that a careless check would see too late.
 FIRST = {
@@ -44,7 +44,7 @@ def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks:
     bug = BUGS[name]
     verifier = verifiers[bug.model]
     tape = verifier.tape(bug.stage)
-    found = ranks.run(play_with, name, tape, bug.layout, world=world_of(bug.layout))
+    found = ranks.run(replay_with, name, tape, bug.layout, world=world_of(bug.layout))
     wrong = [d for d in verifier.judge(bug.stage, bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)
     if name in FIRST:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardwise.verify.compare import NOISE, bounds, compare_scales
-from shardwise.verify.replay import Played
+from shardwise.verify.replay import Replayed
 
 
 def vector(*values: float) -> Tensor:
@@ -59,12 +59,12 @@ def test_adam_may_move_an_element_without_gradient_either_way(
 )
 def test_scales_are_compared_but_for_blocks_of_nothing(theirs: list[float], same: bool) -> None:
     one = {"scale/x": torch.tensor([2e-6, 3e-6, 1.0])}
-    rank = Played({}, {"scale/x": torch.tensor(theirs)}, {}, [])
+    rank = Replayed({}, {"scale/x": torch.tensor(theirs)}, {}, [])
     [found] = compare_scales(one, [rank])
     assert found.is_bug != same
 
 
 def test_a_scale_of_a_whole_tensor_is_compared() -> None:
-    rank = Played({}, {"scale/x": torch.tensor([1.0])}, {}, [])
+    rank = Replayed({}, {"scale/x": torch.tensor([1.0])}, {}, [])
     [found] = compare_scales({"scale/x": torch.tensor([2e-6])}, [rank])
     assert found.is_bug

@@ -11,7 +11,7 @@ from shardwise.verify import suite
 from shardwise.verify.compare import disagreements
 from shardwise.verify.run import Verifier, world_of
 from tests.support.pool import RankPool
-from tests.verify.fp8_bugs import BUGS, play_with
+from tests.verify.fp8_bugs import BUGS, replay_with
 
 RECIPES = ("delayed", "current", "block", "mxfp8")
 # One of each axis for each recipe; all of them together are slow.
@@ -113,7 +113,7 @@ def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks:
     bug = BUGS[name]
     judge = verifiers[bug.recipe]
     tape = judge.tape("pretrain")
-    found = ranks.run(play_with, name, tape, bug.layout, world=world_of(bug.layout))
+    found = ranks.run(replay_with, name, tape, bug.layout, world=world_of(bug.layout))
     wrong = [d for d in judge.judge("pretrain", bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)
     if name in FIRST:
@@ -125,7 +125,7 @@ def test_another_layouts_domains_are_not_taken_for_ones_own(
 ) -> None:
     """With one scale for a tensor, tp's scales differ from one process's: the reference matters."""
     judge = verifiers["current"]
-    ranks = judge._play("pretrain", "tp2.sp", "fp64", False)
+    ranks = judge._replay("pretrain", "tp2.sp", "fp64", False)
     wrong = [d for d in judge.judge("pretrain", "dp1.zero0", "fp64", ranks) if d.is_bug]
     assert wrong and wrong[0].kind == "amax"
 

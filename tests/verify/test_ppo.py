@@ -12,7 +12,7 @@ from shardwise.verify.compare import disagreements
 from shardwise.verify.roles import parse, world_of
 from shardwise.verify.run import Verifier
 from tests.support.pool import RankPool
-from tests.verify.ppo_bugs import PPO_BUGS, play_with
+from tests.verify.ppo_bugs import PPO_BUGS, replay_with
 
 ROLES = (
     "actor=tp2.sp",
@@ -52,7 +52,9 @@ def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> Non
 @pytest.mark.parametrize("name", PPO_BUGS)
 def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -> None:
     bug = PPO_BUGS[name]
-    found = ranks.run(play_with, name, verifier.tape("ppo"), bug.layout, world=world_of(bug.layout))
+    found = ranks.run(
+        replay_with, name, verifier.tape("ppo"), bug.layout, world=world_of(bug.layout)
+    )
     wrong = [d for d in verifier.judge("ppo", bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)
     assert wrong[0].kind in FIRST[name].split(" or "), wrong[0]

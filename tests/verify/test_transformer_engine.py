@@ -11,7 +11,7 @@ import torch.distributed as dist
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.transformer_engine import TransformerEngine
 from shardwise.verify import suite
-from shardwise.verify.replay import Played, play
+from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.run import SINGLE, Verifier
 from shardwise.verify.tape import Tape
 from tests.contracts.signatures import versions
@@ -23,22 +23,22 @@ from tests.support.pool import RankPool
 FUSED = tuple(f".{name} " for name in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"))
 
 
-def play_by_library(release: str, fused: bool, tape: Tape, layout: str, *rest: Any) -> Played:
-    """`play`, by the library on several ranks, and emulated on one."""
+def replay_by_library(release: str, fused: bool, tape: Tape, layout: str, *rest: Any) -> Replayed:
+    """`replay`, by the library on several ranks, and emulated on one."""
     place = parse_layout(layout, dist.get_world_size())
     if place.world == 1:
-        played = play(tape, layout, *rest)
+        replayed = replay(tape, layout, *rest)
     else:
         with installed(release, part=dist.get_rank() % place.tp) as state:
-            played = play(tape, layout, *rest)
+            replayed = replay(tape, layout, *rest)
         assert state.calls, "the library was not called"
     if fused:
-        scales = played.scales.items()
-        played.scales = {n: s for n, s in scales if not any(part in n for part in FUSED)}
-    return played
+        scales = replayed.scales.items()
+        replayed.scales = {n: s for n, s in scales if not any(part in n for part in FUSED)}
+    return replayed
 
 
-def lose_the_amax_group(*args: Any) -> Played:
+def lose_the_amax_group(*args: Any) -> Replayed:
     """The same, but that each rank keeps its amaxes to itself."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     build = TransformerEngine.__init__
@@ -48,7 +48,7 @@ def lose_the_amax_group(*args: Any) -> Played:
         self.amax_group = alone
 
     with mock.patch.object(TransformerEngine, "__init__", wrong):
-        return play_by_library(*args)
+        return replay_by_library(*args)
 
 
 class Library(RankPool):
@@ -58,9 +58,9 @@ class Library(RankPool):
         self.pool, self.fused = pool, fused
 
     def run(self, fn: Any, *args: Any, **options: Any) -> list[Any]:
-        if fn is play:
+        if fn is replay:
             release = versions("transformer_engine")[-1]
-            return self.pool.run(play_by_library, release, self.fused, *args, **options)
+            return self.pool.run(replay_by_library, release, self.fused, *args, **options)
         return self.pool.run(fn, *args, **options)
 
 

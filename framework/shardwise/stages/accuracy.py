@@ -11,7 +11,7 @@ from shardwise.rewards import ProblemSet, build_reward, majority_baseline
 from shardwise.rollout.config import Sampling
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import ProblemsConfig
-from shardwise.stages.play import Player
+from shardwise.stages.rollout_worker import RolloutWorker
 
 
 def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
     problems = ProblemSet(config.task, "held_out", config.num_problems)
     sampling = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
     with build_reward(config.reward) as scorer:
-        player = Player(ctx, config.task, scorer, torch.float32)
-        player.sync(engine)
-        groups = player.play(problems, sampling, 1, 0, range(len(problems)))
+        rollout_worker = RolloutWorker(ctx, config.task, scorer, torch.float32)
+        rollout_worker.sync(engine)
+        groups = rollout_worker.rollout(problems, sampling, 1, 0, range(len(problems)))
         best = scorer.maximum if scorer.maximum is not None else 1.0
     right = [g.rewards[0] is not None and g.rewards[0] >= best - 1e-9 for g in groups]
     return {

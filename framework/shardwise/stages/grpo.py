@@ -14,8 +14,8 @@ from shardwise.losses.config import PolicyLossConfig
 from shardwise.losses.grpo import GRPOLoss
 from shardwise.stages.base import StageContext, mean_metrics
 from shardwise.stages.grpo_config import GrpoConfig
-from shardwise.stages.play import Group
 from shardwise.stages.policy import PolicyStage
+from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
     Logprobs,
     Reading,

@@ -13,13 +13,13 @@ from shardwise.engines.base import Engine
 from shardwise.ops import rng
 from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
-from shardwise.stages.play import Group, Player
+from shardwise.stages.rollout_worker import Group, RolloutWorker
 from shardwise.stages.rollouts import keep_rollout
 from shardwise.stages.start import folder_hash
 
 
 class PolicyStage(Stage):
-    """A policy, its problems in order, and who plays them."""
+    """A policy, its problems in order, and its rollout worker."""
 
     def __init__(self, ctx: StageContext) -> None:
         self.ctx, self.config = ctx, ctx.stage
@@ -27,7 +27,7 @@ class PolicyStage(Stage):
         self.engine: Engine = ctx.engine(config.optimizer)
         self.problems = ProblemSet(config.task, "train_rl", config.num_problems)
         self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
-        self.player = Player(ctx, config.task, build_reward(config.reward))
+        self.rollout_worker = RolloutWorker(ctx, config.task, build_reward(config.reward))
 
     def frozen(self, role: str) -> Engine:
         """A model that stands still: also after a resume it is what it was at the start."""
@@ -50,7 +50,7 @@ class PolicyStage(Stage):
 
     def longest_row(self) -> int:
         """Tokens that a training row may have: the longest prompt and all its completions."""
-        prompt = max(len(self.player.prompt_of(p)) for p in self.problems)
+        prompt = max(len(self.rollout_worker.prompt_of(p)) for p in self.problems)
         completions = self.config.samples_per_prompt * self.config.sampling.max_new_tokens
         return prompt - 1 + int(completions)
 
@@ -59,8 +59,8 @@ class PolicyStage(Stage):
         config = self.config
         size = config.batch.global_batch
         ids = range(step * size, (step + 1) * size)
-        self.player.sync(self.engine)
-        groups = self.player.play(
+        self.rollout_worker.sync(self.engine)
+        groups = self.rollout_worker.rollout(
             [self.problems[int(i)] for i in self.order.batch(step * size, size)],
             config.sampling,
             config.samples_per_prompt,

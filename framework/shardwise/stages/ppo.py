@@ -29,9 +29,9 @@ from shardwise.losses.gae import (
 )
 from shardwise.losses.ppo import PolicyLoss, ValueLoss
 from shardwise.stages.base import StageContext, mean_metrics, role_of
-from shardwise.stages.play import Group
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.ppo_config import PpoConfig
+from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
     Logprobs,
     Reading,

@@ -17,7 +17,7 @@ from shardwise.losses.advantages import rewards_tensor
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.ops.logits import selected_values
-from shardwise.stages.play import Group
+from shardwise.stages.rollout_worker import Group
 from shardwise.stages.share import exchange, forward_share, own_batches
 
 PAD_MULTIPLE = 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardwise.checkpoint.boxes import Box, contains
-from shardwise.verify.replay import Parts, Played
+from shardwise.verify.replay import Parts, Replayed
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
 ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
@@ -104,12 +104,12 @@ def undecided(name: str, exact: Mapping[str, Tensor], limits: Mapping[str, float
     return 2.0 * float(move.abs().max()) * math.sqrt(int(either.sum()))
 
 
-def whole_values(ranks: Sequence[Played]) -> dict[str, Tensor]:
+def whole_values(ranks: Sequence[Replayed]) -> dict[str, Tensor]:
     """All values of a layout, each put together from the ranks' parts; NaN where nobody has one."""
     parts: dict[str, Parts] = {}
     found: dict[str, Tensor] = {}
-    for played in ranks:
-        for name, value in played.values.items():
+    for replayed in ranks:
+        for name, value in replayed.values.items():
             if isinstance(value, Tensor):
                 found[name] = value
             else:
@@ -145,7 +145,7 @@ def compare(
     return found
 
 
-def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> list[Difference]:
+def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Replayed]) -> list[Difference]:
     """Amaxes, scales and histories of FP8, each bitwise equal to one process's.
 
     Every rank tells of its own parts; who holds the same part must hold the same numbers, and
@@ -153,7 +153,7 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Played]) -> lis
     ring merges what its ranks found.
     """
     found = []
-    for name in dict.fromkeys([*single, *(n for played in ranks for n in played.scales)]):
+    for name in dict.fromkeys([*single, *(n for replayed in ranks for n in replayed.scales)]):
         held = [p.scales[name] for p in ranks if name in p.scales]
         kind, rest = kind_of(name), name.partition("/")[2]
         if name not in single or not held or any(h.shape != single[name].shape for h in held):
@@ -180,19 +180,19 @@ def _without_noise(value: Tensor, single: Tensor) -> Tensor:
     return value.nan_to_num(-1.0).masked_fill(nothing, 0)
 
 
-def disagreements(ranks: list[Played]) -> list[tuple[int, str]]:
+def disagreements(ranks: list[Replayed]) -> list[tuple[int, str]]:
     """(rank, value) wherever a rank holds something else than an earlier rank that holds it too."""
     found, first = [], dict[str, str]()
-    for rank, played in enumerate(ranks):
-        for name, its in played.digests.items():
+    for rank, replayed in enumerate(ranks):
+        for name, its in replayed.digests.items():
             if first.setdefault(name, its) != its:
                 found.append((rank, name))
     return found
 
 
-def holders(kind: str, name: str, worst: tuple[int, ...], ranks: list[Played]) -> list[int]:
+def holders(kind: str, name: str, worst: tuple[int, ...], ranks: list[Replayed]) -> list[int]:
     """The ranks that hold the element ``worst`` of a value."""
-    parts = [(r, played.values.get(f"{kind}/{name}")) for r, played in enumerate(ranks)]
+    parts = [(r, replayed.values.get(f"{kind}/{name}")) for r, replayed in enumerate(ranks)]
     inside = Box(worst, (1,) * len(worst))
     return [
         rank

@@ -1,4 +1,4 @@
-"""A tape played on a layout, in a rank process: everything that can be compared, by name."""
+"""A tape replayed on a layout, in a rank process: everything that can be compared, by name."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Request
 from shardwise.rollout.weights import digest
 from shardwise.stages.base import ACTOR, StageContext, role_layout, role_of
-from shardwise.stages.play import Group
 from shardwise.stages.registry import build_stage
+from shardwise.stages.rollout_worker import Group
 from shardwise.verify.roles import with_layouts
 from shardwise.verify.tape import Call, FreshContext, Tape
 
@@ -49,7 +49,7 @@ Parts = list[tuple[Box, Tensor]]
 
 
 @dataclasses.dataclass
-class Played:
+class Replayed:
     """One rank's results. What all ranks know comes from rank 0 alone; others send its digest."""
 
     values: dict[str, Tensor | Parts]
@@ -58,9 +58,9 @@ class Played:
     volumes: list[dict[str, Any]]  # communication of the first update
 
 
-def play(
+def replay(
     tape: Tape, layout: str, precision: str, compiled: bool = False, domains: str | None = None
-) -> Played:
+) -> Replayed:
     """Every rank of the layout calls this; ``precision`` replaces the recipe's.
 
     ``domains``: with FP8, whose scaling domains one process emulates.
@@ -91,7 +91,7 @@ def play(
             digests |= {f"{name} at {list(b.offset)}": digest(part) for b, part in value}
         if dist.get_rank() == 0 or not isinstance(value, Tensor):
             values[name] = value
-    return Played(values, again.scales, digests, again.volumes or [])
+    return Replayed(values, again.scales, digests, again.volumes or [])
 
 
 class _Notes:
@@ -274,7 +274,7 @@ class _StageAgain(_Notes):
             ctx.run, stage, ctx.tokenizer, ctx.directory, ctx.logger, None, notes=self
         )
         live: Any = build_stage(context)
-        live.player, live.observe = self, self.observe
+        live.rollout_worker, live.observe = self, self.observe
         self.live = live
 
     def run(self) -> None:
@@ -283,9 +283,9 @@ class _StageAgain(_Notes):
             self.live.train_step(step, self.ctx.stage.optimizer.lr)
 
     def sync(self, engine: Engine) -> None:
-        """What a player does; nothing is written here."""
+        """What a rollout worker does; nothing is written here."""
 
-    def play(self, *args: Any, **kwargs: Any) -> list[Group]:
+    def rollout(self, *args: Any, **kwargs: Any) -> list[Group]:
         """What was written in this step."""
         self.step += 1
         return copy.deepcopy(self.tape.rollouts[self.step - 1])

@@ -30,7 +30,7 @@ from shardwise.verify.compare import (
     whole_values,
 )
 from shardwise.verify.pool import RankError, RankPool
-from shardwise.verify.replay import Played, play
+from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.roles import layouts_of, own_layouts, parts_of, with_layouts, world_of
 from shardwise.verify.tape import Tape, record
 
@@ -88,7 +88,7 @@ class Reference:
 
 
 class Verifier:
-    """Tapes and references of one recipe, and the ranks that play them."""
+    """Tapes and references of one recipe, and the ranks that replay them."""
 
     def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
         self.recipe, self.pool = dict(recipe), pool
@@ -109,7 +109,7 @@ class Verifier:
         [config] = [s.engine for s in self.tape(stage).run.stages if s.name == stage]
         key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
-            single = self._play(stage, SINGLE, precision, False, key[2])
+            single = self._replay(stage, SINGLE, precision, False, key[2])
             self.references[key] = Reference(whole_values(single), single[0].scales)
         return self.references[key]
 
@@ -150,7 +150,7 @@ class Verifier:
         )
 
     def judge(
-        self, stage: str, layout: str, precision: str, ranks: list[Played]
+        self, stage: str, layout: str, precision: str, ranks: list[Replayed]
     ) -> list[Difference]:
         """Every value that the ranks of a layout computed, against one process."""
         reference = self.reference(stage, "fp64", layout)
@@ -170,16 +170,16 @@ class Verifier:
 
     def _compare(
         self, stage: str, layout: str, precision: str, compiled: bool
-    ) -> tuple[list[Difference], list[Played]]:
+    ) -> tuple[list[Difference], list[Replayed]]:
         self.reference(stage, precision, layout)  # whose errors are not the layout's
-        ranks = self._play(stage, layout, precision, compiled)
+        ranks = self._replay(stage, layout, precision, compiled)
         return self.judge(stage, layout, precision, ranks), ranks
 
-    def _play(
+    def _replay(
         self, stage: str, layout: str, precision: str, compiled: bool, domains: str | None = None
-    ) -> list[Played]:
+    ) -> list[Replayed]:
         return self.pool.run(
-            play,
+            replay,
             self.tape(stage),
             layout,
             precision,

@@ -2,7 +2,7 @@
 
 A stage talks to engines alone (design decision 8). So its calls, with their micro-batches and
 losses, are all that a layout could change the answer to: recording them covers every stage without
-knowing any. A stage that writes its own batches (it has a ``player``) computes between its calls
+knowing any. A stage that writes its own batches (it has a ``rollout_worker``) computes between its calls
 too: advantages, returns, old log-probabilities. Of it the completions and their rewards are
 recorded, and the stage itself runs again on the layout, told what was written.
 """
@@ -29,8 +29,8 @@ from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
 from shardwise.stages.base import ACTOR, StageContext
-from shardwise.stages.play import Group
 from shardwise.stages.registry import build_stage
+from shardwise.stages.rollout_worker import Group
 from shardwise.stages.run import prepare_tokenizer, with_vocabulary
 from shardwise.verify.shrink import STEPS, shrink
 
@@ -155,8 +155,8 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         logger = MetricsLogger(directory, run.logging, run.name, {}, rank=0)
         ctx = _Context(run, stage, tokenizer, directory, logger, None, tape=tape)
         live: Any = build_stage(ctx)
-        if hasattr(live, "player"):
-            live.player = _RecordingPlayer(live.player, tape)
+        if hasattr(live, "rollout_worker"):
+            live.rollout_worker = _RecordingRolloutWorker(live.rollout_worker, tape)
         for step in range(STEPS):
             for engine in _recorders(live):
                 engine.step_number = step
@@ -172,7 +172,7 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
     return tape
 
 
-class _RecordingPlayer:
+class _RecordingRolloutWorker:
     """Keeps what was written before a stage adds anything to it."""
 
     def __init__(self, inner: Any, tape: Tape) -> None:
@@ -181,8 +181,8 @@ class _RecordingPlayer:
     def sync(self, engine: Engine) -> None:
         self.inner.sync(engine)
 
-    def play(self, *args: Any, **kwargs: Any) -> list[Group]:
-        groups: list[Group] = self.inner.play(*args, **kwargs)
+    def rollout(self, *args: Any, **kwargs: Any) -> list[Group]:
+        groups: list[Group] = self.inner.rollout(*args, **kwargs)
         self.tape.rollouts.append(copy.deepcopy(groups))
         return groups
 

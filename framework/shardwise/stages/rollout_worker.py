@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-class Player:
+class RolloutWorker:
     """Generators, one a rank, fed from the engine's weights, with a scorer behind each.
 
     The ranks of the world share the prompts, whatever the layout of the model that they come
@@ -117,7 +117,7 @@ class Player:
         messages = prompt_messages(problem, self.task)
         return encode_chat(self.ctx.tokenizer, messages, add_generation_prompt=True)[0]
 
-    def play(
+    def rollout(
         self,
         problems: Sequence[Problem],
         sampling: Sampling,
