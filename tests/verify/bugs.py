@@ -18,7 +18,7 @@ from shardwise.models.common import init
 from shardwise.ops import attention_blocks, comm, cross_entropy
 from shardwise.parallel import context, data, mesh, regions, tensor
 from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.tape import Tape
+from shardwise.verify.trace import Trace
 
 Plant = Callable[[], Any]
 
@@ -44,12 +44,12 @@ def bug(model: str, stage: str, layout: str) -> Callable[[Plant], Plant]:
     return add
 
 
-def replay_with(name: str, tape: Tape, layout: str) -> Replayed:
+def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
     """`replay.replay` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(tape, layout, "fp64")
+        return replay(trace, layout, "fp64")
 
 
 def _patch(target: Any, name: str, new: Any) -> Any:

@@ -15,7 +15,7 @@ from shardwise.ops import fp8
 from shardwise.ops.fp8_linear import Site
 from shardwise.precision.fp8 import Fp8
 from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.tape import Tape
+from shardwise.verify.trace import Trace
 
 Plant = Callable[[], Any]
 
@@ -40,12 +40,12 @@ def bug(recipe: str, layout: str) -> Callable[[Plant], Plant]:
     return add
 
 
-def replay_with(name: str, tape: Tape, layout: str) -> Replayed:
+def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
     """`replay.replay` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(tape, layout, "fp64")
+        return replay(trace, layout, "fp64")
 
 
 def _patch(target: Any, name: str, new: Any) -> Any:

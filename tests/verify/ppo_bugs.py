@@ -15,7 +15,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.losses import ppo as losses
 from shardwise.stages import ppo
 from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.tape import Tape
+from shardwise.verify.trace import Trace
 from tests.verify.bugs import Bug, _patch
 
 PPO_BUGS: dict[str, Bug] = {}
@@ -29,12 +29,12 @@ def bug(layout: str) -> Callable[[Any], Any]:
     return add
 
 
-def replay_with(name: str, tape: Tape, layout: str) -> Replayed:
+def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
     """`replay.replay` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in PPO_BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(tape, layout, "fp64")
+        return replay(trace, layout, "fp64")
 
 
 @bug("dp2.zero2")

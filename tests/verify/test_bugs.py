@@ -43,8 +43,8 @@ def test_without_a_bug_nothing_is_flagged(
 def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     verifier = verifiers[bug.model]
-    tape = verifier.tape(bug.stage)
-    found = ranks.run(replay_with, name, tape, bug.layout, world=world_of(bug.layout))
+    trace = verifier.trace(bug.stage)
+    found = ranks.run(replay_with, name, trace, bug.layout, world=world_of(bug.layout))
     wrong = [d for d in verifier.judge(bug.stage, bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)
     if name in FIRST:

@@ -112,8 +112,8 @@ def test_many_layouts(name: str, ranks: RankPool) -> None:
 def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     judge = verifiers[bug.recipe]
-    tape = judge.tape("pretrain")
-    found = ranks.run(replay_with, name, tape, bug.layout, world=world_of(bug.layout))
+    trace = judge.trace("pretrain")
+    found = ranks.run(replay_with, name, trace, bug.layout, world=world_of(bug.layout))
     wrong = [d for d in judge.judge("pretrain", bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)
     if name in FIRST:

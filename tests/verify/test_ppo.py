@@ -53,7 +53,7 @@ def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> Non
 def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -> None:
     bug = PPO_BUGS[name]
     found = ranks.run(
-        replay_with, name, verifier.tape("ppo"), bug.layout, world=world_of(bug.layout)
+        replay_with, name, verifier.trace("ppo"), bug.layout, world=world_of(bug.layout)
     )
     wrong = [d for d in verifier.judge("ppo", bug.layout, "fp64", found) if d.is_bug]
     assert wrong or disagreements(found)

@@ -13,7 +13,7 @@ from shardwise.precision.transformer_engine import TransformerEngine
 from shardwise.verify import suite
 from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.run import SINGLE, Verifier
-from shardwise.verify.tape import Tape
+from shardwise.verify.trace import Trace
 from tests.contracts.signatures import versions
 from tests.contracts.transformer_engine import installed
 from tests.support.pool import RankPool
@@ -23,14 +23,14 @@ from tests.support.pool import RankPool
 FUSED = tuple(f".{name} " for name in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"))
 
 
-def replay_by_library(release: str, fused: bool, tape: Tape, layout: str, *rest: Any) -> Replayed:
+def replay_by_library(release: str, fused: bool, trace: Trace, layout: str, *rest: Any) -> Replayed:
     """`replay`, by the library on several ranks, and emulated on one."""
     place = parse_layout(layout, dist.get_world_size())
     if place.world == 1:
-        replayed = replay(tape, layout, *rest)
+        replayed = replay(trace, layout, *rest)
     else:
         with installed(release, part=dist.get_rank() % place.tp) as state:
-            replayed = replay(tape, layout, *rest)
+            replayed = replay(trace, layout, *rest)
         assert state.calls, "the library was not called"
     if fused:
         scales = replayed.scales.items()
@@ -91,8 +91,8 @@ def test_verify(ranks: RankPool, recipe: str, layouts: list[str]) -> None:
 
 def test_an_amax_that_is_not_shared_is_caught(ranks: RankPool) -> None:
     mine = verifier(ranks, "delayed", ["tp2.sp"])
-    release, tape = versions("transformer_engine")[-1], mine.tape("pretrain")
-    arguments = (release, False, tape, "tp2.sp", "fp64", False, None)
+    release, trace = versions("transformer_engine")[-1], mine.trace("pretrain")
+    arguments = (release, False, trace, "tp2.sp", "fp64", False, None)
     ranks_played = ranks.run(lose_the_amax_group, *arguments, world=2, timeout=180)
     found = [d for d in mine.judge("pretrain", "tp2.sp", "fp64", ranks_played) if d.is_bug]
     assert found and found[0].kind == "history"

@@ -1,4 +1,4 @@
-"""A tape replayed on a layout, in a rank process: everything that can be compared, by name."""
+"""A trace replayed on a layout, in a rank process: everything that can be compared, by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from shardwise.stages.base import ACTOR, StageContext, role_layout, role_of
 from shardwise.stages.registry import build_stage
 from shardwise.stages.rollout_worker import Group
 from shardwise.verify.roles import with_layouts
-from shardwise.verify.tape import Call, FreshContext, Tape
+from shardwise.verify.trace import Call, FreshContext, Trace
 
 NEW_TOKENS = 6
 
@@ -59,14 +59,14 @@ class Replayed:
 
 
 def replay(
-    tape: Tape, layout: str, precision: str, compiled: bool = False, domains: str | None = None
+    trace: Trace, layout: str, precision: str, compiled: bool = False, domains: str | None = None
 ) -> Replayed:
     """Every rank of the layout calls this; ``precision`` replaces the recipe's.
 
     ``domains``: with FP8, whose scaling domains one process emulates.
     """
     torch.manual_seed(0)
-    [stage] = [s for s in tape.run.stages if s.name == tape.stage]
+    [stage] = [s for s in trace.run.stages if s.name == trace.stage]
     # Here, the library of a GPU is whatever runs in its place.
     changes = {"domains": domains, "backend": "auto"}
     fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
@@ -74,14 +74,14 @@ def replay(
     stage = with_layouts(stage, layout, **updates)
     with tempfile.TemporaryDirectory(prefix="shardwise-replay-") as folder:
         logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
-        tokenizer = load_tokenizer(tape.run.tokenizer)
-        ctx = FreshContext(tape.run, stage, tokenizer, Path(folder), logger, None)
-        again = _StageAgain(tape, ctx) if tape.rollouts else _Calls(tape, ctx)
+        tokenizer = load_tokenizer(trace.run.tokenizer)
+        ctx = FreshContext(trace.run, stage, tokenizer, Path(folder), logger, None)
+        again = _StageAgain(trace, ctx) if trace.rollouts else _Calls(trace, ctx)
         again.note_weights("initial")
         again.run()
         again.note_weights("weight")
         again.note_moments()
-        if tape.prompts:
+        if trace.prompts:
             again.generate(PRECISIONS[precision].compute)
     digests, values = {}, {}
     for name, value in again.values.items():
@@ -102,8 +102,8 @@ class _Notes:
     generated logprobs. Kinds of scales: amax, scale, history.
     """
 
-    def __init__(self, tape: Tape, ctx: StageContext) -> None:
-        self.tape, self.ctx = tape, ctx
+    def __init__(self, trace: Trace, ctx: StageContext) -> None:
+        self.trace, self.ctx = trace, ctx
         self.engines: list[Engine] = []
         self.values: dict[str, Tensor | Parts] = {}
         self.scales: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ class _Notes:
                     self.note_parts("moment", number, state, f" {state}")
 
     def label(self, number: int) -> str:
-        return f"{self.tape.parts[number].role} " if len(self.engines) > 1 else ""
+        return f"{self.trace.parts[number].role} " if len(self.engines) > 1 else ""
 
     def note_gradients(self, number: int) -> None:
         """Of an engine's first update."""
@@ -149,7 +149,7 @@ class _Notes:
             self.note_parts("gradient", number, "grads")
 
     def run(self) -> None:
-        """The whole tape."""
+        """The whole trace."""
         raise NotImplementedError
 
     def noting_scales(self, where: str, first: int) -> contextlib.AbstractContextManager[None]:
@@ -176,9 +176,9 @@ class _Notes:
     def generate(self, dtype: torch.dtype) -> None:
         """Greedy completions from the weights that stream out of the layout."""
         served = torch.float32 if dtype == torch.float64 else dtype
-        generator = Generator(self.tape.run.model, served, accelerate=False)
+        generator = Generator(self.trace.run.model, served, accelerate=False)
         generator.load(self.engines[0].weights())
-        requests = [Request(i, p, 1) for i, p in enumerate(self.tape.prompts)]
+        requests = [Request(i, p, 1) for i, p in enumerate(self.trace.prompts)]
         sampling = Sampling(greedy=True, max_new_tokens=NEW_TOKENS)
         done = generator.generate(requests, sampling, rng.key(0, "verify"))
         ids = list(itertools.chain(*(c.token_ids for c in done)))
@@ -190,13 +190,13 @@ class _Notes:
 class _Calls(_Notes):
     """A supervised stage: its recorded updates."""
 
-    def __init__(self, tape: Tape, ctx: StageContext) -> None:
-        super().__init__(tape, ctx)
-        self.engines = [ctx.engine(part.optimizer, part.role) for part in tape.parts]
+    def __init__(self, trace: Trace, ctx: StageContext) -> None:
+        super().__init__(trace, ctx)
+        self.engines = [ctx.engine(part.optimizer, part.role) for part in trace.parts]
 
     def run(self) -> None:
         """All calls."""
-        for number, call in enumerate(self.tape.calls):
+        for number, call in enumerate(self.trace.calls):
             self.call(number, call)
 
     def call(self, number: int, call: Call) -> None:
@@ -258,8 +258,8 @@ class _Watched:
 class _StageAgain(_Notes):
     """A stage that writes its own batches: it runs again, told what was written."""
 
-    def __init__(self, tape: Tape, ctx: StageContext) -> None:
-        super().__init__(tape, ctx)
+    def __init__(self, trace: Trace, ctx: StageContext) -> None:
+        super().__init__(trace, ctx)
         self.updates = 0
         self.step = 0
         whole = role_layout(role_of(ctx.stage, ACTOR), dist.get_world_size())
@@ -268,7 +268,7 @@ class _StageAgain(_Notes):
         if whole.pp == 1 and dist.get_world_size() > 1 and ctx.stage.engine.fp8 is None:
             # Fewer and larger micro-batches than one process has: that may change nothing.
             batch = batch.model_copy(update={"micro_batch": 2 * batch.micro_batch})
-        # Rewards come from the tape too.
+        # Rewards come from the trace too.
         stage = ctx.stage.model_copy(update={"reward": RewardConfig(), "batch": batch})
         context = _WatchingContext(
             ctx.run, stage, ctx.tokenizer, ctx.directory, ctx.logger, None, notes=self
@@ -279,7 +279,7 @@ class _StageAgain(_Notes):
 
     def run(self) -> None:
         """As many steps as were recorded."""
-        for step in range(len(self.tape.rollouts)):
+        for step in range(len(self.trace.rollouts)):
             self.live.train_step(step, self.ctx.stage.optimizer.lr)
 
     def sync(self, engine: Engine) -> None:
@@ -288,7 +288,7 @@ class _StageAgain(_Notes):
     def rollout(self, *args: Any, **kwargs: Any) -> list[Group]:
         """What was written in this step."""
         self.step += 1
-        return copy.deepcopy(self.tape.rollouts[self.step - 1])
+        return copy.deepcopy(self.trace.rollouts[self.step - 1])
 
     def observe(self, groups: list[Group]) -> None:
         """What the stage has read and made of it."""

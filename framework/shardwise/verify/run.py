@@ -32,7 +32,7 @@ from shardwise.verify.compare import (
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.roles import layouts_of, own_layouts, parts_of, with_layouts, world_of
-from shardwise.verify.tape import Tape, record
+from shardwise.verify.trace import Trace, record
 
 SINGLE = "dp1.zero0"
 TIMEOUT_S = 180.0
@@ -88,25 +88,25 @@ class Reference:
 
 
 class Verifier:
-    """Tapes and references of one recipe, and the ranks that replay them."""
+    """Traces and references of one recipe, and the ranks that replay them."""
 
     def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
         self.recipe, self.pool = dict(recipe), pool
         self.layouts = [layout for text in layouts for layout in layouts_of(text)]
-        self.tapes: dict[str, Tape] = {}
+        self.traces: dict[str, Trace] = {}
         self.references: dict[tuple[str, str, str | None], Reference] = {}
 
-    def tape(self, stage: str) -> Tape:
+    def trace(self, stage: str) -> Trace:
         """The stage's calls, recorded once."""
-        if stage not in self.tapes:
-            [self.tapes[stage]] = self.pool.run(
+        if stage not in self.traces:
+            [self.traces[stage]] = self.pool.run(
                 record, self.recipe, stage, self.layouts, world=1, timeout=TIMEOUT_S
             )
-        return self.tapes[stage]
+        return self.traces[stage]
 
     def reference(self, stage: str, precision: str, layout: str = SINGLE) -> Reference:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
-        [config] = [s.engine for s in self.tape(stage).run.stages if s.name == stage]
+        [config] = [s.engine for s in self.trace(stage).run.stages if s.name == stage]
         key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
             single = self._replay(stage, SINGLE, precision, False, key[2])
@@ -180,7 +180,7 @@ class Verifier:
     ) -> list[Replayed]:
         return self.pool.run(
             replay,
-            self.tape(stage),
+            self.trace(stage),
             layout,
             precision,
             compiled,

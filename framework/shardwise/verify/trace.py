@@ -56,7 +56,7 @@ class Part:
 
 
 @dataclasses.dataclass
-class Tape:
+class Trace:
     """A stage's engines and calls, what it wrote in each step, and prompts that it answers."""
 
     run: RunConfig
@@ -70,8 +70,8 @@ class Tape:
 class _Recorder:
     """An engine that notes what it is asked, and does it."""
 
-    def __init__(self, inner: Any, number: int, tape: Tape) -> None:
-        self.inner, self.number, self.tape = inner, number, tape
+    def __init__(self, inner: Any, number: int, trace: Trace) -> None:
+        self.inner, self.number, self.trace = inner, number, trace
         self.step_number = 0
         self._open: tuple[list[MicroBatch], Loss] | None = None
 
@@ -86,7 +86,7 @@ class _Recorder:
     def step(self, lr: float) -> float:
         assert self._open is not None, "a stage that steps without gradients"
         batches, loss = self._open
-        self.tape.calls.append(Call(self.number, self.step_number, batches, loss, lr))
+        self.trace.calls.append(Call(self.number, self.step_number, batches, loss, lr))
         self._open = None
         return float(self.inner.step(lr))
 
@@ -133,16 +133,16 @@ class FreshContext(StageContext):
 
 @dataclasses.dataclass(frozen=True)
 class _Context(FreshContext):
-    tape: Tape | None = None
+    trace: Trace | None = None
 
     def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
-        assert self.tape is not None
-        number = len(self.tape.parts)
-        self.tape.parts.append(Part(role, self.model_of(role), optimizer))
-        return _Recorder(super().engine(optimizer, role), number, self.tape)
+        assert self.trace is not None
+        number = len(self.trace.parts)
+        self.trace.parts.append(Part(role, self.model_of(role), optimizer))
+        return _Recorder(super().engine(optimizer, role), number, self.trace)
 
 
-def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -> Tape:
+def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -> Trace:
     """Run `shrink.STEPS` steps of one stage, made small, on this process alone; note its calls."""
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
         directory = Path(folder)
@@ -151,12 +151,12 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         tokenizer = prepare_tokenizer(run, directory, 0)
         run = with_vocabulary(run, tokenizer)
         [stage] = [s for s in run.stages if s.name == stage_name]
-        tape = Tape(run, stage_name)
+        trace = Trace(run, stage_name)
         logger = MetricsLogger(directory, run.logging, run.name, {}, rank=0)
-        ctx = _Context(run, stage, tokenizer, directory, logger, None, tape=tape)
+        ctx = _Context(run, stage, tokenizer, directory, logger, None, trace=trace)
         live: Any = build_stage(ctx)
         if hasattr(live, "rollout_worker"):
-            live.rollout_worker = _RecordingRolloutWorker(live.rollout_worker, tape)
+            live.rollout_worker = _RecordingRolloutWorker(live.rollout_worker, trace)
         for step in range(STEPS):
             for engine in _recorders(live):
                 engine.step_number = step
@@ -164,26 +164,26 @@ def record(recipe: dict[str, Any], stage_name: str, layouts: Sequence[Layout]) -
         logger.close()
         if hasattr(stage, "sampling"):
             texts = ("Count: ", "a b a", "1 + 1 =")
-            tape.prompts = [tokenizer.encode(t)[:8] for t in texts]
-    if tape.rollouts:
-        tape.calls = []  # the stage makes them again
+            trace.prompts = [tokenizer.encode(t)[:8] for t in texts]
+    if trace.rollouts:
+        trace.calls = []  # the stage makes them again
     else:
-        _leave_one_token(tape.calls[-1].batches)
-    return tape
+        _leave_one_token(trace.calls[-1].batches)
+    return trace
 
 
 class _RecordingRolloutWorker:
     """Keeps what was written before a stage adds anything to it."""
 
-    def __init__(self, inner: Any, tape: Tape) -> None:
-        self.inner, self.tape = inner, tape
+    def __init__(self, inner: Any, trace: Trace) -> None:
+        self.inner, self.trace = inner, trace
 
     def sync(self, engine: Engine) -> None:
         self.inner.sync(engine)
 
     def rollout(self, *args: Any, **kwargs: Any) -> list[Group]:
         groups: list[Group] = self.inner.rollout(*args, **kwargs)
-        self.tape.rollouts.append(copy.deepcopy(groups))
+        self.trace.rollouts.append(copy.deepcopy(groups))
         return groups
 
 
