@@ -155,7 +155,7 @@ def our_replay(stage: GrpoStage, groups: list[Group]) -> Replayed:
     return Replayed(
         [g.prompt for g in groups for _ in range(GROUP)],
         torch.cat(values).view(-1, len(groups[0].tokens[0])),
-        torch.tensor([a for g in groups for a in g.tracks["advantages_BT"]]),
+        torch.tensor([a for g in groups for a in g.per_token["advantages_BT"]]),
         metrics["grad_norm"],
     )
 

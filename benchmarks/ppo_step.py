@@ -150,7 +150,7 @@ def our_replay(stage: PpoStage, groups: list[Group]) -> dict[str, Any]:
         "value": metrics["critic_grad_norm"],
     }
     for name in ("old_logprobs_BT", "values_BT", "advantages_BT"):
-        found[name] = torch.stack([torch.as_tensor(v) for g in groups for v in g.tracks[name]])
+        found[name] = torch.stack([torch.as_tensor(v) for g in groups for v in g.per_token[name]])
     return found
 
 

@@ -20,7 +20,7 @@ F64 = torch.float64
 VOCAB = 7
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 ANSWERS = [[[1, 2], [3, 4, 5, 6]], [[0], [1, 2, 3]], [[2, 2, 2], [6]]]
-TRACKS = ("old_logprobs_BT", "advantages_BT", "values_BT", "returns_BT")
+PER_TOKEN = ("old_logprobs_BT", "advantages_BT", "values_BT", "returns_BT")
 
 
 def drawn(name: str, prompt: int, answer: int) -> Tensor:
@@ -42,14 +42,14 @@ def outputs(batch: MicroBatch, width: int) -> Tensor:
 
 
 def batch_of(rows: list[int], pad: int) -> MicroBatch:
-    tracks = {n: [[drawn(n, p, a) for a in range(2)] for p in rows] for n in TRACKS}
+    per_token = {n: [[drawn(n, p, a) for a in range(2)] for p in rows] for n in PER_TOKEN}
     return collate_groups(
         [PROMPTS[p] for p in rows],
         [ANSWERS[p] for p in rows],
         rows,
         0,
         pad_multiple=pad,
-        per_token=tracks,
+        per_token=per_token,
         dtype=np.float64,
     )
 
@@ -84,11 +84,11 @@ def naive(config: PpoLossConfig, kind: str) -> float:
             sequences += 1
             for t, token in enumerate(answer):
                 row = table[b, column]
-                track = {n: float(drawn(n, b, a)[t]) for n in TRACKS}
+                per_token = {n: float(drawn(n, b, a)[t]) for n in PER_TOKEN}
                 if kind == "policy":
-                    terms.append(naive_policy(config, row, token, track))
+                    terms.append(naive_policy(config, row, token, per_token))
                 else:
-                    terms.append(naive_value(config, float(row[0]), track))
+                    terms.append(naive_value(config, float(row[0]), per_token))
                 by_sequence = config.aggregation == "seq_mean_token_mean"
                 weights.append(1.0 / len(answer) if by_sequence else 1.0)
                 column += 1
@@ -96,10 +96,10 @@ def naive(config: PpoLossConfig, kind: str) -> float:
     return sum(w * x for w, x in zip(weights, terms, strict=True)) / number
 
 
-def naive_policy(c: PpoLossConfig, row: Tensor, token: int, track: dict[str, float]) -> float:
+def naive_policy(c: PpoLossConfig, row: Tensor, token: int, per_token: dict[str, float]) -> float:
     values = row.tolist()
     logp = values[token] - math.log(sum(math.exp(v) for v in values))
-    ratio, adv = math.exp(logp - track["old_logprobs_BT"]), track["advantages_BT"]
+    ratio, adv = math.exp(logp - per_token["old_logprobs_BT"]), per_token["advantages_BT"]
     if c.objective == "kl_penalty":
         return -ratio * adv + c.penalty_coef * (ratio - math.log(ratio) - 1.0)
     bounded = min(max(ratio, 1 - c.clip_low), 1 + c.clip_high)
@@ -109,8 +109,8 @@ def naive_policy(c: PpoLossConfig, row: Tensor, token: int, track: dict[str, flo
     return -objective
 
 
-def naive_value(c: PpoLossConfig, value: float, track: dict[str, float]) -> float:
-    old, target = track["values_BT"], track["returns_BT"]
+def naive_value(c: PpoLossConfig, value: float, per_token: dict[str, float]) -> float:
+    old, target = per_token["values_BT"], per_token["returns_BT"]
     plain = (value - target) ** 2
     if c.value_clip is None:
         return 0.5 * plain

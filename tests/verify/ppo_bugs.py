@@ -122,11 +122,11 @@ def values_of_the_critic_one_rollout_ago() -> Iterator[Any]:
 
     def read(self: Any, groups: Any, *args: Any) -> None:
         real(self, groups, *args)
-        now = [g.tracks["values_BT"] for g in groups]
+        now = [g.per_token["values_BT"] for g in groups]
         before = getattr(self, "before", now)
         self.before = now
         for group, values in zip(groups, before, strict=True):
-            group.tracks["values_BT"] = [
+            group.per_token["values_BT"] = [
                 [0.0] * len(t) if len(v) != len(t) else v
                 for v, t in zip(values, group.tokens, strict=True)
             ]
@@ -147,12 +147,12 @@ def critic_skips_an_update_on_its_own_rank() -> Iterator[Any]:
 
 @bug("dp2.zero2")
 def advantages_of_another_completion() -> Iterator[Any]:
-    real = ppo._set_track
+    real = ppo._set_per_token
 
-    def set_track(groups: Any, name: str, values: Tensor) -> None:
+    def set_per_token(groups: Any, name: str, values: Tensor) -> None:
         real(groups, name, values.roll(1, dims=0) if name == "advantages_BT" else values)
 
-    yield _patch(ppo, "_set_track", set_track)
+    yield _patch(ppo, "_set_per_token", set_per_token)
 
 
 @bug("dp2.zero2")

@@ -20,8 +20,8 @@ from shardwise.stages.rollouts import (
     Logprobs,
     Reading,
     TrainingRows,
-    read_tracks,
     rollout_metrics,
+    run_forward_passes,
 )
 from shardwise.stages.share import own_batches
 
@@ -71,8 +71,8 @@ class GrpoStage(PolicyStage):
         known = rewards_tensor([g.rewards for g in groups])
         result = group_advantages(loss.advantage, known, loss.advantage_eps)
         for group, advantages_N in zip(groups, result.advantages_GN, strict=True):
-            group.tracks["advantages_BT"] = advantages_N.tolist()
-            group.tracks["rollout_logprobs_BT"] = list(group.logprobs)
+            group.per_token["advantages_BT"] = advantages_N.tolist()
+            group.per_token["rollout_logprobs_BT"] = list(group.logprobs)
         degenerate = result.num_degenerate / len(groups)
         return rollout_metrics(groups) | {"degenerate_fraction": degenerate}
 
@@ -84,8 +84,8 @@ class GrpoStage(PolicyStage):
             readings.append(Reading("old_logprobs_BT", self.engine, fn, self.micro))
         if self.reference is not None:
             readings.append(Reading("ref_logprobs_BT", self.reference, fn, self.micro))
-        read_tracks(readings, groups, ids, self.ctx.tokenizer.pad_id)
+        run_forward_passes(readings, groups, ids, self.ctx.tokenizer.pad_id)
 
     def _rows(self, groups: Sequence[Group], ids: Sequence[int]) -> TrainingRows:
-        tracks = tuple(groups[0].tracks)
-        return TrainingRows(groups, ids, self.ctx.tokenizer.pad_id, self.ctx.wide, tracks)
+        per_token = tuple(groups[0].per_token)
+        return TrainingRows(groups, ids, self.ctx.tokenizer.pad_id, self.ctx.wide, per_token)

@@ -36,8 +36,8 @@ from shardwise.stages.rollouts import (
     Logprobs,
     Reading,
     TrainingRows,
-    read_tracks,
     rollout_metrics,
+    run_forward_passes,
     values_of,
 )
 from shardwise.stages.share import own_batches
@@ -105,7 +105,7 @@ class PpoStage(PolicyStage):
             readings.append(Reading("ref_logprobs_BT", self.reference, logprobs, micro))
         if self.reward_model is not None:
             readings.append(Reading("model_score", self.reward_model, values_of, micro, True))
-        read_tracks(readings, groups, ids, self.ctx.tokenizer.pad_id)
+        run_forward_passes(readings, groups, ids, self.ctx.tokenizer.pad_id)
 
     def _add_experience(self, groups: list[Group]) -> dict[str, float]:
         """Scores to rewards to advantages and returns, over the global batch, in float64."""
@@ -114,8 +114,8 @@ class PpoStage(PolicyStage):
             self._score(group)
         mask_CT = _pad([[np.full(len(t), r is not None) for t, r in _pairs(g)] for g in groups])
         mask_CT = mask_CT.bool()
-        logp_CT, values_CT = (_track(groups, n) for n in ("old_logprobs_BT", "values_BT"))
-        ref_CT = None if self.reference is None else _track(groups, "ref_logprobs_BT")
+        logp_CT, values_CT = (_per_token(groups, n) for n in ("old_logprobs_BT", "values_BT"))
+        ref_CT = None if self.reference is None else _per_token(groups, "ref_logprobs_BT")
         score_C = rewards_tensor([g.rewards for g in groups]).nan_to_num().reshape(-1)
         rewards_CT = token_rewards(score_C, logp_CT, ref_CT, mask_CT, self.kl.coef, loss.kl)
         if loss.whiten_rewards:
@@ -124,14 +124,14 @@ class PpoStage(PolicyStage):
         explained = explained_variance(values_CT, returns_CT, mask_CT)
         if loss.whiten_advantages:
             advantages_CT = whiten(advantages_CT, mask_CT)
-        _set_track(groups, "advantages_BT", advantages_CT)
-        _set_track(groups, "returns_BT", returns_CT)
+        _set_per_token(groups, "advantages_BT", advantages_CT)
+        _set_per_token(groups, "returns_BT", returns_CT)
         metrics = rollout_metrics(groups) | {
             "explained_variance": explained,
             "return_mean": float(returns_CT.sum() / mask_CT.sum().clamp(min=1)),
         }
         for name in ("verifier", "model_score"):
-            found = [float(s) for g in groups for s in g.tracks.get(name, []) if s is not None]
+            found = [float(s) for g in groups for s in g.per_token.get(name, []) if s is not None]
             if found:
                 metrics[f"{name}_mean"] = sum(found) / len(found)
         if ref_CT is not None:
@@ -144,7 +144,7 @@ class PpoStage(PolicyStage):
     def _score(self, group: Group) -> None:
         """The weighted sum of verifier and reward model; unscorable where the verifier was."""
         config: PpoConfig = self.config
-        group.tracks["verifier"] = list(group.rewards)
+        group.per_token["verifier"] = list(group.rewards)
         for i, verdict in enumerate(group.rewards):
             score = 0.0
             if config.verifier_weight:
@@ -152,7 +152,7 @@ class PpoStage(PolicyStage):
                     continue
                 score += config.verifier_weight * verdict
             if config.reward_model_weight:
-                score += config.reward_model_weight * group.tracks["model_score"][i]
+                score += config.reward_model_weight * group.per_token["model_score"][i]
             if not group.stopped[i]:
                 score -= config.loss.missing_eos_penalty
             # What is no number is unscorable, like a verdict that is missing.
@@ -207,11 +207,11 @@ def _pad(per_completion: Sequence[Sequence[np.ndarray]]) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _track(groups: Sequence[Group], name: str) -> Tensor:
-    return _pad([g.tracks[name] for g in groups])
+def _per_token(groups: Sequence[Group], name: str) -> Tensor:
+    return _pad([g.per_token[name] for g in groups])
 
 
-def _set_track(groups: Sequence[Group], name: str, values_CT: Tensor) -> None:
+def _set_per_token(groups: Sequence[Group], name: str, values_CT: Tensor) -> None:
     rows = iter(values_CT.numpy())
     for group in groups:
-        group.tracks[name] = [next(rows)[: len(t)].copy() for t in group.tokens]
+        group.per_token[name] = [next(rows)[: len(t)].copy() for t in group.tokens]

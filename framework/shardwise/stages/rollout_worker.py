@@ -35,7 +35,7 @@ class Group:
     rewards: list[float | None]  # None: unscorable
     policy: str  # checksum of the weights that wrote it
     # By name, for each completion a number or one a token; what a loss reads of them.
-    tracks: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    per_token: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_row_tokens(self) -> int:
@@ -60,7 +60,7 @@ class Group:
                 "text": self.texts[i],
                 "stopped": self.stopped[i],
                 "reward": self.rewards[i],
-                **{_short(name): _plain(values[i]) for name, values in self.tracks.items()},
+                **{_short(name): _plain(values[i]) for name, values in self.per_token.items()},
             }
             for i in range(len(self.tokens))
         ]
@@ -71,9 +71,9 @@ def _without_problem(group: Group) -> dict[str, Any]:
     return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}
 
 
-def _short(track: str) -> str:
-    """A track's name in a record: ``advantage`` for ``advantages_BT``."""
-    return track.removesuffix("_BT").removesuffix("s")
+def _short(name: str) -> str:
+    """A name in a record: ``advantage`` for ``advantages_BT``."""
+    return name.removesuffix("_BT").removesuffix("s")
 
 
 def _plain(value: Any) -> Any:

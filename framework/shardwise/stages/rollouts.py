@@ -27,7 +27,7 @@ PAD_MULTIPLE = 16
 class RolloutRows:
     """A prompt a row, with all its completions; see `share.Rows`.
 
-    ``tracks`` go along as extras. With ``scored``, each completion's one valid token is where its
+    ``per_token`` go along as extras. With ``scored``, each completion's one valid token is where its
     last token is the *input*: there a reward model is read.
     """
 
@@ -35,7 +35,7 @@ class RolloutRows:
     row_ids: Sequence[int]
     pad_id: int
     dtype: type[np.floating[Any]] = np.float32
-    tracks: tuple[str, ...] = ()
+    per_token: tuple[str, ...] = ()
     scored: bool = False
 
     def sizes(self) -> list[list[int]]:
@@ -52,7 +52,7 @@ class RolloutRows:
             np.asarray([self.row_ids[i] for i in rows]),
             self.pad_id,
             pad_multiple=PAD_MULTIPLE,
-            per_token={name: [g.tracks[name] for g in some] for name in self.tracks},
+            per_token={name: [g.per_token[name] for g in some] for name in self.per_token},
             keep=[[b < num_real] * len(g.tokens) for b, g in enumerate(some)],
             last_only=self.scored,
             dtype=self.dtype,
@@ -80,22 +80,22 @@ class TrainingRows(RolloutRows):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One forward pass over a rollout, and the track that its numbers become."""
+    """One forward pass over a rollout, and the name of its numbers."""
 
-    track: str
+    per_token: str
     engine: Engine
     fn: Callable[[Any, MicroBatch], Tensor]
     micro_batch: int
     scored: bool = False
 
 
-def read_tracks(
+def run_forward_passes(
     readings: Sequence[Reading],
     groups: Sequence[Group],
     row_ids: Sequence[int],
     pad_id: int,
 ) -> None:
-    """Give every group the tracks of several forward passes, on every rank.
+    """Give every group the numbers of several forward passes, on every rank.
 
     All of them run before their results are exchanged, so that roles on disjoint ranks work at
     the same time.
@@ -108,7 +108,7 @@ def read_tracks(
     for some, share, reading in zip(rows, shares, readings, strict=True):
         for group, found in zip(groups, exchange(some, reading.engine, share), strict=True):
             one = reading.scored
-            group.tracks[reading.track] = [float(v[0]) for v in found] if one else found
+            group.per_token[reading.per_token] = [float(v[0]) for v in found] if one else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:
-    """Store a rollout as JSON lines: tokens, log-probabilities, tracks, policy version."""
+    """Store a rollout as JSON lines: tokens, log-probabilities, numbers per token, policy version."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [r for g in groups for r in g.records(step)]
     write_jsonl(folder / f"step_{step:08d}.jsonl", rows)

@@ -292,12 +292,12 @@ class _StageAgain(_Notes):
 
     def observe(self, groups: list[Group]) -> None:
         """What the stage has read and made of it."""
-        for track in groups[0].tracks:
-            found = [v for g in groups for v in g.tracks[track]]
+        for name in groups[0].per_token:
+            found = [v for g in groups for v in g.per_token[name]]
             if any(v is None for v in found):
                 continue
             flat = np.concatenate([np.atleast_1d(np.asarray(v, dtype=float)) for v in found])
-            self.note(track.removesuffix("_BT"), f"step {self.step}", torch.from_numpy(flat))
+            self.note(name.removesuffix("_BT"), f"step {self.step}", torch.from_numpy(flat))
 
 
 @dataclasses.dataclass(frozen=True)
