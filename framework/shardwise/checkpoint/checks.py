@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from shardwise.checkpoint import manifest, shards, steps
-from shardwise.checkpoint.files import PIECE_BYTES, read_into, reading
+from shardwise.checkpoint.files import PIECE_BYTES, opened, read_into
 from shardwise.checkpoint.manifest import Chunk, DamagedError, Manifest
 
 
@@ -53,7 +53,7 @@ def check_files(
     for name in names:
         path, expected, chunks = str(directory / name), book.files[name], inside.get(name, [])
         try:
-            with reading(directory, name) as file:
+            with opened(directory, name) as file:
                 size = os.fstat(file).st_size
                 if size != expected.size:
                     what = f"has {size} bytes where {expected.size} were written"

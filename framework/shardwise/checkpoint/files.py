@@ -36,7 +36,7 @@ def open_inside(directory: Path, name: str) -> int:
 
 
 @contextlib.contextmanager
-def reading(directory: Path, name: str) -> Iterator[int]:
+def opened(directory: Path, name: str) -> Iterator[int]:
     """`open_inside` for a while."""
     file = open_inside(directory, name)
     try:
@@ -47,7 +47,7 @@ def reading(directory: Path, name: str) -> Iterator[int]:
 
 def read_small(directory: Path, name: str, max_bytes: int) -> bytes:
     """The whole content of a small file. Raises OSError if it is larger than ``max_bytes``."""
-    with reading(directory, name) as file:
+    with opened(directory, name) as file:
         size = os.fstat(file).st_size
         if size > max_bytes:
             raise OSError(f"{name} has {size} bytes, more than the {max_bytes} expected")

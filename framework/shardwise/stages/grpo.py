@@ -17,8 +17,8 @@ from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
+    ForwardPass,
     Logprobs,
-    Reading,
     TrainingRows,
     rollout_metrics,
     run_forward_passes,
@@ -79,12 +79,12 @@ class GrpoStage(PolicyStage):
     def _add_logprobs(self, groups: list[Group], ids: Sequence[int]) -> None:
         """Log-probabilities before the first update, and the reference's, where they are needed."""
         fn = Logprobs(self.config.sampling.temperature)
-        readings = []
+        forward_passes = []
         if self.config.needs_old_logprobs:
-            readings.append(Reading("old_logprobs_BT", self.engine, fn, self.micro))
+            forward_passes.append(ForwardPass("old_logprobs_BT", self.engine, fn, self.micro))
         if self.reference is not None:
-            readings.append(Reading("ref_logprobs_BT", self.reference, fn, self.micro))
-        run_forward_passes(readings, groups, ids, self.ctx.tokenizer.pad_id)
+            forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, fn, self.micro))
+        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
 
     def _rows(self, groups: Sequence[Group], ids: Sequence[int]) -> TrainingRows:
         per_token = tuple(groups[0].per_token)

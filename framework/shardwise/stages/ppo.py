@@ -33,8 +33,8 @@ from shardwise.stages.policy import PolicyStage
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
+    ForwardPass,
     Logprobs,
-    Reading,
     TrainingRows,
     rollout_metrics,
     run_forward_passes,
@@ -97,15 +97,17 @@ class PpoStage(PolicyStage):
         """What every role has to say of the rollout, by the weights that wrote it."""
         micro = self.config.batch.micro_batch
         logprobs = Logprobs(self.config.sampling.temperature)
-        readings = [
-            Reading("old_logprobs_BT", self.engine, logprobs, micro),
-            Reading("values_BT", self.critic, values_of, micro),
+        forward_passes = [
+            ForwardPass("old_logprobs_BT", self.engine, logprobs, micro),
+            ForwardPass("values_BT", self.critic, values_of, micro),
         ]
         if self.reference is not None:
-            readings.append(Reading("ref_logprobs_BT", self.reference, logprobs, micro))
+            forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, logprobs, micro))
         if self.reward_model is not None:
-            readings.append(Reading("model_score", self.reward_model, values_of, micro, True))
-        run_forward_passes(readings, groups, ids, self.ctx.tokenizer.pad_id)
+            forward_passes.append(
+                ForwardPass("model_score", self.reward_model, values_of, micro, True)
+            )
+        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
 
     def _add_experience(self, groups: list[Group]) -> dict[str, float]:
         """Scores to rewards to advantages and returns, over the global batch, in float64."""

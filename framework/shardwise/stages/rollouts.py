@@ -79,10 +79,10 @@ class TrainingRows(RolloutRows):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ForwardPass:
     """One forward pass over a rollout, and the name of its numbers."""
 
-    per_token: str
+    name: str
     engine: Engine
     fn: Callable[[Any, MicroBatch], Tensor]
     micro_batch: int
@@ -90,7 +90,7 @@ class Reading:
 
 
 def run_forward_passes(
-    readings: Sequence[Reading],
+    forward_passes: Sequence[ForwardPass],
     groups: Sequence[Group],
     row_ids: Sequence[int],
     pad_id: int,
@@ -100,15 +100,14 @@ def run_forward_passes(
     All of them run before their results are exchanged, so that roles on disjoint ranks work at
     the same time.
     """
-    rows = [RolloutRows(groups, row_ids, pad_id, scored=r.scored) for r in readings]
+    rows = [RolloutRows(groups, row_ids, pad_id, scored=r.scored) for r in forward_passes]
     shares = [
         forward_share(own_batches(some, r.engine, r.micro_batch), r.engine, r.fn)
-        for some, r in zip(rows, readings, strict=True)
+        for some, r in zip(rows, forward_passes, strict=True)
     ]
-    for some, share, reading in zip(rows, shares, readings, strict=True):
-        for group, found in zip(groups, exchange(some, reading.engine, share), strict=True):
-            one = reading.scored
-            group.per_token[reading.per_token] = [float(v[0]) for v in found] if one else found
+    for some, share, one in zip(rows, shares, forward_passes, strict=True):
+        for group, found in zip(groups, exchange(some, one.engine, share), strict=True):
+            group.per_token[one.name] = [float(v[0]) for v in found] if one.scored else found
 
 
 @dataclasses.dataclass(frozen=True)
