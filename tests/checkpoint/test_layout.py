@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardwise.checkpoint.layout import local_positions, pieces
+from shardwise.checkpoint.layout import local_positions, local_shards
 from shardwise.errors import CheckpointError
 
 
@@ -66,4 +66,4 @@ def test_pending_reductions_are_refused() -> None:
 def test_what_has_no_dense_values_is_refused() -> None:
     for tensor in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
         with pytest.raises(CheckpointError, match="weight"):
-            pieces("weight", tensor)
+            local_shards("weight", tensor)

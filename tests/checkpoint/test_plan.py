@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.checkpoint.boxes import Box, whole
 from shardwise.checkpoint.plan import Holding, assign, holding_from_json, holdings
+from shardwise.checkpoint.regions import Region, full_region
 from shardwise.errors import CheckpointError
 
 
 def rows(name: str, start: int, stop: int, total: int, dtype: str = "F32") -> Holding:
-    return Holding(name, dtype, (total, 2), (Box((start, 0), (stop - start, 2)),))
+    return Holding(name, dtype, (total, 2), (Region((start, 0), (stop - start, 2)),))
 
 
 @given(st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=8))
@@ -51,7 +51,7 @@ def test_ranks_that_disagree_are_refused_by_name() -> None:
 def test_holdings_survive_json_and_name_what_cannot_be_stored() -> None:
     held, memory = holdings({"a": torch.ones(2, 3), "b": torch.tensor(1.0), "c": torch.ones(0, 2)})
     assert [holding_from_json([*h.to_json()]) for h in held] == held
-    assert held[0].boxes == (whole((2, 3)),) and held[2].boxes == () and memory[2] == []
+    assert held[0].regions == (full_region((2, 3)),) and held[2].regions == () and memory[2] == []
     with pytest.raises(CheckpointError, match=r"step: is a int, not a tensor"):
         holdings({"step": 3})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match=r"z: torch.complex128"):

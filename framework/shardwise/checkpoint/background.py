@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.checkpoint.boxes import Box
 from shardwise.checkpoint.manifest import NonFiniteError, PeerLostError
 from shardwise.checkpoint.ranks import Ranks
+from shardwise.checkpoint.regions import Region
 from shardwise.checkpoint.saving import Part, Planner, Request, write
 from shardwise.checkpoint.writer import Writer
 from shardwise.errors import CheckpointError
@@ -51,7 +51,7 @@ class AsyncSaver:
         self._ranks = Ranks.of(group, background=True)
         self._writer = writer or Writer()
         self._planner = Planner()
-        self._host: dict[tuple[str, Box], Tensor] = {}
+        self._host: dict[tuple[str, Region], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._step = -1
         self._error: BaseException | None = None
@@ -140,10 +140,10 @@ class AsyncSaver:
 
     def _snapshot(self, parts: list[Part]) -> list[Part]:
         """Copies in host memory, which is kept from save to save."""
-        host: dict[tuple[str, Box], Tensor] = {}
+        host: dict[tuple[str, Region], Tensor] = {}
         copies = []
         for part in parts:
-            slot = (part.name, part.box)
+            slot = (part.name, part.region)
             on_gpu = part.values.is_cuda
             copy = self._host.get(slot)
             if copy is None or copy.dtype != part.values.dtype:

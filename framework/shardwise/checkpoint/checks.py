@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from shardwise.checkpoint import manifest, shards, steps
-from shardwise.checkpoint.files import PIECE_BYTES, opened, read_into
+from shardwise.checkpoint.files import HASH_BYTES, opened, read_into
 from shardwise.checkpoint.manifest import Chunk, DamagedError, Manifest
 
 
@@ -80,9 +80,9 @@ def check_files(
 
 def _hash(file: int, size: int) -> str:
     hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
-    for start in range(0, size, PIECE_BYTES):
-        piece = buffer[: min(PIECE_BYTES, size - start)]
+    buffer = memoryview(bytearray(min(size, HASH_BYTES)))
+    for start in range(0, size, HASH_BYTES):
+        piece = buffer[: min(HASH_BYTES, size - start)]
         read_into(file, piece, start)
         hasher.update(piece)
     return hasher.hexdigest()
@@ -97,7 +97,7 @@ def _hurt(file: int, book: Manifest, chunks: list[tuple[str, Chunk]]) -> list[st
     hurt = []
     for tensor, chunk in chunks:
         stored = table.get(chunk.key)
-        if stored is None or stored.shape != chunk.box.shape:
+        if stored is None or stored.shape != chunk.region.shape:
             hurt.append(tensor)
             continue
         try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PIECE_BYTES = 1 << 20  # what is hashed and written at once: small enough to stay in the cache
+HASH_BYTES = 1 << 20  # what is hashed and written at once: small enough to stay in the cache
 
 
 def open_inside(directory: Path, name: str) -> int:

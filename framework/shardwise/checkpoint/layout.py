@@ -1,4 +1,4 @@
-"""Which boxes of a global tensor this rank holds: plain tensors and DTensors of any placement."""
+"""Which regions of a global tensor this rank holds: plain tensors and DTensors of any placement."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpoint.boxes import Box, Interval, product, strided_chunk, whole
+from shardwise.checkpoint.regions import Interval, Region, full_region, product, strided_chunk
 from shardwise.errors import CheckpointError
 
 
-class Piece(NamedTuple):
-    """A box of the global tensor and the view of this rank's memory that holds it."""
+class LocalShard(NamedTuple):
+    """A region of the global tensor and the view of this rank's memory that holds it."""
 
-    box: Box
+    region: Region
     view: Tensor
 
 
-def pieces(name: str, tensor: Tensor) -> list[Piece]:
+def local_shards(name: str, tensor: Tensor) -> list[LocalShard]:
     """The parts of ``tensor`` in this rank's memory; views, so writing into them fills it.
 
-    Raises CheckpointError for tensors that are not a set of boxes (sparse, quantised, pending
+    Raises CheckpointError for tensors that are not a set of regions (sparse, quantised, pending
     reductions) or have no memory (meta device).
     """
     if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -33,8 +33,8 @@ def pieces(name: str, tensor: Tensor) -> list[Piece]:
         raise CheckpointError(f"{name}: is on the meta device, it has no values")
     detached = tensor.detach()
     if not isinstance(detached, DTensor):
-        box = whole(detached.shape)
-        return [Piece(box, detached)] if box.volume else []
+        region = full_region(detached.shape)
+        return [LocalShard(region, detached)] if region.volume else []
     mesh = detached.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is outside of the tensor's mesh
@@ -52,7 +52,9 @@ def pieces(name: str, tensor: Tensor) -> list[Piece]:
             f"of {list(held)} at {list(coordinate)}, but the local tensor is {list(local.shape)}"
         )
     origin = (0,) * local.ndim
-    return [Piece(box, local[inner.relative_to(origin)]) for box, inner in product(positions)]
+    return [
+        LocalShard(region, local[inner.relative_to(origin)]) for region, inner in product(positions)
+    ]
 
 
 def local_positions(

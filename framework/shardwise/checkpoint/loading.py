@@ -14,9 +14,8 @@ import xxhash
 from torch import Tensor
 
 from shardwise.checkpoint import checks, manifest, shards, steps
-from shardwise.checkpoint.boxes import Box, overlap
 from shardwise.checkpoint.files import open_inside, read_into, read_small
-from shardwise.checkpoint.layout import Piece, pieces
+from shardwise.checkpoint.layout import LocalShard, local_shards
 from shardwise.checkpoint.manifest import (
     Chunk,
     DamagedError,
@@ -26,6 +25,7 @@ from shardwise.checkpoint.manifest import (
     TensorEntry,
 )
 from shardwise.checkpoint.ranks import Ranks
+from shardwise.checkpoint.regions import Region, overlap
 from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 
@@ -73,13 +73,13 @@ def load(
         raise CheckpointError(f"verify={verify!r}; allowed: full, fast, off")
     ranks = Ranks.of(group)
     book: Manifest | None = None
-    parts: dict[str, list[Piece]] = {}
+    parts: dict[str, list[LocalShard]] = {}
     directory = Path(path)
     with ranks.together():
         directory = steps.resolve(path)
         book = manifest.read(directory)
         _check_fit(directory, book, tensors)
-        parts = {name: pieces(name, tensor) for name, tensor in tensors.items()}
+        parts = {name: local_shards(name, tensor) for name, tensor in tensors.items()}
     assert book is not None
     with ranks.together():
         if len(set(ranks.exchange(book.digest))) > 1:
@@ -91,11 +91,11 @@ def load(
             _check_files(ranks, directory, book, full=verify == "full")
     with ranks.together(), torch.no_grad(), Reader(directory, book, verify != "off") as reader:
         for name, wanted in parts.items():
-            for piece in wanted:
-                reader.fill(name, piece)
-                if not shards.is_finite(piece.view) and name not in nonfinite:
+            for shard in wanted:
+                reader.fill(name, shard)
+                if not shards.is_finite(shard.view) and name not in nonfinite:
                     raise NonFiniteError(
-                        f"{directory}: {shards.first_nonfinite(name, piece.view)}; it cannot be "
+                        f"{directory}: {shards.first_nonfinite(name, shard.view)}; it cannot be "
                         "trained or started from"
                     )
     return book.meta
@@ -182,7 +182,7 @@ def read_tensors(
 
 
 class Reader:
-    """Reads boxes of tensors from the files of one checkpoint; keeps their headers."""
+    """Reads regions of tensors from the files of one checkpoint; keeps their headers."""
 
     def __init__(self, directory: Path, book: Manifest, verify: bool) -> None:
         self.directory = directory
@@ -205,19 +205,19 @@ class Reader:
         for chunk in entry.chunks:  # before memory is taken: the files really hold that much
             self._open(name, entry, chunk)
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        for piece in pieces(name, tensor):
-            self.fill(name, piece)
+        for shard in local_shards(name, tensor):
+            self.fill(name, shard)
         return tensor
 
-    def fill(self, name: str, piece: Piece) -> None:
-        """Write the box of ``piece`` into its memory."""
+    def fill(self, name: str, shard: LocalShard) -> None:
+        """Write the region of ``shard`` into its memory."""
         entry = self.book.tensors[name]
         for chunk in entry.chunks:
-            common = overlap(chunk.box, piece.box)
+            common = overlap(chunk.region, shard.region)
             if common is None:
                 continue
             file, stored = self._open(name, entry, chunk)
-            target = piece.view[common.relative_to(piece.box.offset)]
+            target = shard.view[common.relative_to(shard.region.offset)]
             try:
                 self._copy(file, name, chunk, stored, common, target)
             except OSError as error:
@@ -231,21 +231,21 @@ class Reader:
         name: str,
         chunk: Chunk,
         stored: shards.Stored,
-        common: Box,
+        common: Region,
         target: Tensor,
     ) -> None:
         """Copy ``common`` out of ``chunk``, reading whole rows, or straight into the target."""
-        if common == chunk.box and target.is_contiguous() and target.device.type == "cpu":
+        if common == chunk.region and target.is_contiguous() and target.device.type == "cpu":
             data = shards.bytes_of(target)
             read_into(file, data, stored.start)
             self._check_blocks(name, chunk, data, 0)
             return
-        num_rows = chunk.box.shape[0] if chunk.box.shape else 1
+        num_rows = chunk.region.shape[0] if chunk.region.shape else 1
         row_bytes = stored.num_bytes // num_rows
-        first = common.offset[0] - chunk.box.offset[0] if chunk.box.shape else 0
-        count = common.shape[0] if chunk.box.shape else 1
+        first = common.offset[0] - chunk.region.offset[0] if chunk.region.shape else 0
+        count = common.shape[0] if chunk.region.shape else 1
         step = max(1, READ_BYTES // row_bytes)
-        inner = common.relative_to(chunk.box.offset)[1:]
+        inner = common.relative_to(chunk.region.offset)[1:]
         for start in range(0, count, step):
             rows = min(step, count - start)
             low, high = (first + start) * row_bytes, (first + start + rows) * row_bytes
@@ -257,10 +257,10 @@ class Reader:
             read_into(file, data, stored.start + begin)
             self._check_blocks(name, chunk, data, begin // block)
             values = buffer[low - begin : high - begin].view(DTYPES[stored.dtype])
-            if not chunk.box.shape:
+            if not chunk.region.shape:
                 target.copy_(values.view(()))
                 return
-            values = values.view(rows, *chunk.box.shape[1:])
+            values = values.view(rows, *chunk.region.shape[1:])
             target[start : start + rows].copy_(values[(slice(None), *inner)])
 
     def _check_blocks(self, name: str, chunk: Chunk, data: memoryview, first: int) -> None:
@@ -272,7 +272,7 @@ class Reader:
                 raise DamagedError(
                     f"{self.directory / chunk.file}: tensor {name}: the bytes read are not those "
                     f"written (block {index} of {block} bytes of the chunk at "
-                    f"{list(chunk.box.offset)}); the tensors given may be partly overwritten"
+                    f"{list(chunk.region.offset)}); the tensors given may be partly overwritten"
                 )
 
     def _open(self, name: str, entry: TensorEntry, chunk: Chunk) -> tuple[int, shards.Stored]:
@@ -290,7 +290,7 @@ class Reader:
         if chunk.file not in self._headers:
             self._headers[chunk.file] = shards.read_header(file, str(path))
         stored = self._headers[chunk.file].get(chunk.key)
-        if stored is None or (stored.dtype, stored.shape) != (entry.dtype, chunk.box.shape):
+        if stored is None or (stored.dtype, stored.shape) != (entry.dtype, chunk.region.shape):
             raise DamagedError(f"{path}: tensor {name}: not as the manifest describes it")
         return file, stored
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from shardwise.checkpoint.boxes import Box, tiling_problem
 from shardwise.checkpoint.files import read_small
+from shardwise.checkpoint.regions import Region, tiling_problem
 from shardwise.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -59,9 +59,9 @@ class MismatchError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, stored under ``key`` in a safetensors file; one hash a block."""
+    """A region of a tensor, stored under ``key`` in a safetensors file; one hash a block."""
 
-    box: Box
+    region: Region
     file: str
     key: str
     hashes: tuple[str, ...]
@@ -136,8 +136,8 @@ class Manifest:
 def chunk_to_json(chunk: Chunk) -> dict[str, Any]:
     """Plain JSON of one chunk."""
     return {
-        "offset": list(chunk.box.offset),
-        "shape": list(chunk.box.shape),
+        "offset": list(chunk.region.offset),
+        "shape": list(chunk.region.shape),
         "file": chunk.file,
         "key": chunk.key,
         "xxh3_128": list(chunk.hashes),
@@ -248,19 +248,21 @@ def _tensor(
     _require(len(shape) <= MAX_DIMS, f"{len(shape)} dimensions")
     chunks = []
     for item in entry["chunks"]:
-        box = Box(_counts(item["offset"]), _counts(item["shape"]))
+        region = Region(_counts(item["offset"]), _counts(item["shape"]))
         file, key = item["file"], item["key"]
-        _require(len(box.offset) == len(box.shape) == len(shape), "a chunk of other dimensions")
+        _require(
+            len(region.offset) == len(region.shape) == len(shape), "a chunk of other dimensions"
+        )
         _require(file in files, f"a chunk lies in {file!r}, which is not among the files")
         _require(isinstance(key, str), "a key that is not a string")
         _require((file, key) not in taken, f"{key!r} of {file} is used twice")
         taken.add((file, key))
-        num_bytes = box.volume * ITEM_BYTES[dtype]
+        num_bytes = region.volume * ITEM_BYTES[dtype]
         _require(num_bytes <= files[file].size, f"a chunk larger than its file {file}")
         hashes = tuple(_hash({"xxh3_128": h}) for h in item["xxh3_128"])
         _require(len(hashes) == -(-num_bytes // block_bytes), "hashes of other blocks")
-        chunks.append(Chunk(box, file, key, hashes))
-    if problem := tiling_problem(shape, [c.box for c in chunks]):
+        chunks.append(Chunk(region, file, key, hashes))
+    if problem := tiling_problem(shape, [c.region for c in chunks]):
         raise CheckpointError(problem)
     return TensorEntry(dtype, shape, tuple(chunks))
 

@@ -1,4 +1,4 @@
-"""Who writes what: each box of each tensor once, spread evenly over the ranks that hold it."""
+"""Who writes what: each region of each tensor once, spread evenly over the ranks that hold it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwise.checkpoint.boxes import Box, tiling_problem
-from shardwise.checkpoint.layout import Piece, pieces
+from shardwise.checkpoint.layout import LocalShard, local_shards
+from shardwise.checkpoint.regions import Region, tiling_problem
 from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """The boxes of one tensor that a rank could write."""
+    """The regions of one tensor that a rank could write."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    regions: tuple[Region, ...]
 
     def to_json(self) -> list[Any]:
         """Plain JSON, the inverse of `holding_from_json`."""
-        return [self.name, self.dtype, self.shape, self.boxes]
+        return [self.name, self.dtype, self.shape, self.regions]
 
 
 def holding_from_json(value: Sequence[Any]) -> Holding:
     """The inverse of `Holding.to_json`."""
-    name, dtype, shape, boxes = value
-    return Holding(name, dtype, tuple(shape), tuple(Box(tuple(o), tuple(s)) for o, s in boxes))
+    name, dtype, shape, regions = value
+    return Holding(name, dtype, tuple(shape), tuple(Region(tuple(o), tuple(s)) for o, s in regions))
 
 
-def holdings(tensors: Mapping[str, Tensor]) -> tuple[list[Holding], list[list[Piece]]]:
+def holdings(tensors: Mapping[str, Tensor]) -> tuple[list[Holding], list[list[LocalShard]]]:
     """What this rank holds, and the memory behind it. Raises CheckpointError for non-tensors."""
     held, memory = [], []
     for name, tensor in tensors.items():
@@ -47,22 +47,22 @@ def holdings(tensors: Mapping[str, Tensor]) -> tuple[list[Holding], list[list[Pi
         if tensor.dtype not in DTYPE_NAMES:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPE_NAMES)
             raise CheckpointError(f"{name}: {tensor.dtype} cannot be stored; known: {known}")
-        parts = pieces(name, tensor)
+        parts = local_shards(name, tensor)
         memory.append(parts)
-        boxes = tuple(p.box for p in parts)
-        held.append(Holding(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), boxes))
+        regions = tuple(p.region for p in parts)
+        held.append(Holding(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), regions))
     return held, memory
 
 
 def assign(by_rank: Sequence[Sequence[Holding]]) -> list[list[tuple[int, int]]]:
-    """For each rank, the (tensor index, box index) that it writes, in the order of its tensors.
+    """For each rank, the (tensor index, region index) that it writes, in the order of its tensors.
 
-    Of several ranks with the same box, the one with the fewest bytes so far writes it. Raises
-    CheckpointError if ranks disagree about a tensor, or if its boxes do not tile it.
+    Of several ranks with the same region, the one with the fewest bytes so far writes it. Raises
+    CheckpointError if ranks disagree about a tensor, or if its regions do not tile it.
     """
     first: dict[str, tuple[int, Holding]] = {}
-    holders: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
-    boxes: dict[str, list[Box]] = {}
+    holders: dict[tuple[str, Region], list[tuple[int, int, int]]] = {}
+    regions: dict[str, list[Region]] = {}
     for rank, held in enumerate(by_rank):
         for index, holding in enumerate(held):
             other, known = first.setdefault(holding.name, (rank, holding))
@@ -71,18 +71,18 @@ def assign(by_rank: Sequence[Sequence[Holding]]) -> list[list[tuple[int, int]]]:
                     f"{holding.name}: {known.dtype} {list(known.shape)} on rank {other}, "
                     f"{holding.dtype} {list(holding.shape)} on rank {rank}"
                 )
-            for number, box in enumerate(holding.boxes):
-                ranks = holders.setdefault((holding.name, box), [])
+            for number, region in enumerate(holding.regions):
+                ranks = holders.setdefault((holding.name, region), [])
                 if not ranks:
-                    boxes.setdefault(holding.name, []).append(box)
+                    regions.setdefault(holding.name, []).append(region)
                 ranks.append((rank, index, number))
     for name, (_, holding) in first.items():
-        if problem := tiling_problem(holding.shape, boxes.get(name, [])):
+        if problem := tiling_problem(holding.shape, regions.get(name, [])):
             raise CheckpointError(f"{name}: {problem}; the ranks' tensors do not belong together")
     load = [0] * len(by_rank)
     result: list[list[tuple[int, int]]] = [[] for _ in by_rank]
 
-    def num_bytes(item: tuple[str, Box]) -> int:
+    def num_bytes(item: tuple[str, Region]) -> int:
         return item[1].volume * DTYPES[first[item[0]][1].dtype].itemsize
 
     # what only one rank holds comes first, then the large: the rest evens the loads out

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import shardwise
 from shardwise.checkpoint import manifest, plan, steps
-from shardwise.checkpoint.boxes import Box
-from shardwise.checkpoint.layout import Piece
+from shardwise.checkpoint.layout import LocalShard
 from shardwise.checkpoint.manifest import BLOCK_BYTES, Chunk, FileEntry, Manifest, TensorEntry
 from shardwise.checkpoint.ranks import Ranks
+from shardwise.checkpoint.regions import Region
 from shardwise.checkpoint.writer import Writer
 from shardwise.errors import CheckpointError
 
@@ -33,10 +33,10 @@ MAX_SHARD_BYTES = 4 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One box that this rank writes."""
+    """One region that this rank writes."""
 
     name: str
-    box: Box
+    region: Region
     key: str
     values: Tensor
     finite: bool = True  # whether it must be
@@ -112,7 +112,7 @@ class Planner:
     def parts(self, ranks: Ranks, request: Request, tensors: Mapping[str, Tensor]) -> list[Part]:
         """The parts that this rank writes, still in the tensors' own memory."""
         held: list[plan.Holding] = []
-        memory: list[list[Piece]] = []
+        memory: list[list[LocalShard]] = []
         with ranks.together():
             _check_request(request)
             held, memory = plan.holdings(tensors)
@@ -126,11 +126,11 @@ class Planner:
             self._held = digest
         parts = []
         for index, number in self._mine:
-            holding, piece = held[index], memory[index][number]
+            holding, shard = held[index], memory[index][number]
             single = len(memory[index]) == 1
-            key = holding.name if single else f"{holding.name}@{list(piece.box.offset)}"
+            key = holding.name if single else f"{holding.name}@{list(shard.region.offset)}"
             finite = holding.name not in request.nonfinite
-            parts.append(Part(holding.name, piece.box, key, piece.view, finite))
+            parts.append(Part(holding.name, shard.region, key, shard.view, finite))
         return parts
 
     def _agree(self, ranks: Ranks, document: list[list[Any]]) -> list[tuple[int, int]]:
@@ -215,7 +215,7 @@ def _write_shards(writer: Writer, directory: Path, rank: int, parts: list[Part])
         entry, hashes = writer.shard(directory, name, index, tensors, free)
         files[name] = [entry.size, entry.xxh3_128]
         chunks += [
-            [p.name, p.box.offset, p.box.shape, name, p.key, h] for p, h in zip(group, hashes)
+            [p.name, p.region.offset, p.region.shape, name, p.key, h] for p, h in zip(group, hashes)
         ]
     return {"files": files, "chunks": chunks}
 
@@ -229,8 +229,8 @@ def _commit(
     for written in by_rank:
         files.update({name: FileEntry(*entry) for name, entry in written["files"].items()})
         for name, offset, shape, file, key, hashes in written["chunks"]:
-            box = Box(tuple(offset), tuple(shape))
-            chunks[name].append(Chunk(box, file, key, tuple(hashes)))
+            region = Region(tuple(offset), tuple(shape))
+            chunks[name].append(Chunk(region, file, key, tuple(hashes)))
     for name, entry in files.items():
         if not (staged / name).is_file() or (staged / name).stat().st_size != entry.size:
             raise CheckpointError(

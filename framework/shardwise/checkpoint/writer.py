@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor
 
 from shardwise.checkpoint import manifest, shards, steps
-from shardwise.checkpoint.files import PIECE_BYTES, start_write_back, write_all
+from shardwise.checkpoint.files import HASH_BYTES, start_write_back, write_all
 from shardwise.checkpoint.manifest import BLOCK_BYTES, FileEntry, NonFiniteError
 from shardwise.errors import CheckpointError
 from shardwise.storage.durable import explain, make_folder, set_aside, sync_folder
@@ -114,7 +114,7 @@ class Writer:
         head = shards.header([(key, t.dtype, t.shape) for key, t in tensors])
         block_hashes: list[list[str]] = []
 
-        def pieces() -> Iterable[Any]:
+        def local_shards() -> Iterable[Any]:
             block_hashes.clear()  # a retry starts over
             yield head
             for key, tensor in tensors:
@@ -135,7 +135,7 @@ class Writer:
                     hashes.append(hasher.hexdigest())
 
         path = directory / name
-        entry = self.attempt(path, lambda: self._file(path, pieces()))
+        entry = self.attempt(path, lambda: self._file(path, local_shards()))
         return entry, block_hashes
 
     def extras(self, directory: Path, files: Mapping[str, bytes]) -> dict[str, FileEntry]:
@@ -291,5 +291,5 @@ def _open_folder(folder: Path, lock: int) -> int:
 
 
 def _pieces(data: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(data), PIECE_BYTES):
-        yield data[start : start + PIECE_BYTES]
+    for start in range(0, len(data), HASH_BYTES):
+        yield data[start : start + HASH_BYTES]

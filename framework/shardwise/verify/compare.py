@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardwise.checkpoint.boxes import Box, contains
+from shardwise.checkpoint.regions import Region, contains
 from shardwise.verify.replay import Parts, Replayed
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
@@ -115,12 +115,12 @@ def whole_values(ranks: Sequence[Replayed]) -> dict[str, Tensor]:
             else:
                 parts.setdefault(name, []).extend(value)
                 found.setdefault(name, torch.empty(0))  # in its place
-    for name, boxes in parts.items():
-        ends = [[o + n for o, n in zip(*box)] for box, _ in boxes]
+    for name, regions in parts.items():
+        ends = [[o + n for o, n in zip(*region)] for region, _ in regions]
         shape = tuple(map(max, zip(*ends))) if ends else (0,)
         found[name] = torch.full(shape, torch.nan, dtype=torch.float64)
-        for box, part in boxes:
-            found[name][box.relative_to((0,) * len(shape))] = part
+        for region, part in regions:
+            found[name][region.relative_to((0,) * len(shape))] = part
     return found
 
 
@@ -193,9 +193,9 @@ def disagreements(ranks: list[Replayed]) -> list[tuple[int, str]]:
 def holders(kind: str, name: str, worst: tuple[int, ...], ranks: list[Replayed]) -> list[int]:
     """The ranks that hold the element ``worst`` of a value."""
     parts = [(r, replayed.values.get(f"{kind}/{name}")) for r, replayed in enumerate(ranks)]
-    inside = Box(worst, (1,) * len(worst))
+    inside = Region(worst, (1,) * len(worst))
     return [
         rank
         for rank, value in parts
-        if isinstance(value, list) and any(contains(box, inside) for box, _ in value)
+        if isinstance(value, list) and any(contains(region, inside) for region, _ in value)
     ]

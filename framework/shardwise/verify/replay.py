@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.checkpoint.boxes import Box
-from shardwise.checkpoint.layout import pieces
+from shardwise.checkpoint.layout import local_shards
+from shardwise.checkpoint.regions import Region
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch, join
 from shardwise.data.tokenizer import load_tokenizer
@@ -44,8 +44,8 @@ from shardwise.verify.trace import Call, FreshContext, Trace
 NEW_TOKENS = 6
 
 
-# The boxes of a parameter, or of what belongs to it, that one rank holds.
-Parts = list[tuple[Box, Tensor]]
+# The regions of a parameter, or of what belongs to it, that one rank holds.
+Parts = list[tuple[Region, Tensor]]
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Replayed:
 
     values: dict[str, Tensor | Parts]
     scales: dict[str, Tensor]  # what this rank scaled by, in FP8; other ranks hold other parts
-    digests: dict[str, str]  # of whole values, and of each box of the others
+    digests: dict[str, str]  # of whole values, and of each region of the others
     volumes: list[dict[str, Any]]  # communication of the first update
 
 
@@ -123,7 +123,9 @@ class _Notes:
         """What this rank holds of an engine's weights, gradients or moments (`held`)."""
         inner = inner_of(self.engines[number])
         for name, value in () if inner is None else inner.held(what):
-            parts = [(p.box, p.view.to(torch.float64, copy=True)) for p in pieces(name, value)]
+            parts = [
+                (p.region, p.view.to(torch.float64, copy=True)) for p in local_shards(name, value)
+            ]
             self.values[f"{kind}/{self.label(number)}{name}{ending}"] = parts
 
     def note_weights(self, kind: str) -> None:

@@ -1,6 +1,6 @@
-"""Arithmetic of axis-aligned boxes: which part of a global tensor somebody holds.
+"""Arithmetic of axis-aligned regions: which part of a global tensor somebody holds.
 
-A box is an offset and a shape, both in elements, one entry a tensor dimension. Scalars have
+A region is an offset and a shape, both in elements, one entry a tensor dimension. Scalars have
 zero dimensions and volume one. Everything here is a pure function of integers.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 Interval = tuple[int, int]  # half open: start, end
 
 
-class Box(NamedTuple):
+class Region(NamedTuple):
     """The region ``offset[d] <= index[d] < offset[d] + shape[d]`` of a tensor."""
 
     offset: tuple[int, ...]
@@ -32,20 +32,20 @@ class Box(NamedTuple):
         )
 
 
-def whole(shape: Sequence[int]) -> Box:
-    """The box of an entire tensor."""
-    return Box((0,) * len(shape), tuple(shape))
+def full_region(shape: Sequence[int]) -> Region:
+    """The region of an entire tensor."""
+    return Region((0,) * len(shape), tuple(shape))
 
 
-def overlap(a: Box, b: Box) -> Box | None:
-    """The common region of two boxes of the same tensor, or None if it is empty."""
+def overlap(a: Region, b: Region) -> Region | None:
+    """The common region of two regions of the same tensor, or None if it is empty."""
     offset = tuple(map(max, a.offset, b.offset))
     end = (min(ao + n, bo + m) for ao, n, bo, m in zip(a.offset, a.shape, b.offset, b.shape))
     shape = tuple(e - o for e, o in zip(end, offset))
-    return None if any(n <= 0 for n in shape) else Box(offset, shape)
+    return None if any(n <= 0 for n in shape) else Region(offset, shape)
 
 
-def contains(outer: Box, inner: Box) -> bool:
+def contains(outer: Region, inner: Region) -> bool:
     """Whether no element of ``inner`` lies outside of ``outer``."""
     return len(outer.shape) == len(inner.shape) and all(
         o <= i and i + m <= o + n
@@ -53,37 +53,37 @@ def contains(outer: Box, inner: Box) -> bool:
     )
 
 
-def first_clash(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share an element, or None; a sweep along the dimension with most cuts."""
-    if len(boxes) < 2:
+def first_clash(regions: Sequence[Region]) -> tuple[Region, Region] | None:
+    """Two regions that share an element, or None; a sweep along the dimension with most cuts."""
+    if len(regions) < 2:
         return None
-    num_dims = len(boxes[0].shape)
+    num_dims = len(regions[0].shape)
     if num_dims == 0:
-        return boxes[0], boxes[1]
-    dim = max(range(num_dims), key=lambda d: len({b.offset[d] for b in boxes}))
-    active: list[Box] = []
-    for box in sorted(boxes, key=lambda b: b.offset[dim]):
-        active = [a for a in active if a.offset[dim] + a.shape[dim] > box.offset[dim]]
+        return regions[0], regions[1]
+    dim = max(range(num_dims), key=lambda d: len({b.offset[d] for b in regions}))
+    active: list[Region] = []
+    for region in sorted(regions, key=lambda b: b.offset[dim]):
+        active = [a for a in active if a.offset[dim] + a.shape[dim] > region.offset[dim]]
         for other in active:
-            if overlap(other, box):
-                return other, box
-        active.append(box)
+            if overlap(other, region):
+                return other, region
+        active.append(region)
     return None
 
 
-def tiling_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why ``boxes`` do not tile a tensor of ``shape`` exactly once; None if they do."""
-    everything = whole(shape)
-    for box in boxes:
-        if not contains(everything, box):
-            return f"the chunk at {list(box.offset)} of shape {list(box.shape)} sticks out"
-    if clash := first_clash(boxes):
+def tiling_problem(shape: Sequence[int], regions: Sequence[Region]) -> str | None:
+    """Why ``regions`` do not tile a tensor of ``shape`` exactly once; None if they do."""
+    everything = full_region(shape)
+    for region in regions:
+        if not contains(everything, region):
+            return f"the chunk at {list(region.offset)} of shape {list(region.shape)} sticks out"
+    if clash := first_clash(regions):
         a, b = clash
         return (
             f"the chunks at {list(a.offset)} of shape {list(a.shape)} and at {list(b.offset)} "
             f"of shape {list(b.shape)} overlap"
         )
-    missing = everything.volume - sum(b.volume for b in boxes)
+    missing = everything.volume - sum(b.volume for b in regions)
     return f"{missing} of {everything.volume} elements are held by nobody" if missing else None
 
 
@@ -111,18 +111,18 @@ def strided_chunk(
     intervals: Sequence[Interval], count: int, index: int, split_factor: int
 ) -> list[Interval]:
     """Part ``index`` of ``count`` of each of ``split_factor`` parts: DTensor's _StridedShard."""
-    pieces: list[Interval] = []
+    parts: list[Interval] = []
     for part in range(split_factor):
         for start, end in chunk(chunk(intervals, split_factor, part), count, index):
-            if pieces and pieces[-1][1] == start:
-                pieces[-1] = (pieces[-1][0], end)
+            if parts and parts[-1][1] == start:
+                parts[-1] = (parts[-1][0], end)
             else:
-                pieces.append((start, end))
-    return pieces
+                parts.append((start, end))
+    return parts
 
 
-def product(intervals_by_dim: Sequence[Sequence[Interval]]) -> list[tuple[Box, Box]]:
-    """Boxes of a cartesian product of positions, each as (global box, box in the local tensor).
+def product(intervals_by_dim: Sequence[Sequence[Interval]]) -> list[tuple[Region, Region]]:
+    """Boxes of a cartesian product of positions, each as (global region, region in the local tensor).
 
     The local tensor holds the positions of every dimension one after the other.
     """
@@ -136,8 +136,8 @@ def product(intervals_by_dim: Sequence[Sequence[Interval]]) -> list[tuple[Box, B
         sides.append(side)
     return [
         (
-            Box(tuple(s[0] for s in combination), tuple(s[2] for s in combination)),
-            Box(tuple(s[1] for s in combination), tuple(s[2] for s in combination)),
+            Region(tuple(s[0] for s in combination), tuple(s[2] for s in combination)),
+            Region(tuple(s[1] for s in combination), tuple(s[2] for s in combination)),
         )
         for combination in itertools.product(*sides)
     ]

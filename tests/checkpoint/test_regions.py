@@ -1,4 +1,4 @@
-"""Box arithmetic against brute force over element indices."""
+"""Region arithmetic against brute force over element indices."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.checkpoint.boxes import (
-    Box,
+from shardwise.checkpoint.regions import (
+    Region,
     chunk,
     contains,
     first_clash,
+    full_region,
     overlap,
     product,
     strided_chunk,
     tiling_problem,
-    whole,
 )
 
 
-def elements(box: Box) -> set[tuple[int, ...]]:
+def elements(region: Region) -> set[tuple[int, ...]]:
     return set(
-        itertools.product(*(range(o, o + n) for o, n in zip(box.offset, box.shape, strict=True)))
+        itertools.product(
+            *(range(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))
+        )
     )
 
 
 @st.composite
-def box_lists(draw: st.DrawFn, most: int = 5) -> list[Box]:
+def region_lists(draw: st.DrawFn, most: int = 5) -> list[Region]:
     num_dims = draw(st.integers(0, 3))
     side = st.tuples(st.integers(0, 4), st.integers(0, 4))
     sides = st.lists(side, min_size=num_dims, max_size=num_dims)
     drawn = draw(st.lists(sides, min_size=2, max_size=most))
-    return [Box(tuple(o for o, _ in s), tuple(n for _, n in s)) for s in drawn]
+    return [Region(tuple(o for o, _ in s), tuple(n for _, n in s)) for s in drawn]
 
 
-@given(box_lists())
-def test_overlap_and_containment_are_those_of_the_element_sets(boxes: list[Box]) -> None:
-    a, b = boxes[:2]
+@given(region_lists())
+def test_overlap_and_containment_are_those_of_the_element_sets(regions: list[Region]) -> None:
+    a, b = regions[:2]
     common = overlap(a, b)
     assert (elements(common) if common else set()) == elements(a) & elements(b)
     if b.volume:
         assert contains(a, b) == (elements(b) <= elements(a))
 
 
-@given(box_lists())
-def test_a_clash_is_found_exactly_when_an_element_is_held_twice(boxes: list[Box]) -> None:
-    filled = [b for b in boxes if b.volume]
+@given(region_lists())
+def test_a_clash_is_found_exactly_when_an_element_is_held_twice(regions: list[Region]) -> None:
+    filled = [b for b in regions if b.volume]
     twice = any(elements(a) & elements(b) for a, b in itertools.combinations(filled, 2))
     found = first_clash(filled)
     assert (found is not None) == twice
@@ -63,18 +65,18 @@ def test_cutting_a_tensor_tiles_it_and_dropping_a_box_is_noticed(
     for n in shape:
         inner = sorted(data.draw(st.sets(st.integers(1, n - 1)))) if n > 1 else []
         cuts.append(list(zip([0, *inner], [*inner, n])))
-    boxes = [
-        Box(tuple(a for a, _ in c), tuple(b - a for a, b in c)) for c in itertools.product(*cuts)
+    regions = [
+        Region(tuple(a for a, _ in c), tuple(b - a for a, b in c)) for c in itertools.product(*cuts)
     ]
-    assert tiling_problem(shape, boxes) is None
-    gone = data.draw(st.integers(0, len(boxes) - 1))
-    rest = boxes[:gone] + boxes[gone + 1 :]
+    assert tiling_problem(shape, regions) is None
+    gone = data.draw(st.integers(0, len(regions) - 1))
+    rest = regions[:gone] + regions[gone + 1 :]
     assert "held by nobody" in (tiling_problem(shape, rest) or "")
-    assert tiling_problem(shape, [*boxes, boxes[gone]]) is not None
+    assert tiling_problem(shape, [*regions, regions[gone]]) is not None
 
 
 def test_a_box_outside_of_the_tensor_is_named() -> None:
-    assert "sticks out" in (tiling_problem([4], [Box((2,), (3,))]) or "")
+    assert "sticks out" in (tiling_problem([4], [Region((2,), (3,))]) or "")
 
 
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 4))
@@ -97,8 +99,8 @@ def test_a_product_maps_global_boxes_to_the_packed_local_tensor() -> None:
     tensor = torch.arange(30).reshape(5, 6)
     rows, columns = [(0, 1), (3, 5)], [(2, 4)]
     local = tensor[[0, 3, 4]][:, [2, 3]]
-    for box, inner in product([rows, columns]):
-        expected = tensor[box.relative_to((0, 0))]
+    for region, inner in product([rows, columns]):
+        expected = tensor[region.relative_to((0, 0))]
         assert torch.equal(local[inner.relative_to((0, 0))], expected)
-    assert product([]) == [(whole(()), whole(()))]
+    assert product([]) == [(full_region(()), full_region(()))]
     assert product([[], columns]) == []
