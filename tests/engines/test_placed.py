@@ -44,8 +44,8 @@ def update(layout: str, ranks: list[int]) -> dict[str, Any]:
     rows = engine.forward(mine, valid_logprobs)
     total = engine.sum_over_data([sum(float(r.sum()) for r in rows), 1.0])
     return {
-        "metrics": engine.everywhere(metrics),
-        "norm": engine.everywhere(norm),
+        "metrics": engine.broadcast(metrics),
+        "norm": engine.broadcast(norm),
         "logprobs": total,
         "weights": {n: digest(t.float()) for n, t in engine.weights()},
         "updates": engine.state_dict().meta["updates"],
@@ -73,7 +73,7 @@ def overlap() -> list[float]:
     for engine in (first, second):
         mine = toy.batch(2).split(2) if engine.data_rank >= 0 else []
         losses.append(engine.forward_backward(mine, CausalLM()))
-    return [e.everywhere(m)["loss"] for e, m in zip((first, second), losses, strict=True)]
+    return [e.broadcast(m)["loss"] for e, m in zip((first, second), losses, strict=True)]
 
 
 def test_engines_on_disjoint_ranks(ranks: RankPool) -> None:

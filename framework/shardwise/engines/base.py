@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Sum numbers over the data ranks, in fp64; every rank of the world gets the sums."""
         ...
 
-    def everywhere(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """A value (plain JSON) that the engine's ranks agree on, on every rank of the world."""
         ...
 

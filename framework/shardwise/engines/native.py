@@ -211,7 +211,7 @@ class NativeEngine:
         vector = torch.tensor(list(values), dtype=torch.float64, device=self.mesh.device)
         return [float(v) for v in sum_over(vector, self.mesh.groups["dp"]).tolist()]
 
-    def everywhere(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Its ranks are the world's: nobody has to be told."""
         return value
 

@@ -2,7 +2,7 @@
 
 Roles of reinforcement learning may live on disjoint ranks. Every rank runs the same stage; on a
 rank outside, the engine computes nothing, has no share of a batch (``data_rank`` -1), and learns
-only what it asks for: sums, weights, a value told `everywhere`. Calls that compute talk to nobody
+only what it asks for: sums, weights, a value told to all by `broadcast`. Calls that compute talk to nobody
 outside, so that engines on disjoint ranks work at the same time.
 """
 
@@ -54,7 +54,7 @@ class PlacedEngine:
         dist.broadcast(vector, src=self.source)
         return [float(v) for v in vector.tolist()]
 
-    def everywhere(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first of the engine's ranks knows."""
         assert dist.group.WORLD is not None
         said = json.dumps(value).encode() if dist.get_rank() == self.source else None
@@ -63,12 +63,12 @@ class PlacedEngine:
     def events(self) -> list[tuple[str, str]]:
         """What the first of the engine's ranks has to tell, on every rank of the world."""
         told = [] if self.inner is None else [list(e) for e in self.inner.events()]
-        return [(kind, text) for kind, text in self.everywhere(told)]
+        return [(kind, text) for kind, text in self.broadcast(told)]
 
     def state_dict(self) -> State:
         """Outside: the JSON part alone."""
         state = State({}, {}) if self.inner is None else self.inner.state_dict()
-        return dataclasses.replace(state, meta=self.everywhere(state.meta))
+        return dataclasses.replace(state, meta=self.broadcast(state.meta))
 
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         """Outside: nothing."""
@@ -84,7 +84,7 @@ class PlacedEngine:
         while True:
             name, value = next(stream, ("", None))
             head = None if value is None else [name, str(value.dtype)[6:], list(value.shape)]
-            head = self.everywhere(head)
+            head = self.broadcast(head)
             if head is None:
                 return
             name, dtype, shape = head

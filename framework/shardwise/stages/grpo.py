@@ -55,7 +55,7 @@ class GrpoStage(PolicyStage):
             for batches in chunks:
                 update = self.engine.forward_backward(batches, self.loss)
                 updates.append(update | {"grad_norm": self.engine.step(lr)})
-        found: dict[str, float] = self.engine.everywhere(mean_metrics(updates))
+        found: dict[str, float] = self.engine.broadcast(mean_metrics(updates))
         return metrics | found
 
     # --- one step -------------------------------------------------------------------------------

@@ -185,10 +185,10 @@ class PpoStage(PolicyStage):
                 found = self.critic.forward_backward(critic_batches, self.value_loss)
                 norm = self.critic.step(lr * self.critic_lr)
                 critics.append(found | {"critic_grad_norm": norm})
-        last, metrics = self.engine.everywhere([actors[-1:], mean_metrics(actors)])
+        last, metrics = self.engine.broadcast([actors[-1:], mean_metrics(actors)])
         if last:
             self.penalty.update(last[0]["approx_kl"])
-        of_critic: dict[str, float] = self.critic.everywhere(mean_metrics(critics))
+        of_critic: dict[str, float] = self.critic.broadcast(mean_metrics(critics))
         of_critic["loss_value"] = of_critic.pop("loss")
         result: dict[str, float] = {"loss": of_critic["loss_value"]} | of_critic | metrics
         if not np.isfinite(of_critic["critic_grad_norm"]):

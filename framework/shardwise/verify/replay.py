@@ -244,7 +244,7 @@ class _Watched:
             metrics = self.inner.forward_backward(microbatches, loss)
         if notes.volumes is None:
             notes.volumes = tally.rows()
-        for name, value in self.inner.everywhere(metrics).items():
+        for name, value in self.inner.broadcast(metrics).items():
             notes.note_metric(where, name, value)
         notes.note_gradients(self.number)
         notes.note_history(self.number, where)
@@ -253,7 +253,7 @@ class _Watched:
     def step(self, lr: float) -> float:
         norm = self.inner.step(lr)
         where = f"{self.notes.label(self.number)}update {self.notes.updates}"
-        self.notes.note("clip norm", where, self.inner.everywhere(norm))
+        self.notes.note("clip norm", where, self.inner.broadcast(norm))
         return norm
 
 

@@ -113,8 +113,8 @@ class _Recorder:
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         self.inner.load_state_dict(state)
 
-    def everywhere(self, value: Any) -> Any:
-        return self.inner.everywhere(value)
+    def broadcast(self, value: Any) -> Any:
+        return self.inner.broadcast(value)
 
 
 @dataclasses.dataclass(frozen=True)
