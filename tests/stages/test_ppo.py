@@ -116,8 +116,8 @@ def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, k
     assert metrics(clean) == metrics(broken)
     if kind == "ppo":
         metas = [checkpoint.read_meta(d / "stages/ppo/checkpoints") for d in (clean, broken)]
-        assert metas[0]["carried"] == metas[1]["carried"]
-        assert metas[0]["carried"]["kl"]["coef"] != 0.05, "the controller has moved"
+        assert metas[0]["state"] == metas[1]["state"]
+        assert metas[0]["state"]["kl"]["coef"] != 0.05, "the controller has moved"
 
 
 def test_a_run_goes_on_under_other_layouts_of_its_roles(ranks: RankPool, tmp_path: Path) -> None:

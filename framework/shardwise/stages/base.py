@@ -200,12 +200,12 @@ class Stage:
         """Further models that the stage trains, by role; they are saved with its own."""
         return {}
 
-    def carried(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON that the next step needs."""
         return {}
 
-    def carry(self, state: Mapping[str, Any]) -> None:
-        """Take over what `carried` gave when the checkpoint was written."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave when the checkpoint was written."""
 
 
 def roles_of(stage: Any) -> list[str]:

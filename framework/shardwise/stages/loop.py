@@ -205,7 +205,8 @@ class Loop:
         self.stage.engine.load_state_dict(meta["engine"])
         for role, engine in self.stage.others().items():
             engine.load_state_dict(meta["roles"][role])
-        self.stage.carry(meta["carried"])
+        # "carried": as runs before the key got its name stored it.
+        self.stage.load_state_dict(meta["state"] if "state" in meta else meta["carried"])
         self.seconds, self.tokens = meta["seconds"], meta["tokens"]
         # The stage's own speed is over all its steady steps, whoever ran them.
         self.meter.num_tokens, self.meter.seconds = meta.get("steady", [0, 0.0])
@@ -224,7 +225,7 @@ def stage_state(stage: Stage) -> State:
     checkpoint finds that model; those of other roles behind the role's name.
     """
     state = stage.engine.state_dict()
-    tensors, meta = dict(state.tensors), {"engine": state.meta, "carried": stage.carried()}
+    tensors, meta = dict(state.tensors), {"engine": state.meta, "state": stage.state_dict()}
     nonfinite = set(state.nonfinite)
     others = {role: engine.state_dict() for role, engine in stage.others().items()}
     for role, other in others.items():

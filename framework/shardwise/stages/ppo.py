@@ -82,12 +82,12 @@ class PpoStage(PolicyStage):
         """The critic is saved with the actor."""
         return {"critic": self.critic}
 
-    def carried(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the controllers stand."""
         return {"kl": self.kl.state_dict(), "penalty": self.penalty.state_dict()}
 
-    def carry(self, state: Mapping[str, Any]) -> None:
-        """See `carried`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
         self.kl.load_state_dict(state["kl"])
         self.penalty.load_state_dict(state["penalty"])
 
