@@ -228,11 +228,11 @@ class StageConfig(Section):
     """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
 
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
-    ``learns_from_itself``: from its own completions, whose log-probabilities must be exact.
+    ``on_policy``: from its own completions, whose log-probabilities must be exact.
     """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
-    learns_from_itself: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
 
     kind: str
     name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)]

@@ -85,7 +85,7 @@ class StageContext:
                 # Part of dropout's rng keys.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
-                wide_logits=self.stage.learns_from_itself,
+                wide_logits=self.stage.on_policy,
             )
         if config.ranks is None:
             assert inner is not None
@@ -172,7 +172,7 @@ class StageContext:
 
     def fitted(self, model: DecoderConfig, role: str) -> DecoderConfig:
         """A model with the head that a role has, and the dropout that the stage can bear."""
-        if self.stage.learns_from_itself:
+        if self.stage.on_policy:
             # Its noise would be in the ratio to the log-probabilities that were taken without.
             model = model.without_dropout()
         scalar = role in SCORERS or self.stage.head == "scalar"

@@ -60,7 +60,7 @@ class Loop:
         self.config = ctx.stage
         self.root = checkpoint_root(ctx.directory, self.config.name)
         # A step that also generates multiplies far more than training its tokens takes.
-        trains_only = not self.config.learns_from_itself
+        trains_only = not self.config.on_policy
         flops = flops_per_token(ctx.model, self.config.batch.seq_len) if trains_only else None
         self.meter = Throughput(flops, gemm)
         keep = self.config.checkpoint.keep

@@ -22,7 +22,7 @@ class PolicyConfig(StageConfig):
     ``batch.micro_batch`` counts prompts, each with all its completions.
     """
 
-    learns_from_itself = True
+    on_policy = True
 
     task: TaskConfig = Field(default_factory=TaskConfig)
     num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
