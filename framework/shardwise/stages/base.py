@@ -231,7 +231,7 @@ def role_layout(role: RoleConfig, world_size: int) -> Layout:
     return parse_layout(role.engine.layout, world_size if role.ranks is None else len(role.ranks))
 
 
-def rank_share(size: int, engine: Engine) -> tuple[np.ndarray, int]:
+def data_shard(size: int, engine: Engine) -> tuple[np.ndarray, int]:
     """This rank's contiguous share of ``size`` items (indices), and how many of them are real.
 
     All ranks get the same number, so that their collectives match; where ``size`` does not

@@ -13,6 +13,7 @@ from shardwise.losses.advantages import group_advantages, rewards_tensor
 from shardwise.losses.config import PolicyLossConfig
 from shardwise.losses.grpo import GRPOLoss
 from shardwise.stages.base import StageContext, mean_metrics
+from shardwise.stages.data_shards import local_batches
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.rollout_worker import Group
@@ -23,7 +24,6 @@ from shardwise.stages.rollouts import (
     rollout_metrics,
     run_forward_passes,
 )
-from shardwise.stages.share import own_batches
 
 
 class GrpoStage(PolicyStage):
@@ -45,7 +45,7 @@ class GrpoStage(PolicyStage):
         self.experienced(step, groups)
         each = len(groups) // config.updates_per_rollout
         chunks = [
-            own_batches(
+            local_batches(
                 self._rows(groups[i : i + each], ids[i : i + each]), self.engine, self.micro
             )
             for i in range(0, len(groups), each)

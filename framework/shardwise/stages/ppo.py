@@ -29,6 +29,7 @@ from shardwise.losses.gae import (
 )
 from shardwise.losses.ppo import PolicyLoss, ValueLoss
 from shardwise.stages.base import StageContext, mean_metrics, role_of
+from shardwise.stages.data_shards import local_batches
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.rollout_worker import Group
@@ -40,7 +41,6 @@ from shardwise.stages.rollouts import (
     run_forward_passes,
     values_of,
 )
-from shardwise.stages.share import own_batches
 
 # Shape suffixes: C completions of a step, T tokens of the longest.
 
@@ -174,7 +174,10 @@ class PpoStage(PolicyStage):
             actor = TrainingRows(*part, self.ctx.wide, ACTOR_TRACKS)
             critic = TrainingRows(*part, self.ctx.wide, CRITIC_TRACKS)
             jobs.append(
-                (own_batches(actor, self.engine, micro), own_batches(critic, self.critic, micro))
+                (
+                    local_batches(actor, self.engine, micro),
+                    local_batches(critic, self.critic, micro),
+                )
             )
         actors, critics = [], []
         for _ in range(config.epochs_per_rollout):

@@ -31,14 +31,14 @@ from shardwise.optim.schedules import consumed_before, global_batch_at
 from shardwise.rewards import Problem, ProblemSet, TaskConfig, prompt_messages
 from shardwise.rewards.tasks import Split, solution_text
 from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.data_shards import local_batches, measure
 from shardwise.stages.reward_config import RewardModelConfig
 from shardwise.stages.rollouts import values_of
-from shardwise.stages.share import measure, own_batches
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingRows:
-    """Rankings as `stages.share` takes them."""
+    """Rankings as `stages.data_shards` takes them."""
 
     rankings: Sequence[Ranking]
     row_ids: Sequence[int]
@@ -49,7 +49,7 @@ class RankingRows:
         return [[1] * len(r.answers) for r in self.rankings]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
-        """See `share.Rows`."""
+        """See `data_shards.Rows`."""
         some = [self.rankings[i] for i in rows]
         ids = [self.row_ids[i] for i in rows]
         return collate_rankings(some, ids, self.pad_id, num_real=num_real)
@@ -85,7 +85,7 @@ class RewardStage(Stage):
         position, size = consumed_before(batch, step), global_batch_at(batch, step)
         chosen = [self.train[int(i)] for i in self.order.batch(position, size)]
         rows = self._rows(chosen, position)
-        batches = own_batches(rows, self.engine, batch.micro_batch)
+        batches = local_batches(rows, self.engine, batch.micro_batch)
         metrics = self.engine.forward_backward(batches, self.loss)
         return metrics | {
             "grad_norm": self.engine.step(lr),

@@ -17,15 +17,15 @@ from shardwise.losses.advantages import rewards_tensor
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.ops.logits import selected_values
+from shardwise.stages.data_shards import exchange, forward_shard, local_batches
 from shardwise.stages.rollout_worker import Group
-from shardwise.stages.share import exchange, forward_share, own_batches
 
 PAD_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRows:
-    """A prompt a row, with all its completions; see `share.Rows`.
+    """A prompt a row, with all its completions; see `data_shards.Rows`.
 
     ``per_token`` go along as extras. With ``scored``, each completion's one valid token is where its
     last token is the *input*: there a reward model is read.
@@ -43,7 +43,7 @@ class RolloutRows:
         return [[1 if self.scored else len(t) for t in g.tokens] for g in self.groups]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
-        """See `share.Rows`."""
+        """See `data_shards.Rows`."""
         some = [self.groups[i] for i in rows]
         end = [self.pad_id] if self.scored else []
         return collate_groups(
@@ -64,7 +64,7 @@ class TrainingRows(RolloutRows):
     """Rows to learn from: an unscorable completion teaches nothing."""
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
-        """See `share.Rows`."""
+        """See `data_shards.Rows`."""
         batch = super().collate(rows, num_real)
         if all(r is not None for i in rows for r in self.groups[i].rewards):
             return batch
@@ -102,7 +102,7 @@ def run_forward_passes(
     """
     rows = [RolloutRows(groups, row_ids, pad_id, scored=r.scored) for r in forward_passes]
     shares = [
-        forward_share(own_batches(some, r.engine, r.micro_batch), r.engine, r.fn)
+        forward_shard(local_batches(some, r.engine, r.micro_batch), r.engine, r.fn)
         for some, r in zip(rows, forward_passes, strict=True)
     ]
     for some, share, one in zip(rows, shares, forward_passes, strict=True):

@@ -13,7 +13,7 @@ from shardwise.engines.base import Engine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.optim.schedules import consumed_before, global_batch_at
-from shardwise.stages.base import Stage, StageContext, micro_batches, rank_share
+from shardwise.stages.base import Stage, StageContext, data_shard, micro_batches
 
 
 class Rows(Protocol):
@@ -68,7 +68,7 @@ class SupervisedStage(Stage):
         batch = self.config.batch
         position, size = consumed_before(batch, step), global_batch_at(batch, step)
         indices = self.order.batch(position, size)
-        mine, real = rank_share(size, self.engine)
+        mine, real = data_shard(size, self.engine)
         rows = collate(
             [self.train.row(int(i)) for i in indices[mine]], position + mine, self.packed
         )
@@ -99,7 +99,7 @@ def sum_nll(
     sums = np.zeros(2)
     chunk = micro * engine.data_size
     for start in range(0, num_rows, chunk):
-        mine, real = rank_share(min(chunk, num_rows - start), engine)
+        mine, real = data_shard(min(chunk, num_rows - start), engine)
         if not len(mine):
             continue
         batch = collate([rows.row(int(i)) for i in start + mine], start + mine, packed)

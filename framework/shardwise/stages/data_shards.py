@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine
-from shardwise.stages.base import rank_share
+from shardwise.stages.base import data_shard
 
 Output = Callable[[Any, MicroBatch], Tensor]
 
@@ -34,16 +34,16 @@ class Rows(Protocol):
         ...
 
 
-def own_batches(rows: Rows, engine: Engine, micro_batch: int) -> list[MicroBatch]:
+def local_batches(rows: Rows, engine: Engine, micro_batch: int) -> list[MicroBatch]:
     """This rank's share of the rows, in micro-batches; every data rank gets as many."""
-    mine, real = rank_share(len(rows.sizes()), engine)
+    mine, real = data_shard(len(rows.sizes()), engine)
     return [
         rows.collate(mine[i : i + micro_batch].tolist(), max(0, real - i))
         for i in range(0, len(mine), micro_batch)
     ]
 
 
-def forward_share(batches: Sequence[MicroBatch], engine: Engine, fn: Output) -> np.ndarray:
+def forward_shard(batches: Sequence[MicroBatch], engine: Engine, fn: Output) -> np.ndarray:
     """This rank's values of ``fn(outputs, batch)`` [B, T] at the valid tokens, in order."""
     found = [
         value.cpu()[batch.loss_mask_BT].double()
@@ -56,18 +56,18 @@ def exchange(rows: Rows, engine: Engine, share: np.ndarray) -> list[list[np.ndar
     """From the data ranks' parts, every branch's values, float64, on every rank of the world."""
     sizes = rows.sizes()
     starts = np.cumsum([0, *(sum(branches) for branches in sizes)])
-    first = rank_share(len(sizes), engine)[0]
+    first = data_shard(len(sizes), engine)[0]
     flat = np.zeros(starts[-1])
     if len(first):
         flat[starts[first[0]] : starts[first[0]] + len(share)] = share
     # Each number comes from one data rank, zeros from the others: a sum is a copy.
     whole = np.array(engine.sum_over_data(flat.tolist()))
     cuts = np.cumsum([n for branches in sizes for n in branches])[:-1]
-    pieces = iter(np.split(whole, cuts))
-    return [[next(pieces) for _ in branches] for branches in sizes]
+    parts = iter(np.split(whole, cuts))
+    return [[next(parts) for _ in branches] for branches in sizes]
 
 
 def measure(rows: Rows, engine: Engine, micro_batch: int, fn: Output) -> list[list[np.ndarray]]:
     """``fn(outputs, batch)`` [B, T] at the valid tokens of every branch, on every rank."""
-    batches = own_batches(rows, engine, micro_batch)
-    return exchange(rows, engine, forward_share(batches, engine, fn))
+    batches = local_batches(rows, engine, micro_batch)
+    return exchange(rows, engine, forward_shard(batches, engine, fn))
