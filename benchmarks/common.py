@@ -97,7 +97,7 @@ def stage_context(
     run = RunConfig.model_validate({"model": model, "stages": [stage]})
     config = run.stages[0]
     device = mesh.pick_device(config.engine.device)
-    mesh.start(device)
+    mesh.init_distributed(device)
     return StageContext(
         run=run,
         stage=config,

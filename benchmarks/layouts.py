@@ -37,7 +37,7 @@ from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.parallel.layout import parse_layout
-from shardwise.parallel.mesh import build_mesh, start
+from shardwise.parallel.mesh import build_mesh, init_distributed
 from shardwise.precision.policy import precision_of
 from shardwise.verify.pool import RankPool
 

@@ -65,7 +65,7 @@ def provide_trl(folder: Path) -> None:
 class FreshContext(StageContext):
     """All roles start from their initial weights."""
 
-    def start_of(self, role: str) -> Path | None:
+    def initial_checkpoint(self, role: str) -> Path | None:
         """Nowhere."""
         return None
 

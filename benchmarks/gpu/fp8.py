@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     options = parser.parse_args(argv)
     device = mesh.pick_device(options.device)
-    mesh.start(device)
+    mesh.init_distributed(device)
     size = TINY_FP8 if options.dry_run else FULL
     comparison = Comparison(size, device, options.tp)
     result = comparison.compare(tuple(options.recipes), size.timed_steps)

@@ -299,7 +299,7 @@ def smoke(device_name: str, dry_run: bool, compile: bool, folder: Path | None) -
     """Run everything in this process's world; the process group must exist or be describable."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bitwise products on GPUs
     device = mesh.pick_device(device_name)
-    mesh.start(device)
+    mesh.init_distributed(device)
     place = folder or _shared_folder()
     try:
         return Smoke(TINY if dry_run else FULL, device, compile, place).run()

@@ -22,7 +22,7 @@ def timeouts() -> list[Any]:
         mock.patch.dict(checkpoint_ranks._created, clear=True),
         mock.patch.object(mesh, "_TIMEOUT", None),
     ):
-        mesh.start(torch.device("cpu"), timeout_s=77.0)
+        mesh.init_distributed(torch.device("cpu"), timeout_s=77.0)
         mesh.group_of((0,))
         checkpoint_ranks.Ranks.of(None, background=True)
     return [call.kwargs["timeout"] for call in made.call_args_list]

@@ -33,7 +33,7 @@ def pick_device(wish: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start(device: torch.device, timeout_s: float = 600.0) -> None:
+def init_distributed(device: torch.device, timeout_s: float = 600.0) -> None:
     """Join the process group that torchrun's environment describes, or make one of a single rank.
 
     Every group made from now on has the same timeout. When a process group exists already, it

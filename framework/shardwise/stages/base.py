@@ -24,8 +24,8 @@ from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.parallel.mesh import pick_device, place_mesh
+from shardwise.stages.initial_weights import is_native, load_initial_weights
 from shardwise.stages.skipped import check_trained
-from shardwise.stages.start import is_native, load_start
 
 ACTOR = "actor"  # the role of a stage's own model, and of its only one
 REFERENCE = "reference"
@@ -92,14 +92,14 @@ class StageContext:
             return inner
         return PlacedEngine(inner, ranks, layout.dp, self.device)
 
-    def load_start(self, engine: Engine, role: str = ACTOR) -> None:
+    def load_initial_weights(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""
-        source = self.start_of(role)
+        source = self.initial_checkpoint(role)
         outside = source is not None and source not in (self.parent, *self.finished.values())
         if source is not None and outside and is_native(source):
             key = f"the start of stages.{self.stage.name}, {role}"
             check_trained(source, self.stage.max_skipped, key)
-        load_start(engine, self.model_of(role), source, new_head=role != "reward")
+        load_initial_weights(engine, self.model_of(role), source, new_head=role != "reward")
 
     @property
     def wide(self) -> type[np.floating[Any]]:
@@ -111,7 +111,7 @@ class StageContext:
         """Of the stage's own model."""
         return role_of(self.stage, ACTOR).engine.precision
 
-    def start_of(self, role: str) -> Path | None:
+    def initial_checkpoint(self, role: str) -> Path | None:
         """Where a role's weights come from: named by its ``init_from``, or
 
         - actor: the stage's parent, or the run's ``init_from``,
@@ -130,8 +130,8 @@ class StageContext:
                     f"earlier stage ({known}) nor a folder"
                 )
             return Path(named)
-        if self._shares_start(role):
-            return self.start_of(ACTOR)
+        if self._shares_initial_checkpoint(role):
+            return self.initial_checkpoint(ACTOR)
         if role in SCORERS:
             if models := self._reward_models():
                 return self.finished[models[-1]]
@@ -146,7 +146,7 @@ class StageContext:
         heads = {s.name: s.head for s in self.run.stages}
         return [name for name in self.finished if heads[name] == "scalar"]
 
-    def _shares_start(self, role: str) -> bool:
+    def _shares_initial_checkpoint(self, role: str) -> bool:
         """Whether a role starts from what the actor does."""
         if role_of(self.stage, role).init_from is not None:
             return False
@@ -154,10 +154,12 @@ class StageContext:
 
     def model_of(self, role: str) -> DecoderConfig:
         """A role's model: that of the folder which its ``init_from`` names, or the run's."""
-        named = role_of(self.stage, ACTOR if self._shares_start(role) else role).init_from
+        named = role_of(
+            self.stage, ACTOR if self._shares_initial_checkpoint(role) else role
+        ).init_from
         model = self.run.model
         if named is not None and named not in {s.name for s in self.run.stages}:
-            path = self.start_of(role)
+            path = self.initial_checkpoint(role)
             assert path is not None
             model = open_model(path).config
             if model.vocab_size == 0:  # a recipe's "the tokenizer's size"

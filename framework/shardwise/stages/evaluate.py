@@ -17,7 +17,7 @@ from shardwise.errors import CheckpointError
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.models import travel
-from shardwise.parallel.mesh import pick_device, start
+from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.stages.base import StageContext
 from shardwise.stages.pipeline import evaluate_all
 from shardwise.stages.run import with_vocabulary
@@ -48,11 +48,11 @@ def evaluate(ckpt: str | Path) -> dict[str, Any]:
         stage = stage.model_copy(update={"engine": engine_config})
         if hasattr(stage, "roles"):
             stage = stage.model_copy(update={"roles": type(stage.roles)()})
-        start(pick_device(stage.engine.device), stage.engine.timeout_s)
+        init_distributed(pick_device(stage.engine.device), stage.engine.timeout_s)
         rank = dist.get_rank()
         with Progress([], rank=rank) as progress:
             logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
             ctx = StageContext(run, stage, tokenizer, Path(folder), logger, path)
             engine = ctx.engine(None)
-            ctx.load_start(engine)
+            ctx.load_initial_weights(engine)
             return evaluate_all(ctx, engine, progress)

@@ -34,7 +34,7 @@ class GrpoStage(PolicyStage):
         config: GrpoConfig = ctx.stage
         self.loss = GRPOLoss(self.loss_with_length(config.loss), config.sampling.temperature)
         self.reference = self.frozen("reference") if config.loss.kl != "none" else None
-        self.data_hash = self.started_from({"reference": self.reference})
+        self.data_hash = self.initial_weights_hash({"reference": self.reference})
 
     def train_step(self, step: int, lr: float) -> dict[str, float]:
         """Roll out, score, update ``updates_per_rollout * epochs_per_rollout`` times."""

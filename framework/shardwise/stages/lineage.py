@@ -23,7 +23,7 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.stages.start import start_hash
+from shardwise.stages.initial_weights import initial_hash
 
 # Keys of a stage that may change without making it another computation.
 FREE_KEYS = ("checkpoint", "validation", "keep_rollouts_every", "max_skipped")
@@ -59,7 +59,7 @@ def lineage_of(
     return Lineage(
         config_hash=xxhash.xxh3_128_hexdigest(body.encode()),
         data_hash=data_hash,
-        parent_hash=manifest.read(parent).digest if parent else start_hash(run),
+        parent_hash=manifest.read(parent).digest if parent else initial_hash(run),
         parent=str(parent.relative_to(run.directory)) if parent else "",
     )
 

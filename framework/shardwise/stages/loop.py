@@ -75,7 +75,7 @@ class Loop:
         """Train to the end; returns the last checkpoint."""
         start = self._resume()
         if start is None:
-            self.ctx.load_start(self.stage.engine)
+            self.ctx.load_initial_weights(self.stage.engine)
             start = 0
         self.ctx.logger.rewind(self.config.name, start)
         for step in range(start, self.config.steps):

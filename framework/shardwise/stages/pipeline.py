@@ -108,7 +108,7 @@ class Pipeline:
             self.run, stage, self.tokenizer, self.run.directory, self.logger, None, {}
         )
         engine = ctx.engine(None)
-        ctx.load_start(engine)
+        ctx.load_initial_weights(engine)
         found = evaluate_all(ctx, engine, self.progress, step=0)
         if dist.get_rank() == 0:
             write_durably(path, json.dumps(found, indent=1).encode())

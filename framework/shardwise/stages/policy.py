@@ -13,9 +13,9 @@ from shardwise.engines.base import Engine
 from shardwise.ops import rng
 from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
+from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.rollout_worker import Group, RolloutWorker
 from shardwise.stages.rollouts import keep_rollout
-from shardwise.stages.start import folder_hash
 
 
 class PolicyStage(Stage):
@@ -32,14 +32,14 @@ class PolicyStage(Stage):
     def frozen(self, role: str) -> Engine:
         """A model that stands still: also after a resume it is what it was at the start."""
         engine = self.ctx.engine(None, role)
-        self.ctx.load_start(engine, role)
+        self.ctx.load_initial_weights(engine, role)
         return engine
 
-    def started_from(self, engines: Mapping[str, Engine | None]) -> str:
+    def initial_weights_hash(self, engines: Mapping[str, Engine | None]) -> str:
         """A hash of the problems and of the weights that the roles in use start from."""
         said = [self.config.task.model_dump(mode="json"), self.config.num_problems]
         roles = [ACTOR, *(role for role, engine in engines.items() if engine is not None)]
-        said += [folder_hash(self.ctx.start_of(role)) for role in roles]
+        said += [folder_hash(self.ctx.initial_checkpoint(role)) for role in roles]
         return xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
 
     def loss_with_length(self, loss: Any) -> Any:

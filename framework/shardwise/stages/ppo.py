@@ -56,7 +56,7 @@ class PpoStage(PolicyStage):
         config: PpoConfig = ctx.stage
         critic = role_of(config, "critic")
         self.critic: Engine = ctx.engine(critic.optimizer or config.optimizer, "critic")
-        ctx.load_start(self.critic, "critic")
+        ctx.load_initial_weights(self.critic, "critic")
         self.critic_lr = (critic.optimizer or config.optimizer).lr / config.optimizer.lr
         self.reference = self.frozen("reference") if config.loss.kl_coef else None
         self.reward_model = self.frozen("reward") if config.reward_model_weight else None
@@ -65,7 +65,7 @@ class PpoStage(PolicyStage):
         self.value_loss = ValueLoss(loss)
         self.kl = KLController(loss.kl_coef, loss.kl_target, loss.kl_gain)
         self.penalty = PenaltyController(loss.penalty_coef, loss.penalty_target)
-        self.data_hash = self.started_from(
+        self.data_hash = self.initial_weights_hash(
             {"critic": self.critic, "reference": self.reference, "reward": self.reward_model}
         )
 

@@ -32,15 +32,15 @@ from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
-from shardwise.parallel.mesh import pick_device, start
+from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.stages import bits
 from shardwise.stages.base import role_layout, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
+from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.pipeline import RESULT_FILE, Pipeline
 from shardwise.stages.skipped import SkippedError, check_trained
-from shardwise.stages.start import check_start, is_native
 from shardwise.stages.summary import summarize
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
 from shardwise.storage.durable import write_durably
@@ -57,7 +57,7 @@ def run_rank(loaded: LoadedConfig, token: str = "") -> dict[str, Any]:
     """
     run = loaded.config
     preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
-    start(pick_device(run.engine.device), run.engine.timeout_s)
+    init_distributed(pick_device(run.engine.device), run.engine.timeout_s)
     with claimed(run.directory, token):
         return _run_stages(loaded)
 
@@ -137,7 +137,9 @@ def preflight(
         scalar = run.stages[0].head == "scalar"
         model = run.model
         assert isinstance(model, DecoderConfig)
-        check_start(run.init_from, model.as_scalar() if scalar else model, named("init_from"))
+        check_initial_weights(
+            run.init_from, model.as_scalar() if scalar else model, named("init_from")
+        )
         if is_native(run.init_from):
             check_trained(run.init_from, run.stages[0].max_skipped, named("init_from"))
     if run.tokenizer.path is not None and not run.tokenizer.path.exists():

@@ -121,7 +121,7 @@ class _Recorder:
 class FreshContext(StageContext):
     """A stage of which all models start from their initial weights."""
 
-    def start_of(self, role: str) -> Path | None:
+    def initial_checkpoint(self, role: str) -> Path | None:
         """Nowhere."""
         return None
 

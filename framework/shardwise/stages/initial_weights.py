@@ -22,7 +22,7 @@ from shardwise.models.common.config import DecoderConfig
 HEAD = "model.head.weight"
 
 
-def load_start(
+def load_initial_weights(
     engine: Engine, model: DecoderConfig, source: Path | None, new_head: bool = True
 ) -> None:
     """The weights that a stage starts from: a checkpoint's or a folder's, or the initial ones.
@@ -34,7 +34,7 @@ def load_start(
     weights = {n: t for n, t in engine.state_dict().tensors.items() if n.startswith("model.")}
     if source is None:
         return
-    check_start(source, model)
+    check_initial_weights(source, model)
     if is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
         if model.head == "scalar" and (HEAD not in stored or stored[HEAD].shape[0] != 1):
@@ -45,7 +45,7 @@ def load_start(
         _load_hf(source, model, weights, new_head)
 
 
-def check_start(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
+def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
     """Raise ConfigError, naming the ``key``, if ``source`` holds another model than ``model``.
 
     Weights alone would not tell: those that the model lacks are not asked for, and a number of
@@ -119,7 +119,7 @@ def copy_full(target: Tensor, full: Tensor) -> None:
         target.copy_(full)
 
 
-def start_hash(run: RunConfig) -> str:
+def initial_hash(run: RunConfig) -> str:
     """What stands for the parent of the first stage."""
     return f"seed-{run.seed}" if run.init_from is None else folder_hash(run.init_from)
 

@@ -12,7 +12,7 @@ from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.launch.plan import plan_local
 from shardwise.models import registry as models
-from shardwise.stages.start import check_start
+from shardwise.stages.initial_weights import check_initial_weights
 from tests.cli.conftest import write_recipe
 from tests.support import toy
 
@@ -44,15 +44,17 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 )
 def test_another_model_is_refused(source: Path, change: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
-        check_start(source, toy.llama(**{"qk_norm": True} | change), "init_from (x.yaml:3)")
+        check_initial_weights(
+            source, toy.llama(**{"qk_norm": True} | change), "init_from (x.yaml:3)"
+        )
     assert str(refused.value).startswith(f"init_from (x.yaml:3): {source} holds another model")
 
 
 @pytest.mark.parametrize("change", [{}, {"max_seq_len": 64}, {"head_dim": 8}, {"vocab_size": 0}])
 def test_what_the_recipe_decides_is_free(source: Path, change: dict[str, object]) -> None:
     model = HAS.model_copy(update=change)
-    check_start(source, model)
-    check_start(source, model.as_scalar())
+    check_initial_weights(source, model)
+    check_initial_weights(source, model.as_scalar())
 
 
 def test_refused_before_anything_starts(source: Path, tmp_path: Path) -> None:
