@@ -25,7 +25,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel import data
-from shardwise.parallel.occupied import model_shape, place_of
+from shardwise.parallel.memory_inputs import model_shape, place_of
 
 GRADIENT, ACTIVATION, BUFFER = "gradients", "activations", "buffers"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise import assemble
-from shardwise.engines import inputs, named, native, reduction
+from shardwise.engines import inputs, named_parameters, native, reduction
 from shardwise.models.common import init
 from shardwise.ops import attention_blocks, comm, cross_entropy
 from shardwise.parallel import context, data, mesh, regions, tensor
@@ -193,7 +193,7 @@ def division_by_local_tokens() -> Iterator[Any]:
 
 @bug("llama", "pretrain", "dp2.zero2")
 def clipping_by_a_local_norm() -> Iterator[Any]:
-    yield _patch(named, "sum_over", lambda values, group: values)
+    yield _patch(named_parameters, "sum_over", lambda values, group: values)
 
 
 @bug("llama", "pretrain", "dp4.hsdp2.zero2")
@@ -244,25 +244,25 @@ def optimizer_state_misaligned() -> Iterator[Any]:
 
 @bug("llama", "pretrain", "pp2.1f1b")
 def tied_embedding_gradient_not_summed() -> Iterator[Any]:
-    real = named.Named.finish_gradients
+    real = named_parameters.NamedParameters.finish_gradients
 
     def finish(self: Any) -> None:
         self.shares_tied = False
         real(self)
 
-    yield _patch(named.Named, "finish_gradients", finish)
+    yield _patch(named_parameters.NamedParameters, "finish_gradients", finish)
 
 
 @bug("llama", "pretrain", "pp2.zbv")
 def tied_copy_in_a_v_forgotten() -> Iterator[Any]:
-    real = named.Named.finish_gradients
+    real = named_parameters.NamedParameters.finish_gradients
 
     def finish(self: Any) -> None:
         if self.mirror is not None:
             self.mirror.grad = None
         real(self)
 
-    yield _patch(named.Named, "finish_gradients", finish)
+    yield _patch(named_parameters.NamedParameters, "finish_gradients", finish)
 
 
 @bug("llama", "pretrain", "pp2.1f1b")

@@ -61,7 +61,9 @@ def diff(a: Path | str, b: Path | str, *, verify: bool = True) -> Difference:
     values = []
     with Reader(path_a, book_a, verify) as in_a, Reader(path_b, book_b, verify) as in_b:
         for name, (x, y) in pairs.items():
-            if x.shape == y.shape and (found := _compare(name, in_a.whole(name), in_b.whole(name))):
+            if x.shape == y.shape and (
+                found := _compare(name, in_a.full_tensor(name), in_b.full_tensor(name))
+            ):
                 values.append(found)
     small_a, small_b = (
         {n: f.xxh3_128 for n, f in book.files.items() if n not in book.shard_names}

@@ -178,7 +178,7 @@ def read_tensors(
     book = manifest.read(directory)
     with Reader(directory, book, verify) as reader:
         for name in filter(select, book.tensors):
-            yield name, reader.whole(name)
+            yield name, reader.full_tensor(name)
 
 
 class Reader:
@@ -199,7 +199,7 @@ class Reader:
             os.close(file)
         self._files.clear()
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A new CPU tensor with all of ``name``."""
         entry = self.book.tensors[name]
         for chunk in entry.chunks:  # before memory is taken: the files really hold that much

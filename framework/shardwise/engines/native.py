@@ -16,7 +16,7 @@ from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import State
 from shardwise.engines.inputs import Cut
-from shardwise.engines.named import Named
+from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
@@ -64,7 +64,7 @@ class NativeEngine:
             for chunk in self.chunks.values():
                 tensor.widen_logits(chunk)
         self.fp8 = assembled.fp8
-        self.named = Named(assembled, model_config, mesh)
+        self.named = NamedParameters(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self._has_gradients = False
         self.updates = 0  # optimizer steps tried; with the stage's name, the time in rng keys

@@ -51,7 +51,7 @@ class Logits:
             return x_BT
         return F.pad(x_BT, (0, self.padded - self.num_tokens))[:, self.index_t]
 
-    def whole(self, x_Bt: Tensor) -> Tensor:
+    def gather_tokens(self, x_Bt: Tensor) -> Tensor:
         """All tokens, from every rank's."""
         if self.index_t is None:
             return x_Bt
@@ -75,11 +75,13 @@ def selected_logprobs(
     part = as_logits(logits)
     targets_Bt, mask_Bt = part.own(targets_BT), part.own(mask_BT)
     if bool(mask_Bt.all()):  # spares pre-training the copy below
-        return part.whole(token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard))
+        return part.gather_tokens(
+            token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard)
+        )
     rows_NW, targets_N = part.local_BtW[mask_Bt], targets_Bt[mask_Bt]
     logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
     zeros_Bt = torch.zeros(mask_Bt.shape, dtype=logp_N.dtype, device=logp_N.device)
-    return part.whole(zeros_Bt.masked_scatter(mask_Bt, logp_N))
+    return part.gather_tokens(zeros_Bt.masked_scatter(mask_Bt, logp_N))
 
 
 def selected_values(outputs: Tensor | Logits, mask_BT: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def selected_values(outputs: Tensor | Logits, mask_BT: Tensor) -> Tensor:
     values_Bt = part.local_BtW.sum(dim=-1, dtype=wide)
     if part.vocab_group is not None:
         values_Bt = _SumParts.apply(values_Bt, part.vocab_group)
-    return torch.where(mask_BT, part.whole(values_Bt), 0.0)
+    return torch.where(mask_BT, part.gather_tokens(values_Bt), 0.0)
 
 
 class _SumParts(torch.autograd.Function):
@@ -111,7 +113,7 @@ class _SumParts(torch.autograd.Function):
 def entropies(logits: Tensor | Logits, temperature: float = 1.0) -> Tensor:
     """Entropy in nats (BT) of each token's distribution; no gradient."""
     part = as_logits(logits)
-    return part.whole(entropy(part.local_BtW, temperature, part.shard))
+    return part.gather_tokens(entropy(part.local_BtW, temperature, part.shard))
 
 
 @torch.no_grad()
@@ -119,7 +121,7 @@ def greedy_tokens(logits: Tensor | Logits) -> Tensor:
     """The likeliest token (BT, int64); of equals, the first."""
     part = as_logits(logits)
     if part.vocab_group is None:
-        return part.whole(part.local_BtW.argmax(dim=-1))
+        return part.gather_tokens(part.local_BtW.argmax(dim=-1))
     if part.local_BtW.shape[-1]:
         best_Bt, index_Bt = part.local_BtW.max(dim=-1)
     else:
@@ -128,4 +130,4 @@ def greedy_tokens(logits: Tensor | Logits) -> Tensor:
     top_Bt = comm.all_max(best_Bt.clone(), part.vocab_group, "tp")
     huge = torch.iinfo(torch.int64).max
     winner_Bt = torch.where(best_Bt == top_Bt, index_Bt + part.offset, huge)
-    return part.whole(-comm.all_max(-winner_Bt, part.vocab_group, "tp"))
+    return part.gather_tokens(-comm.all_max(-winner_Bt, part.vocab_group, "tp"))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.ops import comm
 from shardwise.parallel.collectives import CountedAllGather, CountedReduceScatter
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.single import ComputeCopies
+from shardwise.parallel.mixed_precision import ComputeCopies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ ZERO = {
 
 
 def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
-    """Wrap each block and the model in FSDP2, in place; a rank alone needs `single.ComputeCopies`.
+    """Wrap each block and the model in FSDP2, in place; a rank alone needs `mixed_precision.ComputeCopies`.
 
     Parameters stay fp32 (or fp64) shards; the gathered copies have ``param_dtype``; gradients are
     reduced in fp32 (fp64 for fp64 models).

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.ops.linear import deferred
-from shardwise.parallel import timetable
+from shardwise.parallel import schedule_analysis
 from shardwise.parallel.layout import SINGLE, V_SHAPED, Layout
 
 AXIS = "pp"
@@ -204,7 +204,7 @@ class Executor:
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.grads: dict[tuple[int, int], Tensor] = {}  # of a chunk's output
         self.later: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.sent: dict[timetable.Message, comm.Pending] = {}
+        self.sent: dict[schedule_analysis.Message, comm.Pending] = {}
 
     def run(self, programs: Sequence[Sequence[Any]]) -> None:
         """This rank's actions of all ranks' programs; returns when every message has left."""
@@ -219,7 +219,7 @@ class Executor:
             "SEND_B": lambda c, m: self._send("SEND_B", c, m, self._grad_of_input(c, m), c - 1),
             "RECV_B": lambda c, m: self._receive("B", c, m, c + 1),
         }
-        release = timetable.releases(programs, rank)
+        release = schedule_analysis.releases(programs, rank)
         for i, action in enumerate(programs[rank]):
             for message in release.get(i, ()):
                 self.sent.pop(message).wait()

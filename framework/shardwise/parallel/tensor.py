@@ -132,7 +132,7 @@ def _add_grad(parameter: Tensor, grad: Tensor) -> None:
         hook(parameter)
 
 
-class WholeLinear(Swapped):
+class UnshardedLinear(Swapped):
     """A linear layer that no rank cuts, swapped for what may be done to its products."""
 
     def __init__(self, old: nn.Linear) -> None:
@@ -155,7 +155,7 @@ def swapped_linear(model: Decoder, path: str) -> Swapped:
     """The module at ``path``; a plain linear layer is swapped first."""
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear):
-        module = WholeLinear(module)
+        module = UnshardedLinear(module)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
         model.retie()

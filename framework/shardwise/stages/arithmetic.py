@@ -10,8 +10,8 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import RoleConfig
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
+from shardwise.parallel.memory_inputs import model_shape, place_of
 from shardwise.parallel.mesh import pick_device
-from shardwise.parallel.occupied import model_shape, place_of
 from shardwise.precision.policy import precision_of
 from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of
 

@@ -104,7 +104,7 @@ def undecided(name: str, exact: Mapping[str, Tensor], limits: Mapping[str, float
     return 2.0 * float(move.abs().max()) * math.sqrt(int(either.sum()))
 
 
-def whole_values(ranks: Sequence[Replayed]) -> dict[str, Tensor]:
+def full_values(ranks: Sequence[Replayed]) -> dict[str, Tensor]:
     """All values of a layout, each put together from the ranks' parts; NaN where nobody has one."""
     parts: dict[str, Parts] = {}
     found: dict[str, Tensor] = {}

@@ -25,9 +25,9 @@ from shardwise.verify.compare import (
     compare,
     compare_scales,
     disagreements,
+    full_values,
     holders,
     kind_of,
-    whole_values,
 )
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Replayed, replay
@@ -110,7 +110,7 @@ class Verifier:
         key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
             single = self._replay(stage, SINGLE, precision, False, key[2])
-            self.references[key] = Reference(whole_values(single), single[0].scales)
+            self.references[key] = Reference(full_values(single), single[0].scales)
         return self.references[key]
 
     def check(
@@ -166,7 +166,7 @@ class Verifier:
             single = self.reference(stage, precision, layout).values
             # So may single elements of an operand round to the other neighbour.
             precision = "bf16" if reference.scales else precision
-        return scales + compare(exact, bounds(exact, single, precision), whole_values(ranks))
+        return scales + compare(exact, bounds(exact, single, precision), full_values(ranks))
 
     def _compare(
         self, stage: str, layout: str, precision: str, compiled: bool

@@ -13,7 +13,7 @@ import collections
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.whole import local_of
+from shardwise.parallel.full_tensor import local_tensor
 
 
 class ComputeCopies:
@@ -38,7 +38,9 @@ class ComputeCopies:
             self._find()
         with torch.no_grad():
             copies, masters = self.copy_of.values(), self.copy_of
-            torch._foreach_copy_([local_of(c) for c in copies], [local_of(m) for m in masters])
+            torch._foreach_copy_(
+                [local_tensor(c) for c in copies], [local_tensor(m) for m in masters]
+            )
         for module, name, master in self.places:
             module._parameters[name] = self.copy_of[master]
         self.in_use = True
@@ -78,7 +80,7 @@ class ComputeCopies:
             elif master.grad is None:
                 master.grad = copy.grad.to(master.dtype)
             else:
-                local_of(master.grad).add_(local_of(copy.grad))
+                local_tensor(master.grad).add_(local_tensor(copy.grad))
             copy.grad = None
 
         if master.requires_grad:

@@ -12,7 +12,7 @@ from shardwise.ops import comm
 from shardwise.parallel.mesh import Mesh
 
 
-def local_of(tensor: Tensor | None) -> Tensor:
+def local_tensor(tensor: Tensor | None) -> Tensor:
     """This rank's memory."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -27,7 +27,7 @@ def tp_dim(tensor: Tensor, mesh: Mesh) -> int | None:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor, mesh: Mesh) -> Tensor:
+def full_tensor(tensor: Tensor, mesh: Mesh) -> Tensor:
     """The global tensor, on every rank of this pipeline stage; a collective call.
 
     Tensor parallelism cuts first, as torch.chunk does, then ZeRO cuts each part along its first

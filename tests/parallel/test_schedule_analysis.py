@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.parallel import timetable
+from shardwise.parallel import schedule_analysis
 from shardwise.parallel.layout import SCHEDULES, SINGLE, V_SHAPED, Layout
-from shardwise.parallel.occupied import place_of
+from shardwise.parallel.memory_inputs import place_of
 from shardwise.parallel.pipeline import forward_program, homes, program
 from tests.support import toy
 
@@ -40,7 +40,7 @@ def receipt(message: tuple[str, int, int]) -> tuple[str, int, int]:
 
 def executed(programs: list[list[Any]]) -> Iterator[tuple[int, int]]:
     """Ranks that run ahead as far as they can, rank 0 the furthest; stops where all wait."""
-    waits = [timetable.releases(programs, rank) for rank in range(len(programs))]
+    waits = [schedule_analysis.releases(programs, rank) for rank in range(len(programs))]
     keys = [[parts(a) for a in actions] for actions in programs]
     arriving = {k for row in keys for k in row if k[0].startswith("RECV")}
     done: set[tuple[str, int, int]] = set()
@@ -73,7 +73,7 @@ def test_waiting_for_messages_never_stops_the_ranks(
     assert sum(1 for _ in executed(programs)) == sum(map(len, programs))
     for rank, actions in enumerate(programs):
         sends = [parts(a) for a in actions if parts(a)[0].startswith("SEND")]
-        for index, named in timetable.releases(programs, rank).items():
+        for index, named in schedule_analysis.releases(programs, rank).items():
             before = {parts(a) for a in actions[:index]}
             assert before.issuperset(named)
             sends = [s for s in sends if s not in named]
@@ -86,7 +86,7 @@ def test_activations_are_held_from_forward_to_backward(layout: Layout, rounds: i
     number = 2 * rounds * layout.pp
     for rank, actions in enumerate(program(layout, number)):
         size = dict.fromkeys(range(layout.num_chunks), 1)
-        found, together = timetable.in_flight(actions, size)
+        found, together = schedule_analysis.in_flight(actions, size)
         every = [{"F": 1, "B": -1, "W": -1}.get(kind, 0) for kind, _, _ in map(parts, actions)]
         assert sum(together.values()) == max(itertools.accumulate(every))
         assert all(n <= found[chunk] for chunk, n in together.items())
@@ -121,7 +121,7 @@ def test_one_chunk_a_rank_by_hand() -> None:
 
     def held(schedule: str, number: int) -> list[int]:
         programs = program(layout_of(schedule, 4), number)
-        return [timetable.in_flight(programs[r], {r: 1})[0][r] for r in range(4)]
+        return [schedule_analysis.in_flight(programs[r], {r: 1})[0][r] for r in range(4)]
 
     assert held("1f1b", 8) == [4, 3, 2, 1]
     assert held("1f1b", 2) == [2, 2, 2, 1]
@@ -138,7 +138,8 @@ def test_many_chunks_hold_more_than_1f1b() -> None:
 def test_messages_do_not_add_up_with_micro_batches(schedule: str) -> None:
     layout = layout_of(schedule, 4)
     few, many = (
-        [timetable.messages(program(layout, n), rank)[0] for rank in range(4)] for n in (32, 64)
+        [schedule_analysis.messages(program(layout, n), rank)[0] for rank in range(4)]
+        for n in (32, 64)
     )
     assert few == many and max(few) < 32
 

@@ -17,15 +17,15 @@ from shardwise.models.common.init import plain_name
 from shardwise.ops import comm
 from shardwise.parallel import tensor
 from shardwise.parallel.collectives import sum_over
+from shardwise.parallel.full_tensor import full_tensor, local_tensor, tp_dim
 from shardwise.parallel.layout import V_SHAPED
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import homes, split_model
-from shardwise.parallel.whole import local_of, tp_dim, whole
 
 TIED = "embed.weight"
 
 
-class Named:
+class NamedParameters:
     """Names, gradients and gathering over tensor, pipeline and data ranks.
 
     A tied embedding stands at both ends of a pipeline. On two ranks, both copies get the sum of
@@ -54,22 +54,22 @@ class Named:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Sum what no backward pass sums: partial gradients over tp, tied ones over pp."""
-        grads = {n: local_of(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        grads = {n: local_tensor(p.grad) for n, p in self.parameters.items() if p.grad is not None}
         tensor.sum_partial([g for n, g in grads.items() if n in self.partial], self.mesh)
         if self.mirror is not None and self.mirror.grad is not None:
-            grads[TIED].add_(local_of(self.mirror.grad))
+            grads[TIED].add_(local_tensor(self.mirror.grad))
             self.mirror.grad = None
         if self.shares_tied and TIED in grads:
             comm.all_reduce(grads[TIED], self.mesh.groups["ends"], "pp")
 
     def local_gradients(self) -> list[Tensor]:
         """This rank's memory of all gradients."""
-        return [local_of(p.grad) for p in self.parameters.values() if p.grad is not None]
+        return [local_tensor(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     def grad_norm(self) -> float:
         """2-norm of all gradients, each element once: squares summed in fp64 over all ranks."""
         counted = [
-            local_of(p.grad)
+            local_tensor(p.grad)
             for name, p in self.parameters.items()
             if p.grad is not None and self._counts_here(name, p)
         ]
@@ -89,7 +89,7 @@ class Named:
     def refresh_mirror(self) -> None:
         """Make the copy of a tied embedding what the original is."""
         if self.mirror is not None:
-            local_of(self.mirror.data).copy_(local_of(self.parameters[TIED].data))
+            local_tensor(self.mirror.data).copy_(local_tensor(self.parameters[TIED].data))
 
     # --- gathering ------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Named:
         for name, (shape, home) in self._catalogue.items():
             value: Tensor | None = None
             if name in self.parameters:
-                value = whole(pick(self.parameters[name]), self.mesh)
+                value = full_tensor(pick(self.parameters[name]), self.mesh)
             if self.mesh.layout.pp > 1:
                 value = self._from_stage(value, shape, home)
             assert value is not None
@@ -108,7 +108,7 @@ class Named:
 
     def _from_stage(self, value: Tensor | None, shape: torch.Size, home: int) -> Tensor:
         """A tensor of pipeline rank ``home``, on all pipeline ranks."""
-        some = local_of(next(iter(self.parameters.values())).data)
+        some = local_tensor(next(iter(self.parameters.values())).data)
         if value is None:
             value = torch.empty(shape, dtype=some.dtype, device=some.device)
         value = value.contiguous()

@@ -18,7 +18,7 @@ from shardwise.losses.logprobs import valid_logprobs
 from shardwise.parallel import data
 from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import Mesh, build_mesh
-from shardwise.parallel.single import ComputeCopies
+from shardwise.parallel.mixed_precision import ComputeCopies
 from tests.support import toy
 from tests.support.pool import RankPool
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shardwise import memory
 from shardwise.models.common.config import DecoderConfig
-from shardwise.parallel import pipeline, timetable
+from shardwise.parallel import pipeline, schedule_analysis
 from shardwise.parallel.layout import Layout
 
 _LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
@@ -42,9 +42,9 @@ def place_of(
     if layout.pp > 1:
         programs = _programs(layout, micro_batches)
         size = {c: len(cut) for c, cut in enumerate(cuts)}
-        held, together = timetable.in_flight(programs[pipeline_rank], size)
-        halves = timetable.between_halves(programs[pipeline_rank], chunks)
-        messages, last = timetable.messages(programs, pipeline_rank)
+        held, together = schedule_analysis.in_flight(programs[pipeline_rank], size)
+        halves = schedule_analysis.between_halves(programs[pipeline_rank], chunks)
+        messages, last = schedule_analysis.messages(programs, pipeline_rank)
     parts = tuple(
         memory.Part(
             len(cuts[c]),
