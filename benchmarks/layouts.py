@@ -87,7 +87,9 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
         max_seq_len=shape.seq_len,
     )
     torch.set_num_threads(side.threads)
-    start(torch.device("cpu"))  # the pool has made the process group; the rest as in a run
+    init_distributed(
+        torch.device("cpu")
+    )  # the pool has made the process group; the rest as in a run
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
     config = EngineConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
     return NativeEngine(model, config, mesh, seed=0, optimizer=OptimizerConfig(lr=LR))

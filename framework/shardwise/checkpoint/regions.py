@@ -122,7 +122,7 @@ def strided_chunk(
 
 
 def product(intervals_by_dim: Sequence[Sequence[Interval]]) -> list[tuple[Region, Region]]:
-    """Boxes of a cartesian product of positions, each as (global region, region in the local tensor).
+    """Regions of a cartesian product of positions, each as (global, in the local tensor).
 
     The local tensor holds the positions of every dimension one after the other.
     """

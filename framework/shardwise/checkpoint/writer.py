@@ -114,7 +114,7 @@ class Writer:
         head = shards.header([(key, t.dtype, t.shape) for key, t in tensors])
         block_hashes: list[list[str]] = []
 
-        def local_shards() -> Iterable[Any]:
+        def blocks() -> Iterable[Any]:
             block_hashes.clear()  # a retry starts over
             yield head
             for key, tensor in tensors:
@@ -135,7 +135,7 @@ class Writer:
                     hashes.append(hasher.hexdigest())
 
         path = directory / name
-        entry = self.attempt(path, lambda: self._file(path, local_shards()))
+        entry = self.attempt(path, lambda: self._file(path, blocks()))
         return entry, block_hashes
 
     def extras(self, directory: Path, files: Mapping[str, bytes]) -> dict[str, FileEntry]:

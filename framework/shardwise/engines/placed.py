@@ -2,7 +2,7 @@
 
 Roles of reinforcement learning may live on disjoint ranks. Every rank runs the same stage; on a
 rank outside, the engine computes nothing, has no share of a batch (``data_rank`` -1), and learns
-only what it asks for: sums, weights, a value told to all by `broadcast`. Calls that compute talk to nobody
+only what it asks for: sums, weights, a value to `broadcast`. Calls that compute talk to nobody
 outside, so that engines on disjoint ranks work at the same time.
 """
 

@@ -109,8 +109,8 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention (BHTK), H a multiple of G (grouped-query attention).
 
-    Dropout of the attention weights happens when ``rng_keys_BT`` is given and ``dropout_p > 0``; then
-    the explicit path runs, since no fused kernel can draw from our rng keys. ``salt`` tells dropout places
+    Dropout of the attention weights happens when ``rng_keys_BT`` is given and ``dropout_p > 0``;
+    then the explicit path runs: no fused kernel draws from our keys. ``salt`` tells dropout sites
     apart; ``head_offset`` is the global index of the first query head, for a rank that holds some.
     """
     if rng_keys_BT is not None and dropout_p > 0.0:

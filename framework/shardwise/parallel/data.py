@@ -39,7 +39,9 @@ ZERO = {
 
 
 def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
-    """Wrap each block and the model in FSDP2, in place; a rank alone needs `mixed_precision.ComputeCopies`.
+    """Wrap each block and the model in FSDP2, in place.
+
+    A rank alone needs `mixed_precision.ComputeCopies` instead.
 
     Parameters stay fp32 (or fp64) shards; the gathered copies have ``param_dtype``; gradients are
     reduced in fp32 (fp64 for fp64 models).

@@ -27,8 +27,8 @@ PAD_MULTIPLE = 16
 class RolloutRows:
     """A prompt a row, with all its completions; see `data_shards.Rows`.
 
-    ``per_token`` go along as extras. With ``scored``, each completion's one valid token is where its
-    last token is the *input*: there a reward model is read.
+    ``per_token`` names the extras that go along. With ``scored``, each completion's one valid token
+    is where its last token is the *input*: there a reward model is read.
     """
 
     groups: Sequence[Group]
@@ -141,7 +141,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:
-    """Store a rollout as JSON lines: tokens, log-probabilities, numbers per token, policy version."""
+    """Store a rollout as JSON lines: tokens, numbers per token, policy version."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [r for g in groups for r in g.records(step)]
     write_jsonl(folder / f"step_{step:08d}.jsonl", rows)

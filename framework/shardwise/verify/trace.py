@@ -2,8 +2,8 @@
 
 A stage talks to engines alone (design decision 8). So its calls, with their micro-batches and
 losses, are all that a layout could change the answer to: recording them covers every stage without
-knowing any. A stage that writes its own batches (it has a ``rollout_worker``) computes between its calls
-too: advantages, returns, old log-probabilities. Of it the completions and their rewards are
+knowing any. A stage that writes its own batches (it has a ``rollout_worker``) computes between its
+calls too: advantages, returns, old log-probabilities. Of it the completions and their rewards are
 recorded, and the stage itself runs again on the layout, told what was written.
 """
 
