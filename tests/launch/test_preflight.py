@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from shardwise.config.load import load_config
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, DataError
 from shardwise.launch.plan import plan_local
+from shardwise.launch.train import train
 from shardwise.stages.run import prepare_tokenizer
 from tests.cli.conftest import write_recipe
 from tests.stages.recipes import recipe, run
@@ -105,3 +106,32 @@ def test_a_changed_tokenizer_file_is_refused(ranks: RankPool, tmp_path: Path) ->
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": "1.0 "}))
     with pytest.raises(RankError, match="or its file has changed"):
         ranks.run(tokenizer_of, config, world=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "q " * 99}]}, "has 2.. tokens, more than"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "a lone surrogate is no text"),
+    ],
+)
+def test_samples_are_read_before_anything_starts(
+    row: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row["messages"].append({"role": "assistant", "content": "x"})
+    good = {"messages": [{"role": "user", "content": "q"}, row["messages"][1]]}
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n")
+    data = {"sources": [{"kind": "chat-jsonl", "path": str(tmp_path)}]}
+    config = recipe(tmp_path / "run", "pretrain")
+    sft = {
+        "kind": "sft",
+        "steps": 1,
+        "batch": {**config["stages"][0]["batch"], "seq_len": 32},
+        "data": data,
+    }
+    config["stages"].append(sft)
+    for started in ("launch_local", "train_rank"):
+        monkeypatch.setattr(f"shardwise.launch.train.{started}", lambda *a: pytest.fail("started"))
+    with pytest.raises(DataError, match=rf"b\.jsonl: line 3, byte \d+.*{message}"):
+        train(config, nproc=2)
+    assert not (tmp_path / "run").exists()

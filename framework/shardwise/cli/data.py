@@ -93,9 +93,10 @@ def _tokenizer(name: str) -> Tokenizer:
 def _source(path: Path, kind: str, field: str | None) -> DataSource:
     from shardwise.data.files import find_files
     from shardwise.data.source import DataSource
+    from shardwise.data.streams import suffix_of
 
     if kind == "auto":
-        suffixes = {file.suffix.lower() for file in find_files(path)}
+        suffixes = {suffix_of(file) for file in find_files(path)}
         known = {".jsonl": "jsonl", ".parquet": "parquet"}
         if len(suffixes) > 1 and suffixes & known.keys():
             names = ", ".join(sorted(s or "none" for s in suffixes))

@@ -22,7 +22,7 @@ import numpy as np
 from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 
-from shardwise.data.conversation import Message, check_messages
+from shardwise.data.conversation import SAYING, VARIABLES, Message, check_messages
 from shardwise.data.fast_tokenizer import Tokenizer
 from shardwise.data.templates import REASONING, Rendered, render_template
 from shardwise.errors import DataError
@@ -113,6 +113,88 @@ def encode_chat(
     return ids, mask
 
 
+def check_use(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
+) -> list[str]:
+    """Refuse a template that leaves out what messages and variables say; what a row is read with.
+
+    Returns the fields that the template leaves out and that say nothing new: ids and names of tool
+    results that stand in the order of their calls. Raises DataError for any other.
+    """
+    full = _draw(tokenizer, messages, variables).text
+
+    def left_out(said: Sequence[Message], given: Mapping[str, Any]) -> bool:
+        try:
+            return _draw(tokenizer, said, given).text == full
+        except DataError:  # it cannot do without
+            return False
+
+    found = []
+    for field in SAYING:
+        holder = next((i for i, m in enumerate(messages) if m.get(field) not in (None, [])), None)
+        if holder is not None:
+            names = REASONING if field in REASONING else (field,)
+            without = [{k: v for k, v in m.items() if k not in names} for m in messages]
+            if left_out(without, variables):
+                if field not in ("name", "tool_call_id") or not _follow_calls(messages):
+                    raise DataError(
+                        f"the chat template does not use {field!r} of message {holder}; take a "
+                        "template that does, or leave it out of the data"
+                    )
+                found.append(f"messages[].{field}")
+    for field in VARIABLES:
+        rest = {k: v for k, v in variables.items() if k != field}
+        if field in variables and left_out(messages, rest):
+            raise DataError(
+                f"the chat template does not use {field!r} of the row; take a template that does, "
+                "or list it under the source's ignore"
+            )
+    written = _squeezed(full)
+    for i, message in enumerate(messages):
+        text = _content(message)
+        if not isinstance(message.get("content"), str | None) and "'type': 'text'" in full:
+            raise DataError(
+                f"the chat template takes no parts as the content of message {i}; write one text"
+            )
+        common = message["role"] in ("user", "assistant") and _squeezed(text) in written
+        if text.strip() and not common:
+            other = [*messages]
+            other[i] = {**message, "content": text + "x"}
+            if left_out(other, variables):
+                raise DataError(
+                    f"the chat template leaves out message {i} (of {message['role']}); take a "
+                    "template that writes it, or leave it out of the data"
+                )
+    return found
+
+
+def _follow_calls(messages: Sequence[Message]) -> bool:
+    """Whether place alone says which call a tool's result, and each name, belongs to."""
+    calls: list[Any] = []
+    for message in messages:
+        if message["role"] != "tool":
+            if "name" in message:
+                return False
+            calls = [*message.get("tool_calls", [])]
+            continue
+        call = calls.pop(0) if calls and isinstance(calls[0], Mapping) else {}
+        function = call.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else call.get("name")
+        for said, called in (("tool_call_id", call.get("id")), ("name", name)):
+            if said in message and message[said] != called:
+                return False
+    return True
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
 def _spans(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -155,9 +237,9 @@ def _unlike_its_prompt(turn: int, before: str, after: str) -> str:
 
 def _refuse_loss(message: Message, text: str, turn: int) -> None:
     """Refuse a template that leaves out part of what is to be learned; spaces do not count."""
-    written = "".join(text.split())
+    written = _squeezed(text)
     thought = next((message[k] for k in REASONING if isinstance(message.get(k), str)), "")
-    said = ["".join(t.split()) for t in (thought, message.get("content") or "")]
+    said = [_squeezed(thought), _squeezed(_content(message))]
     if any(t not in written for t in said) and len(written) < sum(map(len, said)):
         raise DataError(
             f"the chat template leaves out part of message {turn}: it writes {text[:80]!r}; mend "

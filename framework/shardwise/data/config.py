@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import importlib
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +23,9 @@ class DataConfig(Section):
     )
     held_out: Fraction = Field(
         0.0, description="share of training documents, by hash of content, kept for validation"
+    )
+    strict_fields: bool = Field(
+        False, description="refuse rows with fields that nothing reads, instead of naming them"
     )
 
     @model_validator(mode="after")
@@ -67,6 +71,9 @@ class ChatDataConfig(Section):
         description="apart: an example for each assistant turn, ending with it, for templates that "
         "render earlier turns otherwise (drop their thoughts)",
     )
+    strict_fields: bool = Field(
+        False, description="refuse rows with fields that nothing reads, instead of naming them"
+    )
 
     @model_validator(mode="after")
     def _only_chat(self) -> ChatDataConfig:
@@ -81,6 +88,9 @@ class PreferenceDataConfig(Section):
 
     sources: list[DataSource] = Field(default_factory=list)
     validation: list[DataSource] = Field(default_factory=list)
+    strict_fields: bool = Field(
+        False, description="refuse rows with fields that nothing reads, instead of naming them"
+    )
 
     @model_validator(mode="after")
     def _only_preferences(self) -> PreferenceDataConfig:
@@ -88,3 +98,10 @@ class PreferenceDataConfig(Section):
             if source.kind != "preference-jsonl":
                 raise ValueError(f"reward models read preference-jsonl sources, not {source.kind}")
         return self
+
+
+def __getattr__(name: str) -> Any:
+    """What stood here while recipes needed torch is found in `datasets`."""
+    if name in ("build_chat_examples", "build_pretrain_dataset", "pack_examples"):
+        return getattr(importlib.import_module("shardwise.data.datasets"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

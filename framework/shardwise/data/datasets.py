@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shardwise.data import readers
-from shardwise.data.chat import encode_chat
+from shardwise.data.chat import check_use, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig, Turns
-from shardwise.data.conversation import Message
+from shardwise.data.conversation import Conversation, read_conversation
 from shardwise.data.indexed import IndexedStore, manifest_path, read_manifest, store_paths
 from shardwise.data.mixture import MixtureSampler
 from shardwise.data.packing import Example, PackedExamples, PackedRows, Row
@@ -28,6 +27,7 @@ from shardwise.data.readers import Document
 from shardwise.data.sampler import Sampler
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
+from shardwise.data.unused import Unused
 from shardwise.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def is_held_out(document: Document, fraction: float) -> bool:
 
 
 def _chosen(config: DataConfig, source: DataSource, validation: bool) -> Iterator[Document]:
-    for document in source.documents():
+    for document in source.documents(config.strict_fields):
         if not config.held_out or is_held_out(document, config.held_out) == validation:
             yield document
 
@@ -292,30 +292,46 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def build_chat_examples(
-    sources: Iterable[DataSource], tokenizer: Tokenizer, turns: Turns = "together"
+    sources: Iterable[DataSource],
+    tokenizer: Tokenizer,
+    turns: Turns = "together",
+    strict: bool = False,
 ) -> list[Example]:
-    """Conversations of chat-jsonl sources as (ids, loss_mask); DataError names file and line."""
+    """Conversations of chat-jsonl sources as (ids, loss_mask, where).
+
+    Every DataError names file and line. Fields that nothing reads are named once, or with
+    ``strict`` refused.
+    """
     examples = []
     for source in sources:
-        for where, messages in readers.read_chat_jsonl(source.files(), source.field or "messages"):
+        unused = Unused(source.label, strict, source.ignore)
+        for where, row in source.rows():
             try:
-                found = list(_examples(messages, tokenizer, turns))
+                said = read_conversation(row, source.field or "messages", source.ignore)
+                redundant = check_use(tokenizer, said.messages, said.variables)
+                found = list(_examples(said, tokenizer, turns, where))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
+            unused.add(where, (*said.unused, *redundant))
             if not any(any(example.loss_mask) for example in found):
                 raise DataError(f"{where}: the conversation has no assistant turn to learn")
             examples += found
+        unused.say()
     return examples
 
 
-def _examples(messages: Sequence[Message], tokenizer: Tokenizer, turns: Turns) -> Iterator[Example]:
+def _examples(
+    said: Conversation, tokenizer: Tokenizer, turns: Turns, where: str
+) -> Iterator[Example]:
     if turns == "together":
-        yield Example(*encode_chat(tokenizer, messages))
+        found = encode_chat(tokenizer, said.messages, learn=said.learn, **said.variables)
+        yield Example(*found, where)
         return
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+    for i, learned in enumerate(said.learn):
+        if learned:
             learn = [False] * i + [True]
-            yield Example(*encode_chat(tokenizer, messages[: i + 1], learn=learn))
+            found = encode_chat(tokenizer, said.messages[: i + 1], learn=learn, **said.variables)
+            yield Example(*found, where)
 
 
 def pack_examples(

@@ -173,10 +173,11 @@ def collate(rows: Sequence[Row], sample_ids: ArrayLike, packed: bool | None = No
 
 
 class Example(NamedTuple):
-    """A fine-tuning example: token ids, and which of them are to be learned."""
+    """A fine-tuning example: token ids, which of them are to be learned, and where it stands."""
 
     ids: Sequence[int]
     loss_mask: Sequence[bool]
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,14 +211,15 @@ class PackedExamples:
         self.seq_len, self.pad_id = seq_len, pad_id
         self._examples: list[tuple[NDArray[np.int64], NDArray[np.bool_]]] = []
         truncated = dropped = unlearnable = 0
-        for i, (ids, mask) in enumerate(examples):
+        for i, (ids, mask, *named) in enumerate(examples):
+            where = named[0] if named and named[0] else f"example {i}"
             if len(ids) != len(mask):
-                raise DataError(f"example {i}: {len(ids)} ids but {len(mask)} mask values")
+                raise DataError(f"{where}: {len(ids)} ids but {len(mask)} mask values")
             if len(ids) > seq_len + 1:
                 if too_long == "error":
                     raise DataError(
-                        f"example {i} has {len(ids)} tokens, more than batch.seq_len + 1 = "
-                        f"{seq_len + 1}; raise it, or set too_long to truncate or drop"
+                        f"{where} has {len(ids)} tokens, more than batch.seq_len + 1 = "
+                        f"{seq_len + 1}; raise it, or set data.too_long to truncate or drop"
                     )
                 truncated += too_long == "truncate"
                 dropped += too_long == "drop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 from pydantic import Field, model_validator
@@ -14,6 +14,8 @@ from shardwise.data import files as data_files
 from shardwise.data import readers
 from shardwise.data.readers import Document
 from shardwise.data.stdlib import read_stdlib, stdlib_files
+from shardwise.data.streams import MAX_EXPANSION, require_zstd, suffix_of
+from shardwise.data.unused import Unused
 from shardwise.errors import DataError, UserError
 
 _SUFFIXES = {"text": (), "jsonl": (".jsonl",), "parquet": (".parquet",)}
@@ -37,6 +39,12 @@ class DataSource(Section):
     exclude: list[str] = Field(
         default_factory=list,
         description="name patterns of files to leave out (stdlib: before its split is drawn)",
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="fields of its rows that are knowingly not read"
+    )
+    max_expansion: PositiveFloat = Field(
+        MAX_EXPANSION, description="what a compressed file may expand to, times its size"
     )
 
     @model_validator(mode="after")
@@ -85,23 +93,38 @@ class DataSource(Section):
         for file in self.files():
             if not file.is_file():
                 raise DataError(f"{file}: no such file")
-            suffix = file.suffix.lower()
+            if file.suffix.lower() == ".zst":
+                require_zstd(file)
+            suffix = suffix_of(file)
             if suffix in _OTHERS.get(self.kind, (".parquet",)):
                 raise DataError(f"{file}: a {suffix} file is not of kind {self.kind}")
         if self.kind == "parquet":
             readers.require_parquet()
 
-    def documents(self) -> Iterator[Document]:
-        """Read the documents, in a fixed order."""
+    def documents(self, strict: bool = False) -> Iterator[Document]:
+        """Read the documents, in a fixed order; fields that nothing reads are named once.
+
+        With ``strict`` they are an error.
+        """
         if self.kind == "stdlib":
             return read_stdlib(self.split, self.path, self.exclude)
         if self.kind == "text":
-            return readers.read_text(self.files())
-        if self.kind == "jsonl":
-            return readers.read_jsonl(self.files(), self.field or "text")
-        if self.kind == "parquet":
-            return readers.read_parquet(self.files(), self.field or "text")
+            return readers.read_text(self.files(), self.max_expansion)
+        if self.kind in ("jsonl", "parquet"):
+            return self._documents(Unused(self.label, strict, self.ignore))
         raise UserError(f"{self.label}: holds no plain documents")
+
+    def _documents(self, unused: Unused) -> Iterator[Document]:
+        files, field = self.files(), self.field or "text"
+        if self.kind == "jsonl":
+            yield from readers.read_jsonl(files, field, self.max_expansion, unused)
+        else:
+            yield from readers.read_parquet(files, field, unused)
+        unused.say()
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(where, object) of each row of a source of JSON lines."""
+        return readers.read_json_rows(self.files(), self.max_expansion)
 
     def fingerprint(self) -> str:
         """Hash of the contents: of every file, or what an indexed store's manifest recorded."""

@@ -32,6 +32,7 @@ _OPTIONAL = [
     ("gguf", "gguf", "gguf", "convert from GGUF"),
     ("pyarrow", "pyarrow", "data", "parquet input"),
     ("sentencepiece", "sentencepiece", "data", "sentencepiece tokenizers"),
+    ("zstandard", "zstandard", "data", "zst-compressed input"),
     ("tiktoken", "tiktoken", "data", "tiktoken tokenizers"),
     ("reasoning-gym", "reasoning_gym", "tasks", "problems for rewards"),
     ("tensorboard", "tensorboard", "watch", "logging.tensorboard"),

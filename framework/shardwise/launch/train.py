@@ -12,7 +12,7 @@ from shardwise.config.load import load_config
 from shardwise.launch.local import launch_local
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
-from shardwise.stages.run import preflight, run_rank
+from shardwise.stages.run import preflight, read_samples, run_rank
 from shardwise.stages.skipped import SkippedError
 from shardwise.storage.lock import RunLock
 
@@ -35,6 +35,7 @@ def train(
     preflight(run, nproc or 1, loaded.provenance)
     recipe = str(config) if isinstance(config, str | Path) else dict(config)
     target = f"{__name__}:{train_rank.__name__}"
+    read_samples(run)
     with RunLock(run.directory) as lock:
         args = [recipe, list(overrides), lock.token]
         launch_local(target, args, nproc or 1, run.directory / "logs")

@@ -31,6 +31,8 @@ ACTOR = "actor"  # the role of a stage's own model, and of its only one
 REFERENCE = "reference"
 SCORERS = ("critic", "reward")  # roles with a scalar head
 
+CACHE_FOLDER = "cache"
+
 
 @dataclasses.dataclass(frozen=True)
 class StageContext:
@@ -52,7 +54,7 @@ class StageContext:
     @property
     def cache(self) -> Path:
         """Where tokenised data lives between runs of the same directory."""
-        return self.directory / "cache"
+        return self.directory / CACHE_FOLDER
 
     @property
     def device(self) -> torch.device:

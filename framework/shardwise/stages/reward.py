@@ -7,6 +7,7 @@ are right for other problems.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
@@ -61,8 +62,16 @@ class RewardStage(Stage):
     def __init__(self, ctx: StageContext) -> None:
         self.ctx, self.config = ctx, ctx.stage
         config: RewardModelConfig = ctx.stage
-        self.train = list(read_rankings(config.data.sources, ctx.tokenizer))
-        self.held_out = list(read_rankings(config.data.validation, ctx.tokenizer))
+        read = functools.partial(
+            read_rankings,
+            tokenizer=ctx.tokenizer,
+            strict=config.data.strict_fields,
+            max_tokens=config.batch.seq_len,
+        )
+        self.train, self.held_out = (
+            list(read(config.data.sources)),
+            list(read(config.data.validation)),
+        )
         if config.task is not None:
             made = (ctx.tokenizer, config.task, config.answers_per_problem, ctx.run.seed)
             self.train += made_rankings(*made, "train_sft", config.num_problems)

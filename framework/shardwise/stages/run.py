@@ -34,12 +34,12 @@ from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
 from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
-from shardwise.stages import bits
-from shardwise.stages.base import role_layout, role_of, roles_of
+from shardwise.stages import bits, samples
+from shardwise.stages.base import CACHE_FOLDER, role_layout, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
-from shardwise.stages.pipeline import RESULT_FILE, Pipeline
+from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.summary import summarize
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
@@ -57,6 +57,8 @@ def run_rank(loaded: LoadedConfig, token: str = "") -> dict[str, Any]:
     """
     run = loaded.config
     preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
+    if not token and os.environ.get("RANK", "0") == "0":  # else the launcher did
+        read_samples(run)
     init_distributed(pick_device(run.engine.device), run.engine.timeout_s)
     with claimed(run.directory, token):
         return _run_stages(loaded)
@@ -73,6 +75,10 @@ def _run_stages(loaded: LoadedConfig) -> dict[str, Any]:
     dist.barrier()
     tokenizer = prepare_tokenizer(run, directory, rank)
     run = with_vocabulary(run, tokenizer)
+    if rank == 0:  # before the watchers, which tell others that a run has begun
+        if samples.ready_tokenizer(run) is None:
+            samples.check_conversations(run, tokenizer)
+        samples.check_documents(run, tokenizer, directory / CACHE_FOLDER)
     progress = Progress([(s.name, s.steps) for s in run.stages], rank=rank)
     resolved = run.model_dump(mode="json")
     logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)
@@ -163,13 +169,21 @@ def preflight(
             raise ConfigError(f"{named(f'{key}.path')}: {error} (from {Path.cwd()})") from error
 
 
+def read_samples(run: RunConfig) -> None:
+    """Read every conversation and ranking of a run, as its stages will.
+
+    Does nothing if the tokenizer is trained first. Raises DataError with file and line.
+    """
+    if (tokenizer := samples.ready_tokenizer(run)) is not None:
+        samples.check_conversations(run, tokenizer)
+
+
 def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource]]:
     """The data sources of the evaluations and of every stage still to run, and their keys."""
     for i, evaluation in enumerate(run.evaluations):
         yield from _of(f"evaluations.{i}", evaluation)
-    for i, stage in enumerate(run.stages):
-        if not (run.directory / "stages" / stage.name / RESULT_FILE).exists():
-            yield from _of(f"stages.{i}", stage)  # else finished: its data may be gone
+    for i, stage in samples.pending_stages(run):
+        yield from _of(f"stages.{i}", stage)
 
 
 def _of(key: str, part: Any) -> Iterator[tuple[str, DataSource]]:

@@ -23,7 +23,8 @@ class SftStage(SupervisedStage):
         config: SftConfig = ctx.stage
         self.packed = config.data.pack
         tokenizer = ctx.tokenizer
-        examples = build_chat_examples(config.data.sources, tokenizer, config.data.turns)
+        how = config.data.turns, config.data.strict_fields
+        examples = build_chat_examples(config.data.sources, tokenizer, *how)
         if config.task is not None:
             problems = ProblemSet(config.task, "train_sft", config.num_problems)
             examples += [
@@ -31,7 +32,7 @@ class SftStage(SupervisedStage):
             ]
         seq_len = config.batch.seq_len
         train = pack_examples(examples, config.data, seq_len, tokenizer.pad_id)
-        held_out = build_chat_examples(config.data.validation, tokenizer, config.data.turns)
+        held_out = build_chat_examples(config.data.validation, tokenizer, *how)
         validation = (
             pack_examples(held_out, config.data, seq_len, tokenizer.pad_id) if held_out else None
         )

@@ -1,0 +1,61 @@
+"""Reads every sample of a run's data before anything depends on it.
+
+A row that cannot be learned from is then known before a process is started and before a watcher is
+opened, not when its stage begins, hours later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import StageConfig
+from shardwise.data.chat import CHATML
+from shardwise.data.config import ChatDataConfig, DataConfig, PreferenceDataConfig
+from shardwise.data.datasets import build_chat_examples, build_pretrain_dataset, pack_examples
+from shardwise.data.preferences import read_rankings
+from shardwise.data.tokenizer import Tokenizer, load_tokenizer
+from shardwise.stages.pipeline import RESULT_FILE
+
+
+def pending_stages(run: RunConfig) -> Iterator[tuple[int, StageConfig]]:
+    """Stages that are still to run, and their numbers; the data of finished ones may be gone."""
+    for i, stage in enumerate(run.stages):
+        if not (run.directory / "stages" / stage.name / RESULT_FILE).exists():
+            yield i, stage
+
+
+def ready_tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The tokenizer of a run; None if it is trained on the run's own text."""
+    if run.tokenizer.kind == "bpe" and run.tokenizer.path is None:
+        return None
+    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template or CHATML
+    return tokenizer
+
+
+def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raise DataError, with file and line, for a row that a stage of the run cannot learn from."""
+    for _, stage in pending_stages(run):
+        data, seq_len = getattr(stage, "data", None), stage.batch.seq_len
+        if isinstance(data, ChatDataConfig):
+            for sources in (data.sources, data.validation):
+                if sources:
+                    how = data.turns, data.strict_fields
+                    examples = build_chat_examples(sources, tokenizer, *how)
+                    pack_examples(examples, data, seq_len, tokenizer.pad_id)
+        elif isinstance(data, PreferenceDataConfig):
+            sources = [*data.sources, *data.validation]
+            for _ in read_rankings(
+                sources, tokenizer, strict=data.strict_fields, max_tokens=seq_len
+            ):
+                pass
+
+
+def check_documents(run: RunConfig, tokenizer: Tokenizer, cache: Path) -> None:
+    """Build the token stores that the stages will open; DataError as of `check_conversations`."""
+    for _, stage in pending_stages(run):
+        data = getattr(stage, "data", None)
+        if isinstance(data, DataConfig):
+            build_pretrain_dataset(data, tokenizer, stage.batch.seq_len, run.seed, cache)
