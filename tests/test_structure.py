@@ -18,6 +18,7 @@ FLOORS = [
     {"safe_files"},
     {"integrity"},
     {"config"},
+    {"terminal"},
     {"storage"},
     {"metrics", "memory"},
     {"ops"},
@@ -41,6 +42,8 @@ HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load", "torch.save", "yaml.load"}
+
+WRITERS = {"print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write"}
 
 
 def sources(*folders: Path) -> list[Path]:
@@ -231,6 +234,18 @@ def test_nothing_dangerous_is_called() -> None:
         for line, what in dangers(tree(path))
     ]
     assert not found, "\n".join(found)
+
+
+def test_one_file_writes_to_the_terminal() -> None:
+    """The others ask it: it escapes control characters, and hides secrets."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(PACKAGE)
+        if path.name != "terminal.py"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and name_of(node.func) in WRITERS
+    ]
+    assert not found, found
 
 
 @pytest.mark.parametrize(

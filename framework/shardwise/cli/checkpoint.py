@@ -9,6 +9,7 @@ import typer
 
 from shardwise.cli.output import JsonOption, emit, size
 from shardwise.errors import CheckFailed, CheckpointError, UserError
+from shardwise.terminal import one_line
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints without loading them.")
 Checkpoint = Annotated[
@@ -38,9 +39,9 @@ def inspect(ckpt: Checkpoint, json: JsonOption = None) -> None:
         f"{found.path}: step {found.step}, {found.num_tensors} tensors, "
         f"{found.num_elements:,} values, {size(found.num_bytes)}, digest {found.digest}"
     ]
-    width = max((len(t.name) for t in found.tensors), default=0)
+    width = max((len(one_line(t.name)) for t in found.tensors), default=0)
     lines += [
-        f"  {t.name:<{width}}  {t.dtype:<5} {'x'.join(map(str, t.shape)) or 'scalar'}"
+        f"  {one_line(t.name):<{width}}  {t.dtype:<5} {'x'.join(map(str, t.shape)) or 'scalar'}"
         for t in found.tensors
     ]
     lines += [f"  {name}  {size(num)}" for name, num in found.files.items()]
@@ -70,16 +71,18 @@ def diff(a: Checkpoint, b: Checkpoint, json: JsonOption = None) -> None:
     from shardwise.checkpoint import diff as run
 
     found = run(located(a), located(b))
-    lines = [f"only in {a}: {name}" for name in found.only_a]
-    lines += [f"only in {b}: {name}" for name in found.only_b]
-    lines += [f"{n}: shape {list(x)} against {list(y)}" for n, (x, y) in found.shapes.items()]
-    lines += [f"{n}: dtype {x} against {y}" for n, (x, y) in found.dtypes.items()]
+    lines = [f"only in {a}: {one_line(name)}" for name in found.only_a]
+    lines += [f"only in {b}: {one_line(name)}" for name in found.only_b]
     lines += [
-        f"{v.name}: {v.num_different} of {v.num_elements} values differ, "
+        f"{one_line(n)}: shape {list(x)} against {list(y)}" for n, (x, y) in found.shapes.items()
+    ]
+    lines += [f"{one_line(n)}: dtype {x} against {y}" for n, (x, y) in found.dtypes.items()]
+    lines += [
+        f"{one_line(v.name)}: {v.num_different} of {v.num_elements} values differ, "
         f"by at most {v.max_abs:.3g} ({v.max_rel:.3g} relative)"
         for v in found.values
     ]
-    lines += [f"meta {key}: {x!r} against {y!r}" for key, (x, y) in found.meta.items()]
+    lines += [f"meta {one_line(key)}: {x!r} against {y!r}" for key, (x, y) in found.meta.items()]
     lines += [f"file {name} differs" for name in found.files]
     if not lines:
         emit(found.to_json(), "equal: tensors, meta and files", json)

@@ -9,6 +9,7 @@ import typer
 
 from shardwise.cli.output import JsonOption, NoVerify, emit, size
 from shardwise.errors import UserError
+from shardwise.terminal import one_line
 
 if TYPE_CHECKING:
     from shardwise.data.source import DataSource
@@ -78,7 +79,8 @@ def inspect(
     ]
     lines += [f"  {low:>9,} to {high:<9,} {num:>9,}" for low, high, num in found.length_histogram]
     lines += [
-        f"document {s.document}: {s.text if s.text is not None else s.ids!r}" for s in found.samples
+        f"document {s.document}: {one_line(s.text) if s.text is not None else s.ids!r}"
+        for s in found.samples
     ]
     emit(found, "\n".join(lines), json)
 

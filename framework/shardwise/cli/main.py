@@ -10,23 +10,50 @@ bug in shardwise, 128 + n stopped by signal n; a rank that was lost gives its ow
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from shardwise import __version__
+from shardwise import __version__, terminal
 from shardwise.cli import checkpoint, data, launch
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
+from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ShardwiseError, UserError
 
 INTERNAL_ERROR = 70
 
+
+class _Commands(TyperGroup):
+    """Bad usage is quoted as everything else is: without secrets and control characters."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _quoting_safely():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _quoting_safely():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _quoting_safely() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = terminal.printable(redact(message))  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,7 +80,7 @@ Checkpoint = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"shardwise {__version__}")
+        terminal.say(f"shardwise {__version__}")
         raise typer.Exit
 
 
@@ -127,7 +154,7 @@ def verify(
 
     def tell(verdict: Verdict) -> None:
         if json != "-":
-            typer.echo(row(verdict) if told else f"{HEADER}\n{row(verdict)}")
+            terminal.say(row(verdict) if told else f"{HEADER}\n{row(verdict)}")
         told.append(verdict)
 
     report = run(
@@ -246,7 +273,7 @@ def doctor(json: JsonOption = None) -> None:
 
 def main() -> None:
     """Entry point: one line for an error that is the user's, a traceback for one that is ours."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    terminal.log_to_stderr()
     debug = sys.argv[1:2] == ["--debug"]
     try:
         app(prog_name="shardwise")
@@ -272,6 +299,4 @@ def main() -> None:
 
 def _complain(text: str) -> None:
     """To stderr, without secrets: messages quote overrides, paths and values."""
-    from shardwise.config.redact import redact
-
-    print(redact(text).rstrip("\n"), file=sys.stderr)
+    terminal.say(text.rstrip("\n"), sys.stderr, secrets=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shardwise import integrity
+from shardwise import integrity, terminal
 from shardwise.errors import UserError
 
 JsonOption = Annotated[
@@ -27,10 +27,10 @@ def _trust_files(wanted: bool) -> None:
     if wanted:
         os.environ[integrity.NO_VERIFY] = "1"
     if os.environ.get(integrity.NO_VERIFY) and os.environ.get("RANK", "0") == "0":
-        typer.echo(
+        terminal.say(
             "warning: files are not compared with their hashes (--no-verify): damaged or exchanged "
             "tokens, tokenizers and imported weights would be used without a word",
-            err=True,
+            sys.stderr,
         )
 
 
@@ -76,14 +76,14 @@ def plain(value: Any) -> Any:
 def emit(result: Any, text: str, json_file: str | None) -> None:
     """Print ``text``, and write ``result`` where ``--json`` says. With ``-``, only the JSON."""
     if json_file is None:
-        typer.echo(text)
+        terminal.say(text)
         return
-    document = json.dumps(plain(result), indent=1, ensure_ascii=False)
+    document = terminal.json_text(json.dumps(plain(result), indent=1, ensure_ascii=False))
     if json_file == "-":
-        typer.echo(document)
+        terminal.say(document)
         return
     if text:
-        typer.echo(text)
+        terminal.say(text)
     try:
         Path(json_file).write_text(document + "\n", encoding="utf-8")
     except OSError as error:

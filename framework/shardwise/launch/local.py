@@ -216,8 +216,9 @@ def _fork(number: int, job: Job, environment: dict[str, str], listener: socket.s
 
 
 def _execute(number: int, job: Job, environment: dict[str, str], _: socket.socket) -> _Rank:
-    command = [sys.executable, "-m", rank_room.__name__, job.dumps(), str(os.getpid())]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, process_group=0)
+    command = [sys.executable, "-m", rank_room.__name__, str(os.getpid())]
+    whole = {**os.environ, **environment, rank_room.JOB: job.dumps()}
+    process = subprocess.Popen(command, env=whole, process_group=0)
     rank = _Rank(number, process.pid)
     process.returncode = 0  # we wait for the pid ourselves
     return rank

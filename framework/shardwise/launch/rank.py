@@ -1,7 +1,7 @@
 """One rank process of a local launch: its environment, its log, its last words.
 
 Two ways lead here: a fork of the launcher (see `shardwise.launch.local` for when that is safe), or
-``python -m shardwise.launch.rank JOB`` with the job as JSON.
+``python -m shardwise.launch.rank`` with the job as JSON in the environment.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardwise import terminal
 from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError
+
+JOB = "SHARDWISE_JOB"  # in the environment: anybody may read a process's arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Job:
         return Path(self.logs) / f"rank_{rank}.error.json"
 
     def dumps(self) -> str:
-        """As JSON, for the command line of a rank."""
+        """As JSON, for the environment of a rank."""
         return json.dumps(dataclasses.asdict(self))
 
 
@@ -80,7 +83,7 @@ def _report(error: BaseException, job: Job, rank: int) -> int:
     }
     text = redact("".join(traceback.format_exception(error)))
     if rank > 0:
-        print(text, file=sys.stderr, flush=True)
+        terminal.say(text, sys.stderr)
     else:  # rank 0 owns the terminal, where the launcher will say it in one line
         job.log(rank).write_text(text)
     partial = job.error(rank).with_suffix(".partial")
@@ -108,9 +111,10 @@ def _die_with(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
+    terminal.log_to_stderr()
+    given = json.loads(os.environ.pop(JOB))
     job = Job(given["target"], tuple(given["args"]), given["logs"])
-    code = run(job, os.environ, int(sys.argv[2]))
+    code = run(job, os.environ, int(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # threads of a broken process group could keep the interpreter from ending

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardwise import terminal
 from shardwise.config.load import load_config
 from shardwise.launch.local import launch_local
 from shardwise.report.api import report
@@ -58,7 +59,7 @@ def train_rank(
         skipped, summary = error, error.summary
     if int(os.environ.get("RANK", "0")) == 0:
         page = report(loaded.config.directory)
-        print("\n".join([*summary_lines(summary), f"report: {page}"]), flush=True)
+        terminal.say("\n".join([*summary_lines(summary), f"report: {page}"]), secrets=True)
     if skipped is not None:
         raise skipped
     return summary

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from shardwise import terminal
+from shardwise.config.redact import redact
+
 # What is shown of a step's metrics, in this order: name, label, how it is written.
 _SHOWN: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss", ".4g"),
@@ -159,6 +162,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+            shown = terminal.printable(redact(text))
+            self._live.console.print(shown, markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            terminal.say(text, self._stream, secrets=True)

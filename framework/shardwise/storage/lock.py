@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shardwise import terminal
 from shardwise.config.redact import redact
 from shardwise.errors import UserError
 from shardwise.storage.durable import StorageError, explain, make_folder, write_durably
@@ -154,11 +155,10 @@ class Presence:
         while not self._stop.wait(BEAT):
             who = _read(self.folder)
             if who and who.get("token") != self.token:
-                print(
+                terminal.say(
                     f"error: {self.folder}: taken over by pid {who.get('pid')} on "
                     f"{who.get('host')} while this process slept; it ends here",
-                    file=sys.stderr,
-                    flush=True,
+                    sys.stderr,
                 )
                 os._exit(LockedError.exit_code)
             with contextlib.suppress(OSError):  # needs no space on the disk
