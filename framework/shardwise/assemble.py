@@ -7,8 +7,9 @@ import dataclasses
 import torch
 
 from shardwise.config.schema import EngineConfig, ModelConfig
+from shardwise.errors import ConfigError
 from shardwise.models import registry
-from shardwise.models.common.blocks import Attention
+from shardwise.models.common.blocks import Attention, is_exactly
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.init import init_weights
@@ -52,9 +53,7 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         # 3. Tensor and context parallelism, by swapping modules.
         partial.update(tensor.parallelize(model, table, mesh, overlap=not compiled))
         if layout.cp > 1:
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    module.core = ContextAttention(mesh.groups["cp"], layout.cp_kind)
+            _cut_attention(model, ContextAttention(mesh.groups["cp"], layout.cp_kind))
         if layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
             tensor.defer_weight_products(model)
         # 4. FP8, by replacing the products of linear layers, cut or whole.
@@ -70,3 +69,22 @@ def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: 
         init_weights(model, seed)
         chunks[number] = model
     return Assembled(chunks, frozenset(partial), quantised)
+
+
+def _cut_attention(model: Decoder, core: ContextAttention) -> None:
+    """Give every layer's attention a core that reaches the tokens of other ranks.
+
+    Raises ConfigError for a layer whose attention is not exactly `Attention`: it would see its own
+    rank's tokens alone.
+    """
+    for i, block in enumerate(model.layers):
+        if block is None:
+            continue
+        found = [m for m in block.modules() if is_exactly(m, Attention)]
+        if not found or any(isinstance(m, Attention) and m not in found for m in block.modules()):
+            raise ConfigError(
+                f"layers.{i}: context parallelism knows the attention of `models.common.blocks`, "
+                f"and this {type(block).__qualname__} has another; choose a layout without cp"
+            )
+        for attention in found:
+            attention.core = core  # type: ignore[assignment,attr-defined]

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
 
+from shardwise.models import registry
+from shardwise.rollout import native
+from shardwise.rollout.native import NativeBackend
 from shardwise.verify import suite
 from shardwise.verify.compare import disagreements
+from shardwise.verify.pool import RankError
+from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.run import Verifier, world_of
+from shardwise.verify.trace import Trace
 from tests.support.pool import RankPool
 from tests.verify.bugs import BUGS, replay_with
 
@@ -53,3 +63,35 @@ def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks:
 
 def test_there_are_enough_kinds() -> None:
     assert len(BUGS) >= 20
+
+
+def wrong_at_decoding(kind: str, trace: Trace) -> Replayed:
+    """`replay.replay` in a rank whose compiled decoder is wrong: in its steps, or in its choice."""
+    real = getattr(NativeBackend, kind)
+
+    def decode(self: Any, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+        return real(self, tokens_N, positions_N) * 1.01  # type: ignore[no-any-return]
+
+    def choose(self: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        token_N, logp_N, kept_N = real(self, *args)
+        return token_N, logp_N - 1e-3, kept_N
+
+    with mock.patch.object(NativeBackend, kind, {"decode": decode, "choose": choose}[kind]):
+        return replay(trace, "dp1", "fp64")
+
+
+def test_a_wrong_compiled_decoder_is_caught(ranks: RankPool) -> None:
+    """Rollouts of verify are served by what serves those of training."""
+    recipe = suite.recipe("llama")
+    recipe["model"] |= {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1}
+    verifier = Verifier(recipe, ["dp1.zero0"], ranks)
+    trace = verifier.trace("grpo")
+    model = registry.build(trace.run.model)
+    if why_not := native.unavailable(model, torch.float32, torch.device("cpu")):
+        pytest.skip(why_not)
+    assert verifier.check("grpo", "dp1.zero0").passed
+    with pytest.raises(RankError, match="native step's logits differ"):
+        ranks.run(wrong_at_decoding, "decode", trace, world=1)
+    found = ranks.run(wrong_at_decoding, "choose", trace, world=1)
+    wrong = [d for d in verifier.judge("grpo", "dp1.zero0", "fp64", found) if d.is_bug]
+    assert [d.kind for d in wrong] == ["generated logprobs"]

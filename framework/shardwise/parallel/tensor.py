@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from shardwise.models.common.blocks import Attention, Dropout, RMSNorm
+from shardwise.errors import ConfigError
+from shardwise.models.common.blocks import (
+    Attention,
+    Dropout,
+    GeluMLP,
+    RMSNorm,
+    SwiGLU,
+    is_exactly,
+)
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import comm
@@ -154,13 +162,24 @@ def defer_weight_products(model: Decoder) -> None:
 def swapped_linear(model: Decoder, path: str) -> Swapped:
     """The module at ``path``; a plain linear layer is swapped first."""
     module = model.get_submodule(path)
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, Swapped):
+        expect(module, path, nn.Linear)
+        assert isinstance(module, nn.Linear)
         module = UnshardedLinear(module)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
         model.retie()
-    assert isinstance(module, Swapped)
     return module
+
+
+def expect(module: nn.Module, path: str, *kinds: type[nn.Module]) -> None:
+    """Raise ConfigError unless ``module``, about to be swapped, is exactly one of ``kinds``."""
+    if not is_exactly(module, *kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(
+            f"{path} is a {type(module).__qualname__}, and what takes its place here computes what "
+            f"{names} does and nothing else; choose a layout and a precision that leave it whole"
+        )
 
 
 def widen_logits(model: Decoder) -> None:
@@ -173,7 +192,7 @@ def widen_logits(model: Decoder) -> None:
     head = model.head
     if isinstance(head, Swapped):
         head.matmul = wide_linear
-    elif head is not None:
+    elif is_exactly(head, nn.Linear) and head.bias is None:
         head.forward = lambda input: wide_linear(input, head.weight)  # type: ignore[method-assign]
 
 
@@ -285,10 +304,9 @@ class EnteringNorm(Swapped):
 
     def __init__(self, old: nn.Module, axis: Axis, *, enters: bool = True) -> None:
         super().__init__()
-        if not isinstance(old, RMSNorm | nn.LayerNorm):
-            raise TypeError(f"{type(old).__name__} is not a norm that tensor parallelism knows")
+        assert isinstance(old, RMSNorm | nn.LayerNorm)
         self.axis, self.enters, self.eps = axis, enters, old.eps
-        self.centred = isinstance(old, nn.LayerNorm)
+        self.centred = type(old) is nn.LayerNorm
         self.weight = axis.parameter(old.weight, Replicate())
         bias = getattr(old, "bias", None)
         self.bias = None if bias is None else axis.parameter(bias, Replicate())
@@ -316,6 +334,18 @@ class TokenDropout(nn.Module):
         """See `models.common.blocks.Dropout`."""
         own = None if rng_keys_BT is None else self.axis.own_tokens(rng_keys_BT)
         return self.old(x_BTD, own, salt)  # type: ignore[no-any-return]
+
+
+# What each style takes the place of.
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "vocab": (nn.Embedding,),
+    "kv": (nn.Linear,),
+    "column": (nn.Linear,),
+    "row": (nn.Linear,),
+    "sequence": (RMSNorm, nn.LayerNorm),
+    "per_head": (RMSNorm, nn.LayerNorm),
+    "tokens": (Dropout, nn.Embedding),
+}
 
 
 def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
@@ -349,7 +379,8 @@ def parallelize(
 
     ``overlap`` computes weight products while the gradient of their input travels; not for models
     to compile. Returns the names of the parameters whose gradients are partial sums over tp ranks.
-    Raises ValueError for a module with parameters that no row of the table names.
+    Raises ValueError for a module with parameters that no row of the table names, ConfigError for
+    one that is a subclass of what a row replaces.
     """
     if mesh.layout.tp == 1:
         return []
@@ -363,14 +394,18 @@ def parallelize(
             if any(True for _ in module.parameters(recurse=False)):
                 raise ValueError(f"{path}: no row of the tensor-parallel table names this module")
             continue
-        new = _swap(module, rule.style, axis, model.config.kv_heads)
+        expect(module, path, *_KINDS[rule.style])
         parent, _, name = path.rpartition(".")
+        around = model.get_submodule(parent)
+        if isinstance(around, Attention | SwiGLU | GeluMLP):  # which now sees parts of its features
+            expect(around, parent, Attention, SwiGLU, GeluMLP)
+        new = _swap(module, rule.style, axis, model.config.kv_heads)
         setattr(model.get_submodule(parent), name, new)
         owned = dict(new.named_parameters(recurse=False))
         partial += [f"{path}.{n}" for n in getattr(new, "partial", ()) if n in owned]
     model.retie()
     for module in model.modules():  # their head counts follow from their projections
-        if isinstance(module, Attention):
+        if type(module) is Attention:
             module.head_offset = axis.rank * model.config.num_heads // axis.size
     return partial
 

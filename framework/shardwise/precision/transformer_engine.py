@@ -27,13 +27,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from shardwise.models.common.blocks import RMSNorm
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import fp8
 from shardwise.ops import transformer_engine as library
 from shardwise.ops.fp8_linear import Site
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.tensor import RowLinear, SharedHeadLinear, Swapped, local
+from shardwise.parallel.tensor import (
+    EnteringNorm,
+    RowLinear,
+    SharedHeadLinear,
+    Swapped,
+    expect,
+    local,
+)
 
 # Shape suffixes: B sequences, T tokens (t of them on this rank), I input and O output features.
 
@@ -77,6 +85,8 @@ class TransformerEngine:
         self, model: Decoder, norm_path: str, paths: list[str], sites: Mapping[str, Site]
     ) -> None:
         norm = model.get_submodule(norm_path)
+        if not isinstance(norm, EnteringNorm):
+            expect(norm, norm_path, RMSNorm, nn.LayerNorm)
         columns = [model.get_submodule(p) for p in paths]
         held = [_held(c) for c in columns]
         widths = [weight_OI.shape[0] for weight_OI, _ in held]
@@ -85,7 +95,7 @@ class TransformerEngine:
             held[0][0].shape[1],
             sum(widths) * self.layout.tp,
             eps=norm.eps,  # type: ignore[arg-type]
-            centred=isinstance(norm, nn.LayerNorm) or getattr(norm, "centred", False),
+            centred=type(norm) is nn.LayerNorm or getattr(norm, "centred", False),
             bias=held[0][1] is not None,
             dtype=self.dtype,
             parallel=self._parallel("column"),

@@ -57,8 +57,12 @@ class PlainBackend:
         """
         self.cache.prefill_into(slots, source)
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        hidden_BTD = self.model.hidden(ids_BT, positions_BT, cache=self.cache)
         rows_B = torch.arange(len(lengths_B), device=ids_BT.device)
+        if type(self.model).forward is not Decoder.forward:  # then logits are its own to compute
+            logits_BTV = self.model(ids_BT, positions_BT, cache=self.cache)
+            self.cache.decode()
+            return logits_BTV[rows_B, lengths_B - 1]
+        hidden_BTD = self.model.hidden(ids_BT, positions_BT, cache=self.cache)
         self.cache.decode()
         return self.model.head(hidden_BTD[rows_B, lengths_B - 1])  # type: ignore[no-any-return]
 

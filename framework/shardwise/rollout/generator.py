@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -16,6 +18,8 @@ from shardwise.rollout.config import Sampling
 from shardwise.rollout.sampling import row_keys, uniform_at
 from shardwise.rollout.scheduler import Admission, Completion, Request, Scheduler, check_requests
 from shardwise.rollout.weights import combine, digest
+
+log = logging.getLogger(__name__)
 
 # Shape suffixes: B prompts, T tokens, N active rows, C completions, V vocabulary.
 
@@ -51,6 +55,8 @@ class Generator:
             why_not = "not asked for"
         self.backend = PlainBackend(model) if why_not else native.NativeBackend(model)
         self.backend_note = f"plain PyTorch: {why_not}" if why_not else "native CPU step"
+        self.mismatch = ""  # in what the native step differs from the model, once that is known
+        self._compared = why_not is not None
         self.checksum = ""  # of the weights that are served
         self.num_prefill_tokens = self.num_decode_steps = 0  # since construction
 
@@ -84,7 +90,25 @@ class Generator:
         if wrong:
             raise CheckpointError(f"weights: {wrong[0]} is served otherwise than it was received")
         self.checksum = combine(served)
+        if not self._compared:
+            self._compare()
         return self.checksum
+
+    def _compare(self) -> None:
+        """Once: hold the native step's logits against the model's; on a difference, fall back."""
+        error = native.error_of(self.backend)
+        if math.isnan(error):  # weights that are no numbers say nothing; the next ones may
+            return
+        self._compared = True
+        bound = native.BOUNDS[self.dtype]
+        if error > bound:
+            self.mismatch = (
+                f"the native step's logits differ from the model's by {error:.1e} of their size, "
+                f"and rounding explains {bound:.0e}"
+            )
+            log.warning("%s; the plain model generates instead", self.mismatch)
+            self.backend_note = f"plain PyTorch: {self.mismatch}"
+            self.backend = PlainBackend(self.backend.model)
 
     @torch.inference_mode()
     def generate(

@@ -12,9 +12,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from shardwise.models.common.blocks import Block, GeluMLP, RMSNorm, SwiGLU
+from shardwise.models.common.blocks import (
+    Attention,
+    Block,
+    Dropout,
+    GeluMLP,
+    RMSNorm,
+    SwiGLU,
+    is_exactly,
+)
 from shardwise.models.common.decoder import Decoder
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
@@ -40,11 +48,9 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         return f"the device is {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the dtype is {dtype}"
+    if why := _unknown(model):
+        return why
     config = model.config
-    if not all(isinstance(b, Block) for b in model.layers):
-        return f"it does not know the layers of {type(model).__name__}"
-    if not all(isinstance(b.mlp, SwiGLU | GeluMLP) for b in model.layers):
-        return f"it does not know the feed-forward of {type(model).__name__}"
     if config.hidden_size % 32 or config.head_width % 32 or config.head_width > _MAX_HEAD_DIM:
         return "hidden and head widths must be multiples of 32, the latter at most 256"
     try:
@@ -56,6 +62,34 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         unit == 0 or (unit == 2 and not torch.cpu._is_amx_tile_supported())
     ):
         return "bf16 needs a CPU with AVX512-BF16 or AMX"
+    return None
+
+
+# The parts that decode.cpp computes; a model of others, subclasses of these too, it cannot serve.
+_PARTS = (
+    Block, Attention, RMSNorm, SwiGLU, GeluMLP, Dropout, nn.Linear, nn.Embedding, nn.LayerNorm,
+    nn.ModuleList,
+)  # fmt: skip
+
+
+def _unknown(model: Decoder) -> str | None:
+    """What of a model decode.cpp was not made for."""
+    kind = type(model)
+    if not vars(kind).get("compiled_decoding", False):  # its own word, no parent's
+        return f"{kind.__name__} does not say that it can be decoded so (compiled_decoding)"
+    for path, module in model.named_modules():
+        if path and not is_exactly(module, *_PARTS):
+            return f"{path} is a {type(module).__qualname__}, which it does not know"
+    m: Any = model
+    norms = [n for n in m.modules() if isinstance(n, RMSNorm | nn.LayerNorm)]
+    if len({type(n) for b in m.layers for n in (m.norm, b.attn_norm, b.mlp_norm)}) > 1:
+        return "its norms are of two kinds"
+    if len({type(b.mlp) for b in m.layers}) > 1:
+        return "its feed-forwards are of two kinds"
+    if any(n.eps != m.config.norm_eps for n in norms):
+        return "a norm has an eps of its own"
+    if any(b.attn.head_dim != m.config.head_width for b in m.layers):
+        return "a layer has another width of heads"
     return None
 
 
@@ -297,6 +331,41 @@ class NativeBackend(PlainBackend):
             ctypes.c_int(self.threads),
         )
         return token_N, logp_N, logp_N
+
+
+# Of the logits' size, how far rounding may take the native step from the model, and more.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_PROBE = (9, 24, 2)  # lengths of the prompts that are compared; then a few steps of each
+_PROBE_STEPS = 3
+
+
+def error_of(backend: PlainBackend) -> float:
+    """The largest difference between a backend's logits and its model's, over the latter's size.
+
+    Root mean squares over the vocabulary. Computes prompts and steps whose rows are out of order,
+    copied and of several lengths; NaN where the model's logits are.
+    """
+    model, config = backend.model, backend.config
+    room = max(2, config.max_seq_len - _PROBE_STEPS)
+    lengths = [min(n, room) for n in _PROBE]
+    steps = min(_PROBE_STEPS, config.max_seq_len - max(lengths))
+    longest = max(lengths) + steps
+    ids_BT = (torch.arange(len(lengths) * longest) * 7919 + 13).view(
+        -1, longest
+    ) % config.vocab_size
+    lengths_B, source = torch.tensor(lengths), torch.tensor([0, 1, 1, 2])
+    with torch.inference_mode():
+        truth_BTV = model(ids_BT, torch.arange(longest).expand_as(ids_BT)).float()
+        backend.allocate(len(source), -(-longest // 16) * 16)
+        width = max(lengths)
+        logits_BV = backend.prefill(ids_BT[:, :width], lengths_B, torch.arange(len(source)), source)
+        pairs = [(logits_BV, truth_BTV[torch.arange(len(lengths)), lengths_B - 1])]
+        for step in range(steps):
+            at_N = lengths_B[source] + step
+            logits_NV = backend.decode(ids_BT[source, at_N], at_N)
+            pairs.append((logits_NV, truth_BTV[source, at_N]))
+    gaps = [(a.float() - b).pow(2).mean(-1) / b.pow(2).mean(-1) for a, b in pairs]
+    return float(torch.cat(gaps).sqrt().amax())
 
 
 def _bias(module: Any) -> Tensor | None:

@@ -25,6 +25,7 @@ from shardwise.data.tokenizer import load_tokenizer
 from shardwise.engines.base import Engine
 from shardwise.engines.native import NativeEngine
 from shardwise.engines.placed import PlacedEngine
+from shardwise.errors import CheckFailed
 from shardwise.losses.contract import Loss
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.ops import comm, rng
@@ -59,11 +60,17 @@ class Replayed:
 
 
 def replay(
-    trace: Trace, layout: str, precision: str, compiled: bool = False, domains: str | None = None
+    trace: Trace,
+    layout: str,
+    precision: str,
+    compiled: bool = False,
+    domains: str | None = None,
+    plain: bool = False,
 ) -> Replayed:
     """Every rank of the layout calls this; ``precision`` replaces the recipe's.
 
-    ``domains``: with FP8, whose scaling domains one process emulates.
+    ``domains``: with FP8, whose scaling domains one process emulates. ``plain``: the model itself
+    generates, to be compared with what serves rollouts.
     """
     torch.manual_seed(0)
     [stage] = [s for s in trace.run.stages if s.name == trace.stage]
@@ -82,7 +89,7 @@ def replay(
         again.note_weights("weight")
         again.note_moments()
         if trace.prompts:
-            again.generate(PRECISIONS[precision].compute)
+            again.generate(PRECISIONS[precision].compute, plain)
     digests, values = {}, {}
     for name, value in again.values.items():
         if isinstance(value, Tensor):
@@ -175,11 +182,17 @@ class _Notes:
         for name, value in inner.fp8.tensors() if inner is not None and inner.fp8 else ():
             self.scales[f"history/{where} {name}"] = value.clone()
 
-    def generate(self, dtype: torch.dtype) -> None:
-        """Greedy completions from the weights that stream out of the layout."""
+    def generate(self, dtype: torch.dtype, plain: bool) -> None:
+        """Greedy completions from the weights that stream out of the layout.
+
+        By what serves rollouts, unless ``plain``. Raises CheckFailed if that is found to compute
+        otherwise than the model.
+        """
         served = torch.float32 if dtype == torch.float64 else dtype
-        generator = Generator(self.trace.run.model, served, accelerate=False)
+        generator = Generator(self.trace.run.model, served, accelerate=not plain)
         generator.load(self.engines[0].weights())
+        if generator.mismatch:
+            raise CheckFailed(generator.mismatch)
         requests = [Request(i, p, 1) for i, p in enumerate(self.trace.prompts)]
         sampling = Sampling(greedy=True, max_new_tokens=NEW_TOKENS)
         done = generator.generate(requests, sampling, rng.key(0, "verify"))

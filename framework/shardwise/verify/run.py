@@ -109,7 +109,7 @@ class Verifier:
         [config] = [s.engine for s in self.trace(stage).run.stages if s.name == stage]
         key = (stage, precision, None if config.fp8 is None else domains_of(layout))
         if key not in self.references:
-            single = self._replay(stage, SINGLE, precision, False, key[2])
+            single = self._replay(stage, SINGLE, precision, False, key[2], plain=True)
             self.references[key] = Reference(full_values(single), single[0].scales)
         return self.references[key]
 
@@ -176,7 +176,13 @@ class Verifier:
         return self.judge(stage, layout, precision, ranks), ranks
 
     def _replay(
-        self, stage: str, layout: str, precision: str, compiled: bool, domains: str | None = None
+        self,
+        stage: str,
+        layout: str,
+        precision: str,
+        compiled: bool,
+        domains: str | None = None,
+        plain: bool = False,
     ) -> list[Replayed]:
         return self.pool.run(
             replay,
@@ -185,6 +191,7 @@ class Verifier:
             precision,
             compiled,
             domains,
+            plain,
             world=world_of(layout),
             timeout=TIMEOUT_S,
         )

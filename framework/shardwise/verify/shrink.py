@@ -25,6 +25,7 @@ from shardwise.parallel.layout import Layout
 
 STEPS = 3
 HEAD_DIM, MICRO_BATCH = 8, 2
+DECODED = 32  # widths of which multiples `rollout.native` decodes
 SENTINEL_EVERY = 2
 PRETRAIN_TOKENS, CHAT_TOKENS, NEW_TOKENS = 32, 160, 6
 BYTE_WORDS = 260  # about what the byte-level tokenizer has; the exact number is filled in later
@@ -43,7 +44,7 @@ def shrink(
     chat = stage["kind"] != "pretrain"
     tokens = CHAT_TOKENS if chat else PRETRAIN_TOKENS
     [engine] = [s.engine for s in run.stages if s.name == stage_name]
-    recipe["model"] |= _model(run.model, layouts, tokens, engine.fp8)
+    recipe["model"] |= _model(run.model, layouts, tokens, engine.fp8, "sampling" in stage)
     recipe["tokenizer"] = {"kind": "bytes"}
     recipe["evaluations"] = []
     recipe["stages"] = [stage]
@@ -68,7 +69,7 @@ def shrink(
 
 
 def _model(
-    model: Any, layouts: Sequence[Layout], tokens: int, fp8: Fp8Config | None
+    model: Any, layouts: Sequence[Layout], tokens: int, fp8: Fp8Config | None, generates: bool
 ) -> dict[str, Any]:
     """The fields of the model's section that change."""
     assert isinstance(model, DecoderConfig)
@@ -79,6 +80,8 @@ def _model(
         layers += fp8.first_layers + fp8.last_layers
     least = min(max(1, kv_heads // x.tp) for x in layouts)
     head_dim = max(HEAD_DIM, multiple // math.gcd(multiple, least))
+    if generates and model.hidden_size % DECODED == model.head_width % DECODED == 0:
+        head_dim = DECODED  # what serves the user's rollouts serves the small model's
     width = heads * head_dim
     small: dict[str, Any] = {
         "num_heads": heads,

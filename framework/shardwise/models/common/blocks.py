@@ -40,6 +40,14 @@ class Context:
     layer: int = 0  # read only with a cache, so that compiled blocks do not depend on it
 
 
+def is_exactly(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether a module computes what one of these classes does: no subclass, no forward of its own.
+
+    What replaces a module by something faster, cut or quantised asks this first.
+    """
+    return type(module) in kinds and "forward" not in vars(module)
+
+
 class Dropout(nn.Module):
     """Dropout as a module, so that tables can swap it; see `ops.dropout`."""
 

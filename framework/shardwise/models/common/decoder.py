@@ -26,6 +26,9 @@ class Decoder(nn.Module):
     are None.
     """
 
+    # Whether `rollout/native.py` computes what this very class does. Never inherited: a subclass
+    # may compute otherwise, and says it anew if it does not.
+    compiled_decoding = False
     layers: nn.ModuleList
     norm: nn.Module
     entry: tuple[str, ...] = ("embed",)  # modules in front of the layers

@@ -37,6 +37,7 @@ class GPT2(Decoder):
     """A decoder of the family; see `Decoder` for the call."""
 
     config: GPT2Config
+    compiled_decoding = True
     entry = ("embed", "pos_embed")
 
     def __init__(self, config: GPT2Config) -> None:

@@ -37,6 +37,7 @@ class Llama(Decoder):
     """A decoder of the family; see `Decoder` for the call."""
 
     config: LlamaConfig
+    compiled_decoding = True
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
