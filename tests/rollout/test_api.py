@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import UserError
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
-from shardwise.rollout.api import encode_prompt
+from shardwise.rollout.api import encode_prompt, own_sampling
 from shardwise.rollout.config import Sampling
 from tests.support import toy
 
@@ -60,3 +61,27 @@ def test_a_folder_without_tokenizer(folder: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UserError, match="comes without a tokenizer"):
         shardwise.generate(tmp_path, "hi")
+
+
+def test_the_models_own_sampling_stands_before_ours(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.8, "max_new_tokens": 3}
+    files = {"generation_config.json": json.dumps(said | {"repetition_penalty": 1.1}).encode()}
+    own = own_sampling(files)
+    assert own == {"greedy": False, "temperature": 0.7, "top_k": 9, "top_p": 0.8} | {
+        "max_new_tokens": 3
+    }
+    assert "repetition_penalty" in caplog.text
+    assert own_sampling({"generation_config.json": b'{"do_sample": false}'}) == {"greedy": True}
+    assert own_sampling({}) == {}
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(said))
+    try:
+        [[one]] = shardwise.generate(folder, "hi", sampling={})
+        assert len(one.completion.token_ids) <= 3
+        expected = Sampling(temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=2)
+        [[given]] = shardwise.generate(folder, "hi", sampling={"max_new_tokens": 2})
+        assert [[given]] == shardwise.generate(folder, "hi", sampling=expected)
+    finally:
+        path.unlink()

@@ -171,10 +171,14 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0)] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default, as below: the model's own word, else 128.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0, and the default: the likeliest token.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0, and the default: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0)] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -183,17 +187,13 @@ def generate(
 ) -> None:
     """Complete prompts; a chat model is asked, a base model continues the text."""
     from shardwise.rollout.api import generate as run
-    from shardwise.rollout.config import Sampling
 
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision}: allowed: fp32, bf16")
-    sampling = Sampling(
-        temperature=temperature or 1.0,
-        greedy=temperature == 0.0,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-    )
+    said = {"max_new_tokens": max_new_tokens, "top_k": top_k, "top_p": top_p}
+    if temperature is not None:
+        said |= {"temperature": temperature or 1.0, "greedy": temperature == 0.0}
+    sampling = {key: value for key, value in said.items() if value is not None}
     done = run(
         ckpt,
         prompt,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +21,8 @@ from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Completion, Request
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,7 +40,7 @@ def generate(
     ckpt: Path | str,
     prompts: Prompt | Sequence[Prompt],
     *,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
     num_samples: int = 1,
     raw: bool = False,
     system: str | None = None,
@@ -51,6 +54,8 @@ def generate(
     A prompt is a text or a conversation (messages with role and content). A text becomes a user's
     message when the tokenizer has a chat template, unless ``raw``: it is then continued exactly as
     it is, special tokens in it included.
+    ``sampling`` as a mapping holds what differs from the model's own generation_config.json, which
+    stands before greedy completions of 128 tokens; None: the model's own before `Sampling`'s.
     The same seed gives the same completions. Raises UserError, or CheckpointError when the
     checkpoint cannot be read.
     """
@@ -58,7 +63,10 @@ def generate(
     batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
     model = open_model(ckpt)
     tokenizer = _tokenizer(model, ckpt)
-    sampling = (sampling or Sampling()).stopping_at(tokenizer.stop_ids)
+    if not isinstance(sampling, Sampling):
+        base = {} if sampling is None else {"greedy": True, "max_new_tokens": 128}
+        sampling = Sampling(**(base | own_sampling(model.files) | dict(sampling or {})))
+    sampling = sampling.stopping_at(tokenizer.stop_ids)
     requests = [
         Request(i, encode_prompt(tokenizer, prompt, raw=raw, system=system), num_samples)
         for i, prompt in enumerate(batch)
@@ -78,6 +86,35 @@ def generate(
         text = tokenizer.decode(completion.token_ids)
         grouped[completion.prompt_id].append(Generated(text, completion))
     return grouped
+
+
+# Of a generation_config.json, what is not done here, and the values that ask for nothing.
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "stop_strings": (None, []),
+}
+
+
+def own_sampling(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Fields of `Sampling` by the generation_config.json that came with a model.
+
+    Warns of what it asks for and is not done here.
+    """
+    said = travel.generation(files)
+    if unserved := [k for k, ok in _UNSERVED.items() if said.get(k) not in ok]:
+        log.warning("generation_config.json asks for %s, not done here", ", ".join(unserved))
+    names = ["max_new_tokens"]
+    own: dict[str, Any] = {}
+    if "do_sample" in said:
+        own["greedy"] = not said["do_sample"]
+        names += ["temperature", "top_k", "top_p"] if said["do_sample"] else []
+    return own | {name: said[name] for name in names if said.get(name) is not None}
 
 
 def encode_prompt(
