@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from shardwise.errors import DataError
 from shardwise.metrics.jsonl import JsonLines, finite, plain, read_jsonl, write_jsonl
+from shardwise.storage.durable import StorageError
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(), st.text(max_size=20)
@@ -106,8 +110,64 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: bytes) -> None:
     path.write_bytes(b'{"i": 1}\n' + bad)
     with pytest.raises(DataError, match=r"line 2: .*m\.jsonl"):
         list(read_jsonl(path))
-    with pytest.raises(DataError, match=r"m\.jsonl"):
-        JsonLines(path).keep(lambda r: True)
+
+
+@given(st.lists(st.binary(max_size=12), max_size=4), st.integers(0, 200), st.integers(0, 3))
+def test_a_damaged_file_is_kept_aside_and_the_sound_lines_go_on(
+    tmp_path_factory: pytest.TempPathFactory, junk: list[bytes], at: int, nulls: int
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "m.jsonl"
+    lines = [b'{"i": %d}\n' % i for i in range(9)]
+    where = at % len(lines)
+    bad = [j.replace(b"\n", b"") + b"\n" for j in junk] + [b"\0" * 40 + b"\n"] * nulls
+    bad = [b"x" + b for b in bad]  # no JSON, whatever it is
+    lines[where:where] = bad
+    path.write_bytes(b"".join(lines) + b'{"torn')
+    file = JsonLines(path)
+    file.append({"i": 9})
+    file.close()
+    assert [r["i"] for r in read_jsonl(path)] == list(range(10))
+    kept = path.with_name("m.jsonl.damaged-1")
+    assert kept.exists() == bool(bad) == bool(file.damaged)
+    if bad:
+        assert kept.read_bytes() == b"".join(lines) + b'{"torn'
+        assert f"the first is line {where + 1}; kept as m.jsonl.damaged-1" in file.damaged
+
+
+def test_something_else_of_that_name_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").mkdir()
+    write_jsonl(tmp_path / "m.jsonl", [{"i": 1}])
+    assert (tmp_path / "m.jsonl.damaged-1").is_dir() and (tmp_path / "m.jsonl").is_file()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(0, 7))
+def test_lines_wait_for_a_disk_that_is_full(
+    tmp_path_factory: pytest.TempPathFactory, full: list[bool], part: int
+) -> None:
+    """Whatever part of a line still fits; none is lost, doubled or torn, and `sync` insists."""
+    path = tmp_path_factory.mktemp("full") / "m.jsonl"
+    file = JsonLines(path)
+    real, state = os.write, {"full": False, "room": 0}
+
+    def write(fd: int, data: bytes) -> int:
+        if not state["full"]:
+            return real(fd, data)
+        if not state["room"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = real(fd, data[: state["room"]])
+        state["room"] = 0
+        return done
+
+    with mock.patch("os.write", write):
+        for i, now in enumerate(full):
+            state.update(full=now, room=part if now else 0)
+            file.append({"i": i})
+        if full[-1]:
+            with pytest.raises(StorageError, match=r"m\.jsonl: disk full; free some space"):
+                file.sync()
+        state["full"] = False
+        file.close()
+    assert [r["i"] for r in read_jsonl(path)] == list(range(len(full)))
 
 
 def test_no_file_is_no_records(tmp_path: Path) -> None:

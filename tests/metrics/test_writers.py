@@ -24,6 +24,44 @@ SECRETS = {
 }
 
 
+class Failing:
+    """A listener whose disk is full, or whose server is gone."""
+
+    calls = 0
+
+    def log(self, *said: Any) -> None:
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+    rewind = log
+
+    def close(self) -> None:
+        raise AssertionError("told although it failed")
+
+
+def test_a_failing_listener_is_told_no_more(tmp_path: Path) -> None:
+    logger, failing = MetricsLogger(tmp_path), Failing()
+    logger._listeners.append(failing)
+    for step in (1, 2):
+        logger.log("a", step, {"loss": 1.0})
+    logger.close()
+    assert failing.calls == 1 and len(timeless(tmp_path / "metrics.jsonl")) == 2
+    [note] = timeless(tmp_path / "notes.jsonl")
+    assert note["event"] == "listener_failed" and "No space left" in note["message"]
+
+
+def test_steps_that_the_file_lost_are_named(tmp_path: Path) -> None:
+    for every, start, words in ((1, 5, "steps 3 to 5"), (4, 5, "steps 3 to 5"), (4, 3, "")):
+        folder = tmp_path / f"{every}-{start}"
+        logger = MetricsLogger(folder, LoggingConfig(every=every))
+        for step in (1, 2):
+            logger.log("a", step, {"loss": 1.0}, force=True)
+        logger.rewind("a", start)
+        logger.close()
+        told = [n["message"] for n in timeless(folder / "notes.jsonl")]
+        assert told == ([f"metrics.jsonl holds nothing of {words}"] if words else [])
+
+
 def timeless(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "time"} for r in read_jsonl(path)]
 

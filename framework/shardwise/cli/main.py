@@ -26,6 +26,7 @@ from shardwise.cli import checkpoint, data, launch
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ShardwiseError, UserError
+from shardwise.storage.durable import FAULTS, FORBIDDEN, StorageError, explain
 
 INTERNAL_ERROR = 70
 
@@ -288,8 +289,11 @@ def main() -> None:
         if debug:
             _complain(traceback.format_exc())
         named = "" if error.filename is None else f"{error.filename}: "
+        if error.errno in FAULTS - FORBIDDEN:
+            _complain(f"error: {explain(error, error.filename or Path.cwd())}")
+            sys.exit(StorageError.exit_code)
         _complain(f"error: {named}{error.strerror or error}")
-        # Without a file it is no mistake of the user's: a full disk, a lost connection.
+        # Without a file it is no mistake of the user's: a lost connection.
         sys.exit(UserError.exit_code if named else ShardwiseError.exit_code)
     except Exception:
         _complain(traceback.format_exc())

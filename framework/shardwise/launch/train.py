@@ -15,6 +15,7 @@ from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
 from shardwise.stages.run import preflight, read_samples, run_rank
 from shardwise.stages.skipped import SkippedError
+from shardwise.storage.durable import told
 from shardwise.storage.lock import RunLock
 
 
@@ -37,7 +38,7 @@ def train(
     recipe = str(config) if isinstance(config, str | Path) else dict(config)
     target = f"{__name__}:{train_rank.__name__}"
     read_samples(run)
-    with RunLock(run.directory) as lock:
+    with RunLock(run.directory) as lock, told(run.directory):
         args = [recipe, list(overrides), lock.token]
         launch_local(target, args, nproc or 1, run.directory / "logs")
     summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
@@ -54,11 +55,13 @@ def train_rank(
     loaded = load_config(config, overrides)
     skipped: SkippedError | None = None
     try:
-        summary = run_rank(loaded, token)
+        with told(loaded.config.directory):
+            summary = run_rank(loaded, token)
     except SkippedError as error:
         skipped, summary = error, error.summary
     if int(os.environ.get("RANK", "0")) == 0:
-        page = report(loaded.config.directory)
+        with told(loaded.config.directory):
+            page = report(loaded.config.directory)
         terminal.say("\n".join([*summary_lines(summary), f"report: {page}"]), secrets=True)
     if skipped is not None:
         raise skipped

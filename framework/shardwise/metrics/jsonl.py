@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DataError
+from shardwise.storage.durable import (
+    explain,
+    make_folder,
+    named,
+    set_aside,
+    sync_folder,
+    write_durably,
+)
+
+log = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -58,71 +69,114 @@ class JsonLines:
     """An append-only file of JSON objects.
 
     A line is handed to the kernel in one write on a descriptor opened for appending, so a
-    killed process leaves at most one torn line, at the end; it is cut off on opening.
+    killed process leaves at most one torn line, at the end; it is cut off on opening. A file that
+    is damaged otherwise is kept aside, and its sound lines go on; ``damaged`` says so.
+
+    What the storage does not take is kept in memory and tried again with the next line: a full
+    disk costs no training. `sync` insists. Raises StorageError.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_torn_tail()
-        self._fd = self._open()
+        self.damaged = ""
+        self._pending = b""
+        with named(path):
+            make_folder(path.parent)
+            self._lines()
+            self._fd = self._open()
+            sync_folder(path.parent)
 
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record; NaN and infinities become null and a flag (see `finite`)."""
-        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-        data = line.encode("utf-8", errors="replace")
-        while data:  # a full disk may take a part of it; the next open cuts a torn line
-            data = data[os.write(self._fd, data) :]
+        told = bool(self._pending)
+        self._pending += line_of(record)
+        try:
+            self._flush()
+        except OSError as error:
+            if not told:
+                log.warning("%s; its lines wait in memory", explain(error, self.path))
+
+    def _flush(self) -> None:
+        while self._pending:  # a full disk may take a part of it; the next open cuts a torn line
+            self._pending = self._pending[os.write(self._fd, self._pending) :]
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
         """Keep the lines that ``wanted`` says yes to, bytes unchanged; returns how many went.
 
         The file is replaced atomically, and only when a line goes.
         """
-        kept, dropped = [], 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if wanted(_parse(line, self.path)):
-                kept.append(line)
-            else:
-                dropped += 1
-        if dropped:
-            fresh = self.path.with_name(self.path.name + ".new")
-            with fresh.open("wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
+        with named(self.path):
+            self._flush()
+            kept, dropped = self._lines(wanted)
+            if dropped:
+                write_durably(self.path, b"".join(kept))
             os.close(self._fd)
-            fresh.replace(self.path)
             self._fd = self._open()
         return dropped
 
     def sync(self) -> None:
         """Force what was appended to the disk; to be called before a checkpoint commits."""
-        os.fsync(self._fd)
+        with named(self.path):
+            self._flush()
+            os.fsync(self._fd)
 
     def close(self) -> None:
         """Sync and close; appending afterwards fails."""
         if self._fd >= 0:
-            self.sync()
-            os.close(self._fd)
-            self._fd = -1
+            try:
+                self.sync()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
 
-    def _cut_torn_tail(self) -> None:
-        if not self.path.exists():
-            return
+    def _lines(
+        self, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
+    ) -> tuple[list[bytes], int]:
+        """The sound lines that are wanted, and how many are not; damage is moved aside first."""
+        if not os.path.lexists(self.path):
+            return [], 0
+        if not self.path.is_file():
+            self._aside("not a file")
+            return [], 0
         data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
+        whole = data[: data.rfind(b"\n") + 1]
+        sound: list[bytes] = []
+        kept: list[bytes] = []
+        bad: list[int] = []
+        for number, line in enumerate(whole.splitlines(keepends=True), 1):
+            try:
+                record = _parse(line, self.path)
+            except DataError:
+                bad.append(number)
+                continue
+            sound.append(line)
+            if wanted(record):
+                kept.append(line)
+        if bad:
+            self._aside(f"{len(bad)} of its lines are no JSON objects, the first is line {bad[0]}")
+            write_durably(self.path, b"".join(sound))
+        elif len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        return kept, len(sound) - len(kept)
+
+    def _aside(self, why: str) -> None:
+        kept = set_aside(self.path, why)
+        self.damaged = f"{self.path}: {why}; kept as {kept.name}, the run goes on without them"
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of the file."""
+    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", errors="replace") + b"\n"
 
 
 def _parse(line: bytes | str, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line.decode() if isinstance(line, bytes) else line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: a line is not JSON: {line[:80]!r} ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}: a line is not a JSON object: {line[:80]!r}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,6 +13,8 @@ from shardwise.config.redact import redact_data
 from shardwise.config.schema import LoggingConfig
 from shardwise.metrics import tensorboard, wandb
 from shardwise.metrics.jsonl import JsonLines, plain
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["train", "validation", "eval", "event"]
 
@@ -71,6 +74,9 @@ class MetricsLogger:
         self._every = config.every
         self._metrics = JsonLines(Path(run_dir) / METRICS_FILE)
         self._notes = JsonLines(Path(run_dir) / NOTES_FILE)
+        for file in (self._metrics, self._notes):
+            if file.damaged:
+                self.note("damaged", file.damaged)
         if config.tensorboard:
             self._listeners.append(tensorboard.TensorboardListener(run_dir / "tensorboard"))
         if config.wandb != "off":
@@ -107,8 +113,18 @@ class MetricsLogger:
             for name, value in values.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
-        for listener in self._listeners:
-            listener.log(stage, step, kind, scalars)
+        self._tell(lambda listener: listener.log(stage, step, kind, scalars))
+
+    def _tell(self, act: Callable[[Listener], None]) -> None:
+        """Tell every listener; one that fails is told no more, and that is noted."""
+        for listener in list(self._listeners):
+            try:
+                act(listener)
+            except Exception as error:
+                self._listeners.remove(listener)
+                words = f"{type(listener).__name__} fails and is told no more: {error}"
+                log.warning("%s", words)
+                self.note("listener_failed", words)
 
     def event(self, stage: str, step: int, event: str, message: str, **fields: Any) -> None:
         """Something the computation did at a step, the same in every rerun: a skipped step."""
@@ -128,10 +144,24 @@ class MetricsLogger:
         """
         if not self.enabled:
             return 0
-        dropped = self._metrics.keep(lambda r: r.get("stage") != stage or r.get("step", 0) <= step)
+        last = 0
+
+        def wanted(record: dict[str, Any]) -> bool:
+            nonlocal last
+            now = record.get("step", 0)
+            if record.get("stage") != stage or not isinstance(now, int):
+                return True
+            if now <= step and record.get("kind") == "train":
+                last = max(last, now)
+            return now <= step
+
+        dropped = self._metrics.keep(wanted)
         if dropped:
-            for listener in self._listeners:
-                listener.rewind(stage, step)
+            self._tell(lambda listener: listener.rewind(stage, step))
+        if last < step - step % self._every:
+            words = f"{METRICS_FILE} holds nothing of steps {last + 1} to {step}"
+            log.warning("stage %s: %s", stage, words)
+            self.note("metrics_lost", words, stage, step)
         return dropped
 
     def sync(self) -> None:
@@ -142,8 +172,10 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close all files and listeners."""
-        if self.enabled:
+        if not self.enabled:
+            return
+        self._tell(lambda listener: listener.close())
+        try:
             self._metrics.close()
+        finally:
             self._notes.close()
-        for listener in self._listeners:
-            listener.close()

@@ -13,6 +13,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from shardwise.report import figures, page
 from shardwise.report.rundata import RunData, load_run
+from shardwise.storage.durable import write_durably
 
 REPORT_FILE = "report.html"
 
@@ -24,13 +25,12 @@ def report(run_dir: Path | str, out: Path | None = None) -> Path:
     or whose summary lacks keys, give the sections they have data for. The file is replaced
     atomically, so a reader never sees half of it.
 
-    Raises DataError when ``run_dir`` is not a run, or a file of it cannot be read.
+    Raises StorageError when it cannot be written, DataError when ``run_dir`` is not a run, or a
+    file of it cannot be read.
     """
     target = out if out is not None else Path(run_dir) / REPORT_FILE
     html = render(load_run(Path(run_dir)))
-    part = target.with_name(target.name + ".part")
-    part.write_text(html, encoding="utf-8", errors="replace")
-    part.replace(target)
+    write_durably(target, html.encode("utf-8", "replace"))
     return target
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise import checkpoint
+from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import resolved_yaml
 from shardwise.engines.base import State
 from shardwise.errors import CheckpointError, ShardwiseError
@@ -69,6 +70,7 @@ class Loop:
         self.seconds = 0.0
         self.tokens = 0.0
         self.skipped = 0
+        self.files = checkpoint_files(ctx)  # once: whoever removes the folder later harms nothing
         self.figures: dict[str, float] = {}  # the newest of `FIGURES`
 
     def run(self) -> Path:
@@ -149,7 +151,6 @@ class Loop:
 
     def _save(self, done: int, validated: dict[str, float]) -> None:
         state = stage_state(self.stage)
-        self.ctx.logger.sync()
         meta: dict[str, Any] = {
             "stage": self.config.name,
             "kind": self.config.kind,
@@ -162,10 +163,12 @@ class Loop:
             "steady": [self.meter.num_tokens, self.meter.seconds],
             "figures": self.figures,
         }
-        files = checkpoint_files(self.ctx)
+        files = self.files
         metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
         options: dict[str, Any] = {"metric": metric, "nonfinite": state.nonfinite}
         try:
+            with Ranks.of(None).together():
+                self.ctx.logger.sync()
             with self._only_finite():
                 if self.saver:
                     self.saver.save(done, state.tensors, meta, files, **options)
@@ -194,6 +197,7 @@ class Loop:
     def _resume(self) -> int | None:
         """Load the newest checkpoint of this stage; returns its step, None if there is none."""
         state = stage_state(self.stage)
+        newest = checkpoint.latest(self.root)
         found = checkpoint.load_latest(self.root, state.tensors, nonfinite=state.nonfinite)
         if found is None:
             return None
@@ -211,6 +215,10 @@ class Loop:
         # The stage's own speed is over all its steady steps, whoever ran them.
         self.meter.num_tokens, self.meter.seconds = meta.get("steady", [0, 0.0])
         self.figures = meta.get("figures", {})
+        if found.path != newest:
+            words = f"{newest} cannot be used; went back to {found.path.name}"
+            self.ctx.logger.note("fell_back", words, self.config.name, found.step)
+            self.progress.message(f"{self.config.name}: {words}")
         if found.step < self.config.steps:
             self.ctx.logger.note(
                 "resumed", f"continued from {found.path.name}", self.config.name, found.step

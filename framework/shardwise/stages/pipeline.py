@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,13 @@ import torch.distributed as dist
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
+from shardwise.checkpoint.manifest import DamagedError
 from shardwise.checkpoint.steps import step_of
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
+from shardwise.errors import CheckpointError
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
@@ -37,11 +38,12 @@ from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
 from shardwise.stages.loop import Loop, checkpoint_root
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import build_stage, run_evaluation
+from shardwise.stages.results import read_result, write_result
 from shardwise.stages.skipped import counted, too_many
-from shardwise.storage.durable import write_durably
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
+RESULT_KEYS = ("name", "checkpoint", "checkpoint_hash", "data_hash", "metrics")
 
 
 class Pipeline:
@@ -100,9 +102,8 @@ class Pipeline:
         if not self.run.evaluate_start or not writers:
             return {}
         path = self.run.directory / START_FILE
-        if path.exists():
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
+        if (stored := read_result(path)) is not None:
+            return stored
         stage = writers[0].model_copy(update={"name": "start"})
         ctx = StageContext(
             self.run, stage, self.tokenizer, self.run.directory, self.logger, None, {}
@@ -111,19 +112,38 @@ class Pipeline:
         ctx.load_initial_weights(engine)
         found = evaluate_all(ctx, engine, self.progress, step=0)
         if dist.get_rank() == 0:
-            write_durably(path, json.dumps(found, indent=1).encode())
+            write_result(path, found)
         dist.barrier()
         return found
 
     # --- one stage ------------------------------------------------------------------------------
 
     def _finished(self, stage: StageConfig, parent: Path | None) -> dict[str, Any] | None:
-        """The stored result of a stage that needs no work. All ranks read the same files."""
+        """The stored result of a stage that needs no work. All ranks read the same files.
+
+        A result without its checkpoint is no reason to train again, unless an older one is there
+        to go on from: then that is said. Raises CheckpointError.
+        """
         path = self._result_path(stage)
-        newest = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
-        if newest is None or not path.exists():
+        root = checkpoint_root(self.run.directory, stage.name)
+        newest = checkpoint.latest(root)
+        result = read_result(path, RESULT_KEYS)
+        if result is None:
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
+        if newest is None:
+            raise CheckpointError(
+                f"{path}: says that stage {stage.name} is finished, but {root} holds no "
+                "checkpoint; bring it back, or remove this file to train the stage again"
+            )
+        final = self.run.directory / result["checkpoint"]
+        try:
+            if manifest.read(final).digest != result["checkpoint_hash"]:
+                raise DamagedError(f"{final} is another checkpoint than that of {path}")
+        except DamagedError as error:
+            words = f"finished, but its last checkpoint is not what it was ({error})"
+            self.progress.message(f"{stage.name}: {words}; going on from {newest.name}")
+            self.logger.note("checkpoint_lost", words, stage.name, stage.steps)
+            return None
         wanted = self._lineage(stage, result["data_hash"], parent)
         check_lineage(self.run, stage, self.tokenizer.hash, result, wanted, newest)
         return result
@@ -164,7 +184,7 @@ class Pipeline:
             "metrics": metrics,
         }
         if dist.get_rank() == 0:
-            write_durably(self._result_path(stage), json.dumps(result, indent=1).encode())
+            write_result(self._result_path(stage), result)
         dist.barrier()
         del live, loop
         gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from shardwise.stages.base import ACTOR, Stage, StageContext
 from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.rollout_worker import Group, RolloutWorker
 from shardwise.stages.rollouts import keep_rollout
+from shardwise.storage.durable import StorageError
+
+log = logging.getLogger(__name__)
 
 
 class PolicyStage(Stage):
@@ -74,7 +78,11 @@ class PolicyStage(Stage):
         self.observe(list(groups))
         every = self.config.keep_rollouts_every
         if every and step % every == 0 and self.ctx.is_main:
-            keep_rollout(self.ctx.directory / "rollouts" / self.config.name, step, groups)
+            try:
+                keep_rollout(self.ctx.directory / "rollouts" / self.config.name, step, groups)
+            except StorageError as error:  # a full disk must not cost the run
+                log.warning("the rollout of step %d is not kept: %s", step, error)
+                self.ctx.logger.note("rollout_lost", str(error), self.config.name, step)
 
     def observe(self, groups: list[Group]) -> None:
         """Called when a rollout is complete, before the first update; for whoever watches."""

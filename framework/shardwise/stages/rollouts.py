@@ -15,10 +15,11 @@ from shardwise.data.groups import collate_groups
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor
 from shardwise.losses.logprobs import valid_logprobs
-from shardwise.metrics.jsonl import write_jsonl
+from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
 from shardwise.stages.data_shards import exchange, forward_shard, local_batches
 from shardwise.stages.rollout_worker import Group
+from shardwise.storage.durable import write_durably
 
 PAD_MULTIPLE = 16
 
@@ -142,6 +143,5 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:
     """Store a rollout as JSON lines: tokens, numbers per token, policy version."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [r for g in groups for r in g.records(step)]
-    write_jsonl(folder / f"step_{step:08d}.jsonl", rows)
+    rows = b"".join(line_of(r) for g in groups for r in g.records(step))
+    write_durably(folder / f"step_{step:08d}.jsonl", rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.summary import summarize
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
-from shardwise.storage.durable import write_durably
+from shardwise.storage.durable import StorageError, write_durably
 
 
 def run_rank(loaded: LoadedConfig, token: str = "") -> dict[str, Any]:
@@ -89,9 +90,13 @@ def _run_stages(loaded: LoadedConfig) -> dict[str, Any]:
         expected = pipeline.expected()
         start_metrics = pipeline.start_metrics()
         results = pipeline.run_all()
+    except BaseException:
+        with contextlib.suppress(StorageError):  # what went wrong before is what is told
+            logger.close()
+        raise
     finally:
-        logger.close()
         progress.close()
+    logger.close()
     summary = summarize(run, results, pipeline.gemm, host_info())
     if "accuracy" in start_metrics:
         summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
