@@ -32,6 +32,7 @@ FLOORS = [
     {"checkpoint"},
     {"engines"},
     {"rollout"},
+    {"resilience"},
     {"stages"},
     {"report", "verify"},
     {"launch"},

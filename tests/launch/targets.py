@@ -50,6 +50,8 @@ def fail(folder: str, rank: int, how: str) -> None:
         raise DataError("books.jsonl:7: not JSON; mend the line")
     if how == "_exit":
         os._exit(7)
+    if how == "done early":
+        os._exit(0)
     if how == "sys.exit":
         sys.exit(9)
     os.kill(os.getpid(), getattr(signal, how))

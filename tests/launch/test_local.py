@@ -23,9 +23,16 @@ class Launcher:
     """A process that calls `launch_local`, forked from one that has imported torch already."""
 
     def __init__(
-        self, target: str, folder: Path, *args: object, nproc: int = 2, fresh: bool = False
+        self,
+        target: str,
+        folder: Path,
+        *args: object,
+        nproc: int = 2,
+        fresh: bool = False,
+        module: str = "tests.launch.targets",
     ) -> None:
         self.folder = folder
+        target = f"{module}:{target}"
         self.process = CONTEXT.Process(
             target=_launch, args=(target, [str(folder), *args], folder, nproc, fresh)
         )
@@ -39,13 +46,13 @@ class Launcher:
 
 def _launch(target: str, args: list[object], folder: Path, nproc: int, fresh: bool) -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), fd)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     if fresh:
         local._fork_is_safe = lambda: False
     try:
-        local.launch_local(f"tests.launch.targets:{target}", args, nproc, folder / "logs")
+        local.launch_local(target, args, nproc, folder / "logs", grace_s=60.0)
     except ShardwiseError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(error.exit_code)
@@ -89,6 +96,7 @@ def test_ranks_meet_and_only_rank_0_speaks(tmp_path: Path, fresh: bool) -> None:
         ("user error", 1, 2, "books.jsonl:7: not JSON; mend the line"),
         ("_exit", 1, 7, "rank 1 of 2 failed: exited with code 7"),
         ("sys.exit", 1, 9, "rank 1 of 2 failed: exited with code 9"),
+        ("done early", 1, 1, "rank 1 of 2 failed: exited with code 0 before its work was done"),
         ("SIGKILL", 1, 137, "rank 1 of 2 failed: killed by SIGKILL"),
         ("SIGSEGV", 1, 139, "rank 1 of 2 failed: killed by SIGSEGV"),
         ("SIGABRT", 0, 134, "rank 0 of 2 failed: killed by SIGABRT"),

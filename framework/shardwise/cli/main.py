@@ -3,9 +3,7 @@
 Torch is imported only by the commands that compute: help, completion, recipes, schemas, reports and
 a look at a checkpoint are instant.
 
-Exit codes: 0 done, 1 the check failed or training broke, 2 bad usage or config (nothing was
-started) or a file that cannot be used, 3 diverged, 4 most updates of a stage were skipped, 70 a
-bug in shardwise, 128 + n stopped by signal n; a rank that was lost gives its own.
+Exit codes: `shardwise.errors.EXIT_CODES`; a rank that was lost gives its own.
 """
 
 from __future__ import annotations
@@ -25,10 +23,8 @@ from shardwise import __version__, terminal
 from shardwise.cli import checkpoint, data, launch
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
-from shardwise.errors import ConfigError, ShardwiseError, UserError
+from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
 from shardwise.storage.durable import FAULTS, FORBIDDEN, StorageError, explain
-
-INTERNAL_ERROR = 70
 
 
 class _Commands(TyperGroup):
@@ -283,7 +279,8 @@ def main() -> None:
             _complain(traceback.format_exc())
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, ConfigError):  # a bad recipe is bad on all ranks
-            _complain(f"error: {error}" if rank == "0" else f"rank {rank}: {error}")
+            kind = "" if error.exit_code == ExitCode.REQUEUE else "error: "
+            _complain(f"{kind}{error}" if rank == "0" else f"rank {rank}: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
         if debug:
@@ -298,7 +295,7 @@ def main() -> None:
     except Exception:
         _complain(traceback.format_exc())
         _complain("error: this is a bug in shardwise; please report the lines above")
-        sys.exit(INTERNAL_ERROR)
+        sys.exit(ExitCode.BUG)
 
 
 def _complain(text: str) -> None:

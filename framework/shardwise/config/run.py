@@ -25,6 +25,7 @@ from shardwise.config.schema import (
     LoggingConfig,
     ModelConfig,
     NonNegativeInt,
+    ResilienceConfig,
     Section,
     StageConfig,
     TokenizerConfig,
@@ -96,6 +97,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
         min_length=1
     )

@@ -191,6 +191,16 @@ class LoggingConfig(Section):
     )
 
 
+class ResilienceConfig(Section):
+    """What happens when a run is told to stop, and when it stands still."""
+
+    grace_s: PositiveFloat = Field(
+        25.0,
+        description="seconds from SIGTERM, SIGUSR1 or SIGHUP to the end: half for the step in "
+        "progress, half to save; keep it below what scheduler and torchrun (30) allow",
+    )
+
+
 def _kind(data: dict[str, Any]) -> str:
     return str(data.get("kind", ""))
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from shardwise.errors import ExitCode, exit_code_of_signal
 from shardwise.launch.rank import Job
 
 # What a rank says when it has merely lost another one.
@@ -51,8 +52,9 @@ class Failure:
             )
         if status < 0:
             text = f"killed by {signal.Signals(-status).name}"
-            return Failure(rank, 128 - status, ended, text, job.log(rank))
-        return Failure(rank, status, ended, f"exited with code {status}", job.log(rank))
+            return Failure(rank, exit_code_of_signal(-status), ended, text, job.log(rank))
+        text = f"exited with code {status}" + ("" if status else " before its work was done")
+        return Failure(rank, status or ExitCode.FAILED, ended, text, job.log(rank))
 
     def sentence(self, world: int) -> str:
         """One line for the terminal."""

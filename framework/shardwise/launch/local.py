@@ -8,7 +8,7 @@ rank is a fresh interpreter. Either way a rank runs `shardwise.launch.rank.run`.
 The rendezvous is a TCP store that the launcher itself holds on a port the kernel chose, so there
 is no port to collide with, and no rank's death takes the store away. The first rank that fails
 ends the run: the launcher finds the root cause (a rank that lost its peer is a consequence), stops
-the others, and prints one line.
+the others, and prints one line. A signal is passed on, and the ranks are given time to save.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shardwise.errors import ShardwiseError, UserError
+from shardwise.errors import ExitCode, ShardwiseError, UserError, exit_code_of_signal
 from shardwise.launch import rank as rank_room
 from shardwise.launch.failure import Failure, root_cause
 from shardwise.launch.rank import Job
 from shardwise.metrics.meters import num_cores
+from shardwise.resilience.stop import SIGNALS
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 1.0  # after the first failure: time for the true cause to report
 GRACE_SECONDS = 10.0  # between the request to stop and SIGKILL
+SPARE_SECONDS = 5.0  # for ranks to end by themselves once their grace period is over
 
 
 class LaunchError(ShardwiseError):
@@ -68,15 +70,23 @@ class _Rank:
             os.kill(self.pid, number)
 
 
-def launch_local(target: str, args: Sequence[Any], nproc: int, logs: Path) -> None:
+def launch_local(
+    target: str,
+    args: Sequence[Any],
+    nproc: int,
+    logs: Path,
+    grace_s: float = GRACE_SECONDS,
+) -> None:
     """Call ``target`` (``module:function``) with ``args`` (JSON) on ``nproc`` ranks; wait for all.
 
     Each rank finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment,
     as under torchrun. Rank 0 keeps this terminal; what the others write goes to
-    ``logs/rank_N.log``. SIGINT and SIGTERM are passed on to the ranks.
+    ``logs/rank_N.log``. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the ranks, which have
+    ``grace_s`` seconds to save and end; a second signal kills them.
 
-    Raises LaunchError with the root cause's exit code (128 + n for signal n), after the last rank
-    has ended: no process and no port stays behind.
+    Raises LaunchError with the root cause's exit code, or with 85 when the ranks have saved and
+    ended as a signal asked them to, after the last rank has ended: no process and no port stays
+    behind.
     """
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
@@ -94,7 +104,7 @@ def launch_local(target: str, args: Sequence[Any], nproc: int, logs: Path) -> No
                 environment = {**common, "RANK": str(number), "LOCAL_RANK": str(number)}
                 ranks.append(start(number, job, environment, listener))
             store = _serve(listener, nproc)
-            _supervise(ranks, job, received)
+            _supervise(ranks, job, received, grace_s)
             del store
         finally:
             _stop(ranks, signal.SIGKILL, 0)
@@ -117,26 +127,38 @@ def rank_environment(nproc: int, port: int) -> dict[str, str]:
     }
 
 
-def _supervise(ranks: list[_Rank], job: Job, received: list[int]) -> None:
+def _supervise(ranks: list[_Rank], job: Job, received: list[int], grace_s: float) -> None:
     while not _all_ended(ranks):
-        if received:
-            _stop(ranks, None, GRACE_SECONDS)
-            break
-        if any(rank.code for rank in ranks):
+        if received or any(rank.code == ExitCode.REQUEUE for rank in ranks):
+            _stop(ranks, None, grace_s + SPARE_SECONDS)
+        elif any(_failed(rank, job) for rank in ranks):
             _wait(ranks, SETTLE_SECONDS)
             break
         time.sleep(POLL_SECONDS)
-    if received and any(rank.code for rank in ranks):
-        name = signal.Signals(received[0]).name
-        raise LaunchError(f"stopped by {name}", 128 + received[0])
     ended = [rank for rank in ranks if rank.poll()]
     _stop(ranks, signal.SIGTERM, GRACE_SECONDS)
     failures = [
-        Failure.read(rank.number, rank.code, rank.ended, job) for rank in ended if rank.code
+        Failure.read(rank.number, rank.code, rank.ended, job)
+        for rank in ended
+        if _failed(rank, job)
     ]
+    # A save is committed by all ranks or by none, so one that says so speaks for all.
+    if saved := [f for f in failures if f.exit_code == ExitCode.REQUEUE]:
+        raise LaunchError(saved[0].text, ExitCode.REQUEUE)
+    if received and failures:
+        told = [f.text for f in failures if f.expected]
+        name = signal.Signals(received[0]).name
+        raise LaunchError(
+            told[0] if told else f"stopped by {name}, not saved", exit_code_of_signal(received[0])
+        )
     if failures:
         cause = root_cause(failures)
         raise LaunchError(cause.sentence(len(ranks)), cause.exit_code)
+
+
+def _failed(rank: _Rank, job: Job) -> bool:
+    """Whether a rank has ended badly: also one that says all is well before its work was done."""
+    return rank.poll() and (rank.code != 0 or not job.done(rank.number).exists())
 
 
 def _all_ended(ranks: list[_Rank]) -> bool:
@@ -163,7 +185,7 @@ def _stop(ranks: list[_Rank], request: int | None, grace: float) -> None:
 
 @contextlib.contextmanager
 def _signals(ranks: list[_Rank]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the ranks; a second one kills them."""
+    """Pass signals on to the ranks; a second one kills them."""
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -175,7 +197,7 @@ def _signals(ranks: list[_Rank]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, *SIGNALS)}
     try:
         yield received
     finally:
@@ -203,7 +225,8 @@ def _fork(number: int, job: Job, environment: dict[str, str], listener: socket.s
     try:
         os.setpgid(0, 0)  # Ctrl-C reaches the launcher alone, which passes it on once
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for stop in SIGNALS:
+            signal.signal(stop, signal.SIG_DFL)
         listener.close()
         import torch
 

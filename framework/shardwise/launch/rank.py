@@ -22,7 +22,8 @@ from typing import Any
 
 from shardwise import terminal
 from shardwise.config.redact import redact
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, exit_code_of_signal
+from shardwise.resilience import ending
 
 JOB = "SHARDWISE_JOB"  # in the environment: anybody may read a process's arguments
 
@@ -43,6 +44,10 @@ class Job:
         """The exception that ended the rank, as JSON; absent when it died without one."""
         return Path(self.logs) / f"rank_{rank}.error.json"
 
+    def done(self, rank: int) -> Path:
+        """Made when the target has returned; a rank that ends without it has not done its work."""
+        return Path(self.logs) / f"rank_{rank}.done"
+
     def dumps(self) -> str:
         """As JSON, for the environment of a rank."""
         return json.dumps(dataclasses.asdict(self))
@@ -56,11 +61,13 @@ def run(job: Job, environment: Mapping[str, str], launcher: int) -> int:
     if rank > 0:
         _redirect(job.log(rank))
     faulthandler.enable()
+    ending.last_words = lambda error: _report(error, job, rank)
     try:
         module, _, name = job.target.partition(":")
         getattr(importlib.import_module(module), name)(*job.args)
+        job.done(rank).touch()
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return exit_code_of_signal(signal.SIGINT)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
@@ -107,7 +114,7 @@ def _die_with(launcher: int) -> None:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != launcher:  # it died before we asked
-        os._exit(128 + signal.SIGKILL)
+        os._exit(exit_code_of_signal(signal.SIGKILL))
 
 
 if __name__ == "__main__":

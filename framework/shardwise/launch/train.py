@@ -10,9 +10,10 @@ from typing import Any
 
 from shardwise import terminal
 from shardwise.config.load import load_config
-from shardwise.launch.local import launch_local
+from shardwise.launch.local import LaunchError, launch_local
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
+from shardwise.resilience.ending import write_ending
 from shardwise.stages.run import preflight, read_samples, run_rank
 from shardwise.stages.skipped import SkippedError
 from shardwise.storage.durable import told
@@ -38,9 +39,14 @@ def train(
     recipe = str(config) if isinstance(config, str | Path) else dict(config)
     target = f"{__name__}:{train_rank.__name__}"
     read_samples(run)
+    logs, grace = run.directory / "logs", run.resilience.grace_s
     with RunLock(run.directory) as lock, told(run.directory):
         args = [recipe, list(overrides), lock.token]
-        launch_local(target, args, nproc or 1, run.directory / "logs")
+        try:
+            launch_local(target, args, nproc or 1, logs, grace)
+        except LaunchError as error:
+            write_ending(run.directory, error.exit_code, f"{error}")
+            raise
     summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
     return summary
 

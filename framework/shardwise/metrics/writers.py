@@ -140,7 +140,8 @@ class MetricsLogger:
     def rewind(self, stage: str, step: int) -> int:
         """Drop the lines of ``stage`` after ``step`` (-1: all of it); returns how many.
 
-        To be called once a stage knows which step it starts after.
+        Those of its evaluations go too: a stage that goes on is evaluated again. To be called
+        once a stage knows which step it starts after.
         """
         if not self.enabled:
             return 0
@@ -153,7 +154,7 @@ class MetricsLogger:
                 return True
             if now <= step and record.get("kind") == "train":
                 last = max(last, now)
-            return now <= step
+            return now <= step and record.get("kind") != "eval"
 
         dropped = self._metrics.keep(wanted)
         if dropped:

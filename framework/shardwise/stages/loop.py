@@ -16,16 +16,19 @@ from shardwise import checkpoint
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import resolved_yaml
 from shardwise.engines.base import State
-from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
 from shardwise.metrics.flops import FlopsShape, training_flops_per_token
 from shardwise.metrics.meters import Throughput, memory_metrics
 from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
+from shardwise.resilience.gate import Gate, Point
 from shardwise.stages.base import Stage, StageContext
 from shardwise.stages.lineage import Lineage, check_lineage
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER
 from shardwise.stages.trace import TRACED_STEP, trace_step
 
+# Tensors that nothing but an optimizer's step changes.
+_UPDATED_ONLY = ("model.", "optim.")
 # Updates in a row whose gradients were not finite before the run gives up.
 MAX_SKIPPED = 10
 # What the end of a stage is told by, besides its evaluations.
@@ -35,7 +38,7 @@ FIGURES = ("loss", "val_loss", "reward_mean")
 class DivergedError(ShardwiseError):
     """Gradients stayed non-finite; the weights are those of the last good update."""
 
-    exit_code = 3
+    exit_code = ExitCode.DIVERGED
 
 
 def last_good(root: Path) -> str:
@@ -56,8 +59,11 @@ class Loop:
         lineage: Lineage,
         progress: Progress,
         gemm: float | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        """``gate``: of a run that may be told to stop."""
         self.ctx, self.stage, self.lineage, self.progress = ctx, stage, lineage, progress
+        self.gate = gate or Gate()
         self.config = ctx.stage
         self.root = checkpoint_root(ctx.directory, self.config.name)
         # A step that also generates multiplies far more than training its tokens takes.
@@ -72,6 +78,10 @@ class Loop:
         self.skipped = 0
         self.files = checkpoint_files(ctx)  # once: whoever removes the folder later harms nothing
         self.figures: dict[str, float] = {}  # the newest of `FIGURES`
+        # Groups are made by all ranks at once, so not when a signal comes.
+        self.ranks = Ranks.of(None, background=True)
+        self.sent = self.saved = -1  # the steps last given to the saver, and last made durable
+        self.pending = False  # the checkpoint gone on from was saved before its validation
 
     def run(self) -> Path:
         """Train to the end; returns the last checkpoint."""
@@ -80,7 +90,11 @@ class Loop:
             self.ctx.load_initial_weights(self.stage.engine)
             start = 0
         self.ctx.logger.rewind(self.config.name, start)
+        self.gate.stage(start, self._point(start, durable=True, pending=self.pending))
+        if self.pending:
+            self._conclude(start, {})
         for step in range(start, self.config.steps):
+            self.gate.step()
             began = time.perf_counter()
             metrics = self._train_step(step)
             elapsed = time.perf_counter() - began
@@ -137,21 +151,57 @@ class Loop:
         self._keep(metrics)
         self.ctx.logger.log(name, done, metrics, force=last)
         self.progress.update(name, done, metrics)
+        due = last or any(
+            _due(done, every)
+            for every in (self.config.validation.every, self.config.checkpoint.every)
+        )
+        self.gate.completed(done, self._point(done, pending=due))
+        if due:
+            self._conclude(done, metrics)
+
+    def _conclude(self, done: int, metrics: dict[str, float]) -> None:
+        """Validate and save where it is due. What is cut before is done by whoever goes on."""
+        name, last = self.config.name, done == self.config.steps
         validated: dict[str, float] = {}
         if last or _due(done, self.config.validation.every):
             validated = self.stage.validate()
+        with self.gate.concluding(lambda: self._point(done, durable=self.saved == done)):
             if validated:
                 self._keep(validated)
                 self.ctx.logger.log(name, done, validated, "validation")
                 self.progress.update(name, done, metrics | validated)
-        if last or _due(done, self.config.checkpoint.every):
-            self._save(done, validated)
+            if last or _due(done, self.config.checkpoint.every):
+                self._save(done, validated)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
-    def _save(self, done: int, validated: dict[str, float]) -> None:
+    def _point(self, done: int, *, durable: bool = False, pending: bool = False) -> Point:
+        """What a run that is cut after ``done`` steps goes on from; its tensors are live."""
         state = stage_state(self.stage)
-        meta: dict[str, Any] = {
+        # What a forward pass may change (scales of quantised products) as it is now.
+        tensors = {
+            n: t if n.startswith(_UPDATED_ONLY) else t.clone() for n, t in state.tensors.items()
+        }
+        meta = json.loads(json.dumps(self._meta(done, state) | {"pending": pending}))
+
+        nonfinite = state.nonfinite
+
+        def save() -> Path:
+            """From the thread that stops the run, once the saver's own thread is idle."""
+            if self.saver:
+                with contextlib.suppress(Exception):  # logged; it is tried again here
+                    self.saver.wait()
+                if self.ranks.share(self.sent == done and done in checkpoint.list_steps(self.root)):
+                    return self.root
+            self.ctx.logger.sync()
+            options: dict[str, Any] = {"nonfinite": nonfinite, "group": self.ranks.group}
+            options["keep"] = self.config.checkpoint.keep
+            return checkpoint.save(self.root, done, tensors, meta, self.files, **options)
+
+        return Point(self.config.name, done, save, durable)
+
+    def _meta(self, done: int, state: State) -> dict[str, Any]:
+        return {
             "stage": self.config.name,
             "kind": self.config.kind,
             "finished": done == self.config.steps,
@@ -163,6 +213,11 @@ class Loop:
             "steady": [self.meter.num_tokens, self.meter.seconds],
             "figures": self.figures,
         }
+
+    def _save(self, done: int, validated: dict[str, float]) -> None:
+        state = stage_state(self.stage)
+        self.ctx.logger.sync()
+        meta = self._meta(done, state)
         files = self.files
         metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
         options: dict[str, Any] = {"metric": metric, "nonfinite": state.nonfinite}
@@ -172,9 +227,11 @@ class Loop:
             with self._only_finite():
                 if self.saver:
                     self.saver.save(done, state.tensors, meta, files, **options)
+                    self.sent = done
                 else:
                     options["keep"] = self.config.checkpoint.keep
                     checkpoint.save(self.root, done, state.tensors, meta, files, **options)
+                    self.saved = done
         except CheckpointError as error:
             # A full disk must not cost the run: the previous checkpoint is intact. All ranks fail
             # alike. Only the last one has to succeed.
@@ -219,6 +276,7 @@ class Loop:
             words = f"{newest} cannot be used; went back to {found.path.name}"
             self.ctx.logger.note("fell_back", words, self.config.name, found.step)
             self.progress.message(f"{self.config.name}: {words}")
+        self.pending = bool(meta.get("pending"))
         if found.step < self.config.steps:
             self.ctx.logger.note(
                 "resumed", f"continued from {found.path.name}", self.config.name, found.step

@@ -31,6 +31,7 @@ from shardwise.metrics.writers import MetricsLogger
 from shardwise.parallel.collectives import sum_over
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
+from shardwise.resilience.gate import Gate
 from shardwise.stages.arithmetic import arithmetic
 from shardwise.stages.base import StageContext, evaluations_of
 from shardwise.stages.estimate import estimate, expectation
@@ -50,8 +51,15 @@ class Pipeline:
     """Runs the stages of one config in one directory; every rank makes one."""
 
     def __init__(
-        self, run: RunConfig, tokenizer: Tokenizer, logger: MetricsLogger, progress: Progress
+        self,
+        run: RunConfig,
+        tokenizer: Tokenizer,
+        logger: MetricsLogger,
+        progress: Progress,
+        gate: Gate | None = None,
     ) -> None:
+        """``gate``: of a run that may be told to stop."""
+        self.gate = gate or Gate()
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
         self.stopped = ""  # why the last stage that ran is not done
@@ -161,7 +169,7 @@ class Pipeline:
             world, row = dist.get_world_size(), live.longest_row()
             self.progress.message(arithmetic(self.run, stage, world, row))
         lineage = self._lineage(stage, live.data_hash, parent)
-        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device))
+        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device), self.gate)
         path = loop.run()
         counts = counted(checkpoint.read_meta(path))
         if words := too_many(counts, stage.max_skipped):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardwise.checkpoint.convert import open_model
 from shardwise.config.export import provenance_json, resolved_yaml
@@ -25,7 +26,7 @@ from shardwise.data.config import DataConfig
 from shardwise.data.datasets import training_texts
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
-from shardwise.errors import ConfigError, DataError
+from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
@@ -35,6 +36,9 @@ from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
 from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
+from shardwise.resilience.ending import clear_ending, write_ending
+from shardwise.resilience.gate import Gate
+from shardwise.resilience.stop import Stop
 from shardwise.stages import bits, samples
 from shardwise.stages.base import CACHE_FOLDER, role_layout, role_of, roles_of
 from shardwise.stages.claim import claimed
@@ -58,14 +62,40 @@ def run_rank(loaded: LoadedConfig, token: str = "") -> dict[str, Any]:
     """
     run = loaded.config
     preflight(run, int(os.environ.get("WORLD_SIZE", "1")), loaded.provenance)
+    main, gate = os.environ.get("RANK", "0") == "0", Gate()
+    stop = Stop(run.resilience, gate)
+    hook = register_optimizer_step_pre_hook(lambda *_: gate.updating())
+    try:
+        with stop:
+            try:
+                summary = _run(loaded, token, gate, stop)
+            except Exception:
+                stop.settle()
+                raise
+    except Exception as error:
+        if main and stop.directory is not None:
+            code = error.exit_code if isinstance(error, ShardwiseError) else ExitCode.FAILED
+            write_ending(stop.directory, code, f"{error}")
+        raise
+    finally:
+        hook.remove()
+    if main:
+        write_ending(run.directory, ExitCode.DONE, "done")
+    return summary
+
+
+def _run(loaded: LoadedConfig, token: str, gate: Gate, stop: Stop) -> dict[str, Any]:
+    run = loaded.config
     if not token and os.environ.get("RANK", "0") == "0":  # else the launcher did
         read_samples(run)
     init_distributed(pick_device(run.engine.device), run.engine.timeout_s)
     with claimed(run.directory, token):
-        return _run_stages(loaded)
+        stop.join(run.directory)
+        clear_ending(run.directory)
+        return _run_stages(loaded, gate)
 
 
-def _run_stages(loaded: LoadedConfig) -> dict[str, Any]:
+def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
     """`run_rank` in a directory that is ours."""
     rank = dist.get_rank()
     began = time.perf_counter()
@@ -83,7 +113,7 @@ def _run_stages(loaded: LoadedConfig) -> dict[str, Any]:
     progress = Progress([(s.name, s.steps) for s in run.stages], rank=rank)
     resolved = run.model_dump(mode="json")
     logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)
-    pipeline = Pipeline(run, tokenizer, logger, progress)
+    pipeline = Pipeline(run, tokenizer, logger, progress, gate)
     try:
         logger.note("started", f"{dist.get_world_size()} ranks")
         before = time.perf_counter() - began

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from shardwise import checkpoint
-from shardwise.errors import ConfigError, ShardwiseError
+from shardwise.errors import ConfigError, ExitCode, ShardwiseError
 
 
 class SkippedError(ShardwiseError):
     """Most updates of a stage were skipped; ``summary`` is the run's so far."""
 
-    exit_code = 4
+    exit_code = ExitCode.MOSTLY_SKIPPED
 
     def __init__(self, message: str, summary: dict[str, Any]) -> None:
         super().__init__(message)

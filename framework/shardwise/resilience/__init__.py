@@ -1,0 +1,6 @@
+"""Signals, hangs and ends: a run that is told to stop saves first, and what went wrong is named.
+
+gate.py      where a rank's main thread stands, and between which updates it may be cut
+stop.py      SIGTERM, SIGUSR1 and SIGHUP: all ranks agree on one step, save it, and end
+ending.py    how a run ended, for whoever starts it again (``exit.json``)
+"""

@@ -1,0 +1,57 @@
+"""How a run ended, for whoever starts it again: ``exit.json`` in the run's folder.
+
+torchrun never passes a rank's exit code on, so a batch script reads it here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from shardwise import terminal
+from shardwise.config.redact import redact
+from shardwise.errors import ShardwiseError
+
+EXIT_FILE = "exit.json"
+
+
+def write_ending(directory: Path, exit_code: int, reason: str) -> None:
+    """Say how the run ended. A disk that cannot take it must not hide the end itself."""
+    if not directory.is_dir():  # it ended before it began
+        return
+    body = {"exit_code": int(exit_code), "reason": redact(reason), "time": round(time.time(), 3)}
+    staged = directory / f"{EXIT_FILE}.{os.getpid()}.tmp"
+    try:
+        staged.write_text(json.dumps(body))
+        staged.replace(directory / EXIT_FILE)
+    except OSError as error:
+        terminal.say(f"{directory / EXIT_FILE}: {error}", sys.stderr)
+
+
+def clear_ending(directory: Path) -> None:
+    """A run that goes on has not ended."""
+    (directory / EXIT_FILE).unlink(missing_ok=True)
+
+
+def _say(error: ShardwiseError) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        terminal.say(str(error), sys.stderr, secrets=True)
+
+
+# How this process's last words reach its user when its main thread cannot say them.
+last_words: Callable[[ShardwiseError], object] = _say
+
+
+def leave(error: ShardwiseError) -> NoReturn:
+    """End this process from any thread, whatever its main thread does."""
+    try:
+        last_words(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(error.exit_code)
