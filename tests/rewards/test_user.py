@@ -106,7 +106,7 @@ def test_hostile_items_are_unscorable_and_the_others_are_scored(
         "flood": "ValueError: x+$",
         "nan": "returned nan",
         "none": "returned None",
-        "text": "could not convert",
+        "text": "returned a str: 'much'",
     }
     items = [item("4")]
     for attack in attacks:

@@ -103,7 +103,7 @@ def unscorable(config: dict[str, Any], absent: bool, *overrides: str) -> None:
     def add(self: GrpoStage, groups: Any) -> dict[str, float]:
         for group in groups:
             group.rewards[0] = None
-            for name in ("tokens", "logprobs", "stopped", "texts", "rewards"):
+            for name in ("tokens", "logprobs", "stopped", "texts", "rewards", "reasons"):
                 setattr(group, name, getattr(group, name)[absent:])
         return original(self, groups)
 

@@ -66,7 +66,8 @@ class LossSums:
             result |= {f"loss_{n}": m for n, m in means.items()}
         for i, n in enumerate(names):
             top, bottom = values[len(terms) + 2 * i : len(terms) + 2 * i + 2]
-            result[n] = top / bottom if bottom else 0.0
+            if bottom:  # a mean over nothing is none
+                result[n] = top / bottom
         return result
 
 

@@ -1,6 +1,7 @@
 """Verifiable tasks, verifiers and reward functions."""
 
 from shardwise.rewards.families import Problem
+from shardwise.rewards.scored import is_usable, kind_of
 from shardwise.rewards.scoring import (
     RewardConfig,
     RewardItem,
@@ -29,6 +30,8 @@ __all__ = [
     "TaskConfig",
     "UserRewardConfig",
     "build_reward",
+    "is_usable",
+    "kind_of",
     "majority_baseline",
     "messages",
     "prompt_messages",

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section
 from shardwise.rewards import reasoning, verifiers
-from shardwise.rewards.user import Scored, UserReward, UserRewardConfig
+from shardwise.rewards.scored import Scored, scored
+from shardwise.rewards.user import UserReward, UserRewardConfig
 
 
 class ExactConfig(Section):
@@ -211,16 +212,14 @@ class Scorer:
         columns = [(name, weight, part(items)) for name, weight, part in self.parts]
         results = []
         for row in range(len(items)):
-            scored = {name: column[row] for name, _, column in columns}
-            bad = [f"{k}: {s.reason}" for k, s in scored.items() if s.value is None]
-            total = sum(w * (c[row].value or 0.0) for _, w, c in columns)
-            if not bad and not math.isfinite(total):
-                bad = [f"the sum is {total}"]
+            found = {name: column[row] for name, _, column in columns}
+            bad = [f"{k}: {s.reason}" for k, s in found.items() if s.value is None]
+            total = scored(sum(w * (c[row].value or 0.0) for _, w, c in columns), "the sum is")
             results.append(
                 RewardResult(
-                    value=None if bad else total,
-                    parts={k: s.value for k, s in scored.items()},
-                    reason="; ".join(bad),
+                    value=None if bad else total.value,
+                    parts={k: s.value for k, s in found.items()},
+                    reason="; ".join(bad) or total.reason,
                 )
             )
         return results

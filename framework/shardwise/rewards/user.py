@@ -12,7 +12,6 @@ returns a float, or None for "cannot say".
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from pydantic import Field, field_validator
 
 from shardwise.config.schema import PositiveFloat, PositiveInt, Section
 from shardwise.errors import ConfigError
+from shardwise.rewards.scored import Scored, scored, unscorable
 
 log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 16
@@ -63,14 +63,6 @@ class UserRewardConfig(Section):
         if not (colon and path.endswith(".py") and name.isidentifier()):
             raise ValueError(f"{value!r} is not of the form path.py:name")
         return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One item's score, or the reason why there is none."""
-
-    value: float | None
-    reason: str = ""
 
 
 class _Worker:
@@ -243,7 +235,8 @@ class UserReward:
             value, reason = reply["value"], str(reply["reason"])
             if worker.item is None or not (value is None or isinstance(value, float)):
                 raise ValueError("an answer that was not asked for")
-            results[worker.item] = Scored(value, reason)
+            said = "the reward function returned"
+            results[worker.item] = unscorable(reason) if value is None else scored(value, said)
             worker.item = None
         except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
             self._fail(slot, f"crashed: {e}", results, selector, until)
@@ -264,7 +257,7 @@ class UserReward:
         ended = worker.kill()
         if worker.item is not None:
             detail = f" ({ended})" if reason.startswith("crashed") else ""
-            results[worker.item] = Scored(None, reason + detail)
+            results[worker.item] = unscorable(reason + detail)
         self.num_replaced += 1
         log.warning("reward %s %s on one completion; worker replaced", self.name, reason)
         self._start(slot, until)

@@ -8,6 +8,7 @@ away; the socket is the only way out.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -58,20 +59,49 @@ def allow_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
+def check(function: Any, name: str) -> None:
+    """Refuse, with TypeError, what can never give a score."""
+    how = f"it is called as {name}(question, completion, answer, meta) and returns a number"
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}, not a function: {how}")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"{name} is async: write 'def {name}'; {how}")
+    if inspect.isgeneratorfunction(function):
+        raise TypeError(f"{name} yields: write 'return'; {how}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions may have none
+        return
+    try:
+        signature.bind("", "", "", {})
+    except TypeError:
+        raise TypeError(f"{name} takes {signature}: {how}") from None
+
+
 def call(function: Any, item: dict[str, Any]) -> dict[str, Any]:
-    """One item's answer: a finite value, or the reason why there is none."""
+    """One item's answer: a number, which may be infinite, or the reason why there is none."""
     try:
         value = function(item["question"], item["completion"], item["answer"], item["meta"])
         if value is None:
-            return {"value": None, "reason": "the reward function returned None"}
-        number = float(value)
+            reason = "the reward function returned None"
+        elif isinstance(value, (str, bytes, bytearray)):
+            reason = f"the reward function returned a {type(value).__name__}: {value[:60]!r}"
+        else:
+            return {"value": float(value), "reason": ""}
     except MemoryError:
-        return {"value": None, "reason": "out of memory"}
-    except Exception as e:
-        return {"value": None, "reason": f"{type(e).__name__}: {e}"[:500]}
-    if not math.isfinite(number):
-        return {"value": None, "reason": f"the reward function returned {number}"}
-    return {"value": number, "reason": ""}
+        reason = "out of memory"
+    except BaseException as e:  # SystemExit and KeyboardInterrupt of a function end no worker
+        reason = describe(e)
+    return {"value": None, "reason": reason}
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line, even one that cannot say what it is."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}"[:500].removesuffix(": ")
 
 
 def main() -> None:
@@ -86,6 +116,7 @@ def main() -> None:
         sys.path.insert(0, str(path.parent))
         allow_cpu(settings["start_timeout_s"])
         function = getattr(load_module("shardwise_user_reward", path), settings["name"])
+        check(function, settings["name"])
         ready: dict[str, Any] = {"ready": take_limits(settings)}
     except BaseException as e:
         ready = {"error": f"{type(e).__name__}: {e}"[:2000]}

@@ -12,10 +12,14 @@ from shardwise.rollout.config import Sampling
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import ProblemsConfig
 from shardwise.stages.rollout_worker import RolloutWorker
+from shardwise.stages.unscored import new_kinds
 
 
 def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
-    """``accuracy``, ``num_problems``, ``majority_baseline`` and some ``samples``.
+    """``accuracy`` of those ``num_problems`` that could be scored, and some ``samples``.
+
+    ``num_unscorable`` counts the others; without any score there is no accuracy.
+    ``majority_baseline`` is that of always giving the most common answer.
 
     Decoding is greedy and in fp32, so that the figure does not hang on how a batch was cut.
     """
@@ -26,10 +30,15 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
         rollout_worker.sync(engine)
         groups = rollout_worker.rollout(problems, sampling, 1, 0, range(len(problems)))
         best = scorer.maximum if scorer.maximum is not None else 1.0
-    right = [g.rewards[0] is not None and g.rewards[0] >= best - 1e-9 for g in groups]
+    right = [None if g.rewards[0] is None else g.rewards[0] >= best - 1e-9 for g in groups]
+    scored = [r for r in right if r is not None]
+    reasons = [reason for g in groups for reason in g.unscored()]
     return {
-        "accuracy": sum(right) / len(problems),
-        "num_problems": len(problems),
+        # Of the problems whose answer could be scored.
+        **({"accuracy": sum(scored) / len(scored)} if scored else {}),
+        **({"num_unscorable": len(right) - len(scored)} if len(scored) < len(right) else {}),
+        "events": new_kinds(reasons, []),
+        "num_problems": len(scored),
         "majority_baseline": majority_baseline(problems),
         "answer_length": sum(len(g.tokens[0]) for g in groups) / len(problems),
         "samples": [

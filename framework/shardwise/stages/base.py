@@ -200,6 +200,10 @@ class Stage:
         """Metrics on data that is not trained on; ``val_loss`` decides which is best."""
         return {}
 
+    def events(self) -> list[tuple[str, str]]:
+        """What the last step has to tell, as (kind, text); the same on every rank."""
+        return []
+
     def others(self) -> dict[str, Engine]:
         """Further models that the stage trains, by role; they are saved with its own."""
         return {}

@@ -21,6 +21,7 @@ from shardwise.stages.rollouts import (
     ForwardPass,
     Logprobs,
     TrainingRows,
+    fractions,
     rollout_metrics,
     run_forward_passes,
 )
@@ -42,7 +43,8 @@ class GrpoStage(PolicyStage):
         groups, ids = self.roll_out(step)
         metrics = self._add_advantages(groups)
         self._add_logprobs(groups, ids)
-        self.experienced(step, groups)
+        if not self.experienced(step, groups):
+            return metrics
         each = len(groups) // config.updates_per_rollout
         chunks = [
             local_batches(
@@ -73,8 +75,9 @@ class GrpoStage(PolicyStage):
         for group, advantages_N in zip(groups, result.advantages_GN, strict=True):
             group.per_token["advantages_BT"] = advantages_N.tolist()
             group.per_token["rollout_logprobs_BT"] = list(group.logprobs)
-        degenerate = result.num_degenerate / len(groups)
-        return rollout_metrics(groups) | {"degenerate_fraction": degenerate}
+        return rollout_metrics(groups) | fractions(
+            {"degenerate_fraction": (result.num_degenerate, int(result.scorable_GN.any(1).sum()))}
+        )
 
     def _add_logprobs(self, groups: list[Group], ids: Sequence[int]) -> None:
         """Log-probabilities before the first update, and the reference's, where they are needed."""

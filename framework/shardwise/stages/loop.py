@@ -110,11 +110,13 @@ class Loop:
     def _train_step(self, step: int) -> dict[str, float]:
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, step, self.config.steps)
         traced = trace_step(self.ctx, self.progress) if self._traced(step) else None
-        with traced or contextlib.nullcontext():
-            metrics = {"lr": lr} | self.stage.train_step(step, lr)
-        for kind, text in self.stage.engine.events():
-            self.ctx.logger.event(self.config.name, step + 1, kind, text)
-            self.progress.message(f"step {step + 1}: {text}")
+        try:
+            with traced or contextlib.nullcontext():
+                metrics = {"lr": lr} | self.stage.train_step(step, lr)
+        finally:  # also what ends the run
+            for kind, text in (*self.stage.engine.events(), *self.stage.events()):
+                self.ctx.logger.event(self.config.name, step + 1, kind, text)
+                self.progress.message(f"step {step + 1}: {text}")
         if math.isfinite(metrics.get("grad_norm", 0.0)):
             self.skipped = 0
         else:

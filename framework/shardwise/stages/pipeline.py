@@ -230,11 +230,15 @@ def evaluate_all(
         began = time.perf_counter()
         progress.message(f"{ctx.stage.name}: evaluating {config.name}")
         result = run_evaluation(config, ctx, engine)
+        at = ctx.stage.steps if step is None else step
+        for kind, text in result.pop("events", []):
+            ctx.logger.event(ctx.stage.name, at, kind, f"{config.name}: {text}")
+            progress.message(f"{ctx.stage.name}: {config.name}: {text}")
         if first[config.kind] != config.name:
             result = {k if k == "samples" else f"{config.name}.{k}": v for k, v in result.items()}
         result[f"{config.name}_seconds"] = time.perf_counter() - began
         numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-        ctx.logger.log(ctx.stage.name, ctx.stage.steps if step is None else step, numbers, "eval")
+        ctx.logger.log(ctx.stage.name, at, numbers, "eval")
         samples = [*merged.get("samples", []), *result.pop("samples", [])]
         merged |= result | ({"samples": samples} if samples else {})
     return merged

@@ -17,6 +17,7 @@ from shardwise.stages.base import ACTOR, Stage, StageContext
 from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.rollout_worker import Group, RolloutWorker
 from shardwise.stages.rollouts import keep_rollout
+from shardwise.stages.unscored import Unscored
 from shardwise.storage.durable import StorageError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class PolicyStage(Stage):
         self.engine: Engine = ctx.engine(config.optimizer)
         self.problems = ProblemSet(config.task, "train_rl", config.num_problems)
         self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
+        self.unscored = Unscored(config.name, config.max_unscorable_steps)
         self.rollout_worker = RolloutWorker(ctx, config.task, build_reward(config.reward))
 
     def frozen(self, role: str) -> Engine:
@@ -73,8 +75,24 @@ class PolicyStage(Stage):
         )
         return groups, ids
 
-    def experienced(self, step: int, groups: Sequence[Group]) -> None:
-        """A rollout with all that is learnt from: shown to whoever watches, and stored."""
+    def events(self) -> list[tuple[str, str]]:
+        """Reasons for which completions have no score."""
+        return self.unscored.events()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of completions without a score."""
+        return {"unscored": self.unscored.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
+        self.unscored.load_state_dict(state.get("unscored", {}))
+
+    def experienced(self, step: int, groups: Sequence[Group]) -> bool:
+        """A rollout with all that is learnt from: shown to whoever watches, and stored.
+
+        Whether there is anything to learn from; raises UnscorableError when there was nothing
+        for too long.
+        """
         self.observe(list(groups))
         every = self.config.keep_rollouts_every
         if every and step % every == 0 and self.ctx.is_main:
@@ -83,6 +101,8 @@ class PolicyStage(Stage):
             except StorageError as error:  # a full disk must not cost the run
                 log.warning("the rollout of step %d is not kept: %s", step, error)
                 self.ctx.logger.note("rollout_lost", str(error), self.config.name, step)
+        reasons = [reason for group in groups for reason in group.unscored()]
+        return self.unscored.step(reasons, step == self.config.steps - 1)
 
     def observe(self, groups: list[Group]) -> None:
         """Called when a rollout is complete, before the first update; for whoever watches."""

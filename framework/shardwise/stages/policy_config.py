@@ -33,6 +33,10 @@ class PolicyConfig(StageConfig):
     epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
     keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
 
+    max_unscorable_steps: PositiveInt = Field(
+        5, description="steps in a row without any scored completion before the run ends"
+    )
+
     @model_validator(mode="after")
     def _can_learn(self) -> PolicyConfig:
         if self.batch.global_batch % self.updates_per_rollout:

@@ -9,7 +9,6 @@ and update actor and critic over mini-batches, several times. Everything is a pu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from shardwise.losses.gae import (
     token_rewards,
 )
 from shardwise.losses.ppo import PolicyLoss, ValueLoss
+from shardwise.rewards import is_usable
 from shardwise.stages.base import StageContext, mean_metrics, role_of
 from shardwise.stages.data_shards import local_batches
 from shardwise.stages.policy import PolicyStage
@@ -37,6 +37,7 @@ from shardwise.stages.rollouts import (
     ForwardPass,
     Logprobs,
     TrainingRows,
+    fractions,
     rollout_metrics,
     run_forward_passes,
     values_of,
@@ -75,7 +76,8 @@ class PpoStage(PolicyStage):
         groups, ids = self.roll_out(step)
         self._read(groups, ids)
         metrics = self._add_experience(groups)
-        self.experienced(step, groups)
+        if not self.experienced(step, groups):
+            return metrics
         return metrics | self._update(groups, ids, lr, step >= config.critic_warmup_steps)
 
     def others(self) -> dict[str, Engine]:
@@ -84,10 +86,14 @@ class PpoStage(PolicyStage):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the controllers stand."""
-        return {"kl": self.kl.state_dict(), "penalty": self.penalty.state_dict()}
+        return super().state_dict() | {
+            "kl": self.kl.state_dict(),
+            "penalty": self.penalty.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `state_dict`."""
+        super().load_state_dict(state)
         self.kl.load_state_dict(state["kl"])
         self.penalty.load_state_dict(state["penalty"])
 
@@ -128,29 +134,30 @@ class PpoStage(PolicyStage):
             advantages_CT = whiten(advantages_CT, mask_CT)
         _set_per_token(groups, "advantages_BT", advantages_CT)
         _set_per_token(groups, "returns_BT", returns_CT)
-        metrics = rollout_metrics(groups) | {
-            "explained_variance": explained,
-            "return_mean": float(returns_CT.sum() / mask_CT.sum().clamp(min=1)),
-        }
+        means = {"return_mean": (float(returns_CT.sum()), float(mask_CT.sum()))}
         for name in ("verifier", "model_score"):
-            found = [float(s) for g in groups for s in g.per_token.get(name, []) if s is not None]
-            if found:
-                metrics[f"{name}_mean"] = sum(found) / len(found)
+            found = [float(s) for g in groups for s in g.per_token.get(name, []) if is_usable(s)]
+            means[f"{name}_mean"] = (sum(found), len(found))
+        metrics = rollout_metrics(groups) | fractions(means)
+        if mask_CT.any():
+            metrics["explained_variance"] = explained
         if ref_CT is not None:
             gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)
-            kl = float(gap_CT.sum() / mask_CT.any(dim=1).sum().clamp(min=1))
-            metrics |= {"kl_response": kl, "kl_coef": self.kl.coef}
-            self.kl.update(kl)
+            kl = fractions({"kl_response": (float(gap_CT.sum()), float(mask_CT.any(dim=1).sum()))})
+            metrics |= kl | {"kl_coef": self.kl.coef}
+            for value in kl.values():
+                self.kl.update(value)
         return metrics
 
     def _score(self, group: Group) -> None:
         """The weighted sum of verifier and reward model; unscorable where the verifier was."""
         config: PpoConfig = self.config
         group.per_token["verifier"] = list(group.rewards)
+        group.reasons = group.unscored()
         for i, verdict in enumerate(group.rewards):
             score = 0.0
             if config.verifier_weight:
-                if verdict is None:
+                if verdict is None:  # with its reason
                     continue
                 score += config.verifier_weight * verdict
             if config.reward_model_weight:
@@ -158,7 +165,8 @@ class PpoStage(PolicyStage):
             if not group.stopped[i]:
                 score -= config.loss.missing_eos_penalty
             # What is no number is unscorable, like a verdict that is missing.
-            group.rewards[i] = score if math.isfinite(score) else None
+            group.rewards[i] = score if is_usable(score) else None
+            group.reasons[i] = "" if is_usable(score) else f"score: {score:g}"
 
     def _update(
         self, groups: list[Group], ids: Sequence[int], lr: float, with_actor: bool
@@ -189,7 +197,7 @@ class PpoStage(PolicyStage):
                 norm = self.critic.step(lr * self.critic_lr)
                 critics.append(found | {"critic_grad_norm": norm})
         last, metrics = self.engine.broadcast([actors[-1:], mean_metrics(actors)])
-        if last:
+        if last and "approx_kl" in last[0]:
             self.penalty.update(last[0]["approx_kl"])
         of_critic: dict[str, float] = self.critic.broadcast(mean_metrics(critics))
         of_critic["loss_value"] = of_critic.pop("loss")

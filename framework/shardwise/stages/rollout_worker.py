@@ -36,14 +36,24 @@ class Group:
     policy: str  # checksum of the weights that wrote it
     # By name, for each completion a number or one a token; what a loss reads of them.
     per_token: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    reasons: list[str] = dataclasses.field(default_factory=list)  # why unscorable; "": it is not
 
     @property
     def num_row_tokens(self) -> int:
         """Tokens in its training row."""
         return len(self.prompt) - 1 + sum(map(len, self.tokens))
 
+    def unscored(self) -> list[str]:
+        """Why completions have no reward; "" for those that have one."""
+        reasons = self.reasons or [""] * len(self.rewards)
+        return [
+            "" if reward is not None else reason or "it was left out"
+            for reward, reason in zip(self.rewards, reasons, strict=True)
+        ]
+
     def records(self, step: int) -> list[dict[str, Any]]:
         """One JSON record a completion; ``mask``: which tokens carry loss (none, if unscorable)."""
+        reasons = self.unscored()
         return [
             {
                 "step": step,
@@ -60,6 +70,7 @@ class Group:
                 "text": self.texts[i],
                 "stopped": self.stopped[i],
                 "reward": self.rewards[i],
+                **({"reason": reasons[i]} if reasons[i] else {}),
                 **{_short(name): _plain(values[i]) for name, values in self.per_token.items()},
             }
             for i in range(len(self.tokens))
@@ -177,4 +188,6 @@ class RolloutWorker:
         ]
         results = iter(self.scorer.score(items))
         for group in groups:
-            group.rewards = [next(results).value for _ in group.texts]
+            found = [next(results) for _ in group.texts]
+            group.rewards = [r.value for r in found]
+            group.reasons = [r.reason for r in found]

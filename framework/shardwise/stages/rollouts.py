@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +127,23 @@ def values_of(outputs: Any, batch: MicroBatch) -> Tensor:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How a rollout went."""
+    """How a rollout went. A mean over nothing is left out."""
     known = rewards_tensor([g.rewards for g in groups]).numpy()
     count = known.size
-    scorable = np.isfinite(known)
+    scored = known[np.isfinite(known)]
+    n = scored.size
     return {
-        "reward_mean": float(known[scorable].mean()) if scorable.any() else 0.0,
-        "reward_std": float(known[scorable].std()) if scorable.any() else 0.0,
-        "unscorable_fraction": 1.0 - float(scorable.sum()) / count,
+        **({"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if n else {}),
+        "unscorable_fraction": 1.0 - n / count,
         "completion_length": sum(len(t) for g in groups for t in g.tokens) / count,
         "stopped_fraction": sum(sum(g.stopped) for g in groups) / count,
         "tokens": float(sum(g.num_row_tokens for g in groups)),
     }
+
+
+def fractions(parts: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Each (sum, count) divided; what has nothing to count is left out, not 0."""
+    return {name: top / bottom for name, (top, bottom) in parts.items() if bottom}
 
 
 def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:

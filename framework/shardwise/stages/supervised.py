@@ -89,7 +89,7 @@ class SupervisedStage(Stage):
         micro = batch.micro_batch
         total = min(self.validation.num_rows, limit * batch.global_batch or 1 << 62)
         nll, tokens = sum_nll(self.engine, self.validation, total, micro, self.packed)
-        return {"val_loss": nll / max(tokens, 1.0), "val_tokens": tokens}
+        return {"val_loss": nll / tokens, "val_tokens": tokens} if tokens else {}
 
 
 def sum_nll(
