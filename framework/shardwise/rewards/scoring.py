@@ -202,7 +202,12 @@ class Scorer:
             self.sandboxes.append(UserReward(part))
             return _sandboxed(self.sandboxes[-1])
         if isinstance(part, ReasoningGymConfig):
-            function = UserRewardConfig(function=f"{reasoning.__file__}:score", timeout_s=20.0)
+            function = UserRewardConfig(
+                function=f"{reasoning.__file__}:score",
+                timeout_s=20.0,
+                reads=True,
+                preload=["reasoning_gym"],
+            )
             self.sandboxes.append(UserReward(function))
             return _sandboxed(self.sandboxes[-1], part.extract)
         return _pure(part)
