@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwise.data import indexed
 from shardwise.data.indexed import (
     IndexedStore,
     IndexedWriter,
@@ -257,3 +258,19 @@ def test_what_is_no_manifest_is_kept(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="move it"), IndexedWriter(tmp_path / "s", np.uint16):
         pass
     assert file.read_text() == text
+
+
+def test_names_are_on_disk_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss may not keep the index and lose the tokens that it is of."""
+    seen: list[str] = []
+    replace = Path.replace
+
+    def renamed(self: Path, target: Path) -> Path:
+        seen.append(Path(target).suffix)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(indexed, "sync_folder", lambda folder: seen.append("sync"))
+    with indexed.IndexedWriter(tmp_path / "s", np.dtype(np.uint16)) as writer:
+        writer.add([1, 2])
+    assert seen == ["sync", ".bin", "sync", ".idx", "sync"]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, UserError
 from shardwise.launch import local
+from shardwise.launch import rank as rank_room
 from shardwise.metrics.meters import num_cores
 from tests.support.pool import CONTEXT
 
@@ -151,3 +152,13 @@ def test_secrets_stay_out_of_what_a_failed_rank_leaves(tmp_path: Path, rank: int
     logs = [p.read_text() for p in (tmp_path / "logs").iterdir()]
     assert any("Traceback" in text for text in logs)
     assert not any("very-secret-value" in text for text in (err, *logs))
+
+
+def test_a_reason_that_cannot_be_stored_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The disk of the logs is full, or gone."""
+    job = rank_room.Job("x:y", (), str(tmp_path / "gone"))
+    assert rank_room._report(UserError("the reason"), job, 0) == 2
+    said = capfd.readouterr().err
+    assert "the reason" in said and "gone: cannot be written" in said

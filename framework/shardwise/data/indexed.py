@@ -41,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardwise import integrity, safe_files
 from shardwise.errors import DataError
+from shardwise.storage.durable import make_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         if (old := self._finals[1]).exists():
             _own_manifest(old)  # what we did not write we do not replace
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.bin_path.parent)
         self._stream = self._temporary[0].open("wb")
         return self
 
@@ -318,12 +319,15 @@ class IndexedWriter:
             with path.open("wb") as stream:
                 stream.write(content)
                 _sync(stream)
-        # From here to the last line there is no index, hence no store: never a wrong pair.
+        # From here to the last line there is no index, hence no store: never a wrong pair, not even
+        # after a power loss, which may keep a later name and lose an earlier one.
         for path in self._finals[:0:-1]:
             path.unlink(missing_ok=True)
         for temporary, final in zip(self._temporary, self._finals):
             if temporary != self._temporary[1] or self.manifest is not None:
+                sync_folder(final.parent)
                 temporary.replace(final)
+        sync_folder(self.bin_path.parent)
 
 
 def _sync(stream: BinaryIO) -> None:

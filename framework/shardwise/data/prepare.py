@@ -24,6 +24,7 @@ from shardwise.data.readers import Document
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import DataError
+from shardwise.storage.durable import sync_tree
 
 Progress = Callable[["PrepareReport"], None]
 _NO_ID = 1 << 31  # from here on: no vocabulary is that large
@@ -63,6 +64,7 @@ def prepare(
     documents = itertools.chain.from_iterable(s.documents() for s in sources)
     report = write_store(documents, tokenizer, prefix, progress=progress)
     tokenizer.save(tokenizer_folder(prefix))
+    sync_tree(tokenizer_folder(prefix))
     return report
 
 

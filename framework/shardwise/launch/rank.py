@@ -24,6 +24,7 @@ from shardwise import terminal
 from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError, exit_code_of_signal
 from shardwise.resilience import ending
+from shardwise.storage.durable import explain
 
 JOB = "SHARDWISE_JOB"  # in the environment: anybody may read a process's arguments
 
@@ -91,11 +92,14 @@ def _report(error: BaseException, job: Job, rank: int) -> int:
     text = redact("".join(traceback.format_exception(error)))
     if rank > 0:
         terminal.say(text, sys.stderr)
-    else:  # rank 0 owns the terminal, where the launcher will say it in one line
-        job.log(rank).write_text(text)
-    partial = job.error(rank).with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(job.error(rank))
+    try:
+        if rank == 0:  # it owns the terminal, where the launcher will say it in one line
+            job.log(rank).write_text(text)
+        partial = job.error(rank).with_suffix(".partial")
+        partial.write_text(json.dumps(record))
+        partial.replace(job.error(rank))
+    except OSError as failure:  # a full disk must not hide the reason
+        terminal.say(f"{text}{explain(failure, job.logs)}", sys.stderr)
     return code
 
 
