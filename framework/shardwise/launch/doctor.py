@@ -35,6 +35,7 @@ _OPTIONAL = [
     ("zstandard", "zstandard", "data", "zst-compressed input"),
     ("tiktoken", "tiktoken", "data", "tiktoken tokenizers"),
     ("reasoning-gym", "reasoning_gym", "tasks", "problems for rewards"),
+    ("math-verify", "math_verify", "math", "rewards for mathematics"),
     ("tensorboard", "tensorboard", "watch", "logging.tensorboard"),
     ("wandb", "wandb", "watch", "logging.wandb"),
 ]

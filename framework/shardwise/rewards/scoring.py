@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section
-from shardwise.rewards import reasoning, verifiers
+from shardwise.rewards import math_answers, reasoning, verifiers
 from shardwise.rewards.scored import Scored, scored
 from shardwise.rewards.user import UserReward, UserRewardConfig
 
@@ -83,6 +83,14 @@ class ReasoningGymConfig(Section):
     extract: verifiers.Extract = "whole"
 
 
+class MathConfig(Section):
+    """1 when the extracted answer is the reference's mathematics, by math-verify in the sandbox."""
+
+    kind: Literal["math"] = "math"
+    weight: float = 1.0
+    extract: verifiers.Extract = "boxed"
+
+
 PartConfig = Annotated[
     ExactConfig
     | NumericConfig
@@ -90,6 +98,7 @@ PartConfig = Annotated[
     | LanguageConfig
     | LengthConfig
     | ReasoningGymConfig
+    | MathConfig
     | UserRewardConfig,
     Field(discriminator="kind"),
 ]
@@ -207,6 +216,16 @@ class Scorer:
                 timeout_s=20.0,
                 reads=True,
                 preload=["reasoning_gym"],
+            )
+            self.sandboxes.append(UserReward(function))
+            return _sandboxed(self.sandboxes[-1], part.extract)
+        if isinstance(part, MathConfig):
+            math_answers.require()
+            function = UserRewardConfig(
+                function=f"{math_answers.__file__}:score",
+                timeout_s=20.0,
+                reads=True,
+                preload=["math_verify"],
             )
             self.sandboxes.append(UserReward(function))
             return _sandboxed(self.sandboxes[-1], part.extract)
