@@ -45,7 +45,7 @@ def test_nulls_of_the_user_stay_null(tmp_path: Path) -> None:
 
 
 def test_the_actor_is_trained_whatever_its_warm_up(tmp_path: Path) -> None:
-    assert small(ppo(critic_warmup_steps=10), "ppo", tmp_path).critic_warmup_steps == 1
+    assert small(ppo(steps=20, critic_warmup_steps=10), "ppo", tmp_path).critic_warmup_steps == 1
     assert small(ppo(critic_warmup_steps=0), "ppo", tmp_path).critic_warmup_steps == 0
 
 

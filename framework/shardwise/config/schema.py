@@ -10,9 +10,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -151,7 +159,10 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning-rate schedule over a stage's steps, as a factor of ``optimizer.lr``."""
+    """Learning-rate schedule over a stage's steps, as a factor of ``optimizer.lr``.
+
+    What more steps for a stage that runs or is finished mean for each: `shardwise.optim.schedules`.
+    """
 
     kind: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -159,6 +170,38 @@ class ScheduleConfig(Section):
     decay_steps: NonNegativeInt = Field(0, description="WSD: steps of the final decay")
     cycle_steps: NonNegativeInt = Field(0, description="cosine_restarts: steps of the first cycle")
     cycle_factor: PositiveFloat = Field(1.0, description="cosine_restarts: growth of each cycle")
+
+    @model_validator(mode="after")
+    def _has_its_own_steps(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.decay_steps < 1:
+            raise ValueError("kind wsd needs decay_steps of at least 1")
+        if self.kind == "cosine_restarts":
+            if self.cycle_steps < 1:
+                raise ValueError("kind cosine_restarts needs cycle_steps of at least 1")
+            if self.cycle_factor < 1.0:
+                raise ValueError(
+                    f"cycle_factor {self.cycle_factor}: cycles may not shrink; give 1.0 or more"
+                )
+        return self
+
+    def misfit(self, steps: int) -> tuple[str, str] | None:
+        """The key that does not fit into a stage of ``steps`` and why; None if all do."""
+        warmup, decay, cycle = self.warmup_steps, self.decay_steps, self.cycle_steps
+        if warmup > steps:
+            return "warmup_steps", (
+                f"{warmup} steps of warm-up are more than the stage's {steps}; the learning rate "
+                f"would end at {steps / warmup:.0%} of optimizer.lr"
+            )
+        if self.kind == "wsd" and warmup + decay > steps:
+            return "decay_steps", (
+                f"warmup_steps {warmup} + decay_steps {decay} are more than the stage's {steps}"
+            )
+        if self.kind == "cosine_restarts" and warmup + cycle > steps:
+            return "cycle_steps", (
+                f"warmup_steps {warmup} + cycle_steps {cycle} are more than the stage's {steps}; "
+                "not one cycle would end (kind cosine has one for the whole stage)"
+            )
+        return None
 
 
 class CheckpointConfig(Section):
@@ -266,6 +309,26 @@ class StageConfig(Section):
         description="share of skipped updates (non-finite gradients) beyond which the stage is not "
         "done (exit code 4) and no start; 1.0: whatever it be",
     )
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        misfit = self.schedule.misfit(self.steps)
+        if misfit is not None:
+            self.refuse(("schedule", misfit[0]), f"{misfit[1]}; give fewer, or more steps")
+        if self.batch.ramp_steps > self.steps:
+            self.refuse(
+                ("batch", "ramp_steps"),
+                f"a ramp of {self.batch.ramp_steps} steps in a stage of {self.steps} never comes "
+                "to global_batch; give fewer, or more steps",
+            )
+        return self
+
+    def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:
+        """Raise for a value, under its own key, that another one forbids."""
+        error = InitErrorDetails(
+            type="value_error", loc=key, input=None, ctx={"error": ValueError(text)}
+        )
+        raise ValidationError.from_exception_data(type(self).__name__, [error])
 
 
 class RoleConfig(Section):

@@ -26,7 +26,7 @@ from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.stages.initial_weights import initial_hash
 
 # Keys of a stage that may change without making it another computation.
-FREE_KEYS = ("checkpoint", "validation", "keep_rollouts_every", "max_skipped")
+FREE_KEYS = ("steps", "checkpoint", "validation", "keep_rollouts_every", "max_skipped")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
 
 

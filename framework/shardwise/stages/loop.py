@@ -206,6 +206,7 @@ class Loop:
         return {
             "stage": self.config.name,
             "kind": self.config.kind,
+            "steps": self.config.steps,
             "finished": done == self.config.steps,
             "lineage": dataclasses.asdict(self.lineage),
             **state.meta,
@@ -279,11 +280,29 @@ class Loop:
             self.ctx.logger.note("fell_back", words, self.config.name, found.step)
             self.progress.message(f"{self.config.name}: {words}")
         self.pending = bool(meta.get("pending"))
+        self._say_length(int(found.step), meta.get("steps", self.config.steps))
         if found.step < self.config.steps:
             self.ctx.logger.note(
                 "resumed", f"continued from {found.path.name}", self.config.name, found.step
             )
         return int(found.step)
+
+    def _say_length(self, done: int, before: int) -> None:
+        """Tell what another number of steps does to the learning rate of the next one."""
+        config = self.config
+        if before == config.steps or done >= config.steps:
+            return
+        old, new = (
+            config.optimizer.lr * lr_factor(config.schedule, min(done, last - 1), last)
+            for last in (before, config.steps)
+        )
+        what = "next" if done < before else "last"
+        text = (
+            f"{config.steps} steps instead of {before}: the next learning rate is {new:.3g}, where "
+            f"the {what} one of the {before} {'was to be' if done < before else 'was'} {old:.3g}"
+        )
+        self.ctx.logger.note("lengthened", text, config.name, done)
+        self.progress.message(f"{config.name}: {text}")
 
 
 def stage_state(stage: Stage) -> State:

@@ -30,7 +30,13 @@ class PpoConfig(PolicyConfig):
     critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
 
     @model_validator(mode="after")
-    def _rewards_something(self) -> PpoConfig:
+    def _trains_and_rewards(self) -> PpoConfig:
         if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
             raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+        if self.critic_warmup_steps >= self.steps:
+            self.refuse(
+                ("critic_warmup_steps",),
+                f"{self.critic_warmup_steps} of the stage's {self.steps} steps are for the critic "
+                "alone; the actor would never be trained; give fewer, or more steps",
+            )
         return self

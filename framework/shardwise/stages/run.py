@@ -44,6 +44,7 @@ from shardwise.stages.base import CACHE_FOLDER, role_layout, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
+from shardwise.stages.lengths import check_lengths
 from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.summary import summarize
@@ -156,6 +157,7 @@ def preflight(
         return key if source.kind == "default" else f"{key} ({source})"
 
     check_listeners(run.logging)
+    check_lengths(run, named)
     for i, stage in enumerate(run.stages):
         key = f"stages.{i}"
         try:

@@ -61,6 +61,7 @@ def shrink(
         "seq_len": tokens,
     }
     stage["steps"] = STEPS
+    stage.pop("schedule")  # every step has the peak rate
     stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
     if engine.fp8 is not None:
         stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
