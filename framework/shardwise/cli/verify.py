@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwise.cli.output import emit
-from shardwise.errors import CheckFailed
+from shardwise.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     from shardwise.verify.run import Verdict, VerifyReport
@@ -39,7 +39,10 @@ def row(verdict: Verdict) -> str:
 
 
 def show(report: VerifyReport, json: str | None) -> None:
-    """The conclusion; raises CheckFailed when a layout computes something else."""
+    """The conclusion; raises CheckFailed when a layout computes something else.
+
+    And UserError when all others pass, but one that was asked for by name cannot be.
+    """
     lines = [f"cannot be: {layout}: {reason}" for layout, reason in report.refused.items()]
     failed = [v for v in report.verdicts if not v.passed]
     count = len(report.verdicts)
@@ -55,8 +58,13 @@ def show(report: VerifyReport, json: str | None) -> None:
         ],
     }
     emit(document, "\n".join(lines), json)
-    if not count:
+    impossible = ", ".join(report.impossible)
+    if not count and not impossible:
         raise CheckFailed("no layout could be tried")
     if failed:
         names = ", ".join(dict.fromkeys(f"{v.layout} ({v.stage})" for v in failed))
         raise CheckFailed(f"{len(failed)} of {count} differ from one process: {names}")
+    if impossible:
+        raise UserError(
+            f"{len(report.impossible)} of the layouts asked for cannot be: {impossible}"
+        )

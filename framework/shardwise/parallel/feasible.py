@@ -1,12 +1,15 @@
 """Which layouts can be right for a model, a batch and an engine: one table, asked before any start.
 
-Each row is a reason to refuse, with the numbers and the nearest layout that works.
+Each row is a reason to refuse, with the numbers. `check` adds the nearest layout that every row
+lets pass, on the same ranks, and that computes the same training (`nearest`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from shardwise.config.schema import Fp8Config
 from shardwise.errors import ConfigError
@@ -35,30 +38,18 @@ class Case:
         return -(-share // self.micro_batch)
 
 
-def _change(layout: Layout, **fields: object) -> str:
-    return str(dataclasses.replace(layout, **fields))  # type: ignore[arg-type]
-
-
-def _with_tp(layout: Layout, number: int) -> str:
-    near = nearest_divisor(number, layout.tp)
-    return _change(layout, tp=near, sp=layout.sp and near > 1)
-
-
 def _heads(case: Case) -> str | None:
     n, tp = case.model.num_heads, case.layout.tp
     if n % tp == 0:
         return None
-    return f"tp{tp} does not divide num_heads {n}; nearest: {_with_tp(case.layout, n)}"
+    return f"tp{tp} does not divide num_heads {n}"
 
 
 def _kv_heads(case: Case) -> str | None:
     g, tp = case.model.kv_heads, case.layout.tp
     if g % tp == 0 or tp % g == 0:
         return None
-    return (
-        f"tp{tp} neither divides nor is a multiple of num_kv_heads {g}; "
-        f"nearest: {_with_tp(case.layout, g)}"
-    )
+    return f"tp{tp} neither divides nor is a multiple of num_kv_heads {g}"
 
 
 def _ulysses_heads(case: Case) -> str | None:
@@ -68,7 +59,7 @@ def _ulysses_heads(case: Case) -> str | None:
         return None
     return (
         f"ulysses gives each of cp{layout.cp} ranks some of the {heads} heads of a tp rank, and "
-        f"{layout.cp} does not divide {heads}; nearest: {_change(layout, cp_kind='ring')}"
+        f"{layout.cp} does not divide {heads}"
     )
 
 
@@ -76,11 +67,8 @@ def _layers(case: Case) -> str | None:
     chunks, n = case.layout.num_chunks, case.model.num_layers
     if chunks <= n:
         return None
-    pp = max(1, n // case.layout.virtual)
-    return (
-        f"{chunks} pipeline stages (pp{case.layout.pp} x {case.layout.virtual}) but "
-        f"num_layers {n}; nearest: {_change(case.layout, pp=pp)}, or more layers"
-    )
+    layout = case.layout
+    return f"{chunks} pipeline stages (pp{layout.pp} x {layout.virtual}) but num_layers {n}"
 
 
 def _pipeline_batches(case: Case) -> str | None:
@@ -96,7 +84,7 @@ def _pipeline_batches(case: Case) -> str | None:
         return (
             f"{layout.schedule} works in {rounds} rounds, and {n} micro-batches of a data rank "
             f"(global_batch {case.global_batch}, micro_batch {case.micro_batch}) do not divide "
-            f"into them; nearest: {_nearest_batches(case, n // rounds * rounds)}"
+            "into them"
         )
     if layout.schedule == "dualpipev":
         least = 2 * layout.pp
@@ -104,14 +92,8 @@ def _pipeline_batches(case: Case) -> str | None:
         return None
     return (
         f"{layout.schedule} on pp{layout.pp} needs at least {least} micro-batches of a data rank, "
-        f"and there are {n} (global_batch {case.global_batch}, micro_batch {case.micro_batch}); "
-        f"nearest: {_nearest_batches(case, least)}, "
-        f"or {_change(layout, schedule='1f1b', virtual=1)}"
+        f"and there are {n} (global_batch {case.global_batch}, micro_batch {case.micro_batch})"
     )
-
-
-def _nearest_batches(case: Case, wanted: int) -> str:
-    return f"global_batch {wanted * case.micro_batch * case.layout.dp}"
 
 
 def _compile_split(case: Case) -> str | None:
@@ -120,7 +102,7 @@ def _compile_split(case: Case) -> str | None:
         return None
     return (
         f"{layout.schedule} computes gradients of weights apart, which a compiled block cannot; "
-        f"set engine.compile=false, or nearest: {_change(layout, schedule='interleaved')}"
+        "set engine.compile=false"
     )
 
 
@@ -169,7 +151,7 @@ def _fp8_widths(case: Case) -> str | None:
                     f"engine.fp8.recipe: {recipe} needs {what}put features in multiples of "
                     f"{multiple}, and {layer.path} has {width:g}{rank}; nearest: "
                     f"{max(1, round(width / multiple)) * multiple}, or leave it out by "
-                    "engine.fp8.modules" + (", or a smaller tp" if tp > 1 else "")
+                    "engine.fp8.modules"
                 )
     return None
 
@@ -184,24 +166,112 @@ def _fp8_domains(case: Case) -> str | None:
 
 
 # Every row is a test (tests/parallel/test_feasible.py).
-REFUSALS: tuple[Callable[[Case], str | None], ...] = (
+_OF_LAYOUT: tuple[Callable[[Case], str | None], ...] = (
     _heads,
     _kv_heads,
     _ulysses_heads,
     _layers,
     _pipeline_batches,
     _compile_split,
+)
+# Of a layout they ask what is scaled together and how many ranks there are, no more.
+_OF_FP8: tuple[Callable[[Case], str | None], ...] = (
     _fp8_precision,
     _fp8_compile,
     _fp8_modules,
     _fp8_widths,
     _fp8_domains,
 )
+REFUSALS = _OF_LAYOUT + _OF_FP8
 
 
-def check(case: Case) -> None:
-    """Raise ConfigError with the first reason why ``case`` cannot be computed rightly."""
+def refusal(case: Case) -> str | None:
+    """The first reason why a case cannot be computed rightly, with its key; None without one."""
     for row in REFUSALS:
         if reason := row(case):
             key = "" if reason.startswith("engine.") else f"engine.layout: {case.layout}: "
-            raise ConfigError(key + reason)
+            return key + reason
+    return None
+
+
+def check(*cases: Case) -> None:
+    """Raise ConfigError if one of ``cases`` cannot be computed rightly: the reason and the nearest.
+
+    The cases are of one layout: a stage with every batch size that it comes to.
+    """
+    for case in cases:
+        if reason := refusal(case):
+            raise ConfigError(reason + ("" if reason.startswith("engine.fp8") else offer(cases)))
+
+
+def offer(cases: Sequence[Case], world: int | None = None) -> str:
+    """The nearest layout in words, to be added to a reason; see `nearest`."""
+    ranks = world or cases[0].layout.world
+    near = nearest(cases, ranks)
+    if near is None:
+        return f"; no layout of {ranks} rank{'s' if ranks > 1 else ''} computes the same training"
+    return f"; nearest: engine.layout={near}"
+
+
+def nearest(cases: Sequence[Case], world: int) -> Layout | None:
+    """The layout of ``world`` ranks, nearest to that of ``cases``, that may stand in its place.
+
+    No row refuses it, for any of the cases, and it computes the same training: the same global
+    batch in as many micro-batches of the same size, under the same model and optimizer; with FP8,
+    scaled in the same domains, too. Near means: the same data ranks if at all possible, then the
+    fewest axes changed, then the least.
+    """
+    wanted = cases[0].layout
+    for layout in sorted(_layouts_of(world, wanted), key=lambda x: _distance(wanted, x)):
+        moved = [dataclasses.replace(case, layout=layout) for case in cases]
+        same = all(map(_same_training, cases, moved))
+        if same and not any(row(case) for row in _OF_LAYOUT for case in moved):
+            # What FP8 refuses here, it refuses in all layouts that are left.
+            return None if any(map(refusal, moved)) else layout
+    return None
+
+
+def _same_training(a: Case, b: Case) -> bool:
+    """Whether micro-batches hold the same samples and, with FP8, are scaled alike."""
+    if a.fp8 is not None and _domains(a.layout) != _domains(b.layout):
+        return False
+    if a.layout.dp == b.layout.dp:
+        return True
+    # Else rows would be cut, or filled up, in other places.
+    return all(c.global_batch % (c.layout.dp * c.micro_batch) == 0 for c in (a, b))
+
+
+def _domains(layout: Layout) -> tuple[int, int, str]:
+    return layout.tp, layout.cp, layout.cp_kind if layout.cp > 1 else ""
+
+
+def _layouts_of(world: int, like: Layout) -> Iterator[Layout]:
+    """Every layout of ``world`` ranks with the ZeRO stage of ``like``."""
+    for tp, pp, cp in itertools.product(_divisors(world), repeat=3):
+        if world % (tp * pp * cp):
+            continue
+        dp = world // (tp * pp * cp)
+        shard = nearest_divisor(dp, like.shard) if like.zero and like.shard != like.dp else dp
+        schedules = {("1f1b", 1)}
+        if pp > 1:
+            schedules |= {(like.schedule, like.virtual)} if like.pp > 1 else set()
+            schedules |= {("interleaved", v) for v in (2, 3, 4)}
+        for (schedule, virtual), kind in itertools.product(
+            sorted(schedules), sorted({like.cp_kind, "ring"}) if cp > 1 else ("ring",)
+        ):
+            yield Layout(
+                dp, shard if like.zero else 1, like.zero, tp, like.sp and tp > 1, pp, virtual,
+                schedule, cp, kind,
+            )  # fmt: skip
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _distance(a: Layout, b: Layout) -> tuple[bool, int, float, str]:
+    axes = ("dp", "shard", "tp", "pp", "cp", "virtual")
+    ratios = [abs(math.log2(getattr(b, x) / getattr(a, x))) for x in axes]
+    names = [getattr(a, x) != getattr(b, x) for x in ("schedule", "cp_kind")]
+    changed = sum(r > 0 for r in ratios) + sum(names)
+    return a.dp != b.dp, changed, sum(ratios), str(b)

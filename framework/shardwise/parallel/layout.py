@@ -79,9 +79,11 @@ class Layout:
         return ".".join(parts) or "dp1"
 
 
-def world_of(text: str) -> int:
-    """Ranks that a layout's own numbers ask for."""
-    return math.prod(int(n) for _, n in re.findall(r"(?:^|\.)(dp|tp|pp|cp)(\d+)", text))
+def world_of(text: str, ranks: int = 1) -> int:
+    """Ranks that a layout's numbers ask for; without ``dpN`` it takes what fits of ``ranks``."""
+    found = dict(re.findall(r"(?:^|\.)(dp|tp|pp|cp)(\d+)", text))
+    model_ranks = math.prod(int(found.get(axis, 1)) for axis in ("tp", "pp", "cp"))
+    return model_ranks * int(found.get("dp", max(1, ranks // max(1, model_ranks))))
 
 
 def parse_layout(text: str, world_size: int) -> Layout:
@@ -104,7 +106,7 @@ def parse_layout(text: str, world_size: int) -> Layout:
     if dp % shard:
         raise ConfigError(
             f"engine.layout: hsdp{shard} must divide dp{dp} in {text!r}; "
-            f"nearest that works: dp{dp}.hsdp{nearest_divisor(dp, shard)}"
+            f"nearest that does: hsdp{nearest_divisor(dp, shard)}"
         )
     if zero == 0:
         if numbers.get("hsdp", 1) != 1:
@@ -161,7 +163,7 @@ def _schedule(text: str, pp: int, name: str | None, v: int | None) -> tuple[str,
     if schedule in SINGLE and (v or 1) > 1:
         raise ConfigError(
             f"engine.layout: {schedule} runs one model chunk a rank, not v{v}, in {text!r}; "
-            "nearest that works: interleaved, or drop v"
+            "write interleaved, or drop v"
         )
     if schedule in V_SHAPED and (v or 2) != 2:
         raise ConfigError(
@@ -176,10 +178,10 @@ def _schedule(text: str, pp: int, name: str | None, v: int | None) -> tuple[str,
 
 def _wrong_world(text: str, dp: int, model_ranks: int, world: int) -> str:
     needed = dp * model_ranks
-    mend = f"use --nproc {needed}"
-    if world % model_ranks == 0:
-        mend += f" or engine.layout with dp{world // model_ranks}"
-    return f"engine.layout: {text!r} needs {needed} ranks but {world} were started; {mend}"
+    return (
+        f"engine.layout: {text!r} needs {needed} ranks but {world} were started; "
+        f"use --nproc {needed}"
+    )
 
 
 def nearest_divisor(number: int, wish: int) -> int:

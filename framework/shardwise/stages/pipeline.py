@@ -143,7 +143,7 @@ class Pipeline:
                 f"{path}: says that stage {stage.name} is finished, but {root} holds no "
                 "checkpoint; bring it back, or remove this file to train the stage again"
             )
-        if result["steps"] < stage.steps:
+        if result.get("steps", stage.steps) < stage.steps:
             return None  # it was given more
         final = self.run.directory / result["checkpoint"]
         try:

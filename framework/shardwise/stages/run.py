@@ -34,13 +34,14 @@ from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
+from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.resilience.ending import clear_ending, write_ending
 from shardwise.resilience.gate import Gate
 from shardwise.resilience.stop import Stop
 from shardwise.stages import bits, samples
-from shardwise.stages.base import CACHE_FOLDER, role_layout, role_of, roles_of
+from shardwise.stages.base import CACHE_FOLDER, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
@@ -242,20 +243,26 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
                 f"stages.{stage.name}.roles.{name}.ranks: {role.ranks} go beyond the {world_size} "
                 f"ranks of this run; start {max(role.ranks) + 1}, or place it on lower ranks"
             )
-        layout = role_layout(role, world_size)
         compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
-        for size in sizes:
-            feasible.check(
-                feasible.Case(
-                    layout,
-                    run.model,
-                    compiled,
-                    size // updates,
-                    stage.batch.micro_batch,
-                    role.engine.precision,
-                    role.engine.fp8,
-                )
+        ranks = world_size if role.ranks is None else len(role.ranks)
+        wanted = parse_layout(role.engine.layout, world_of(role.engine.layout, ranks))
+        cases = [
+            feasible.Case(
+                wanted,
+                run.model,
+                compiled,
+                size // updates,
+                stage.batch.micro_batch,
+                role.engine.precision,
+                role.engine.fp8,
             )
+            for size in sorted(sizes)
+        ]
+        try:
+            parse_layout(role.engine.layout, ranks)
+        except ConfigError as error:  # of another number of ranks
+            raise ConfigError(f"{error}{feasible.offer(cases, ranks)}") from None
+        feasible.check(*cases)
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isnan
@@ -14,7 +15,7 @@ import torch
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, UserError
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.policy import resolve
 from shardwise.stages.run import check_stage
@@ -32,6 +33,7 @@ from shardwise.verify.compare import (
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.roles import layouts_of, own_layouts, parts_of, with_layouts, world_of
+from shardwise.verify.shrink import sizes
 from shardwise.verify.trace import Trace, record
 
 SINGLE = "dp1.zero0"
@@ -249,15 +251,20 @@ def sub_layouts(layout: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """All verdicts, and the layouts that this recipe cannot have (with the reason)."""
+    """All verdicts, and the layouts that this recipe cannot have (with the reason).
+
+    ``impossible`` are those of ``refused`` that were asked for by name, not as part of the suite.
+    """
 
     verdicts: list[Verdict]
     refused: dict[str, str]
+    impossible: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every layout that could be tried computes the right thing."""
-        return bool(self.verdicts) and all(v.passed for v in self.verdicts)
+        """Whether all that was asked for computes the right thing; of the suite, what can be."""
+        tried = bool(self.verdicts) and not self.impossible
+        return tried and all(v.passed for v in self.verdicts)
 
 
 def verify(
@@ -273,8 +280,9 @@ def verify(
     """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
 
     ``layouts``: none means the recipe's own, ``suite`` the built-in ones. The recipe is made small
-    (`shrink`); ranks run on this machine over gloo. Raises ConfigError for a recipe that is wrong,
-    a layout that cannot be, or an unknown stage.
+    (`shrink`); ranks run on this machine over gloo. A layout that cannot be is in the report, with
+    the reason, and the others are tried. Raises ConfigError for a recipe that is wrong or an
+    unknown stage.
     """
     run = load_config(config, overrides).config
     chosen = [s for s in run.stages if stage in (None, s.name)]
@@ -283,15 +291,14 @@ def verify(
         raise ConfigError(f"--stage {stage}: there is no such stage; known: {names}")
     recipe = run.model_dump(mode="json")  # with its nulls, which defaults would replace
     mine = pool or RankPool()
-    refused: dict[str, str] = {}
+    refused: dict[tuple[str, str], str] = {}
     verdicts: list[Verdict] = []
     try:
         for one in chosen:
-            wanted = _layouts(run, one, layouts, refused)
-            verifier = Verifier(recipe, [*wanted, SINGLE], mine)
             own = resolve(one.engine.precision, torch.device("cpu"))
-            for layout in wanted:
-                for precision in dict.fromkeys(("fp64", own)):
+            for together in _groups(run, one, _layouts(run, one, layouts, refused), refused):
+                verifier = Verifier(recipe, [*together, SINGLE], mine)
+                for layout, precision in itertools.product(together, dict.fromkeys(("fp64", own))):
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
                     if tell is not None:
@@ -299,25 +306,51 @@ def verify(
     finally:
         if pool is None:
             mine.close()
-    return VerifyReport(verdicts, refused)
+    told: dict[str, str] = {}
+    for (name, layout), reason in refused.items():
+        said = f"stage {name}: {reason}" if len(chosen) > 1 else reason
+        told[layout] = f"{told[layout]}; {said}" if layout in told else said
+    asked = layouts or list(told)  # the recipe's own are asked for, too
+    return VerifyReport(verdicts, told, tuple(x for x in told if x in asked))
+
+
+Refused = dict[tuple[str, str], str]  # (stage, layout): why
 
 
 def _layouts(
-    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: dict[str, str]
+    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: Refused
 ) -> list[str]:
     """The layouts to try, each checked against the user's own sizes."""
     if not asked:
         asked = [own_layouts(stage)]
-    found: list[str] = []
-    for text in asked:
-        for layout in suite.LAYOUTS if text == "suite" else [text]:
-            named = with_layouts(stage, layout, compile=False)
+    found: dict[str, None] = {}
+    for layout in [x for text in asked for x in (suite.LAYOUTS if text == "suite" else [text])]:
+        try:
+            check_stage(run, with_layouts(stage, layout, compile=False), world_of(layout))
+        except UserError as error:
+            refused[stage.name, layout] = str(error)
+        else:
+            found[layout] = None
+    return list(found)
+
+
+def _groups(
+    run: RunConfig, stage: StageConfig, layouts: Sequence[str], refused: Refused
+) -> list[list[str]]:
+    """Layouts that one small model and batch suit; a layout that none suits is refused."""
+    groups: list[list[str]] = []
+    for layout in layouts:
+        for group in (*groups, []):
+            parsed = [x for text in (*group, layout, SINGLE) for x in layouts_of(text)]
             try:
-                check_stage(run, named, world_of(layout))
-            except ConfigError as error:
-                if text != "suite":
-                    raise
-                refused[layout] = str(error)
-            else:
-                found.append(layout)
-    return found
+                sizes(run, stage, parsed)
+            except UserError as error:
+                reason = str(error)
+                continue
+            if not group:
+                groups.append(group)
+            group.append(layout)
+            break
+        else:
+            refused[stage.name, layout] = f"it cannot be made small: {reason}"
+    return groups

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import Fp8Config
+from shardwise.config.schema import Fp8Config, StageConfig
 from shardwise.errors import ConfigError, DataError
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.models.common.config import DecoderConfig
@@ -41,10 +41,11 @@ def shrink(
     """
     recipe = run.model_dump(mode="json", exclude={"init_from", "run_dir", "evaluate_start"})
     [stage] = [s for s in recipe["stages"] if s["name"] == stage_name]
-    chat = stage["kind"] != "pretrain"
-    tokens = CHAT_TOKENS if chat else PRETRAIN_TOKENS
-    [engine] = [s.engine for s in run.stages if s.name == stage_name]
-    recipe["model"] |= _model(run.model, layouts, tokens, engine.fp8, "sampling" in stage)
+    [config] = [s for s in run.stages if s.name == stage_name]
+    engine = config.engine
+    tokens = PRETRAIN_TOKENS if stage["kind"] == "pretrain" else CHAT_TOKENS
+    model, batches = sizes(run, config, layouts)
+    recipe["model"] |= model
     recipe["tokenizer"] = {"kind": "bytes"}
     recipe["evaluations"] = []
     recipe["stages"] = [stage]
@@ -54,7 +55,6 @@ def shrink(
         said = {name: (role or {}).get("optimizer") for name, role in stage["roles"].items()}
         stage["roles"] = {n: {"optimizer": o} for n, o in said.items() if o is not None}
     updates = stage.get("updates_per_rollout", 1)
-    batches = _num_batches(recipe, layouts)
     stage["batch"] = {
         "global_batch": batches * MICRO_BATCH * updates,
         "micro_batch": MICRO_BATCH,
@@ -67,6 +67,19 @@ def shrink(
         stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
     _data(run, stage, folder)
     return recipe
+
+
+def sizes(
+    run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]
+) -> tuple[dict[str, Any], int]:
+    """Fields of a small model and a number of micro-batches that suit all of ``layouts``.
+
+    Raises ConfigError where there is none.
+    """
+    tokens = PRETRAIN_TOKENS if stage.kind == "pretrain" else CHAT_TOKENS
+    generates = hasattr(stage, "sampling")
+    small = _model(run.model, layouts, tokens, stage.engine.fp8, generates)
+    return small, _num_batches(run.model.model_dump(mode="json") | small, layouts)
 
 
 def _model(
@@ -126,9 +139,8 @@ def _heads(model: DecoderConfig, layouts: Sequence[Layout]) -> tuple[int, int]:
     return q, kv
 
 
-def _num_batches(recipe: dict[str, Any], layouts: Sequence[Layout]) -> int:
+def _num_batches(model: dict[str, Any], layouts: Sequence[Layout]) -> int:
     """Micro-batches of one update: the fewest, from 8 on, that every layout can take."""
-    model = recipe["model"]
     probe = _ProbeModel(
         hidden_size=model["hidden_size"],
         num_layers=model["num_layers"],

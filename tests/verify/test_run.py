@@ -1,0 +1,63 @@
+"""Which layouts are tried, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.config.load import load_config
+from shardwise.verify.run import Verdict, Verifier, verify
+from shardwise.verify.run import _groups as groups
+from tests.cli.conftest import Command, shardwise  # noqa: F401  # a fixture
+from tests.stages.recipes import recipe
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: Verifier, stage: str, layout: str, precision: str, _: bool) -> Verdict:
+        return Verdict(stage, layout, precision, {}, 0.0)
+
+    monkeypatch.setattr(Verifier, "check", check)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_layout_that_cannot_be_does_not_end_the_others(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "pretrain", "ppo")
+    report = verify(config, ["tp8", "dp2", "dp2.foo", "actor=tp2", "suite"])
+    tried = {(v.stage, v.layout) for v in report.verdicts}
+    assert {("pretrain", "dp2"), ("ppo", "dp2"), ("ppo", "actor=tp2")} <= tried
+    assert ("pretrain", "actor=tp2") not in tried
+    assert set(report.impossible) == {"tp8", "dp2.foo", "actor=tp2"}
+    assert "does not divide num_heads 4; nearest: engine.layout=" in report.refused["tp8"]
+    assert "known: dpN" in report.refused["dp2.foo"]
+    assert "stage pretrain: " in report.refused["actor=tp2"]
+    assert not report.passed
+    of_suite = verify(config, ["suite"], stage="pretrain")
+    assert of_suite.refused and of_suite.passed  # nobody asked for those by name
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_the_exit_code_says_so(
+    shardwise: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path, result = tmp_path / "recipe.yaml", tmp_path / "result.json"
+    path.write_text(json.dumps(recipe(tmp_path / "run", "pretrain")))
+    code, out, err = shardwise("verify", path, "-l", "tp8", "-l", "dp2", "--json", result)
+    assert code == 2 and "1 of the layouts asked for cannot be: tp8" in err
+    assert "cannot be: tp8: " in out and "2 of 2 compute what one process computes" in out
+    found: dict[str, Any] = json.loads(result.read_text())
+    assert not found["passed"] and {v["layout"] for v in found["verdicts"]} == {"dp2"}
+    assert shardwise("verify", path, "-l", "dp2")[0] == 0
+
+
+def test_layouts_that_no_small_batch_suits_together_are_tried_apart(tmp_path: Path) -> None:
+    """7 and 11 data ranks have no common number of micro-batches up to 128, 2 and 7 have."""
+    run = load_config(recipe(tmp_path / "run", "pretrain")).config
+    refused: dict[tuple[str, str], str] = {}
+    found = groups(run, run.stages[0], ["dp7", "dp11.zero3", "dp2", "dp67"], refused)
+    assert found == [["dp7", "dp2"], ["dp11.zero3"]]
+    assert "no number of micro-batches" in refused["pretrain", "dp67"]
