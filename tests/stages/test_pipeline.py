@@ -12,7 +12,9 @@ import torch
 
 from shardwise import checkpoint
 from shardwise.errors import CheckpointError
+from shardwise.metrics.writers import MetricsLogger
 from shardwise.stages import loop
+from shardwise.storage.durable import StorageError
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankError, RankPool
 
@@ -134,6 +136,20 @@ def fail_once(config: dict, step: int) -> None:  # type: ignore[type-arg]
         run(config)
 
 
+def no_room_for_lines_once(config: dict) -> None:  # type: ignore[type-arg]
+    """The disk is full when the metrics of the first checkpoint are synced, which rank 0 does."""
+    original, failed = MetricsLogger.sync, []
+
+    def sync(self: MetricsLogger) -> None:
+        if self.enabled and not failed:
+            failed.append(True)
+            raise StorageError("metrics.jsonl: disk full; free some space")
+        original(self)
+
+    with mock.patch.object(MetricsLogger, "sync", sync):
+        run(config)
+
+
 def test_training_outlives_a_full_disk(ranks: RankPool, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", "pretrain")
     ranks.run(fail_once, config, 2, world=2)
@@ -142,6 +158,10 @@ def test_training_outlives_a_full_disk(ranks: RankPool, tmp_path: Path) -> None:
     assert "checkpoint_failed" in notes and "no space left" in notes
     with pytest.raises(RankError, match="no space left"):
         ranks.run(fail_once, recipe(tmp_path / "other", "pretrain"), 4, world=1)
+    config = recipe(tmp_path / "lines", "pretrain")
+    ranks.run(no_room_for_lines_once, config, world=2)
+    assert checkpoint.list_steps(tmp_path / "lines/stages/pretrain/checkpoints") == [4]
+    assert "metrics.jsonl: disk full" in (tmp_path / "lines" / "notes.jsonl").read_text()
 
 
 def test_diverging_run_stops_with_the_weights_of_the_last_good_step(

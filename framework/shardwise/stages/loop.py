@@ -195,7 +195,8 @@ class Loop:
                     self.saver.wait()
                 if self.ranks.share(self.sent == done and done in checkpoint.list_steps(self.root)):
                     return self.root
-            self.ctx.logger.sync()
+            with self.ranks.together():
+                self.ctx.logger.sync()
             options: dict[str, Any] = {"nonfinite": nonfinite, "group": self.ranks.group}
             options["keep"] = self.config.checkpoint.keep
             return checkpoint.save(self.root, done, tensors, meta, self.files, **options)
@@ -219,7 +220,6 @@ class Loop:
 
     def _save(self, done: int, validated: dict[str, float]) -> None:
         state = stage_state(self.stage)
-        self.ctx.logger.sync()
         meta = self._meta(done, state)
         files = self.files
         metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
