@@ -19,11 +19,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 
 from shardwise.data.conversation import SAYING, VARIABLES, Message, check_messages
 from shardwise.data.fast_tokenizer import Tokenizer
+from shardwise.data.renderer import describe, render_bounded
 from shardwise.data.templates import REASONING, Rendered, render_template
 from shardwise.errors import DataError
 
@@ -58,12 +58,13 @@ def _draw(
 ) -> Rendered:
     names: dict[str, Any] = {**tokenizer.special_tokens_map, **variables}
     names["add_generation_prompt"] = add_generation_prompt
+    source = tokenizer.chat_template or CHATML
+    if source != CHATML:
+        return render_bounded(source, messages, names)
     try:
-        return render_template(tokenizer.chat_template or CHATML, messages, names)
-    except TemplateSyntaxError as error:
-        raise DataError(f"the chat template does not parse: {error}") from error
-    except Exception as error:  # a stranger's template may fail in any way
-        raise DataError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return render_template(source, messages, names)
+    except Exception as error:
+        raise DataError(describe(error)) from error
 
 
 def encode_chat(

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 
 from shardwise import integrity
+from shardwise.data import guard
 from shardwise.errors import DataError, UserError
 from shardwise.models import travel
 
@@ -40,6 +41,10 @@ END_OF_TURN = (IM_END, "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<|end_
 # tokens against GPT-2's pattern with single digits), a word takes the one sign or space before it,
 # digits come one by one (small models calculate better that way).
 SPLIT_PATTERN = r"[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
+
+
+# Patterns that take time in proportion to the text, whatever it is.
+_HARMLESS = frozenset({SPLIT_PATTERN, " {2,}"})
 
 
 @runtime_checkable
@@ -102,7 +107,9 @@ class FastTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._parsing = backend  # recognises control tokens inside text
-        self._plain = Backend.from_str(backend.to_str())
+        text = backend.to_str()
+        self._bounded = guard.needs_bound(text, _HARMLESS)
+        self._plain = Backend.from_str(text)
         self._plain.encode_special_tokens = True  # spells them out
         self.chat_template = self._read_template = chat_template
         self._files = dict(files or {})
@@ -148,18 +155,36 @@ class FastTokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is added to either end."""
-        backend = self._parsing if allow_special else self._plain
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(self._encode(self._parsing if allow_special else self._plain, [text])[0].ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, [start, end) of each in ``text``) with control tokens read as such."""
-        found = self._parsing.encode(text, add_special_tokens=False)
+        found = self._encode(self._parsing, [text])[0]
         return list(found.ids), list(found.offsets)
+
+    def _encode(self, backend: Backend, texts: list[str], batch: str = "encode_batch") -> list[Any]:
+        """Encodings of ``texts``; in a bounded time, unless the patterns are known.
+
+        Raises DataError for half a surrogate pair, and for patterns that fail or do not end.
+        """
+
+        def work() -> list[Any]:
+            if len(texts) == 1 and not self._bounded:
+                return [backend.encode(texts[0], add_special_tokens=False)]
+            return list(getattr(backend, batch)(texts, add_special_tokens=False))
+
+        try:
+            if not self._bounded:
+                return work()
+            return guard.bounded(work, f"a text of {sum(map(len, texts))} characters")
+        except Exception as error:
+            refuse_surrogates(texts)
+            raise error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all the threads that the tokenizers library may use."""
-        batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(e.ids) for e in batch]
+        found = self._encode(self._plain, list(texts), "encode_batch_fast")
+        return [list(e.ids) for e in found]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -259,11 +284,26 @@ class ByteTokenizer(FastTokenizer):
         """The UTF-8 bytes of ``text`` (the same ids as the saved tokenizer.json, only faster)."""
         if allow_special:
             return super().encode(text, allow_special=True)
-        return list(text.encode("utf-8"))
+        try:
+            return list(text.encode("utf-8"))
+        except UnicodeEncodeError:
+            refuse_surrogates([text])
+            raise
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts."""
         return [self.encode(t) for t in texts]
+
+
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raise DataError for a text that holds half of a surrogate pair, which has no UTF-8."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start} of {text[:40]!r}: a lone surrogate is no text"
+            ) from error
 
 
 def special(token: str) -> AddedToken:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from shardwise import integrity, safe_files
+from shardwise.config.paths import expand
 from shardwise.config.schema import TokenizerConfig
 from shardwise.data.fast_tokenizer import (
     END_OF_TURN,
@@ -60,7 +61,7 @@ def load_tokenizer(
     what is missing in the config, DataError for a file that cannot be read.
     """
     if not isinstance(source, TokenizerConfig):
-        return _load_path(Path(source))
+        return _load_path(expand(source))
     template = _template(source.chat_template)
     if source.kind == "bytes":
         return ByteTokenizer(chat_template=template)
@@ -124,15 +125,18 @@ def _load_path(path: Path) -> Tokenizer:
     eos = names["eos"] or next((t for t in guesses if t and _has(backend, t)), None)
     if eos is None:
         raise DataError(f"{file}: no end token; name it as eos_token in tokenizer_config.json")
-    made = FastTokenizer(
-        backend,
-        eos=eos,
-        bos=names["bos"],
-        pad=names["pad"],
-        chat_template=config["chat_template"],
-        files=files,
-        ends=ends,
-    )
+    try:
+        made = FastTokenizer(
+            backend,
+            eos=eos,
+            bos=names["bos"],
+            pad=names["pad"],
+            chat_template=config["chat_template"],
+            files=files,
+            ends=ends,
+        )
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     if names["pad"] is None and _has(backend, PAD):
         made.pad_id = made.id_of(PAD)  # for our own use; the tokenizer names none
     return made
@@ -147,7 +151,7 @@ def _template(value: str | None) -> str | None:
     if value is None or "{" in value or "\n" in value:
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return expand(value).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # the latter: not UTF-8, or no name of a file
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {reason}") from error

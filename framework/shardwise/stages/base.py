@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.checkpoint.convert import open_model
+from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
 from shardwise.data.batch import MicroBatch
@@ -125,13 +126,13 @@ class StageContext:
         if named is not None:
             if named in self.finished:
                 return self.finished[named]
-            if not Path(named).exists():
+            if not expand(named).exists():
                 known = ", ".join(self.finished) or "none"
                 raise ConfigError(
                     f"stages.{self.stage.name}.roles.{role}.init_from: {named} is neither an "
                     f"earlier stage ({known}) nor a folder"
                 )
-            return Path(named)
+            return expand(named)
         if self._shares_initial_checkpoint(role):
             return self.initial_checkpoint(ACTOR)
         if role in SCORERS:
