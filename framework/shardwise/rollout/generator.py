@@ -96,15 +96,14 @@ class Generator:
 
     def _compare(self) -> None:
         """Once: hold the native step's logits against the model's; on a difference, fall back."""
-        error = native.error_of(self.backend)
+        error, bound = native.error_of(self.backend)
         if math.isnan(error):  # weights that are no numbers say nothing; the next ones may
             return
         self._compared = True
-        bound = native.BOUNDS[self.dtype]
         if error > bound:
             self.mismatch = (
                 f"the native step's logits differ from the model's by {error:.1e} of their size, "
-                f"and rounding explains {bound:.0e}"
+                f"and rounding explains {bound:.1e}"
             )
             log.warning("%s; the plain model generates instead", self.mismatch)
             self.backend_note = f"plain PyTorch: {self.mismatch}"

@@ -5,8 +5,10 @@ Where it cannot be used, `unavailable` says why and the plain model generates in
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -333,39 +335,50 @@ class NativeBackend(PlainBackend):
         return token_N, logp_N, logp_N
 
 
-# Of the logits' size, how far rounding may take the native step from the model, and more.
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _PROBE = (9, 24, 2)  # lengths of the prompts that are compared; then a few steps of each
 _PROBE_STEPS = 3
+# How far rounding may take logits, over their size: in fp32, and times what it takes the model.
+_FP32_BOUND, _ROUNDING_FACTOR = 1e-3, 3.0
 
 
-def error_of(backend: PlainBackend) -> float:
-    """The largest difference between a backend's logits and its model's, over the latter's size.
+def error_of(backend: PlainBackend) -> tuple[float, float]:
+    """How far a backend's logits are from its model's in fp32, and how far they may be.
 
-    Root mean squares over the vocabulary. Computes prompts and steps whose rows are out of order,
-    copied and of several lengths; NaN where the model's logits are.
+    Differences and logits by their root mean squares; the worst of a prefill and some steps.
+    Computes prompts and steps of rows that are copied and of several lengths. NaN where the
+    model's logits are. In bf16, takes the memory of an fp32 copy of the model for a moment.
     """
     model, config = backend.model, backend.config
-    room = max(2, config.max_seq_len - _PROBE_STEPS)
-    lengths = [min(n, room) for n in _PROBE]
+    lengths = [min(n, max(2, config.max_seq_len - _PROBE_STEPS)) for n in _PROBE]
     steps = min(_PROBE_STEPS, config.max_seq_len - max(lengths))
     longest = max(lengths) + steps
     ids_BT = (torch.arange(len(lengths) * longest) * 7919 + 13).view(
         -1, longest
     ) % config.vocab_size
+    positions_BT = torch.arange(longest).expand_as(ids_BT)
     lengths_B, source = torch.tensor(lengths), torch.tensor([0, 1, 1, 2])
     with torch.inference_mode():
-        truth_BTV = model(ids_BT, torch.arange(longest).expand_as(ids_BT)).float()
+        truth_BTV = rounded_BTV = model(ids_BT, positions_BT).float()
+        if next(model.parameters()).dtype != torch.float32:
+            exact = copy.deepcopy(model)
+            vars(exact.head).pop("forward", None)  # of `widen_logits`: it holds the other's weight
+            truth_BTV = exact.float()(ids_BT, positions_BT)
         backend.allocate(len(source), -(-longest // 16) * 16)
-        width = max(lengths)
-        logits_BV = backend.prefill(ids_BT[:, :width], lengths_B, torch.arange(len(source)), source)
-        pairs = [(logits_BV, truth_BTV[torch.arange(len(lengths)), lengths_B - 1])]
+        width, slots = max(lengths), torch.arange(len(source))
+        logits_BV = backend.prefill(ids_BT[:, :width], lengths_B, slots, source)
+        at = torch.arange(len(lengths)), lengths_B - 1
+        found = [(logits_BV, rounded_BTV[at], truth_BTV[at])]
         for step in range(steps):
-            at_N = lengths_B[source] + step
-            logits_NV = backend.decode(ids_BT[source, at_N], at_N)
-            pairs.append((logits_NV, truth_BTV[source, at_N]))
-    gaps = [(a.float() - b).pow(2).mean(-1) / b.pow(2).mean(-1) for a, b in pairs]
-    return float(torch.cat(gaps).sqrt().amax())
+            at = source, lengths_B[source] + step
+            found.append((backend.decode(ids_BT[at], at[1]), rounded_BTV[at], truth_BTV[at]))
+    errors = [_distance(logits, truth) for logits, _, truth in found]
+    lost = max(_distance(rounded, truth) for _, rounded, truth in found)
+    error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return error, max(_FP32_BOUND, _ROUNDING_FACTOR * lost)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(((a.float() - b).pow(2).mean() / b.pow(2).mean()).sqrt())
 
 
 def _bias(module: Any) -> Tensor | None:
