@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
 from shardwise.storage.durable import FAULTS, FORBIDDEN, StorageError, explain
+
+_NO_MEMORY = re.compile(r"(?i)can't allocate memory|out of memory|cannot allocate memory")
 
 
 class _Commands(TyperGroup):
@@ -292,7 +295,10 @@ def main() -> None:
         _complain(f"error: {named}{error.strerror or error}")
         # Without a file it is no mistake of the user's: a lost connection.
         sys.exit(UserError.exit_code if named else ShardwiseError.exit_code)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            _complain(f"error: out of memory: {error}; use a smaller model, batch or length")
+            sys.exit(ShardwiseError.exit_code)
         _complain(traceback.format_exc())
         _complain("error: this is a bug in shardwise; please report the lines above")
         sys.exit(ExitCode.BUG)

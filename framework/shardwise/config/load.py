@@ -14,13 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from shardwise import safe_files
 from shardwise.config import overrides as override_room
 from shardwise.config import registry, yaml12
 from shardwise.config.explain import explain
 from shardwise.config.run import RunConfig
 from shardwise.config.source import Path as Keys
 from shardwise.config.source import Problem, Source, Tree, dotted
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, DataError
 
 MAX_BYTES = 4_000_000
 
@@ -132,11 +133,14 @@ def _places(data: Any, path: Keys, source: Source) -> dict[Keys, Source]:
 def _read(path: Path) -> str:
     """The file's text; ConfigError that names the file and the mend when there is none."""
     try:
-        raw = path.read_bytes()
+        with safe_files.open_regular(path) as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file{_near(path)}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder{_recipes(path)}") from None
+    except DataError as error:
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder{_recipes(path)}") from None
+        raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read: {reason}") from None

@@ -24,9 +24,9 @@ from shardwise.config.schema import (
     EvaluationConfig,
     LoggingConfig,
     ModelConfig,
-    NonNegativeInt,
     ResilienceConfig,
     Section,
+    Seed,
     StageConfig,
     TokenizerConfig,
     shown_as,
@@ -89,7 +89,7 @@ class RunConfig(Section):
 
     name: Annotated[str, RUN_FOLDER, shown_as(RUN_NAME)] = "run"
     run_dir: Path | None = Field(None, description="default: runs/<name>")
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
     init_from: Path | None = Field(
         None, description="start weights: a shardwise checkpoint or a Hugging Face folder"

@@ -25,11 +25,33 @@ from pydantic_core import InitErrorDetails
 
 from shardwise.config.paths import expand
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Every number has a range: what lies outside of it would overflow, round to 0 in fp32, or ask for
+# more than any machine has, somewhere deep inside. The bounds are far beyond what is of use.
+_MAX_COUNT = 2**31 - 1
+_MAX, _TINY = 1e12, 1e-30
+
+
+def _not_tiny(value: float) -> float:
+    if value < _TINY:
+        raise ValueError(f"{value} would be 0 in fp32; at least {_TINY}, please")
+    return value
+
+
+PositiveInt = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+NumBytes = Annotated[int, Field(ge=1, le=2**50)]
+Rows = Annotated[int, Field(ge=1, le=2**24)]
+SeqLen = Annotated[int, Field(ge=1, le=2**26)]
+Vocabulary = Annotated[int, Field(ge=0, le=2**24)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=_MAX), AfterValidator(_not_tiny)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=_MAX)]
+Epsilon = Annotated[float, Field(gt=0.0, le=1.0), AfterValidator(_not_tiny)]
+Rate = Annotated[float, Field(gt=0.0, le=1e6), AfterValidator(_not_tiny)]
+Weight = Annotated[float, Field(ge=-_MAX, le=_MAX)]
+Seconds = Annotated[float, Field(ge=1e-6, le=2e6)]  # poll(2) counts milliseconds in 31 bits
 
 
 class Section(BaseModel):
@@ -54,8 +76,8 @@ class ModelConfig(Section):
     """What every model family has. Families derive from it and register themselves."""
 
     family: str
-    vocab_size: NonNegativeInt = Field(0, description="0: take the tokenizer's size")
-    max_seq_len: PositiveInt = 2048
+    vocab_size: Vocabulary = Field(0, description="0: take the tokenizer's size")
+    max_seq_len: SeqLen = 2048
 
 
 class TokenizerConfig(Section):
@@ -66,8 +88,10 @@ class TokenizerConfig(Section):
     split: Literal["gpt2", "cl100k", "o200k"] | None = Field(
         None, description="how a tiktoken file splits text; None: by the file's name"
     )
-    vocab_size: PositiveInt = Field(4096, description="size of a BPE vocabulary trained here")
-    sample_bytes: PositiveInt = Field(8_000_000, description="bytes of text that train a BPE")
+    vocab_size: Annotated[Vocabulary, Field(ge=1)] = Field(
+        4096, description="size of a BPE vocabulary trained here"
+    )
+    sample_bytes: NumBytes = Field(8_000_000, description="bytes of text that train a BPE")
     chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
 
     @model_validator(mode="after")
@@ -104,8 +128,12 @@ class Fp8Config(Section):
         "auto",
         description="hybrid: e4m3 forward, e5m2 gradients; auto: hybrid, or e4m3 for block, mxfp8",
     )
-    amax_history_len: PositiveInt = Field(1024, description="delayed: steps whose amax counts")
-    margin: NonNegativeInt = Field(0, description="delayed: scales are 2^margin smaller")
+    amax_history_len: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        1024, description="delayed: steps whose amax counts"
+    )
+    margin: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="delayed: scales are 2^margin smaller"
+    )
     amax_compute: Literal["max", "most_recent"] = "max"
     modules: list[str] = Field(
         default_factory=lambda: ["layers.*"],
@@ -135,30 +163,32 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
-    timeout_s: PositiveFloat = Field(600.0, description="collective timeout in seconds")
+    timeout_s: Seconds = Field(600.0, description="collective timeout in seconds")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class BatchConfig(Section):
     """The arithmetic of one step, in sequences (or prompts, for reinforcement learning)."""
 
-    global_batch: PositiveInt = 8
-    micro_batch: PositiveInt = Field(8, description="sequences a rank computes at once")
-    seq_len: PositiveInt = 256
-    ramp_start: PositiveInt | None = Field(None, description="first global batch of a ramp")
-    ramp_steps: NonNegativeInt = Field(0, description="steps until the full global batch")
+    global_batch: Rows = 8
+    micro_batch: Rows = Field(8, description="sequences a rank computes at once")
+    seq_len: SeqLen = 256
+    ramp_start: Rows | None = Field(None, description="first global batch of a ramp")
+    ramp_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        0, description="steps until the full global batch"
+    )
 
 
 class OptimizerConfig(Section):
     """Optimizer and its decay groups."""
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: PositiveFloat = 3e-4
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: PositiveFloat = 1e-8
+    lr: Rate = 3e-4
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: Epsilon = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    momentum: Fraction = Field(0.9, description="SGD only")
+    momentum: BelowOne = Field(0.9, description="SGD only")
     nesterov: bool = False
     no_decay: list[str] = Field(
         default_factory=lambda: ["*norm*", "*bias", "*embed*"],
@@ -177,7 +207,7 @@ class ScheduleConfig(Section):
     min_ratio: Fraction = Field(0.0, description="final learning rate over the peak")
     decay_steps: NonNegativeInt = Field(0, description="WSD: steps of the final decay")
     cycle_steps: NonNegativeInt = Field(0, description="cosine_restarts: steps of the first cycle")
-    cycle_factor: PositiveFloat = Field(1.0, description="cosine_restarts: growth of each cycle")
+    cycle_factor: Rate = Field(1.0, description="cosine_restarts: growth of each cycle")
 
     @model_validator(mode="after")
     def _has_its_own_steps(self) -> ScheduleConfig:
@@ -245,7 +275,7 @@ class LoggingConfig(Section):
 class ResilienceConfig(Section):
     """What happens when a run is told to stop, and when it stands still."""
 
-    grace_s: PositiveFloat = Field(
+    grace_s: Seconds = Field(
         25.0,
         description="seconds from SIGTERM, SIGUSR1 or SIGHUP to the end: half for the step in "
         "progress, half to save; keep it below what scheduler and torchrun (30) allow",

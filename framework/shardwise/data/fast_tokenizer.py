@@ -42,6 +42,14 @@ END_OF_TURN = (IM_END, "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<|end_
 # digits come one by one (small models calculate better that way).
 SPLIT_PATTERN = r"[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
 
+MAX_VOCABULARY = 2**24  # as `config.schema` bounds it: tables of this many rows are made
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library may raise this for a damaged file: a bare Exception, or the
+    panic of its Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
 
 # Patterns that take time in proportion to the text, whatever it is.
 _HARMLESS = frozenset({SPLIT_PATTERN, " {2,}"})
@@ -106,6 +114,9 @@ class FastTokenizer:
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest < MAX_VOCABULARY:
+            raise DataError(f"the tokenizer has the id {largest}; ids go up to {MAX_VOCABULARY}")
         self._parsing = backend  # recognises control tokens inside text
         text = backend.to_str()
         self._bounded = guard.needs_bound(text, _HARMLESS)

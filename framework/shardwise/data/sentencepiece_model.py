@@ -26,7 +26,8 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from shardwise.data.fast_tokenizer import FastTokenizer, special
+from shardwise import safe_files
+from shardwise.data.fast_tokenizer import FastTokenizer, is_library_error, special
 from shardwise.data.tokenizer_config import end_ids, read_settings
 from shardwise.errors import DataError
 from shardwise.models import travel
@@ -47,14 +48,16 @@ def load_sentencepiece(path: Path | str) -> FastTokenizer:
     """A tokenizer with the ids of a sentencepiece model; DataError if the file is damaged."""
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        raw = safe_files.read_bytes(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         return _build(path, raw)
     except DataError:
         raise
-    except Exception as error:  # of a damaged file, here or in the library (a bare Exception)
+    except BaseException as error:  # of a damaged file, here or in the library
+        if not is_library_error(error):
+            raise
         raise DataError(f"{path}: {error}; not a sentencepiece model") from error
 
 
@@ -198,6 +201,8 @@ def _fields(raw: bytes) -> Iterator[tuple[int, bytes | int]]:
             at += 1
             value |= (byte & 127) << shift
             shift += 7
+            if shift > 70:
+                raise ValueError(f"byte {at}: a number of more than 64 bits")
             if byte < 128:
                 return value
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from shardwise import safe_files
 from shardwise.data.fast_tokenizer import (
     EOS,
+    MAX_VOCABULARY,
     PAD,
     SPECIAL_TOKENS,
     FastTokenizer,
@@ -25,6 +27,8 @@ from shardwise.data.fast_tokenizer import (
     special,
 )
 from shardwise.errors import DataError, UserError
+
+_MAX_TOKEN = 1024  # in base 64; the published ones are at most 128 bytes
 
 # The published split patterns and control tokens of OpenAI's vocabularies.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -112,7 +116,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes to rank."""
     ranks: dict[bytes, int] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = safe_files.read_bytes(path).splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
@@ -120,8 +124,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            if not 0 <= int(rank) < 1 << 31:
+            if not 0 <= int(rank) < MAX_VOCABULARY:
                 raise ValueError(f"rank {int(rank)} is out of range")
+            if len(token) > _MAX_TOKEN:
+                raise ValueError(f"a token of {len(token)} characters")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(f"{path}: line {number}: not 'base64 rank': {error}") from error

@@ -23,6 +23,7 @@ from shardwise.data.fast_tokenizer import (
     Tokenizer,
     byte_alphabet,
     fingerprint_of,
+    is_library_error,
     special,
     train_bpe,
 )
@@ -117,7 +118,9 @@ def _load_path(path: Path) -> Tokenizer:
     try:
         files[travel.TOKENIZER] = safe_files.read_bytes(file)
         backend = Backend.from_str(files[travel.TOKENIZER].decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
         raise DataError(f"{file}: not a tokenizer.json: {error}") from error
     ends = end_ids(file.parent)
     names = {k: token_text(config, f"{k}_token", file.parent) for k in ("eos", "bos", "pad")}
@@ -151,7 +154,7 @@ def _template(value: str | None) -> str | None:
     if value is None or "{" in value or "\n" in value:
         return value
     try:
-        return expand(value).read_text(encoding="utf-8-sig")
+        return safe_files.read_text(expand(value)).removeprefix("\ufeff")
     except (OSError, ValueError) as error:  # the latter: not UTF-8, or no name of a file
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {reason}") from error

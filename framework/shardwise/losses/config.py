@@ -23,7 +23,7 @@ class SurrogateConfig(Section):
 
     clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
+    dual_clip: Annotated[float, Field(gt=1.0, le=1e12)] | None = Field(
         None, description="bound of the loss for negative advantages, in units of -A"
     )
     aggregation: Aggregation = "token_mean"

@@ -95,7 +95,7 @@ def host_info() -> dict[str, Any]:
         "num_cores": num_cores(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "threads_per_process": torch.get_num_threads(),
-        "memory_gb": round(_total_memory() / GB, 1),
+        "memory_gb": round(total_memory() / GB, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -113,7 +113,8 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _total_memory() -> int:
+def total_memory() -> int:
+    """Bytes of this machine's memory; 0 if it does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

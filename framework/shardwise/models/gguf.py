@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, UserError
+from shardwise.models.gguf_header import check_header
 from shardwise.models.gguf_tokenizer import tokenizer_json
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.ops import rope
@@ -68,11 +69,14 @@ def from_gguf(path: Path | str) -> GgufModel:
         raise UserError("reading GGUF needs: pip install 'shardwise[gguf]'") from None
     path = Path(path)
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
@@ -95,8 +99,10 @@ def from_gguf(path: Path | str) -> GgufModel:
         raise CheckpointError(f"{path}: the metadata has no {error}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: the metadata holds a value that cannot be: {error}"
+        ) from None
 
 
 def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -182,12 +188,15 @@ def _stream(
                 f"{path}: tensor {name!r} of type {kind} is not supported; types: "
                 f"{', '.join(_TYPES)} of the Llama family's tensors"
             )
-        value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        value = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
-        if arch == "llama" and ".attn.q." in ours:
-            value = _unpermute(value, config.num_heads)
-        if arch == "llama" and ".attn.k." in ours:
-            value = _unpermute(value, config.num_kv_heads)
+        try:
+            value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            value = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+            if arch == "llama" and ".attn.q." in ours:
+                value = _unpermute(value, config.num_heads)
+            if arch == "llama" and ".attn.k." in ours:
+                value = _unpermute(value, config.num_kv_heads)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: tensor {name!r} is damaged: {error}") from None
         yield ours, torch.from_numpy(value)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shardwise import safe_files
 from shardwise.errors import CheckpointError, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -28,13 +29,13 @@ class MissingModelError(UserError, CheckpointError):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises CheckpointError, MissingModelError when there is no file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(safe_files.read_text(path))
     except FileNotFoundError:
         raise MissingModelError(
             f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
             f"{_instead(path.parent)}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -58,6 +59,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     def stream() -> Iterator[tuple[str, Tensor]]:
         for path in files:
             try:
+                safe_files.open_regular(path).close()  # a FIFO would be waited for
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a mapping)
                         yield name, file.get_tensor(name)
@@ -88,6 +90,7 @@ def _check_shard(folder: Path, shard: str, weight_map: dict[str, str]) -> None:
     """A shard holds what the index gives to it, and nothing else."""
     index = folder / INDEX
     try:
+        safe_files.open_regular(folder / shard).close()
         with safe_open(folder / shard, framework="pt") as file:
             held = set(file.keys())
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section
+from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section, Weight
 from shardwise.rewards import math_answers, reasoning, verifiers
 from shardwise.rewards.scored import Scored, scored
 from shardwise.rewards.user import UserReward, UserRewardConfig
@@ -20,7 +20,7 @@ class ExactConfig(Section):
     """1 when the extracted answer equals the reference."""
 
     kind: Literal["exact"] = "exact"
-    weight: float = 1.0
+    weight: Weight = 1.0
     extract: verifiers.Extract = "whole"
     ignore_case: bool = False
 
@@ -29,7 +29,7 @@ class NumericConfig(Section):
     """1 when the extracted answer is the reference's number."""
 
     kind: Literal["numeric"] = "numeric"
-    weight: float = 1.0
+    weight: Weight = 1.0
     extract: verifiers.Extract = "last_number"
     rel_tol: NonNegativeFloat = 1e-6
     abs_tol: NonNegativeFloat = 0.0
@@ -39,7 +39,7 @@ class FormatConfig(Section):
     """1 when the completion has the template's form."""
 
     kind: Literal["format"] = "format"
-    weight: float = 1.0
+    weight: Weight = 1.0
     template: str = Field(
         "<think>{}</think><answer>{}</answer>", description="fixed pieces, {} for any text"
     )
@@ -49,7 +49,7 @@ class LanguageConfig(Section):
     """Share of the letters in the language's script."""
 
     kind: Literal["language"] = "language"
-    weight: float = 1.0
+    weight: Weight = 1.0
     language: str = Field("en", description="language code, e.g. en, zh, ru")
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class LengthConfig(Section):
     """From 0 down to -1 as a completion nears ``max_tokens``."""
 
     kind: Literal["length"] = "length"
-    weight: float = 1.0
+    weight: Weight = 1.0
     max_tokens: PositiveInt
     buffer_tokens: PositiveInt
 
@@ -79,7 +79,7 @@ class ReasoningGymConfig(Section):
     """reasoning-gym's own score of the extracted answer, computed in the sandbox."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
-    weight: float = 1.0
+    weight: Weight = 1.0
     extract: verifiers.Extract = "whole"
 
 
@@ -87,7 +87,7 @@ class MathConfig(Section):
     """1 when the extracted answer is the reference's mathematics, by math-verify in the sandbox."""
 
     kind: Literal["math"] = "math"
-    weight: float = 1.0
+    weight: Weight = 1.0
     extract: verifiers.Extract = "boxed"
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import xxhash
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, Section
+from shardwise.config.schema import Section, Seed
 from shardwise.errors import ConfigError
 from shardwise.rewards import reasoning
 from shardwise.rewards.families import FAMILIES, Operation, Problem, stream
@@ -35,15 +35,19 @@ class TaskConfig(Section):
     """A source of problems and how they are written."""
 
     kind: Literal["count_letters", "arithmetic", "reasoning_gym"] = "count_letters"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     style: Literal["answer", "steps", "tags"] = Field(
         "answer",
         description="answer: the bare answer; steps: steps, then 'Answer: x'; "
         "tags: <think>steps</think><answer>x</answer>",
     )
     system: str | None = Field(None, description="system message of every conversation")
-    min_length: PositiveInt = Field(6, description="count_letters: fewest letters")
-    max_length: PositiveInt = Field(14, description="count_letters: most letters")
+    min_length: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        6, description="count_letters: fewest letters"
+    )
+    max_length: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        14, description="count_letters: most letters"
+    )
     letters: str = Field("abc", min_length=1, description="count_letters: the alphabet")
     targets: str = Field("", description="count_letters: letters asked for; empty: the alphabet")
     operations: tuple[Operation, ...] = Field(
@@ -51,9 +55,15 @@ class TaskConfig(Section):
         min_length=1,
         description="arithmetic: drawn uniformly",
     )
-    min_digits: PositiveInt = Field(1, description="arithmetic: digits of the shortest operand")
-    max_digits: PositiveInt = Field(2, description="arithmetic: digits of the longest operand")
-    chain_length: PositiveInt = Field(3, description="arithmetic: operations of a chain")
+    min_digits: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="arithmetic: digits of the shortest operand"
+    )
+    max_digits: Annotated[int, Field(ge=1, le=1000)] = Field(
+        2, description="arithmetic: digits of the longest operand"
+    )
+    chain_length: Annotated[int, Field(ge=1, le=1000)] = Field(
+        3, description="arithmetic: operations of a chain"
+    )
     name: str = Field("", description="reasoning_gym: name of the dataset")
     options: dict[str, Any] = Field(
         default_factory=dict, description="reasoning_gym: settings of the dataset"

@@ -32,11 +32,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from shardwise.config.schema import PositiveFloat, PositiveInt, Section
+from shardwise.config.schema import PositiveInt, Seconds, Section, Weight
 from shardwise.errors import ConfigError
 from shardwise.rewards.confine import SCRATCH
 from shardwise.rewards.scored import Scored, scored, unscorable
@@ -52,15 +52,15 @@ class UserRewardConfig(Section):
     """A reward function of your own, and what it may do."""
 
     kind: Literal["user"] = "user"
-    weight: float = 1.0
+    weight: Weight = 1.0
     function: str = Field(description="path.py:name, called in a sandbox")
-    timeout_s: PositiveFloat = Field(5.0, description="seconds for one completion")
-    batch_timeout_s: PositiveFloat = Field(
+    timeout_s: Seconds = Field(5.0, description="seconds for one completion")
+    batch_timeout_s: Seconds = Field(
         60.0, description="seconds for all completions of a call; the rest become unscorable"
     )
-    start_timeout_s: PositiveFloat = Field(60.0, description="seconds to import the file")
+    start_timeout_s: Seconds = Field(60.0, description="seconds to import the file")
     memory_mb: PositiveInt = Field(2048, description="address space of one worker, MiB")
-    num_workers: PositiveInt = 1
+    num_workers: Annotated[int, Field(ge=1, le=1024)] = 1
     preload: list[str] = Field([], description="modules to import before the sandbox closes")
     reads: bool = Field(False, description="may read files and import modules while it scores")
     processes: bool = Field(False, description="may start processes")

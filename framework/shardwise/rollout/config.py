@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 from pydantic import Field
 
-from shardwise.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from shardwise.config.schema import NonNegativeInt, Section, SeqLen
 
 
 class Sampling(Section):
     """How tokens are chosen and when a completion ends."""
 
-    temperature: PositiveFloat = Field(1.0, description="divides the logits; also when greedy")
+    temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        1.0, description="divides the logits; also when greedy"
+    )
     greedy: bool = Field(False, description="the most probable token; no randomness")
     top_k: NonNegativeInt = Field(0, description="keep the k most probable tokens; 0: all")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass")
-    max_new_tokens: PositiveInt = 64
-    stop_ids: tuple[int, ...] = Field(
+    max_new_tokens: SeqLen = 64
+    stop_ids: tuple[NonNegativeInt, ...] = Field(
         (), description="tokens that end a completion, besides the tokenizer's end of text"
     )
     stop_strings: tuple[str, ...] = Field((), description="texts that end a completion")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shardwise.config.schema import EvaluationConfig, NonNegativeInt, PositiveInt
+from shardwise.config.schema import EvaluationConfig, NonNegativeInt, Rows, SeqLen
 from shardwise.data.config import DataConfig
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
@@ -19,13 +19,13 @@ class BitsConfig(EvaluationConfig):
     data: DataConfig | None = Field(
         None, description="default: of the stage, else of the first that has documents"
     )
-    seq_len: PositiveInt = Field(256, description="tokens of context at most")
+    seq_len: SeqLen = Field(256, description="tokens of context at most")
     stride: NonNegativeInt = Field(
         0,
         description="0: rows side by side; else rows start this far apart and score their last "
         "``stride`` tokens, so that every token has seq_len - stride of context",
     )
-    micro_batch: PositiveInt = 16
+    micro_batch: Rows = 16
 
 
 class ProblemsConfig(EvaluationConfig):
@@ -33,8 +33,8 @@ class ProblemsConfig(EvaluationConfig):
 
     kind: Literal["problems"]
     task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: PositiveInt = 512
-    max_new_tokens: PositiveInt = 16
+    num_problems: Rows = 512
+    max_new_tokens: SeqLen = 16
     reward: RewardConfig = Field(
         default_factory=RewardConfig, description="an answer is right when it earns the maximum"
     )

@@ -14,7 +14,7 @@ class GrpoConfig(PolicyConfig):
     """See `PolicyConfig`."""
 
     kind: Literal["grpo"]
-    samples_per_prompt: int = Field(8, ge=2, description="size of a group")
+    samples_per_prompt: int = Field(8, ge=2, le=2**16, description="size of a group")
     loss: PolicyLossConfig = Field(default_factory=PolicyLossConfig)
     roles: PolicyRoles = Field(default_factory=PolicyRoles)
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Section, StageConfig
+from shardwise.config.schema import (
+    NonNegativeInt,
+    PositiveInt,
+    RoleConfig,
+    Rows,
+    Section,
+    StageConfig,
+)
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
 
@@ -25,8 +34,8 @@ class PolicyConfig(StageConfig):
     on_policy = True
 
     task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: PositiveInt = Field(4096, description="problems of the task's train_rl split")
-    samples_per_prompt: PositiveInt = 1
+    num_problems: Rows = Field(4096, description="problems of the task's train_rl split")
+    samples_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = 1
     sampling: Sampling = Field(default_factory=Sampling)
     reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
     updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")

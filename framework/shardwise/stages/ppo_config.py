@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Weight
 from shardwise.losses.config import PpoLossConfig
 from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
 
@@ -22,8 +22,8 @@ class PpoConfig(PolicyConfig):
     """See `PolicyConfig`."""
 
     kind: Literal["ppo"]
-    verifier_weight: float = Field(1.0, description="of the verifier's reward in the score")
-    reward_model_weight: float = Field(0.0, description="of the reward model's; 0: no such role")
+    verifier_weight: Weight = Field(1.0, description="of the verifier's reward in the score")
+    reward_model_weight: Weight = Field(0.0, description="of the reward model's; 0: no such role")
     loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
     roles: PpoRoles = Field(default_factory=PpoRoles)
     epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")

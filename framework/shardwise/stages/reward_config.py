@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, StageConfig
+from shardwise.config.schema import NonNegativeInt, Rows, StageConfig
 from shardwise.data.config import PreferenceDataConfig
 from shardwise.losses.config import RankingLossConfig
 from shardwise.rewards import TaskConfig
@@ -20,9 +20,9 @@ class RewardModelConfig(StageConfig):
     kind: Literal["reward"]
     data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
     task: TaskConfig | None = Field(None, description="also make preferences of these problems")
-    num_problems: PositiveInt = Field(4096, description="problems of the task's train_sft split")
+    num_problems: Rows = Field(4096, description="problems of the task's train_sft split")
     num_held_out: NonNegativeInt = Field(256, description="validation: of its held_out split")
-    answers_per_problem: int = Field(4, ge=2, description="one right, the others wrong")
+    answers_per_problem: int = Field(4, ge=2, le=1024, description="one right, the others wrong")
     loss: RankingLossConfig = Field(default_factory=RankingLossConfig)
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.lengths import check_lengths
 from shardwise.stages.pipeline import Pipeline
+from shardwise.stages.sizes import check_sizes
 from shardwise.stages.skipped import SkippedError, check_trained
 from shardwise.stages.summary import summarize
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
@@ -158,6 +159,7 @@ def preflight(
         return key if source.kind == "default" else f"{key} ({source})"
 
     check_listeners(run.logging)
+    check_sizes(run, world_size)
     check_lengths(run, named)
     for i, stage in enumerate(run.stages):
         key = f"stages.{i}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import PositiveInt, StageConfig
+from shardwise.config.schema import Rows, StageConfig
 from shardwise.data.config import ChatDataConfig
 from shardwise.rewards import TaskConfig
 
@@ -17,7 +17,7 @@ class SftConfig(StageConfig):
     kind: Literal["sft"]
     data: ChatDataConfig = Field(default_factory=ChatDataConfig)
     task: TaskConfig | None = Field(None, description="also learn solutions of these problems")
-    num_problems: PositiveInt = Field(2048, description="problems of the task's train_sft split")
+    num_problems: Rows = Field(2048, description="problems of the task's train_sft split")
 
     @model_validator(mode="after")
     def _has_data(self) -> SftConfig:

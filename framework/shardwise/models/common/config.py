@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import ModelConfig, PositiveInt
+from shardwise.config.schema import ModelConfig
+
+Width = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class DecoderConfig(ModelConfig):
     """Sizes common to decoder-only families."""
 
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
+    hidden_size: Width
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_heads: Width
     tie_embeddings: bool = True
     head: Literal["vocabulary", "scalar"] = Field(
         "vocabulary", description="scalar: one number a token, as reward models and critics have"

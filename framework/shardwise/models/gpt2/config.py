@@ -6,20 +6,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt
-from shardwise.models.common.config import DecoderConfig
+from shardwise.config.schema import BelowOne, Epsilon, SeqLen
+from shardwise.models.common.config import DecoderConfig, Width
 
 
 class GPT2Config(DecoderConfig):
     """A decoder with layer norm, learned positions, biases and GELU."""
 
     family: Literal["gpt2"] = "gpt2"
-    max_seq_len: PositiveInt = 1024
-    ffn_size: PositiveInt | None = Field(None, description="None: 4 * hidden_size")
-    norm_eps: PositiveFloat = 1e-5
-    embed_dropout: Fraction = 0.0
-    attn_dropout: Fraction = 0.0
-    dropout: Fraction = Field(0.0, description="after attention and after the feed-forward")
+    max_seq_len: SeqLen = 1024
+    ffn_size: Width | None = Field(None, description="None: 4 * hidden_size")
+    norm_eps: Epsilon = 1e-5
+    embed_dropout: BelowOne = 0.0
+    attn_dropout: BelowOne = 0.0
+    dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GPT2Config:

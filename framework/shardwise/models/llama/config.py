@@ -6,8 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import Fraction, PositiveFloat, PositiveInt, Section
-from shardwise.models.common.config import DecoderConfig
+from shardwise.config.schema import (
+    BelowOne,
+    Epsilon,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from shardwise.models.common.config import DecoderConfig, Width
 from shardwise.ops.rope_scaling import RopeScaling
 
 
@@ -15,7 +22,7 @@ class RopeScalingConfig(Section):
     """Stretching of the rotary frequencies; see `shardwise.ops.rope_scaling.RopeScaling`."""
 
     kind: Literal["linear", "llama3", "yarn"]
-    factor: Annotated[float, Field(ge=1.0)]
+    factor: Annotated[float, Field(ge=1.0, le=1e6)]
     original_max_seq_len: PositiveInt = 8192
     low_freq_factor: PositiveFloat = Field(1.0, description="llama3")
     high_freq_factor: PositiveFloat = Field(4.0, description="llama3")
@@ -23,23 +30,31 @@ class RopeScalingConfig(Section):
     beta_slow: PositiveFloat = Field(1.0, description="yarn")
     attention_factor: PositiveFloat | None = Field(None, description="yarn; None: from factor")
 
+    @model_validator(mode="after")
+    def _bands_are_apart(self) -> RopeScalingConfig:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must exceed low_freq_factor")
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must exceed beta_slow")
+        return self
+
 
 class LlamaConfig(DecoderConfig):
     """A decoder with RMS norm, rotary positions, grouped-query attention and SwiGLU."""
 
     family: Literal["llama"] = "llama"
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt | None = Field(None, description="None: hidden_size / num_heads")
-    ffn_size: PositiveInt
-    rope_base: PositiveFloat = 10_000.0
+    num_kv_heads: Width
+    head_dim: Width | None = Field(None, description="None: hidden_size / num_heads")
+    ffn_size: Width
+    rope_base: Annotated[float, Field(ge=1.0, le=1e12)] = 10_000.0
     rope_scaling: RopeScalingConfig | None = None
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: Epsilon = 1e-5
     qkv_bias: bool = Field(False, description="Qwen2: true")
     o_bias: bool = False
     qk_norm: bool = Field(False, description="Qwen3: true")
     sliding_window: PositiveInt | None = Field(None, description="tokens seen, itself included")
-    window_start_layer: int = Field(0, ge=0, description="first layer that uses the window")
-    dropout: Fraction = Field(0.0, description="after attention and after the feed-forward")
+    window_start_layer: NonNegativeInt = Field(0, description="first layer that uses the window")
+    dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> LlamaConfig:
