@@ -37,15 +37,12 @@ class Disk:
         self.image, self.root = folder / "disk", folder / "mounted"
         self.root.mkdir()
         with self.image.open("wb") as file:
-            file.truncate(256 << 20)
+            file.truncate(96 << 20)
         subprocess.run(["mkfs.ext4", "-q", self.image], check=True)
         self.mount()
 
     def mount(self) -> None:
         subprocess.run(["mount", "-o", "loop", self.image, self.root], check=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", self.root], check=True)
 
     def cut(self, process: subprocess.Popen[bytes] | None = None) -> None:
         """Without a warning: what was not on the disk is gone. Then the power is back."""
@@ -55,7 +52,12 @@ class Disk:
         if process is not None:
             process.kill()
             process.wait()
-        self.unmount()
+        subprocess.run(["umount", "-l", self.root], check=True)
+        # A copy: whoever has a mount namespace of his own may still hold the old one, shut down.
+        fresh = self.image.with_name(f"{self.image.name}+")
+        subprocess.run(["cp", "--sparse=always", self.image, fresh], check=True)
+        self.image.unlink()
+        self.image = fresh
         self.mount()
 
 
