@@ -163,7 +163,9 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
-    timeout_s: Seconds = Field(600.0, description="collective timeout in seconds")
+    timeout_s: Seconds = Field(
+        600.0, description="seconds that ranks wait in a step for one that sleeps or computes"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -279,6 +281,10 @@ class ResilienceConfig(Section):
         25.0,
         description="seconds from SIGTERM, SIGUSR1 or SIGHUP to the end: half for the step in "
         "progress, half to save; keep it below what scheduler and torchrun (30) allow",
+    )
+    stopped_s: Seconds = Field(20.0, description="a stopped process ends the run after this")
+    stuck_s: Seconds = Field(
+        30.0, description="ranks that all wait in collectives while none computes: the same"
     )
 
 

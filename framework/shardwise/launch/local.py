@@ -32,6 +32,7 @@ from shardwise.launch import rank as rank_room
 from shardwise.launch.failure import Failure, root_cause
 from shardwise.launch.rank import Job
 from shardwise.metrics.meters import num_cores
+from shardwise.resilience import process
 from shardwise.resilience.stop import SIGNALS
 
 POLL_SECONDS = 0.05
@@ -136,7 +137,7 @@ def _supervise(ranks: list[_Rank], job: Job, received: list[int], grace_s: float
             break
         time.sleep(POLL_SECONDS)
     ended = [rank for rank in ranks if rank.poll()]
-    _stop(ranks, signal.SIGTERM, GRACE_SECONDS)
+    _stop(ranks, signal.SIGKILL, 0)  # they have lost a peer: nothing can be saved
     failures = [
         Failure.read(rank.number, rank.code, rank.ended, job)
         for rank in ended
@@ -176,6 +177,9 @@ def _stop(ranks: list[_Rank], request: int | None, grace: float) -> None:
     if request is not None:
         for rank in ranks:
             rank.signal(request)
+    for rank in ranks:
+        if process.state(rank.pid) in ("T", "t"):
+            rank.signal(signal.SIGKILL)  # it takes no request
     _wait(ranks, grace)
     for rank in ranks:
         rank.signal(signal.SIGKILL)

@@ -2,5 +2,8 @@
 
 gate.py      where a rank's main thread stands, and between which updates it may be cut
 stop.py      SIGTERM, SIGUSR1 and SIGHUP: all ranks agree on one step, save it, and end
+sequence.py  which collective each rank is in, and who left one out
+hang.py      a stopped or stuck rank is noticed and named, with the stacks of all
+process.py   what the kernel says of a process
 ending.py    how a run ended, for whoever starts it again (``exit.json``)
 """

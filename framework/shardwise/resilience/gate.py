@@ -50,11 +50,14 @@ class Gate:
         self._end: BaseException | None = None
         self.point: Point | None = None
         self.stepping = False  # a step has begun and is not complete
+        self.slowest = 0.0  # seconds of the slowest step of this stage but its first; 0.0: none yet
+        self._begun: float | None = None
 
     # --- the main thread ------------------------------------------------------------------------
 
     def stage(self, done: int, point: Point) -> None:
         """A stage begins, or goes on after ``done`` steps."""
+        self.slowest, self._begun = 0.0, None
         self._move((self._position[0] + 1, 4 * done), point)
 
     def step(self) -> None:
@@ -69,6 +72,10 @@ class Gate:
 
     def completed(self, done: int, point: Point) -> None:
         """``done`` steps are complete, their metrics noted; ``point`` is what they led to."""
+        now = time.monotonic()
+        if self._begun is not None:  # the first one compiles
+            self.slowest = max(self.slowest, now - self._begun)
+        self._begun = now
         self._move((self._position[0], 4 * done), point)
         self.stepping = False
 

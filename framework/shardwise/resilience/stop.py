@@ -10,13 +10,13 @@ thread, over a process group that the main thread does not use.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import signal
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ from shardwise.config.schema import ResilienceConfig
 from shardwise.errors import ExitCode, Stopped, exit_code_of_signal
 from shardwise.resilience import ending
 from shardwise.resilience.gate import Gate, Position, cut_after
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 TICK_SECONDS = 0.5
@@ -40,6 +42,8 @@ class Watcher(Protocol):
 
     def tick(self) -> None: ...
 
+    def gone(self) -> list[int]: ...
+
 
 class Stop:
     """Waits for signals while it is entered."""
@@ -50,8 +54,8 @@ class Stop:
         self.config, self.gate = config, gate
         self.directory: Path | None = None  # of the run, where its end is written
         self.watchers: list[Watcher] = []
-        self._store: Any = None
-        self._rank, self._world = 0, 1
+        self.store: Any = None
+        self.rank, self.world = 0, 1
         self._first: tuple[int, float] | None = None  # the signal, and when it came
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -85,11 +89,11 @@ class Stop:
     def join(self, directory: Path) -> None:
         """The process group is there and the run's folder ours: stop together with the others."""
         self.directory = directory
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        if self._world > 1:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world > 1:
             Stop.joined += 1  # runs of one process group, which all ranks count alike
             clone = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-            self._store = dist.PrefixStore(  # type: ignore[attr-defined]
+            self.store = dist.PrefixStore(  # type: ignore[attr-defined]
                 f"stop_{Stop.joined}", clone
             )
 
@@ -98,7 +102,7 @@ class Stop:
 
         Peers that have ended already look like failures to those that have not.
         """
-        if self._first is None and self._store is not None:
+        if self._first is None and self.store is not None:
             self._closing.wait(2 * TICK_SECONDS)  # a peer may have had the signal
         if self._first is not None:
             left = self._first[1] + self.config.grace_s - time.monotonic()
@@ -119,21 +123,35 @@ class Stop:
                 if time.monotonic() > self._first[1] + self.config.grace_s:
                     self._give_up(f"not saved within resilience.grace_s {self.config.grace_s:g}")
             else:
-                for watcher in self.watchers:
-                    watcher.tick()
+                self._tick()
+
+    def _tick(self) -> None:
+        try:
+            for watcher in self.watchers:
+                watcher.tick()
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:  # the store is gone, and with it the run
+            log.warning("hangs are no longer watched for: %s", error)
+            self.watchers.clear()
 
     def _signalled(self, number: int) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = (number, now)
             threading.Thread(target=self._stop, name="stopping", daemon=True).start()
-        elif number != self._first[0] or now > self._first[1] + ECHO_SECONDS or self._world == 1:
+        elif number != self._first[0] or now > self._first[1] + ECHO_SECONDS or self.world == 1:
             self._give_up(f"and at once by a second signal, {signal.Signals(number).name}")
 
     def _asked_by_peer(self) -> int:
-        if self._store is None or not self._store.check(["signal"]):
+        try:
+            if self.store is None or not self.store.check(["signal"]):
+                return 0
+            return int(self.store.get("signal"))
+        except RuntimeError:  # the store is gone
             return 0
-        return int(self._store.get("signal"))
 
     def _give_up(self, why: str) -> None:
         assert self._first is not None
@@ -141,7 +159,7 @@ class Stop:
         self._leave_now(Stopped(f"{_stopped_by(number)}, {why}", exit_code_of_signal(number)))
 
     def _leave_now(self, error: Stopped) -> None:
-        if self._rank == 0 and self.directory is not None:
+        if self.rank == 0 and self.directory is not None:
             ending.write_ending(self.directory, error.exit_code, f"{error}")
         ending.leave(error)
 
@@ -172,8 +190,8 @@ class Stop:
         assert self._first is not None
         deadline = self._first[1] + self.config.grace_s
         self.gate.close()
-        if self._store is not None:
-            self._store.set("signal", str(number))
+        if self.store is not None:
+            self.store.set("signal", str(number))
         for finish in (True, False):
             position, point = self.gate.close(), self.gate.point
             unsaved = point is not None and not point.durable
@@ -193,19 +211,23 @@ class Stop:
 
     def _exchange(self, key: str, mine: list[Any], deadline: float) -> list[list[Any]]:
         """What every rank says, by rank; through the store, which no stopped rank can block."""
-        if self._store is None:
+        if self.store is None:
             return [mine]
-        self._store.set(f"{key}/{self._rank}", json.dumps(mine))
-        if self._rank == 0:
-            said = [self._get(f"{key}/{rank}", deadline) for rank in range(self._world)]
-            self._store.set(key, json.dumps(said))
+        self.store.set(f"{key}/{self.rank}", json.dumps(mine))
+        if self.rank == 0:
+            said = [self._get(f"{key}/{rank}", deadline) for rank in range(self.world)]
+            self.store.set(key, json.dumps(said))
         found: list[list[Any]] = self._get(key, deadline)
         return found
 
     def _get(self, key: str, deadline: float) -> Any:
-        left = max(deadline - time.monotonic(), 0.1)
-        self._store.wait([key], timedelta(seconds=left))
-        return json.loads(self._store.get(key))
+        while not self.store.check([key]):
+            if gone := [rank for watcher in self.watchers for rank in watcher.gone()]:
+                raise RuntimeError(f"rank {gone[0]} has ended")
+            if time.monotonic() > deadline:
+                raise TimeoutError("the ranks could not agree in time")
+            time.sleep(0.02)
+        return json.loads(self.store.get(key))
 
 
 def decide(reports: Sequence[Sequence[Any]], *, finish: bool) -> Position | None:

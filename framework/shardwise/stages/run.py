@@ -39,6 +39,7 @@ from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.resilience.ending import clear_ending, write_ending
 from shardwise.resilience.gate import Gate
+from shardwise.resilience.hang import BACKSTOP_S, watched
 from shardwise.resilience.stop import Stop
 from shardwise.stages import bits, samples
 from shardwise.stages.base import CACHE_FOLDER, role_of, roles_of
@@ -91,11 +92,14 @@ def _run(loaded: LoadedConfig, token: str, gate: Gate, stop: Stop) -> dict[str, 
     run = loaded.config
     if not token and os.environ.get("RANK", "0") == "0":  # else the launcher did
         read_samples(run)
-    init_distributed(pick_device(run.engine.device), run.engine.timeout_s)
+    device = pick_device(run.engine.device)
+    # On CPU the hearts judge who is late, not how long the others have waited.
+    init_distributed(device, BACKSTOP_S if device.type == "cpu" else run.engine.timeout_s)
     with claimed(run.directory, token):
         stop.join(run.directory)
         clear_ending(run.directory)
-        return _run_stages(loaded, gate)
+        with watched(stop, run.directory / "logs", run.engine.timeout_s):
+            return _run_stages(loaded, gate)
 
 
 def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:

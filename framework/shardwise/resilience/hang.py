@@ -1,0 +1,255 @@
+"""A run that stands still is noticed, and the rank at fault named with the stacks of all.
+
+Every rank has a heart: a thread (that of `stop`) which tells the rendezvous store every two
+seconds how far its main thread is. Each rank looks at those on its own host, the lowest rank that
+is alive at all. What a rank does is read from the kernel, not guessed from silence: a stopped
+process (state T) is at fault, one whose CPU time advances is busy, however long it holds the
+interpreter (a compiler, a kernel build, a tokenizer, a save), one that holds the interpreter and
+sleeps is at fault. That all wait in collectives while nobody computes is a deadlock, and the
+sequence numbers tell who left one out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shardwise.errors import ShardwiseError
+from shardwise.resilience import ending, process
+from shardwise.resilience.sequence import Call, Collectives, divergence
+from shardwise.resilience.stop import TICK_SECONDS, Stop
+
+BEAT_SECONDS = 2.0
+GATHER_SECONDS = 5.0  # for the stacks of all ranks
+IDLE_SHARE = 0.05  # of a core; a process that uses less computes nothing
+
+
+# Timeout of process groups while hearts watch: they must not call a rank late that works.
+BACKSTOP_S = 2e6  # below 2^31 milliseconds
+
+
+@contextlib.contextmanager
+def watched(stop: Stop, logs: Path, timeout_s: float) -> Iterator[None]:
+    """Look after this rank and its peers, from the thread of ``stop``; a single one has none."""
+    if stop.store is None:
+        yield
+        return
+    with Collectives().watched() as collectives:
+        heart = Heart(stop, logs, collectives, timeout_s)
+        stop.watchers.append(heart)
+        try:
+            yield
+        finally:
+            stop.watchers.clear()
+            heart.close()
+
+
+class HangError(ShardwiseError):
+    """The run stands still; the message names the rank at fault."""
+
+
+class _Seen:
+    """What is known of a rank, by this process's clock."""
+
+    def __init__(self) -> None:
+        self.beat: dict[str, Any] = {}
+        self.beaten = 0.0  # when the newest beat came
+        self.stopped: float | None = None  # since when
+        self.asleep: tuple[float, float] | None = None  # since when silent and idle, at what CPU
+        self._idle = (0.0, 0.0)
+
+    def take(self, beat: dict[str, Any], now: float) -> None:
+        """A beat as read from the store; it may be the one before."""
+        if beat["number"] == self.beat.get("number"):
+            return
+        self.beat, self.beaten = beat, now
+        since, cpu = self._idle
+        if beat["cpu"] - cpu > IDLE_SHARE * (now - since):
+            self._idle = (now, beat["cpu"])
+
+    def idle(self, now: float) -> float:
+        """For how many seconds it and its children have computed next to nothing."""
+        return now - self._idle[0]
+
+    @property
+    def waits(self) -> float:
+        """For how many seconds its main thread has waited in a collective."""
+        return float(self.beat["waits"])
+
+
+class Heart:
+    """Tells of this rank and looks after others; `tick` is called about twice a second."""
+
+    def __init__(self, stop: Stop, logs: Path, collectives: Collectives, timeout_s: float) -> None:
+        """``timeout_s``: for how long ranks wait in a step for one that sleeps or computes."""
+        self.config, self.gate, self.store = stop.config, stop.gate, stop.store
+        self.rank, self.world = stop.rank, stop.world
+        self.logs, self.collectives, self.timeout_s = logs, collectives, timeout_s
+        self.main = threading.main_thread().ident or 0
+        self.seen: dict[int, _Seen] = {}
+        self._next = 0.0
+        self._number = 0
+        self._dumped = False
+        logs.mkdir(parents=True, exist_ok=True)
+        self._stacks = stacks_file(logs, self.rank).open("w")
+        # Without the interpreter: for a rank that is stopped (by a peer) or holds it (by itself).
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self.host = f"{socket.gethostname()} {process.boot_id()}"
+        self._beat()  # so that a rank which stops at once is known
+
+    def close(self) -> None:
+        """Give the signal back."""
+        faulthandler.unregister(signal.SIGUSR2)
+        self._stacks.close()
+
+    def tick(self) -> None:
+        """See the class."""
+        if self.store.check(["dump"]):
+            self._dump()
+            if self.store.check(["verdict"]):
+                ending.leave(HangError(self.store.get("verdict").decode()))
+            return
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + BEAT_SECONDS
+        self._beat()
+        for rank in range(self.world):
+            if self.store.check([f"beat/{rank}"]):
+                beat = json.loads(self.store.get(f"beat/{rank}"))
+                self.seen.setdefault(rank, _Seen()).take(beat, now)
+        self._judge(now)
+
+    def _beat(self) -> None:
+        self._number += 1
+        calls = self.collectives.calls
+        mine = {
+            "number": self._number,
+            "host": self.host,
+            "pid": os.getpid(),
+            "waits": self.collectives.waiting(self.main),
+            "at": calls[-1][1].number if calls else 0,
+            "cpu": process.cpu_seconds(os.getpid()),
+            "stepping": self.gate.stepping,
+            "slowest": self.gate.slowest,
+        }
+        self.store.set(f"beat/{self.rank}", json.dumps(mine))
+
+    def gone(self) -> list[int]:
+        """Ranks of this host whose process is no more."""
+        here = {r: s.beat["pid"] for r, s in self.seen.items() if s.beat["host"] == self.host}
+        return [r for r, pid in here.items() if process.gone(pid)]
+
+    def _judge(self, now: float) -> None:
+        for rank, seen in self.seen.items():
+            if rank != self.rank and seen.beat["host"] == self.host:
+                self._look(rank, seen, now)
+        alive = [r for r, s in self.seen.items() if now - s.beaten < self.config.stopped_s]
+        if alive and min(alive) == self.rank and len(self.seen) == self.world:
+            self._look_at_all(now)
+
+    def _look(self, rank: int, seen: _Seen, now: float) -> None:
+        """A neighbour, by what the kernel says of its process."""
+        state = process.state(seen.beat["pid"])
+        seen.stopped = (seen.stopped or now) if state in ("T", "t") else None
+        if seen.stopped is not None and now - seen.stopped > self.config.stopped_s:
+            self._end(rank, f"rank {rank} is stopped (SIGSTOP, a debugger, a frozen container)")
+        silent = now - seen.beaten
+        if state in ("R", "D") or silent <= 2 * BEAT_SECONDS:
+            seen.asleep = None
+        else:
+            cpu = process.cpu_seconds(seen.beat["pid"])
+            if seen.asleep is None or cpu - seen.asleep[1] > IDLE_SHARE * (now - seen.asleep[0]):
+                seen.asleep = (now, cpu)
+            elif now - seen.asleep[0] > self.config.stuck_s:
+                self._end(rank, f"rank {rank} holds the interpreter (the GIL) and sleeps")
+
+    def _look_at_all(self, now: float) -> None:
+        waiting = {r: s for r, s in self.seen.items() if s.waits > self.config.stuck_s}
+        fresh = all(now - s.beaten < 3 * BEAT_SECONDS for s in self.seen.values())
+        if len(waiting) == self.world and fresh:
+            if all(s.idle(now) > self.config.stuck_s for s in self.seen.values()):
+                self._end(None, "every rank waits in a collective for another")
+            return
+        for rank, seen in self.seen.items():
+            if rank in waiting or not waiting or not seen.beat["stepping"]:
+                continue
+            patience = max(self.timeout_s, 10.0 * seen.beat["slowest"])
+            if min(s.waits for s in waiting.values()) > patience and seen.beat["slowest"]:
+                does = "sleeps" if seen.idle(now) > self.config.stuck_s else "computes"
+                self._end(rank, f"rank {rank} {does} while the others wait for it")
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def _end(self, rank: int | None, what: str) -> None:
+        """Gather the stacks and the calls of all ranks, name the one at fault, end the run."""
+        if self.store.compare_set("judge", "", str(self.rank)).decode() != str(self.rank):
+            return
+        self.store.set("dump", "1")
+        self._dump()
+        near = rank is not None and self.seen[rank].beat["host"] == self.host
+        pid = self.seen[rank].beat["pid"] if rank is not None else 0
+        if near:
+            for number in (signal.SIGUSR2, signal.SIGCONT):  # a stopped one dumps as it wakes
+                os.kill(pid, number)
+        deadline = time.monotonic() + GATHER_SECONDS
+        while time.monotonic() < deadline and not all(
+            stacks_file(self.logs, r).exists() and stacks_file(self.logs, r).stat().st_size
+            for r in range(self.world)
+        ):
+            time.sleep(0.1)
+        if near:
+            os.kill(pid, signal.SIGSTOP)  # it must not go on
+        if rank is None and (found := divergence(self._histories())):
+            what = found[1]
+        text = f"the run stands still: {what}; stacks of all ranks: {self.logs}/rank_*.stacks"
+        stacks = [_last_frames(stacks_file(self.logs, r), r) for r in range(self.world)]
+        text = "\n".join([text, *filter(None, stacks)])
+        self.store.set("verdict", text)
+        time.sleep(3 * TICK_SECONDS)  # the others say the same, before a launcher stops them
+        ending.leave(HangError(text))
+
+    def _dump(self) -> None:
+        if self._dumped:
+            return
+        self._dumped = True
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        calls = [list(call) for thread, call in self.collectives.calls if thread == self.main]
+        calls_file(self.logs, self.rank).write_text(json.dumps(calls))
+
+    def _histories(self) -> dict[int, list[Call]]:
+        found = {}
+        for rank in range(self.world):
+            path = calls_file(self.logs, rank)
+            if path.exists():
+                rows = json.loads(path.read_text())
+                found[rank] = [Call(tuple(g), n, o, tuple(s), d) for g, n, o, s, d in rows]
+        return found
+
+
+def stacks_file(logs: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when the run stands still."""
+    return logs / f"rank_{rank}.stacks"
+
+
+def calls_file(logs: Path, rank: int) -> Path:
+    """Where a rank then writes its newest collectives."""
+    return logs / f"rank_{rank}.collectives.json"
+
+
+def _last_frames(path: Path, rank: int, shown: int = 4) -> str:
+    """The innermost frames of the main thread, which faulthandler writes last."""
+    text = path.read_text() if path.exists() else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text.rpartition("hread 0x")[2])
+    places = [f"{Path(file).name}:{line} {name}" for file, line, name in frames[:shown]]
+    return f"  rank {rank}: {' < '.join(places)}" if places else f"  rank {rank}: no stack"
