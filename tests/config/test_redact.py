@@ -48,9 +48,11 @@ SHAPED = st.one_of(
     some(LETTERS + "-_", 60).map("nvapi-{}".format),
     st.tuples(*(some(LETTERS + "-_", 20, 60) for _ in range(3))).map(lambda p: "eyJ" + ".".join(p)),
 )
-PASSWORD = st.text(LETTERS + "/@:#?!$%*+-_.", min_size=6, max_size=20).filter(
-    lambda p: p[0] in LETTERS and p[-1] in LETTERS and sum(c.isalpha() for c in p) > 2
-)
+PASSWORD = (
+    st.text(LETTERS + "/@:#?!$%*+-_.", min_size=6, max_size=20)
+    .filter(lambda p: p[0] in LETTERS and p[-1] in LETTERS and sum(c.isalpha() for c in p) > 2)
+    .map("Z9{}".format)
+)  # no word of the texts around it
 NAMES = [
     "password", "db.passwd", "PASSPHRASE", "ssh_passphrase", "pwd", "api_key", "apikey", "api-key",
     "openai.apikey", "X-Api-Key", "client_secret", "aws_secret_access_key", "secret", "HF_TOKEN",

@@ -156,5 +156,4 @@ def _template(value: str | None) -> str | None:
     try:
         return safe_files.read_text(expand(value)).removeprefix("\ufeff")
     except (OSError, ValueError) as error:  # the latter: not UTF-8, or no name of a file
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {reason}") from error
+        raise UserError(f"tokenizer.chat_template: cannot read {value!r}: {error}") from error
