@@ -79,6 +79,7 @@ def test_reasons() -> None:
 
 def test_a_machine_without_a_compiler_generates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     native.library.cache_clear()
+    compiled._loaded.cache_clear()
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     try:
         generator = support.generator("llama")
@@ -86,12 +87,14 @@ def test_a_machine_without_a_compiler_generates_too(monkeypatch: pytest.MonkeyPa
         assert generator.generate(support.requests(2), Sampling(max_new_tokens=3))
     finally:
         native.library.cache_clear()
+        compiled._loaded.cache_clear()
 
 
 def test_a_failing_compiler_is_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     native.library.cache_clear()
+    compiled._loaded.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(compiled, "_FLAGS", "--no-such-flag")
     try:
@@ -99,6 +102,7 @@ def test_a_failing_compiler_is_a_reason(
             native.library()
     finally:
         native.library.cache_clear()
+        compiled._loaded.cache_clear()
 
 
 @pytest.mark.parametrize(
