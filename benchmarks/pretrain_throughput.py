@@ -75,6 +75,10 @@ class RandomRows:
         valid, segment = np.ones(length, dtype=np.bool_), np.zeros(length, dtype=np.int64)
         return Row(tokens[:-1], np.arange(length), tokens[1:], valid, segment, 1)
 
+    def num_pairs(self, index: int) -> int:
+        """Of a row, without padding: all."""
+        return int(self.tokens.shape[1]) - 1
+
     def batch(self, position: int, size: int) -> np.ndarray:
         """Indices of the rows at ``position`` and after."""
         return np.arange(position, position + size) % NUM_ROWS

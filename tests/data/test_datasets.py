@@ -39,7 +39,7 @@ def _jsonl(path: Path, texts: list[str], **options: Any) -> DataSource:
 
 def _library(folder: Path) -> Path:
     folder.mkdir()
-    for i in range(40):
+    for i in range(50):
         (folder / f"m{i}.py").write_text(f"x = {i}\n" * (i % 5))
     return folder
 
@@ -58,15 +58,15 @@ def test_standard_library(tmp_path: Path) -> None:
         [d.text for d in DataSource(path=tmp_path / "lib", split=s).documents()]
         for s in ("train", "validation")
     )
-    assert (len(train), len(held)) == (10, 30)
+    assert (len(train), len(held)) == (10, 40)
     assert _text(data) == "".join(train)
     assert data.validation is not None and _text(data.validation) == "".join(held)
     assert [d.text for d in data.validation.documents()] == held
     assert data.validation.num_bytes == sum(len(t) for t in held)
-    assert data.validation.num_documents == 30
+    assert data.validation.num_documents == 40
     # Every byte and every document's end is paid for.
     valid = sum(data.validation.row(i).loss_mask.sum() for i in range(data.validation.num_rows))
-    assert valid == data.validation.num_bytes + 30
+    assert valid == data.validation.num_bytes + 40
     alone = build_validation(config, BYTES, 16, tmp_path / "cache")
     assert alone is not None and alone.hash == data.validation.hash
     assert isinstance(data.sampler(), Sampler)
