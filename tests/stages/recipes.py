@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from shardwise import checkpoint
 from shardwise.config.load import load_config
+from shardwise.engines.native import NativeEngine
 from shardwise.stages.loop import Loop
 from shardwise.stages.run import run_rank
 
@@ -124,6 +126,20 @@ def run_and_die(config: dict[str, Any], stage: str, step: int, *overrides: str) 
     with killed_at(stage, step), contextlib.suppress(KilledError):
         run(config, *overrides)
         raise AssertionError("it should have been killed")
+
+
+@contextlib.contextmanager
+def overflowing(after: int) -> Iterator[None]:
+    """From update ``after`` on (counted from 0) of every engine, a gradient is not a number."""
+    original = NativeEngine.step
+
+    def step(self: NativeEngine, lr: float) -> float:
+        if self.updates >= after:
+            self.named.local_gradients()[0].fill_(math.nan)
+        return original(self, lr)
+
+    with mock.patch.object(NativeEngine, "step", step):
+        yield
 
 
 def weights(directory: Path, stage: str) -> dict[str, torch.Tensor]:
