@@ -23,6 +23,11 @@ if [ -n "$INTERFACE" ]; then
 fi
 if [ "$NODE_RANK" -eq 0 ]; then is_head=true; else is_head=false; fi
 
+# SIGUSR1, which schedulers send before the time is over, is passed on to the ranks too; they save
+# and end. torchrun gives no rank's exit code on: exit.json in the run's folder says 85 (saved, to
+# be started again) or another of README's table.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+
 # A fresh rendezvous for each attempt: restarted ranks would connect to addresses of dead ones.
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$PROCS" \

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from shardwise.errors import ExitCode, exit_code_of_signal
 from shardwise.launch.rank import Job
-
-# What a rank says when it has merely lost another one.
-_CONSEQUENCE = re.compile(
-    r"Connection (?:closed|reset|refused)|closed by peer|Broken pipe|NCCL.*remote|"
-    r"(?:gloo|ProcessGroup).*[Tt]imed? ?out|Application timeout caused pair closure"
-)
+from shardwise.resilience.ending import CONSEQUENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Failure:
                 message if record["expected"] else f"{record['type']}: {last}{place}",
                 job.log(rank),
                 bool(record["expected"]),
-                bool(_CONSEQUENCE.search(message)),
+                bool(CONSEQUENCE.search(message)),
             )
         if status < 0:
             text = f"killed by {signal.Signals(-status).name}"

@@ -6,7 +6,6 @@ Two ways lead here: a fork of the launcher (see `shardwise.launch.local` for whe
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import importlib
@@ -23,7 +22,7 @@ from typing import Any
 from shardwise import terminal
 from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError, exit_code_of_signal
-from shardwise.resilience import ending
+from shardwise.resilience import ending, process
 from shardwise.storage.durable import explain
 
 JOB = "SHARDWISE_JOB"  # in the environment: anybody may read a process's arguments
@@ -58,7 +57,7 @@ def run(job: Job, environment: Mapping[str, str], launcher: int) -> int:
     """Be the rank that ``environment`` says; returns the exit code."""
     os.environ.update(environment)
     rank = int(environment["RANK"])
-    _die_with(launcher)
+    process.die_with(launcher)
     if rank > 0:
         _redirect(job.log(rank))
     faulthandler.enable()
@@ -110,15 +109,6 @@ def _redirect(log: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-
-
-def _die_with(launcher: int) -> None:
-    """Ask the kernel for a SIGKILL when the launcher dies, however it dies (Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it died before we asked
-        os._exit(exit_code_of_signal(signal.SIGKILL))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from shardwise.config.load import load_config
 from shardwise.launch.local import LaunchError, launch_local
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
+from shardwise.resilience import process
 from shardwise.resilience.ending import write_ending
 from shardwise.stages.run import preflight, read_samples, run_rank
 from shardwise.stages.skipped import SkippedError
@@ -58,6 +59,8 @@ def train_rank(
 
     ``token``: see `run_rank`.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun leaves its ranks behind when it is killed
+        process.die_with(os.getppid())
     loaded = load_config(config, overrides)
     skipped: SkippedError | None = None
     try:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,18 @@ from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError
 
 EXIT_FILE = "exit.json"
+TOLD_HERE = "this rank tells the user, though it is not rank 0"  # a note on an error
+# What a rank says when it has merely lost another one.
+CONSEQUENCE = re.compile(
+    r"Connection (?:closed|reset|refused)|closed by peer|Broken pipe|NCCL.*remote|lost rank \d|"
+    r"(?:gloo|ProcessGroup).*[Tt]imed? ?out|Application timeout caused pair closure"
+)
+
+
+def lost(ranks: Sequence[int]) -> str:
+    """In words, that these ranks are gone; a consequence too."""
+    names = ", ".join(map(str, ranks))
+    return f"lost rank {names}, which ended first: killed, out of memory, or by its own message"
 
 
 def write_ending(directory: Path, exit_code: int, reason: str) -> None:
@@ -39,7 +52,7 @@ def clear_ending(directory: Path) -> None:
 
 
 def _say(error: ShardwiseError) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or TOLD_HERE in getattr(error, "__notes__", ()):
         terminal.say(str(error), sys.stderr, secrets=True)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shardwise.checkpoint.manifest import PeerLostError
 from shardwise.errors import ShardwiseError
 from shardwise.resilience import ending, process
 from shardwise.resilience.sequence import Call, Collectives, divergence
@@ -49,6 +50,10 @@ def watched(stop: Stop, logs: Path, timeout_s: float) -> Iterator[None]:
         stop.watchers.append(heart)
         try:
             yield
+        except Exception as error:
+            if ending.CONSEQUENCE.search(str(error)) and (lost := heart.wait_for_gone()):
+                raise PeerLostError(ending.lost(lost)) from error
+            raise
         finally:
             stop.watchers.clear()
             heart.close()
@@ -150,6 +155,13 @@ class Heart:
         here = {r: s.beat["pid"] for r, s in self.seen.items() if s.beat["host"] == self.host}
         return [r for r, pid in here.items() if process.gone(pid)]
 
+    def wait_for_gone(self, seconds: float = 2.0) -> list[int]:
+        """`gone`, once a rank is, for at most ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.gone()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
     def _judge(self, now: float) -> None:
         for rank, seen in self.seen.items():
             if rank != self.rank and seen.beat["host"] == self.host:
@@ -217,7 +229,10 @@ class Heart:
         text = "\n".join([text, *filter(None, stacks)])
         self.store.set("verdict", text)
         time.sleep(3 * TICK_SECONDS)  # the others say the same, before a launcher stops them
-        ending.leave(HangError(text))
+        ending.write_ending(self.logs.parent, HangError.exit_code, text)
+        error = HangError(text)
+        error.add_note(ending.TOLD_HERE)
+        ending.leave(error)
 
     def _dump(self) -> None:
         if self._dumped:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from pathlib import Path
+
+from shardwise.errors import exit_code_of_signal
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -51,3 +56,12 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel for a SIGKILL when the parent dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(exit_code_of_signal(signal.SIGKILL))

@@ -45,6 +45,10 @@ class Watcher(Protocol):
     def gone(self) -> list[int]: ...
 
 
+class _PeerEnded(Exception):  # noqa: N818
+    """Without that rank nothing can be agreed upon."""
+
+
 class Stop:
     """Waits for signals while it is entered."""
 
@@ -170,6 +174,8 @@ class Stop:
         number = self._first[0]
         try:
             saved = self._cut(number)
+        except _PeerEnded as error:  # the signal is but what a launcher then sends to the others
+            self._leave(Stopped(f"{error}", ExitCode.FAILED))
         except Exception as error:
             text = f"{_stopped_by(number)}, not saved: {error}"
             self._leave(Stopped(text, exit_code_of_signal(number)))
@@ -223,7 +229,7 @@ class Stop:
     def _get(self, key: str, deadline: float) -> Any:
         while not self.store.check([key]):
             if gone := [rank for watcher in self.watchers for rank in watcher.gone()]:
-                raise RuntimeError(f"rank {gone[0]} has ended")
+                raise _PeerEnded(ending.lost(gone))
             if time.monotonic() > deadline:
                 raise TimeoutError("the ranks could not agree in time")
             time.sleep(0.02)
