@@ -31,7 +31,7 @@ def test_a_rank_at_fault_is_named_with_the_stacks_of_all(
         assert "in loop" in (tmp_path / "logs" / f"rank_{rank}.stacks").read_text()
 
 
-@pytest.mark.parametrize("how", ["computes", "compiles", "waits"])
+@pytest.mark.parametrize("how", faults.HARMLESS)
 def test_long_work_is_no_hang(tmp_path: Path, how: str) -> None:
     code, _, err = Launcher("loop", tmp_path, how, module=faults.__name__).finish()
     assert code == 0, err

@@ -209,19 +209,14 @@ class Heart:
             return
         self.store.set("dump", "1")
         self._dump()
-        near = rank is not None and self.seen[rank].beat["host"] == self.host
-        pid = self.seen[rank].beat["pid"] if rank is not None else 0
-        if near:
-            for number in (signal.SIGUSR2, signal.SIGCONT):  # a stopped one dumps as it wakes
-                os.kill(pid, number)
+        if rank is not None and self.seen[rank].beat["host"] == self.host:
+            self._dump_of(rank)
         deadline = time.monotonic() + GATHER_SECONDS
         while time.monotonic() < deadline and not all(
             stacks_file(self.logs, r).exists() and stacks_file(self.logs, r).stat().st_size
             for r in range(self.world)
         ):
             time.sleep(0.1)
-        if near:
-            os.kill(pid, signal.SIGSTOP)  # it must not go on
         if rank is None and (found := divergence(self._histories())):
             what = found[1]
         text = f"the run stands still: {what}; stacks of all ranks: {self.logs}/rank_*.stacks"
@@ -241,6 +236,17 @@ class Heart:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         calls = [list(call) for thread, call in self.collectives.calls if thread == self.main]
         calls_file(self.logs, self.rank).write_text(json.dumps(calls))
+
+    def _dump_of(self, rank: int) -> None:
+        """The stacks of a neighbour that cannot act: it writes them as it wakes, then stands."""
+        path = stacks_file(self.logs, rank)
+        with contextlib.suppress(ProcessLookupError):
+            for number in (signal.SIGUSR2, signal.SIGCONT):
+                os.kill(self.seen[rank].beat["pid"], number)
+            until = time.monotonic() + 0.2
+            while not path.stat().st_size and time.monotonic() < until:
+                time.sleep(0.01)
+            os.kill(self.seen[rank].beat["pid"], signal.SIGSTOP)
 
     def _histories(self) -> dict[int, list[Call]]:
         found = {}
