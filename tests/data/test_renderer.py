@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from shardwise.data import guard, renderer
 from shardwise.data.chat import CHATML, encode_chat, render
 from shardwise.data.tokenizer import ByteTokenizer, load_tokenizer
 from shardwise.errors import DataError
+from tests.support.module_python import module_python
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -109,3 +111,22 @@ def test_known_patterns_run_without_a_thread() -> None:
     spec = json.dumps({"pre_tokenizer": {"pattern": {"Regex": "x+"}}})
     assert guard.needs_bound(spec, frozenset())
     assert not guard.needs_bound(spec, frozenset({"x+"}))
+
+
+def test_the_child_finds_the_libraries_of_a_module_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renderer, "_child", None)
+    monkeypatch.setattr(sys, "executable", module_python(tmp_path))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    tokenizer = ByteTokenizer("{{ messages[0].content }}!")
+    why = r"the template renderer could not be started: .*libpython\.so: cannot open"
+    with pytest.raises(DataError, match=why):
+        render(tokenizer, CHAT)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert render(tokenizer, CHAT) == "hi!"
+    renderer._child.end()  # type: ignore[union-attr]
+    monkeypatch.setattr(renderer, "_child", None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    with pytest.raises(DataError, match=r"could not be started: .*absent"):
+        render(tokenizer, CHAT)

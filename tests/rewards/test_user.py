@@ -16,6 +16,7 @@ import pytest
 from shardwise.errors import ConfigError
 from shardwise.rewards import user
 from shardwise.rewards.user import UserReward, UserRewardConfig
+from tests.support.module_python import module_python
 
 # The completion names the attack; the function under test carries it out.
 HOSTILE = """
@@ -133,6 +134,16 @@ def test_hostile_items_are_unscorable_and_the_others_are_scored(
     assert threading.active_count() == threads
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_workers_find_the_libraries_of_a_module_python(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", module_python(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("SHARDWISE_TEST_SECRET", "hunter2")
+    with UserReward(config(path)) as reward:
+        assert [s.value for s in reward.score([item("4"), item("secret")])] == [1.0, 0.0]
 
 
 def test_the_batch_has_a_time_limit(path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shardwise.data.templates import Rendered, render_template
+from shardwise.environment import clean_environment
 from shardwise.errors import DataError
 
 SECONDS = 10.0  # for one rendering
@@ -31,21 +32,34 @@ _LENGTH = struct.Struct("<Q")
 
 
 class _Child:
-    """A process that renders what it is sent; ended when this one ends."""
+    """A process that renders what it is sent; ended when this one ends.
+
+    Raises OSError or EOFError, with the reason, when it cannot be started.
+    """
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "shardwise.data.renderer"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
+            stderr=subprocess.PIPE,
+            env=clean_environment(
+                PYTHONPATH=os.pathsep.join(filter(None, sys.path)), LC_ALL="C.UTF-8"
+            ),
             cwd=Path("/"),
         )
         # An answer to nothing: once it is there the imports are done, whose time is not counted.
-        self.ask({}, 120.0)
+        assert self.process.stderr is not None
+        with self.process.stderr as said:
+            try:
+                self.ask({}, 120.0)
+            except (TimeoutError, EOFError) as error:
+                self.end()
+                lines = said.read().decode(errors="replace").split("\n")
+                last = next((line for line in reversed(lines) if line.strip()), "")
+                why = last or f"{type(error).__name__}, exit code {self.process.returncode}"
+                raise EOFError(why[:500]) from error
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Raises TimeoutError, or EOFError when the child died."""
@@ -90,7 +104,11 @@ def render_bounded(
     global _child
     request = {"source": source, "messages": list(messages), "variables": dict(variables)}
     if _child is None or _child.owner != os.getpid():  # a fork must not talk with our child
-        _child = _Child()
+        _child = None
+        try:
+            _child = _Child()
+        except (OSError, EOFError) as error:
+            raise DataError(f"the template renderer could not be started: {error}") from error
     try:
         answer = _child.ask(request, SECONDS)
     except (TimeoutError, EOFError) as error:

@@ -37,6 +37,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from shardwise.config.schema import PositiveInt, Seconds, Section, Weight
+from shardwise.environment import clean_environment
 from shardwise.errors import ConfigError
 from shardwise.rewards.confine import SCRATCH
 from shardwise.rewards.scored import Scored, scored, unscorable
@@ -102,15 +103,15 @@ class _Sandbox:
             "required": config.sandbox == "required",
         }
         # A clean environment: secrets stay with the trainer, and hashing is reproducible.
-        environment = {
-            "PATH": os.defpath,
-            "HOME": SCRATCH,
-            "MPLCONFIGDIR": SCRATCH,
-            "LANG": "C.UTF-8",
-            "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+        environment = clean_environment(
+            PATH=os.defpath,
+            HOME=SCRATCH,
+            MPLCONFIGDIR=SCRATCH,
+            LANG="C.UTF-8",
+            PYTHONHASHSEED="0",
+            OMP_NUM_THREADS="1",
+            OPENBLAS_NUM_THREADS="1",
+        )
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P: the folder of worker.py must not shadow modules of the user.
         command = [sys.executable, "-s", "-P", "-B", str(Path(__file__).with_name("worker.py"))]
