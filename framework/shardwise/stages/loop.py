@@ -181,9 +181,9 @@ class Loop:
         """What a run that is cut after ``done`` steps goes on from; its tensors are live."""
         state = stage_state(self.stage)
         # What a forward pass may change (scales of quantised products) as it is now.
-        tensors = {
-            n: t if n.startswith(_UPDATED_ONLY) else t.clone() for n, t in state.tensors.items()
-        }
+        roles = ("", *(f"{role}." for role in self.stage.others()))
+        updated = tuple(role + kind for role in roles for kind in _UPDATED_ONLY)
+        tensors = {n: t if n.startswith(updated) else t.clone() for n, t in state.tensors.items()}
         meta = json.loads(json.dumps(self._meta(done, state) | {"pending": pending}))
 
         nonfinite = state.nonfinite

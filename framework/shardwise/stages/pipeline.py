@@ -19,6 +19,7 @@ import torch.distributed as dist
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.manifest import DamagedError
+from shardwise.checkpoint.ranks import Ranks
 from shardwise.checkpoint.steps import step_of
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
@@ -68,7 +69,7 @@ class Pipeline:
         """Seconds that each stage still to run will take here, also said aloud; see `estimate`."""
         done: dict[str, int] = {}
         for stage in self.run.stages:
-            newest = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
+            newest = self._newest(stage)
             done[stage.name] = 0 if newest is None else step_of(newest)
             if done[stage.name] < stage.steps:
                 self._gemm(stage, pick_device(stage.engine.device))
@@ -134,7 +135,7 @@ class Pipeline:
         """
         path = self._result_path(stage)
         root = checkpoint_root(self.run.directory, stage.name)
-        newest = checkpoint.latest(root)
+        newest = self._newest(stage)
         result = read_result(path, RESULT_KEYS)
         if result is None:
             return None
@@ -202,6 +203,12 @@ class Pipeline:
 
     def _lineage(self, stage: StageConfig, data_hash: str, parent: Path | None) -> Lineage:
         return lineage_of(self.run, stage, self.tokenizer.hash, data_hash, parent)
+
+    def _newest(self, stage: StageConfig) -> Path | None:
+        """A stage's newest checkpoint as rank 0 sees it: a shared disk may show others another."""
+        found = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
+        name: str | None = Ranks.of(None).share(None if found is None else str(found))
+        return None if name is None else Path(name)
 
     def _result_path(self, stage: StageConfig) -> Path:
         return self.run.directory / "stages" / stage.name / RESULT_FILE

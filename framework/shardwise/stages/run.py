@@ -113,10 +113,11 @@ def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
     dist.barrier()
     tokenizer = prepare_tokenizer(run, directory, rank)
     run = with_vocabulary(run, tokenizer)
-    if rank == 0:  # before the watchers, which tell others that a run has begun
-        if samples.ready_tokenizer(run) is None:
-            samples.check_conversations(run, tokenizer)
-        samples.check_documents(run, tokenizer, directory / CACHE_FOLDER)
+    # Before the watchers, which tell others that a run has begun. On every rank, so that none waits
+    # in a collective call while another reads for longer than such calls may take.
+    if samples.ready_tokenizer(run) is None:
+        samples.check_conversations(run, tokenizer)
+    samples.check_documents(run, tokenizer, directory / CACHE_FOLDER)
     progress = Progress([(s.name, s.steps) for s in run.stages], rank=rank)
     resolved = run.model_dump(mode="json")
     logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -112,12 +113,12 @@ PAIRS = tuple(itertools.product(MODELS, STAGES))
 
 
 def recipe(model: str) -> dict[str, Any]:
-    """A recipe with one of the models and all of the stages."""
+    """A recipe with one of the models and all of the stages; the caller may change it."""
     return {
         "name": f"suite-{model}",
         "seed": 7,
-        "model": MODELS[model],
-        "stages": list(STAGES.values()),
+        "model": copy.deepcopy(MODELS[model]),
+        "stages": copy.deepcopy(list(STAGES.values())),
         "engine": {"compile": False},
     }
 
