@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from shardwise.config.schema import ResilienceConfig
+from shardwise.errors import ShardwiseError
+from shardwise.resilience import ending, hang, stop
+from shardwise.resilience.gate import Gate
+from shardwise.resilience.sequence import Call, Collectives
 from tests.launch.test_local import Launcher
 from tests.resilience import faults
 
@@ -35,3 +44,65 @@ def test_a_rank_at_fault_is_named_with_the_stacks_of_all(
 def test_long_work_is_no_hang(tmp_path: Path, how: str) -> None:
     code, _, err = Launcher("loop", tmp_path, how, module=faults.__name__).finish()
     assert code == 0, err
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What this process would have ended with."""
+    said: list[str] = []
+    monkeypatch.setattr(ending, "leave", lambda error: said.append(str(error)))
+    monkeypatch.setattr(hang, "GATHER_SECONDS", 0.0)
+    monkeypatch.setattr(hang, "TICK_SECONDS", 0.0)
+    return said
+
+
+@pytest.fixture
+def heart(tmp_path: Path) -> Iterator[hang.Heart]:
+    """Of rank 0 of two."""
+    run: Any = types.SimpleNamespace(
+        config=ResilienceConfig(), gate=Gate(), store=dist.HashStore(), rank=0, world=2
+    )
+    hang.calls_file(tmp_path, 0).write_text("of an earlier run")
+    made = hang.Heart(run, tmp_path, Collectives(), 600.0)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("torn", ["", "[[", "[3]", "{}"])
+def test_a_verdict_is_told_whatever_the_others_left(
+    heart: hang.Heart, ended: list[str], torn: str
+) -> None:
+    assert not hang.calls_file(heart.logs, 0).exists()
+    hang.calls_file(heart.logs, 1).write_text(torn)
+    call = Call((0, 1), 1, "barrier", (), "")
+    heart.collectives.calls.append((heart.main, call))
+    heart._end(None, "all wait")
+    assert heart.store.get("verdict").decode() == ended[0]
+    assert heart._histories()[0] == [call] and "all wait" in ended[0]
+
+
+def test_a_failing_watcher_is_asked_again_and_then_ends_the_run(
+    ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watcher:
+        fails = True
+
+        def tick(self) -> None:
+            if self.fails:
+                raise ShardwiseError("the store is gone")
+
+        def gone(self) -> list[int]:
+            return []
+
+    watcher = Watcher()
+    watching = stop.Stop(ResilienceConfig(), Gate())
+    watching.watchers.append(watcher)
+    monkeypatch.setattr(stop, "UNWATCHED_SECONDS", 1e9)
+    watching._tick()
+    monkeypatch.setattr(stop, "UNWATCHED_SECONDS", -1.0)
+    watcher.fails = False
+    watching._tick()
+    assert not ended
+    watcher.fails = True
+    watching._tick()
+    assert "no longer be watched" in ended[0] and "the store is gone" in ended[0]

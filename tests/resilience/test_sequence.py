@@ -48,6 +48,22 @@ def test_a_rank_that_came_less_far_is_named(
     assert found is not None and found[0] == culprit
 
 
+@given(st.integers(2, 5), STEP, st.data())
+def test_groups_of_the_same_ranks_are_told_apart(
+    world: int, step: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    """Where a saver's own group falls between the other calls differs by rank."""
+    histories = {}
+    for rank in range(world):
+        histories[rank] = history(world, step)
+        at = data.draw(st.integers(0, len(step)))
+        histories[rank].insert(at, Call(tuple(range(world)), 1, "all_gather", (0,), "", "saver"))
+    assert divergence(histories) is None
+    histories[0].pop(-1 if histories[0][-1].name == "" else -2)
+    found = divergence(histories)
+    assert found is not None and found[0] == 0
+
+
 def counted() -> list[tuple[int, str, tuple[int, ...]]]:
     with Collectives().watched() as collectives:
         value = torch.ones(3)
@@ -55,11 +71,17 @@ def counted() -> list[tuple[int, str, tuple[int, ...]]]:
         out = [torch.empty(3) for _ in range(dist.get_world_size())]
         dist.all_gather(out, value)
         dist.barrier()
+        dist.barrier(dist.new_group())  # of the same ranks
         assert not collectives.waits
     dist.barrier()  # no longer counted
     return [(c.number, c.operation, c.shape) for _, c in collectives.calls]
 
 
 def test_torchs_own_calls_are_counted(ranks: RankPool) -> None:
-    expected = [(1, "all_reduce", (3,)), (2, "all_gather", (3,)), (3, "barrier", ())]
+    expected = [
+        (1, "all_reduce", (3,)),
+        (2, "all_gather", (3,)),
+        (3, "barrier", ()),
+        (1, "barrier", ()),
+    ]
     assert ranks.run(counted, world=2) == [expected] * 2

@@ -14,10 +14,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +29,13 @@ from shardwise.errors import ShardwiseError
 from shardwise.resilience import ending, process
 from shardwise.resilience.sequence import Call, Collectives, divergence
 from shardwise.resilience.stop import TICK_SECONDS, Stop
+from shardwise.storage.lock import machine
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
 GATHER_SECONDS = 5.0  # for the stacks of all ranks
+VERDICT_SECONDS = 60.0  # for the one that judges to say what it found
 IDLE_SHARE = 0.05  # of a core; a process that uses less computes nothing
 
 
@@ -104,12 +108,13 @@ class Heart:
         self.seen: dict[int, _Seen] = {}
         self._next = 0.0
         self._number = 0
-        self._dumped = False
+        self._dumped: float | None = None  # when
         logs.mkdir(parents=True, exist_ok=True)
         self._stacks = stacks_file(logs, self.rank).open("w")
         # Without the interpreter: for a rank that is stopped (by a peer) or holds it (by itself).
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        self.host = f"{socket.gethostname()} {process.boot_id()}"
+        calls_file(logs, self.rank).unlink(missing_ok=True)
+        self.host = " ".join(machine().values())
         self._beat()  # so that a rank which stops at once is known
 
     def close(self) -> None:
@@ -123,6 +128,8 @@ class Heart:
             self._dump()
             if self.store.check(["verdict"]):
                 ending.leave(HangError(self.store.get("verdict").decode()))
+            if self._dumped and time.monotonic() > self._dumped + VERDICT_SECONDS:
+                ending.leave(HangError("the run stands still; which rank is at fault was not told"))
             return
         now = time.monotonic()
         if now < self._next:
@@ -207,7 +214,27 @@ class Heart:
         """Gather the stacks and the calls of all ranks, name the one at fault, end the run."""
         if self.store.compare_set("judge", "", str(self.rank)).decode() != str(self.rank):
             return
-        self.store.set("dump", "1")
+        stacks: list[str] = []
+        try:
+            self.store.set("dump", "1")
+            self._gather(rank)
+            stacks = [_last_frames(stacks_file(self.logs, r), r) for r in range(self.world)]
+            if rank is None and (found := divergence(self._histories())):
+                what = found[1]
+        except Exception as failure:  # the end itself must not depend on what is told of it
+            log.warning("not all could be gathered of a run that stands still: %s", failure)
+        text = f"the run stands still: {what}; stacks of all ranks: {self.logs}/rank_*.stacks"
+        text = "\n".join([text, *stacks])
+        with contextlib.suppress(RuntimeError):  # the store is gone: we end all the same
+            self.store.set("verdict", text)
+            time.sleep(3 * TICK_SECONDS)  # the others say the same, before a launcher stops them
+        ending.write_ending(self.logs.parent, HangError.exit_code, text)
+        error = HangError(text)
+        error.add_note(ending.TOLD_HERE)
+        ending.leave(error)
+
+    def _gather(self, rank: int | None) -> None:
+        """Wait until all ranks have written; ``rank`` may be unable to."""
         self._dump()
         if rank is not None and self.seen[rank].beat["host"] == self.host:
             self._dump_of(rank)
@@ -217,30 +244,25 @@ class Heart:
             for r in range(self.world)
         ):
             time.sleep(0.1)
-        if rank is None and (found := divergence(self._histories())):
-            what = found[1]
-        text = f"the run stands still: {what}; stacks of all ranks: {self.logs}/rank_*.stacks"
-        stacks = [_last_frames(stacks_file(self.logs, r), r) for r in range(self.world)]
-        text = "\n".join([text, *filter(None, stacks)])
-        self.store.set("verdict", text)
-        time.sleep(3 * TICK_SECONDS)  # the others say the same, before a launcher stops them
-        ending.write_ending(self.logs.parent, HangError.exit_code, text)
-        error = HangError(text)
-        error.add_note(ending.TOLD_HERE)
-        ending.leave(error)
 
     def _dump(self) -> None:
+        """The calls, then the stacks: whoever sees these finds those whole."""
         if self._dumped:
             return
-        self._dumped = True
-        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-        calls = [list(call) for thread, call in self.collectives.calls if thread == self.main]
-        calls_file(self.logs, self.rank).write_text(json.dumps(calls))
+        self._dumped = time.monotonic()
+        try:
+            made = self.collectives.calls.copy()  # other threads go on
+            calls = [list(call) for thread, call in made if thread == self.main]
+            path = calls_file(self.logs, self.rank)
+            path.with_suffix(".tmp").write_text(json.dumps(calls))
+            path.with_suffix(".tmp").replace(path)
+        finally:
+            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
 
     def _dump_of(self, rank: int) -> None:
         """The stacks of a neighbour that cannot act: it writes them as it wakes, then stands."""
         path = stacks_file(self.logs, rank)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has just ended
             for number in (signal.SIGUSR2, signal.SIGCONT):
                 os.kill(self.seen[rank].beat["pid"], number)
             until = time.monotonic() + 0.2
@@ -251,10 +273,9 @@ class Heart:
     def _histories(self) -> dict[int, list[Call]]:
         found = {}
         for rank in range(self.world):
-            path = calls_file(self.logs, rank)
-            if path.exists():
-                rows = json.loads(path.read_text())
-                found[rank] = [Call(tuple(g), n, o, tuple(s), d) for g, n, o, s, d in rows]
+            with contextlib.suppress(OSError, ValueError, TypeError):  # it wrote none
+                rows = json.loads(calls_file(self.logs, rank).read_text())
+                found[rank] = [Call(tuple(g), n, o, tuple(s), *more) for g, n, o, s, *more in rows]
         return found
 
 

@@ -50,14 +50,6 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def boot_id() -> str:
-    """Tells this boot of this machine, and so its process numbers, from any other."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def die_with(parent: int) -> None:
     """Ask the kernel for a SIGKILL when the parent dies, however it dies (Linux)."""
     if sys.platform == "linux":

@@ -49,6 +49,7 @@ class Call(NamedTuple):
     operation: str
     shape: tuple[int, ...]
     dtype: str
+    name: str = ""  # torch's, of the group: several may have the same ranks
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.group))
@@ -62,8 +63,8 @@ class Collectives:
     def __init__(self, kept: int = 2000) -> None:
         self.calls: deque[tuple[int, Call]] = deque(maxlen=kept)  # with the thread
         self.waits: dict[int, float] = {}  # since when, by thread
-        self._groups: dict[Any, tuple[int, ...]] = {}
-        self._numbers: Counter[tuple[tuple[int, ...], str]] = Counter()
+        self._groups: dict[Any, tuple[tuple[int, ...], str]] = {}
+        self._numbers: Counter[tuple[tuple[int, ...], str, str]] = Counter()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Collectives]:
@@ -94,13 +95,15 @@ class Collectives:
         kind = operation if operation in PAIRWISE else ""
 
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
-            ranks = self._groups.get(group)
-            if ranks is None:
-                ranks = self._groups[group] = tuple(dist.get_process_group_ranks(group))
-            self._numbers[ranks, kind] += 1
-            shape, dtype = _described(args)
-            number = self._numbers[ranks, kind]
-            self.calls.append((threading.get_ident(), Call(ranks, number, operation, shape, dtype)))
+            known = self._groups.get(group)
+            if known is None:
+                ranks = tuple(dist.get_process_group_ranks(group))
+                known = self._groups[group] = ranks, group.group_name
+            ranks, name = known
+            self._numbers[ranks, name, kind] += 1
+            number = self._numbers[ranks, name, kind]
+            made = Call(ranks, number, operation, *_described(args), name)
+            self.calls.append((threading.get_ident(), made))
             return original(group, *args, **kwargs)
 
         return call
@@ -136,10 +139,14 @@ def divergence(histories: Mapping[int, Sequence[Call]]) -> tuple[int, str] | Non
     come less far is it; else the one whose call does not follow as it followed before (steps are
     alike); else the one in the minority.
     """
-    groups = {call.group for calls in histories.values() for call in calls}
-    for group in sorted(groups, key=len, reverse=True):
+    groups = {(call.group, call.name) for calls in histories.values() for call in calls}
+    for group, name in sorted(groups, key=lambda g: (-len(g[0]), g)):
         by_rank = {
-            rank: {c.number: c for c in calls if c.group == group and c.operation not in PAIRWISE}
+            rank: {
+                c.number: c
+                for c in calls
+                if (c.group, c.name) == (group, name) and c.operation not in PAIRWISE
+            }
             for rank, calls in histories.items()
             if rank in group
         }

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from shardwise.config.schema import ResilienceConfig
-from shardwise.errors import ExitCode, Stopped, exit_code_of_signal
+from shardwise.errors import ExitCode, ShardwiseError, Stopped, exit_code_of_signal
 from shardwise.resilience import ending
 from shardwise.resilience.gate import Gate, Position, cut_after
 
@@ -35,6 +35,7 @@ TICK_SECONDS = 0.5
 # A scheduler may signal a rank and the agent that forwards it: the same signal within this time
 # is the first one, twice.
 ECHO_SECONDS = 1.0
+UNWATCHED_SECONDS = 10.0  # for which the store may fail before the run is taken for lost
 
 
 class Watcher(Protocol):
@@ -61,6 +62,7 @@ class Stop:
         self.store: Any = None
         self.rank, self.world = 0, 1
         self._first: tuple[int, float] | None = None  # the signal, and when it came
+        self._failing: float | None = None  # since when the watchers cannot look
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._old: dict[int, Any] = {}
@@ -133,13 +135,15 @@ class Stop:
         try:
             for watcher in self.watchers:
                 watcher.tick()
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-        ) as error:  # the store is gone, and with it the run
-            log.warning("hangs are no longer watched for: %s", error)
-            self.watchers.clear()
+            self._failing = None
+        except Exception as error:
+            now = time.monotonic()
+            if self._failing is None:
+                log.warning("the ranks cannot be watched just now: %s", error)
+            self._failing = self._failing or now
+            if now > self._failing + UNWATCHED_SECONDS:  # the store is gone, and with it the run
+                why = f"the ranks can no longer be watched, so a hang would last: {error}"
+                self._leave_now(ShardwiseError(why))
 
     def _signalled(self, number: int) -> None:
         now = time.monotonic()
@@ -162,7 +166,7 @@ class Stop:
         number = self._first[0]
         self._leave_now(Stopped(f"{_stopped_by(number)}, {why}", exit_code_of_signal(number)))
 
-    def _leave_now(self, error: Stopped) -> None:
+    def _leave_now(self, error: ShardwiseError) -> None:
         if self.rank == 0 and self.directory is not None:
             ending.write_ending(self.directory, error.exit_code, f"{error}")
         ending.leave(error)

@@ -194,7 +194,7 @@ def _lives(folder: Path, *, by_kernel: bool) -> bool:
     who = _read(folder)
     if not who:
         return False
-    if all(who.get(key) == value for key, value in _machine().items()):
+    if all(who.get(key) == value for key, value in machine().items()):
         # This kernel knows: by the lock it does not keep, or by the process.
         return not by_kernel and _started(who.get("pid")) == who.get("started")
     last = _heartbeat(folder)
@@ -232,7 +232,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return who if named else {}
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     """What tells one kernel and process table from another."""
     found = {"host": socket.gethostname(), "boot": "", "namespace": ""}
     with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ def _me(token: str) -> dict[str, Any]:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     command = redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     who = {"pid": os.getpid(), "started": _started(os.getpid()), "since": since}
-    return {**_machine(), **who, "command": command, "token": token}
+    return {**machine(), **who, "command": command, "token": token}
 
 
 def _started(pid: Any) -> str | None:
