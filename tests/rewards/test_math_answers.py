@@ -33,6 +33,9 @@ def test_mathematics_by_math_verify() -> None:
     with build_reward(config) as scorer:
         found = scorer.score([RewardItem("q", text, want) for text, want, _ in CASES])
         assert scorer.maximum == 1.0
+        limits = scorer.sandboxes[0].config
+    assert limits.num_workers > 1
+    assert limits.seconds_for(2048) == limits.timeout_s * 2048 / limits.num_workers
     for (text, want, value), result in zip(CASES, found, strict=True):
         assert result.value == value, (text, want, result)
     assert "returned None" in found[-1].reason

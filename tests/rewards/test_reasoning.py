@@ -19,6 +19,7 @@ def test_problems_and_their_own_score() -> None:
         items = [RewardItem(p.question, p.answer, p.answer, p.meta) for p in problems]
         wrong = [RewardItem(p.question, "no idea", p.answer, p.meta) for p in problems]
         assert [r.value for r in scorer.score(items)] == [1.0] * 4
+        assert scorer.sandboxes[0].config.seconds_for(2048) == 20.0 * 2048 / 4
         assert all(r.value is not None and r.value < 0.1 for r in scorer.score(wrong))
 
 

@@ -153,6 +153,15 @@ def test_the_batch_has_a_time_limit(path: Path) -> None:
     assert all("timed out" in s.reason for s in found[1:])
 
 
+def test_the_time_limit_of_a_batch_may_grow_with_it(path: Path) -> None:
+    fixed = config(path, num_workers=2)
+    assert fixed.seconds_for(10_000) == 60.0
+    grows = config(path, num_workers=2, batch_timeout_s=None)
+    assert [grows.seconds_for(n) for n in (0, 3, 2047)] == [60.0, 60.0, 1024.0]
+    with UserReward(grows) as reward:
+        assert reward.score([item("4")])[0].value == 1.0
+
+
 def test_permissions_can_be_given(path: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     allowed = config(path, processes=True, network=True, writes=True)

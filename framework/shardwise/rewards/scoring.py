@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeFloat, PositiveInt, Section, Weight
+from shardwise.config.schema import NonNegativeFloat, PositiveInt, Seconds, Section, Weight
 from shardwise.rewards import math_answers, reasoning, verifiers
 from shardwise.rewards.scored import Scored, scored
 from shardwise.rewards.user import UserReward, UserRewardConfig
@@ -75,19 +75,30 @@ class LengthConfig(Section):
         return self
 
 
-class ReasoningGymConfig(Section):
+class _LibraryConfig(Section):
+    """Keys of the kinds that a library scores, in the sandbox; see `UserRewardConfig`."""
+
+    weight: Weight = 1.0
+    timeout_s: Seconds = Field(20.0, description="seconds for one completion")
+    batch_timeout_s: Seconds | None = Field(
+        None,
+        description="seconds for all completions of a call, the rest become unscorable; "
+        "null: timeout_s for each that a worker gets, at least 60",
+    )
+    num_workers: Annotated[int, Field(ge=1, le=1024, description="processes of each rank")] = 4
+
+
+class ReasoningGymConfig(_LibraryConfig):
     """reasoning-gym's own score of the extracted answer, computed in the sandbox."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
-    weight: Weight = 1.0
     extract: verifiers.Extract = "whole"
 
 
-class MathConfig(Section):
+class MathConfig(_LibraryConfig):
     """1 when the extracted answer is the reference's mathematics, by math-verify in the sandbox."""
 
     kind: Literal["math"] = "math"
-    weight: Weight = 1.0
     extract: verifiers.Extract = "boxed"
 
 
@@ -211,25 +222,19 @@ class Scorer:
             self.sandboxes.append(UserReward(part))
             return _sandboxed(self.sandboxes[-1])
         if isinstance(part, ReasoningGymConfig):
-            function = UserRewardConfig(
-                function=f"{reasoning.__file__}:score",
-                timeout_s=20.0,
-                reads=True,
-                preload=["reasoning_gym"],
-            )
-            self.sandboxes.append(UserReward(function))
-            return _sandboxed(self.sandboxes[-1], part.extract)
+            return self._by_library(part, f"{reasoning.__file__}:score", "reasoning_gym")
         if isinstance(part, MathConfig):
             math_answers.require()
-            function = UserRewardConfig(
-                function=f"{math_answers.__file__}:score",
-                timeout_s=20.0,
-                reads=True,
-                preload=["math_verify"],
-            )
-            self.sandboxes.append(UserReward(function))
-            return _sandboxed(self.sandboxes[-1], part.extract)
+            return self._by_library(part, f"{math_answers.__file__}:score", "math_verify")
         return _pure(part)
+
+    def _by_library(
+        self, part: ReasoningGymConfig | MathConfig, function: str, library: str
+    ) -> _Part:
+        limits = part.model_dump(include={"timeout_s", "batch_timeout_s", "num_workers"})
+        config = UserRewardConfig(function=function, reads=True, preload=[library], **limits)
+        self.sandboxes.append(UserReward(config))
+        return _sandboxed(self.sandboxes[-1], part.extract)
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """One result an item, in order. A part without a value makes its item unscorable."""

@@ -56,8 +56,10 @@ class UserRewardConfig(Section):
     weight: Weight = 1.0
     function: str = Field(description="path.py:name, called in a sandbox")
     timeout_s: Seconds = Field(5.0, description="seconds for one completion")
-    batch_timeout_s: Seconds = Field(
-        60.0, description="seconds for all completions of a call; the rest become unscorable"
+    batch_timeout_s: Seconds | None = Field(
+        60.0,
+        description="seconds for all completions of a call, the rest become unscorable; "
+        "null: timeout_s for each that a worker gets, at least 60",
     )
     start_timeout_s: Seconds = Field(60.0, description="seconds to import the file")
     memory_mb: PositiveInt = Field(2048, description="address space of one worker, MiB")
@@ -83,6 +85,12 @@ class UserRewardConfig(Section):
         if not (colon and path.endswith(".py") and name.isidentifier()):
             raise ValueError(f"{value!r} is not of the form path.py:name")
         return value
+
+    def seconds_for(self, num_items: int) -> float:
+        """How long a call with so many completions may take."""
+        if self.batch_timeout_s is not None:
+            return self.batch_timeout_s
+        return max(60.0, self.timeout_s * math.ceil(num_items / self.num_workers))
 
 
 class _Sandbox:
@@ -275,7 +283,7 @@ class UserReward:
         """Score items with keys question, completion, answer, meta (JSON); one result an item."""
         results: list[Scored | None] = [None] * len(items)
         todo = deque(range(len(items)))
-        until = time.monotonic() + self.config.batch_timeout_s
+        until = time.monotonic() + self.config.seconds_for(len(items))
         with selectors.DefaultSelector() as selector:
             batch = _Batch(self, items, results, todo, selector, until)
             for slot in range(len(self.workers)):
