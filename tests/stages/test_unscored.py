@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.engines.native import NativeEngine
 from shardwise.rewards import kind_of
 from shardwise.rewards.scored import MAX_REWARD, is_usable, scored, unscorable
+from shardwise.stages.policy import PolicyStage
+from shardwise.stages.rollout_worker import Group
 from shardwise.stages.unscored import MAX_KINDS, UnscorableError, Unscored
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import TASK, metrics, recipe, run, run_and_die
@@ -79,6 +84,34 @@ def test_reasons_are_named_once_a_kind_and_resume_repeats_none(
         assert 0 < row["unscorable_fraction"] < 1
         assert row["reward_mean"] == 0.5 and row["reward_std"] == 0.0
         assert not any(name.endswith("_nonfinite") for name in row)
+
+
+def half_scored(config: dict[str, Any], *overrides: str) -> int:
+    """The first half of each rollout has no score; returns the number of updates."""
+    original = PolicyStage.experienced
+
+    def experienced(self: PolicyStage, step: int, groups: Sequence[Group]) -> bool:
+        for group in groups[: len(groups) // 2]:
+            group.rewards = [None] * len(group.rewards)
+        return original(self, step, groups)
+
+    update = NativeEngine.step
+    with (
+        mock.patch.object(PolicyStage, "experienced", experienced),
+        mock.patch.object(NativeEngine, "step", autospec=True, side_effect=update) as updates,
+    ):
+        run(config, *overrides)
+    return updates.call_count
+
+
+@pytest.mark.parametrize(("kind", "models"), [("grpo", 1), ("ppo", 2)])
+def test_a_mini_batch_without_any_score_makes_no_update(
+    ranks: RankPool, tmp_path: Path, kind: str, models: int
+) -> None:
+    values = {"steps": 1, "updates_per_rollout": 2, "epochs_per_rollout": 2}
+    options = [f"stages.{kind}.{name}={value}" for name, value in values.items()]
+    found = ranks.run(half_scored, recipe(tmp_path / "run", kind), *options, world=1)
+    assert found == [2 * models]
 
 
 def test_an_accuracy_of_nothing_is_none(ranks: RankPool, tmp_path: Path) -> None:

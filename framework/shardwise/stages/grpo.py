@@ -45,12 +45,9 @@ class GrpoStage(PolicyStage):
         self._add_logprobs(groups, ids)
         if not self.experienced(step, groups):
             return metrics
-        each = len(groups) // config.updates_per_rollout
         chunks = [
-            local_batches(
-                self._rows(groups[i : i + each], ids[i : i + each]), self.engine, self.micro
-            )
-            for i in range(0, len(groups), each)
+            local_batches(self._rows(groups[part], ids[part]), self.engine, self.micro)
+            for part in self.mini_batches(groups)
         ]
         updates = []
         for _ in range(config.epochs_per_rollout):

@@ -75,6 +75,12 @@ class PolicyStage(Stage):
         )
         return groups, ids
 
+    def mini_batches(self, groups: Sequence[Group]) -> list[slice]:
+        """A rollout's groups by update; where no completion has a score, there is no update."""
+        each = len(groups) // self.config.updates_per_rollout
+        parts = [slice(i, i + each) for i in range(0, len(groups), each)]
+        return [p for p in parts if any(r is not None for g in groups[p] for r in g.rewards)]
+
     def events(self) -> list[tuple[str, str]]:
         """Reasons for which completions have no score."""
         return self.unscored.events()

@@ -173,14 +173,14 @@ class PpoStage(PolicyStage):
     ) -> dict[str, float]:
         """All updates of a step. Actor and critic talk to nobody, so disjoint ranks overlap."""
         config: PpoConfig = self.config
-        micro, each = config.batch.micro_batch, len(groups) // config.updates_per_rollout
+        micro = config.batch.micro_batch
         if "penalty" in self.loss.weights:
             self.loss.weights = {"policy": 1.0, "penalty": self.penalty.coef}
         jobs: list[tuple[list[Any], list[Any]]] = []
-        for i in range(0, len(groups), each):
-            part = (groups[i : i + each], ids[i : i + each], self.ctx.tokenizer.pad_id)
-            actor = TrainingRows(*part, self.ctx.wide, ACTOR_TRACKS)
-            critic = TrainingRows(*part, self.ctx.wide, CRITIC_TRACKS)
+        for part in self.mini_batches(groups):
+            rows = (groups[part], ids[part], self.ctx.tokenizer.pad_id, self.ctx.wide)
+            actor = TrainingRows(*rows, ACTOR_TRACKS)
+            critic = TrainingRows(*rows, CRITIC_TRACKS)
             jobs.append(
                 (
                     local_batches(actor, self.engine, micro),
