@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from shardwise.errors import DataError
 
@@ -26,8 +27,10 @@ def open_regular(path: Path | str) -> BinaryIO:
     A FIFO would wait for a writer for ever, and a device may have no end. Raises DataError for
     those, OSError for what cannot be opened.
     """
-    # O_NONBLOCK: opening a FIFO must not wait
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:  # O_NONBLOCK: opening a FIFO must not wait
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except ValueError as error:  # a zero byte, half of a surrogate pair
+        raise DataError(f"{os.fspath(path)!r} can be no file's name: {error}") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)
@@ -50,6 +53,22 @@ def read_text(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start}: not UTF-8 ({error.reason})") from None
+
+
+def parse_json(data: bytes | str) -> Any:
+    """JSON that somebody else may have written, in UTF-8.
+
+    Raises ValueError with the reason, for deep nesting and half a surrogate pair (which no text
+    made of it could be written with) too.
+    """
+    try:
+        found = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
+    return found
 
 
 def cache_root() -> Path:

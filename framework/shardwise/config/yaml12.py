@@ -43,6 +43,7 @@ _MENDS = {
     "quoted scalar": "a quote is not closed",
     "undefined alias": "define the anchor (&name) above its use",
     "another document": "keep one document in a file: remove the '---' between them",
+    "more than": "a recipe has hundreds; is it one?",
     "cannot start any token": "put the value in quotes",
 }
 
@@ -51,9 +52,15 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes only; never constructs an object from a tag."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    _count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._count += 1
+        if self._count > MAX_NODES:  # the rest may take minutes
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_NODES} values", event.start_mark
+            )
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, f"the tag {event.tag!r} is not allowed", event.start_mark

@@ -40,6 +40,7 @@ _OLD_GENERATION = (
     "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams",
     "length_penalty", "no_repeat_ngram_size", "max_length", "min_length", "bad_words_ids",
 )  # fmt: skip
+_MAX_ID = 2**24  # as `config.schema` bounds vocabularies
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # what a checkpoint may hold
 
 
@@ -80,8 +81,8 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """The JSON object in one of the files; empty when it is not there."""
     try:
-        found = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
+        found = safe_files.parse_json(files.get(name, b"{}"))
+    except ValueError as error:
         raise CheckpointError(f"{name}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name}: must hold a JSON object")
@@ -106,7 +107,7 @@ def end_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
     """The tokens after which transformers stops generating, as far as the files say."""
     said = generation(files).get("eos_token_id")
     ids = [] if said is None else said if isinstance(said, list) else [said]
-    if any(type(i) is not int or i < 0 for i in ids):
+    if any(type(i) is not int or not 0 <= i < _MAX_ID for i in ids):
         where = GENERATION if GENERATION in files else CONFIG
         raise CheckpointError(f"{where}: eos_token_id is {said!r}; allowed: an id or a list of ids")
     return tuple(ids)

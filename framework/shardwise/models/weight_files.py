@@ -6,7 +6,6 @@ warning or without, the folder is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,13 @@ class MissingModelError(UserError, CheckpointError):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises CheckpointError, MissingModelError when there is no file."""
     try:
-        found = json.loads(safe_files.read_text(path))
+        found = safe_files.parse_json(safe_files.read_bytes(path))
     except FileNotFoundError:
         raise MissingModelError(
             f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
             f"{_instead(path.parent)}"
         ) from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
