@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,12 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 GPT2 = GPT2Config(vocab_size=260, hidden_size=16, num_layers=1, num_heads=2, max_seq_len=32)
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32}
-CHAT = [
+CHAT: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"messages": [{"role": "user", "content": "a", "weight": 0},
                   {"role": "assistant", "content": "b", "train": True}], "id": [1, {"a": None}]},
 ]  # fmt: skip
-PREFERENCES = [
+PREFERENCES: list[dict[str, Any]] = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
     {"prompt": [{"role": "user", "content": "a"}], "answers": ["b", "c"], "ratings": [1, 0.5]},
 ]
@@ -179,7 +180,7 @@ def victims(root: Path) -> dict[str, Victim]:
     ranking_source = DataSource(kind="preference-jsonl", path=preferences)
     found = {
         f"{folder.name}/{name}": Victim(
-            folder / name, lambda folder=folder: convert_folder(folder), is_json=".json" in name
+            folder / name, partial(convert_folder, folder), is_json=".json" in name
         )
         for folder in (llama, gpt2)
         for name in ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -197,7 +198,6 @@ def victims(root: Path) -> dict[str, Victim]:
         preferences, lambda: list(read_rankings([ranking_source], tokenizer))
     )
     return found
-
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_every_damage_is_refused_or_read(kinds: dict[str, Victim]) -> None:
     for name, victim in kinds.items():
         victim.read()
         for seed in range(SEEDS):
-            dice = random.Random(f"{name} {seed}")  # noqa: S311
+            dice = random.Random(f"{name} {seed}")
             refused_or_read(victim, damaged(dice, victim.sound), f"{name}, bytes, {seed}")
             if victim.is_json:
                 data = changed_line(dice, victim, replaced)
@@ -240,6 +240,6 @@ def test_every_damage_is_refused_or_read(kinds: dict[str, Victim]) -> None:
 
 @pytest.mark.parametrize("name", ["llama/config.json", "tokenizer.json", "recipe", "chat", "text"])
 def test_a_line_of_30_mb_is_refused_or_read(kinds: dict[str, Victim], name: str) -> None:
-    victim, dice = kinds[name], random.Random(name)  # noqa: S311
+    victim, dice = kinds[name], random.Random(name)
     long = changed_line(dice, victim, long_line) if victim.is_json else b"a" * 30_000_000
     refused_or_read(victim, long, name)

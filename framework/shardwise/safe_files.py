@@ -30,7 +30,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     try:  # O_NONBLOCK: opening a FIFO must not wait
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as error:  # a zero byte, half of a surrogate pair
-        raise DataError(f"{os.fspath(path)!r} can be no file's name: {error}") from None
+        raise DataError(f"{os.fspath(path)!r}: cannot be read: {error}") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardwise.config import yaml12
 from shardwise.config.export import print_config, provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig, leaves, load_config
 from shardwise.config.source import dotted
@@ -374,3 +375,10 @@ def test_a_tokenizer_s_path_and_kind_agree(recipe: Path, section: str, message: 
 def test_an_empty_list_has_no_range(recipe: Path) -> None:
     with pytest.raises(ConfigError, match="no such item; evaluations is empty"):
         load_config(recipe, ["evaluations=[]", "evaluations.0.kind=x"])
+
+
+def test_a_file_of_countless_values_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted while it is read: the rest of it, which no parser reaches, is not even YAML."""
+    monkeypatch.setattr(yaml12, "MAX_NODES", 1000)
+    with pytest.raises(ConfigError, match=r"x:1:.*more than 1000 values"):
+        yaml12.parse("[" + "1," * 2000 + "}", "x")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from shardwise.config.paths import expand
 from shardwise.config.schema import TokenizerConfig
 from shardwise.data.source import DataSource
+from shardwise.errors import UserError
 
 
 def test_home_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,3 +33,10 @@ def test_every_section_follows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert TokenizerConfig(kind="file", path=Path("~/t")).path == tmp_path / "t"
     with pytest.raises(ValidationError, match="NOWHERE is not set"):
         DataSource(kind="text", path=Path("${NOWHERE}"))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "a" * 256, "a/" * 2048])
+def test_what_can_be_no_name_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="can be no path"):
+        expand(text)
+    assert expand("a" * 255 + "/b") == Path("a" * 255, "b")

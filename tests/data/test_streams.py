@@ -113,7 +113,17 @@ def test_fields_of_documents_are_named(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_very_long_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_MAX_LINE", 1 << 20)
-    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + b"x" * (3 << 20))
-    with pytest.raises(DataError, match="line 2: longer than 1 MiB"):
-        list(streams.lines(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(streams, "MAX_LINE", 1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * (3 << 20))
+    with pytest.raises(DataError, match="line 2: longer than 1,048,576 bytes"):
+        list(DataSource(kind="jsonl", path=tmp_path / "a.jsonl").documents())
+    monkeypatch.setattr(streams, "MAX_ROW", 1 << 10)  # conversations take more memory a byte
+    (tmp_path / "b.jsonl").write_bytes(b'{"a": "' + b"x" * (1 << 10) + b'"}\n')
+    with pytest.raises(DataError, match=r"line 1: longer than .* split"):
+        list(DataSource(kind="chat-jsonl", path=tmp_path / "b.jsonl").rows())
+    monkeypatch.setattr(streams, "MAX_TEXT", 1 << 20)  # a file that is one document
+    (tmp_path / "a.txt").write_bytes(b"x\n" * (1 << 19))
+    assert list(DataSource(kind="text", path=tmp_path / "a.txt").documents())
+    (tmp_path / "a.txt").write_bytes(b"x\n" * (1 << 20))
+    with pytest.raises(DataError, match=r"a\.txt: byte 1048576: one document of more than 1 MiB"):
+        list(DataSource(kind="text", path=tmp_path / "a.txt").documents())

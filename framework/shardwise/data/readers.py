@@ -41,7 +41,7 @@ def read_text(files: Sequence[Path], max_expansion: float = MAX_EXPANSION) -> It
     """Each UTF-8 file is one document. Empty files among others are skipped, with a warning."""
     found = False
     for file in files:
-        text = streams.decode(b"".join(streams.blocks(file, max_expansion)), file)
+        text = streams.decode(streams.whole(file, max_expansion), file)
         if not text:
             log.warning("%s: empty file skipped", file)
             continue
@@ -54,16 +54,18 @@ def read_text(files: Sequence[Path], max_expansion: float = MAX_EXPANSION) -> It
 def read_json_rows(
     files: Sequence[Path], max_expansion: float = MAX_EXPANSION
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(``file: line N, byte B``, object) of each line that is not blank."""
+    """(``file: line N, byte B``, object) of each line that is not blank, of `streams.MAX_ROW`."""
     for file in files:
-        for number, start, row in _json_lines(file, max_expansion):
+        for number, start, row in _json_lines(file, max_expansion, streams.MAX_ROW):
             yield f"{file}: line {number}, byte {start}", row
 
 
-def _json_lines(file: Path, max_expansion: float) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _json_lines(
+    file: Path, max_expansion: float, max_bytes: int = 0
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(line number from 1, byte offset, object) of each line that is not blank."""
     offset, any_line = 0, False
-    for number, line in enumerate(streams.lines(file, max_expansion), start=1):
+    for number, line in enumerate(streams.lines(file, max_expansion, max_bytes), start=1):
         start, offset = offset, offset + len(line)
         if not line.strip():
             continue

@@ -22,7 +22,9 @@ MAX_EXPANSION = 200.0  # text of JSON lines reaches about 30; a bomb of gzip 1,0
 _FREE = 1 << 26  # bytes that any file may expand to: small files of one letter are no bombs
 _BLOCK = 1 << 18
 _MAX_WINDOW = 1 << 27  # zstd: memory that a frame may ask for (``zstd --long=27``)
-_MAX_LINE = 1 << 28  # bytes of one line
+MAX_LINE = 1 << 28  # bytes of one line, a document
+MAX_ROW = 1 << 23  # of one conversation: as tokens with their places it takes 300 times this
+MAX_TEXT = 1 << 30  # of a file that is one document
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -171,21 +173,46 @@ def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: byte {at}: the zst stream ends in the middle (truncated?)")
 
 
-def lines(path: Path, max_expansion: float = MAX_EXPANSION) -> Iterator[bytes]:
-    """The lines of a file, ends included; DataError for one that is longer than any row is."""
+def whole(path: Path, max_expansion: float = MAX_EXPANSION) -> bytes:
+    """The content of a file that is one document; DataError for more than `MAX_TEXT` bytes."""
+    parts: list[bytes] = []
+    size = 0
+    for block in blocks(path, max_expansion):
+        parts.append(block)
+        size += len(block)
+        if size > MAX_TEXT:
+            raise DataError(
+                f"{path}: byte {MAX_TEXT}: one document of more than {MAX_TEXT >> 20} MiB; split "
+                "the file, or write its documents as lines of a .jsonl file (kind jsonl)"
+            )
+    return b"".join(parts)
+
+
+def lines(path: Path, max_expansion: float = MAX_EXPANSION, max_bytes: int = 0) -> Iterator[bytes]:
+    """The lines of a file, ends included; DataError for one over ``max_bytes`` (0: `MAX_LINE`)."""
+    limit = max_bytes or MAX_LINE
     parts: list[bytes] = []
     size, number = 0, 1
     for block in blocks(path, max_expansion):
-        *whole, last = block.split(b"\n")
-        for line in whole:
+        *ended, last = block.split(b"\n")
+        for line in ended:
+            if size + len(line) > limit:
+                raise _too_long(path, number, limit)
             yield b"".join((*parts, line, b"\n"))
             parts, size, number = [], 0, number + 1
         parts.append(last)
         size += len(last)
-        if size > _MAX_LINE:
-            raise DataError(f"{path}: line {number}: longer than {_MAX_LINE >> 20} MiB")
+        if size > limit:
+            raise _too_long(path, number, limit)
     if size:
         yield b"".join(parts)
+
+
+def _too_long(path: Path, number: int, limit: int) -> DataError:
+    return DataError(
+        f"{path}: line {number}: longer than {limit:,} bytes, as no row is; is it a file of "
+        "lines? split what it holds over more of them"
+    )
 
 
 def decode(data: bytes, path: Path, base: int = 0, line: int | None = None) -> str:
