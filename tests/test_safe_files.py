@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from shardwise.config.schema import TokenizerConfig
 from shardwise.data.indexed import IndexedStore
 from shardwise.data.tokenizer import ByteTokenizer, load_tokenizer
 from shardwise.errors import DataError, ShardwiseError
+from shardwise.metrics.jsonl import JsonLines, read_jsonl
+from shardwise.report.rundata import load_run
+from shardwise.stages.results import read_result, write_result
 
 
 def _socket(path: Path) -> None:
@@ -107,3 +111,41 @@ def test_damaged_sentencepiece_and_tiktoken_files(tmp_path: Path) -> None:
         (tmp_path / "t.tiktoken").write_bytes(line)
         with pytest.raises(DataError, match="line 1"):
             load_tokenizer(TokenizerConfig(kind="tiktoken", path=tmp_path / "t.tiktoken"))
+
+
+@pytest.fixture
+def watchdog() -> Iterator[None]:
+    """A read that waits for a writer would wait for ever."""
+
+    def stuck(*_: object) -> None:
+        raise AssertionError("stuck")
+
+    before = signal.signal(signal.SIGALRM, stuck)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("watchdog")
+@pytest.mark.parametrize("kind", KINDS)
+def test_side_files_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A resume moves it aside and goes on; a report names it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("metrics.jsonl", "notes.jsonl", "summary.json", "config.yaml"):
+        (run := Path(name[:3])).mkdir()
+        (run / "summary.json").write_text("{}")
+        (run / name).unlink(missing_ok=True)
+        KINDS[kind](run / name)
+        with pytest.raises(DataError, match=name):
+            load_run(run)
+    for name in ("result.json", "start.json"):
+        KINDS[kind](Path(name))
+        assert read_result(Path(name)) is None
+        write_result(Path(name), {"a": 1})
+        assert read_result(Path(name), ["a"])
+    KINDS[kind](Path("metrics.jsonl"))
+    lines = JsonLines(Path("metrics.jsonl"))
+    lines.append({"a": 1})
+    lines.close()
+    assert "kept as" in lines.damaged and list(read_jsonl(Path("metrics.jsonl")))

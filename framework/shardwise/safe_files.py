@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -31,6 +32,10 @@ def open_regular(path: Path | str) -> BinaryIO:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as error:  # a zero byte, half of a surrogate pair
         raise DataError(f"{os.fspath(path)!r}: cannot be read: {error}") from None
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise DataError(f"{path}: is a socket or a device, not a regular file") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)

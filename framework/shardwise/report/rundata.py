@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shardwise import safe_files
 from shardwise.config import yaml12
 from shardwise.errors import DataError
 from shardwise.metrics.jsonl import read_jsonl
@@ -89,7 +89,7 @@ def load_run(run_dir: Path) -> RunData:
     if files[1].exists():
         run.summary = _mapping(_json(files[1]), files[1])
     if files[2].exists():
-        run.config_text = files[2].read_text(encoding="utf-8", errors="replace")
+        run.config_text = safe_files.read_bytes(files[2]).decode("utf-8", "replace")
         run.config = _mapping(yaml12.parse(run.config_text, str(files[2])).data or {}, files[2])
     run.name = str(run.summary.get("name") or run.config.get("name") or run.name)
     _collect(run, read_jsonl(files[0]))
@@ -181,8 +181,8 @@ def _fill_gaps(run: RunData) -> None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        return safe_files.parse_json(safe_files.read_bytes(path))
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}; delete it or run the stage again") from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardwise import safe_files
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.manifest import DamagedError
 from shardwise.checkpoint.ranks import Ranks
@@ -31,7 +32,7 @@ def read_result(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None
 
 def _read(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
     try:
-        data = path.read_bytes()
+        data = safe_files.read_bytes(path)
         document = json.loads(data)
         if isinstance(document, dict) and "xxh3_128" in document:
             document = manifest.unseal(data, path)
