@@ -48,6 +48,8 @@ class Launcher:
 def _launch(target: str, args: list[object], folder: Path, nproc: int, fresh: bool) -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where `&` has it ignored
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     if fresh:
@@ -119,11 +121,29 @@ def test_a_failed_rank_ends_the_run_and_is_named(
 def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals) -> None:
     launcher = Launcher("linger", tmp_path)
     ranks = pids(tmp_path, 2)
+    for pid in (*ranks, launcher.process.pid or 0):
+        os.kill(pid, signal.SIGHUP)  # ignored here
     os.kill(launcher.process.pid or 0, number)
     code, _, err = launcher.finish()
     assert code == 128 + number
     assert f"stopped by {number.name}" in err
     assert not any(alive(pid) for pid in ranks)
+
+
+def test_an_echo_of_a_signal_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a hang-up both the shell and the kernel send one; who presses Ctrl-C twice means it."""
+    monkeypatch.setattr(local, "ECHO_SECONDS", 60.0)
+    numbers = [signal.SIGHUP, signal.SIGHUP, signal.SIGINT, signal.SIGINT]
+    heeded = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    old = {n: signal.signal(n, handler) for n, handler in heeded.items()}
+    try:
+        with local._signals([]) as received:
+            for number in numbers:
+                signal.raise_signal(number)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    assert received == numbers[1:]
 
 
 def test_no_orphans_when_the_launcher_is_killed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from shardwise.config.schema import ResilienceConfig
 from shardwise.errors import ShardwiseError
-from shardwise.resilience import ending, hang, stop
+from shardwise.resilience import ending, hang, sequence, stop
 from shardwise.resilience.gate import Gate
 from shardwise.resilience.sequence import Call, Collectives
 from tests.launch.test_local import Launcher
@@ -66,6 +67,65 @@ def heart(tmp_path: Path) -> Iterator[hang.Heart]:
     made = hang.Heart(run, tmp_path, Collectives(), 600.0)
     yield made
     made.close()
+
+
+class Clock:
+    """Time that passes as the test says, on a machine which has been up for long."""
+
+    def __init__(self) -> None:
+        self.now = 1e7
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, _: float) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (hang, sequence):
+        monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(hang.process, "cpu_seconds", lambda _: 1.0)
+    return made
+
+
+def hear(heart: hang.Heart, waits: float) -> None:
+    """A beat of rank 1, from another host."""
+    beat = {"number": waits, "host": "far", "pid": 1, "waits": waits, "cpu": 1.0}
+    heart.store.set("beat/1", json.dumps(beat | {"at": 0, "stepping": False, "slowest": 0.0}))
+
+
+def test_a_run_that_was_frozen_is_not_taken_for_one_that_hangs(
+    clock: Clock, heart: hang.Heart, ended: list[str]
+) -> None:
+    start = heart.collectives.waits[heart.main] = clock.now
+
+    def tick(times: int) -> None:
+        for _ in range(times):
+            clock.now += 2.0
+            hear(heart, clock.now - start)
+            heart.tick()
+
+    tick(10)
+    clock.now += 3600.0
+    tick(10)
+    assert not ended
+    tick(10)
+    assert "every rank waits in a collective" in ended[0]
+
+
+def test_a_lost_host_is_noticed_whatever_it_last_did(
+    clock: Clock, heart: hang.Heart, ended: list[str]
+) -> None:
+    start = heart.collectives.waits[heart.main] = clock.now
+    hear(heart, 0.0)
+    while not ended and clock.now < start + 1000.0:
+        clock.now += 2.0
+        heart.tick()
+    assert "the host of rank 1 is lost" in ended[0]
+    assert clock.now > start + 600.0
 
 
 @pytest.mark.parametrize("torn", ["", "[[", "[3]", "{}"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.config.schema import ResilienceConfig
 from shardwise.errors import ExitCode, Stopped
-from shardwise.resilience.stop import decide
+from shardwise.resilience import stop
+from shardwise.resilience.gate import CONCLUDED, NEXT, Gate, Point
+from shardwise.resilience.stop import Stop, decide
 from tests.launch.test_local import Launcher
 from tests.resilience import places
 from tests.resilience.places import run_signalled
@@ -41,7 +46,7 @@ def test_stopped_anywhere_and_gone_on_as_if_nothing_had_been(
             stage["checkpoint"] = {"every": 2, "keep": 9, "asynchronous": world == 1}
     ranks.run(run, configs[0], world=world)
     for place, call, number, hangs, said in (
-        ("step", 2, signal.SIGTERM, False, "saved pretrain step 2"),
+        ("step", 2, signal.SIGTERM, False, "step 2"),  # by the stop, or by the step itself
         ("validation", 2, signal.SIGUSR1, True, "saved pretrain step 4"),
         ("save", 1, signal.SIGTERM, False, "pretrain"),
         ("rollout", 2, signal.SIGHUP, True, "saved grpo step 1"),
@@ -64,12 +69,35 @@ def test_stopped_anywhere_and_gone_on_as_if_nothing_had_been(
     assert (broken / "exit.json").read_text().startswith('{"exit_code": 0')
 
 
-POSITIONS = st.tuples(st.integers(0, 9), st.booleans())
+def test_an_ignored_signal_stays_ignored_and_an_echo_is_no_second_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(ResilienceConfig(), Gate()):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    told: list[str] = []
+    monkeypatch.setattr(stop, "ECHO_SECONDS", 60.0)
+    monkeypatch.setattr(Stop, "_stop", lambda _: None)
+    monkeypatch.setattr(Stop, "_give_up", lambda _, why: told.append(why))
+    alone = Stop(ResilienceConfig(), Gate())
+    alone._signalled(signal.SIGHUP)
+    alone._signalled(signal.SIGHUP)
+    assert not told
+    alone._signalled(signal.SIGTERM)
+    assert "second signal" in told[0]
+
+
+POSITIONS = st.tuples(st.integers(0, 9), st.sampled_from((0, CONCLUDED, NEXT)))
 
 
 @given(st.integers(0, 3), st.lists(POSITIONS, min_size=1, max_size=5), st.booleans())
 def test_the_ranks_are_cut_at_one_place_that_all_can_reach(
-    stage: int, places: list[tuple[int, bool]], finish: bool
+    stage: int, places: list[tuple[int, int]], finish: bool
 ) -> None:
     reports = [[stage, number, begun, True] for number, begun in places]
     target = decide(reports, finish=finish)
@@ -83,5 +111,27 @@ def test_the_ranks_are_cut_at_one_place_that_all_can_reach(
 
 def test_nothing_to_save_needs_no_place() -> None:
     assert decide([[0, 4, False, False], [0, 2, False, False]], finish=True) is None
-    assert decide([[0, 4, True, False]], finish=True) == (0, 8)  # the step begun is finished
-    assert decide([[0, 4, True, False]], finish=False) is None
+    assert decide([[0, 4, NEXT, False]], finish=True) == (0, 8)  # the step begun is finished
+    assert decide([[0, 4, NEXT, False]], finish=False) is None
+
+
+def test_nobody_stands_before_a_validation_that_others_are_in() -> None:
+    """Its collectives would keep their device from what is to be saved."""
+    reports = [[0, 4, 0, True], [0, 3, NEXT, True], [0, 4, CONCLUDED, True]]
+    assert decide(reports, finish=True) == (0, 6)
+    assert decide(reports, finish=False) == (0, 4)  # it takes too long
+
+
+@pytest.mark.parametrize("begin", [Gate.step, Gate.validating])
+def test_nothing_begins_once_it_was_said_that_nothing_has(begin: Callable[[Gate], None]) -> None:
+    gate = Gate()
+    gate.stage(0, Point("sft", 0, Path))
+    assert gate.close() == (0, 0) and gate.begun == 0
+    thread = threading.Thread(target=begin, args=(gate,))
+    thread.start()
+    with gate._changed:
+        assert gate._changed.wait_for(lambda: gate._parked, 60)
+    assert gate.begun == 0
+    gate.open_to((0, 4))
+    thread.join()
+    assert gate.begun

@@ -33,7 +33,7 @@ from shardwise.launch.failure import Failure, root_cause
 from shardwise.launch.rank import Job
 from shardwise.metrics.meters import num_cores
 from shardwise.resilience import process
-from shardwise.resilience.stop import SIGNALS
+from shardwise.resilience.stop import ECHO_SECONDS, SIGNALS, heeded
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 1.0  # after the first failure: time for the true cause to report
@@ -83,7 +83,8 @@ def launch_local(
     Each rank finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment,
     as under torchrun. Rank 0 keeps this terminal; what the others write goes to
     ``logs/rank_N.log``. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the ranks, which have
-    ``grace_s`` seconds to save and end; a second signal kills them.
+    ``grace_s`` seconds to save and end; a second signal kills them. Those that this process was
+    started to ignore (``nohup``) stay ignored.
 
     Raises LaunchError with the root cause's exit code, or with 85 when the ranks have saved and
     ended as a signal asked them to, after the last rank has ended: no process and no port stays
@@ -191,8 +192,14 @@ def _stop(ranks: list[_Rank], request: int | None, grace: float) -> None:
 def _signals(ranks: list[_Rank]) -> Iterator[list[int]]:
     """Pass signals on to the ranks; a second one kills them."""
     received: list[int] = []
+    first = 0.0  # when it came
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        first = first or now
+        if number in received and number != signal.SIGINT and now <= first + ECHO_SECONDS:
+            return
         received.append(number)
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
@@ -201,7 +208,7 @@ def _signals(ranks: list[_Rank]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    old = {n: signal.signal(n, forward) for n in (signal.SIGINT, *SIGNALS)}
+    old = {n: signal.signal(n, forward) for n in heeded((signal.SIGINT, *SIGNALS))}
     try:
         yield received
     finally:
@@ -228,9 +235,9 @@ def _fork(number: int, job: Job, environment: dict[str, str], listener: socket.s
     code = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C reaches the launcher alone, which passes it on once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for stop in SIGNALS:
-            signal.signal(stop, signal.SIG_DFL)
+        for stop in heeded((signal.SIGINT, *SIGNALS)):
+            default = signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL
+            signal.signal(stop, default)
         listener.close()
         import torch
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Position = tuple[int, int]
-CONCLUDING, CONCLUDED, UPDATING = 1, 2, 3
+CONCLUDING, CONCLUDED, UPDATING, NEXT = 1, 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,9 @@ def cut_after(position: Position) -> Position:
 
 
 class Gate:
-    """The main thread calls `stage`, `step`, `updating`, `completed`, `concluding`, `park`."""
+    """The main thread calls `stage`, `step`, `updating`, `completed`, `validating`, `concluding`
+    and `park`.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -49,7 +51,9 @@ class Gate:
         self._parked = False
         self._end: BaseException | None = None
         self.point: Point | None = None
-        self.stepping = False  # a step has begun and is not complete
+        # What has begun ends so far beyond the newest complete step; 0: nothing has. All ranks
+        # work on it together, in collectives, so while it can be ended no rank stands still.
+        self.begun = 0
         self.slowest = 0.0  # seconds of the slowest step of this stage but its first; 0.0: none yet
         self._begun: float | None = None
 
@@ -62,12 +66,12 @@ class Gate:
 
     def step(self) -> None:
         """The next step begins. Weights change only after `updating`."""
-        self.stepping = True
+        self._begin(NEXT)
 
     def updating(self) -> None:
         """The first change of this step's weights is about to be made; waits while it may not."""
         stage, number = self._position
-        if self.stepping and number % 4 != UPDATING:
+        if self.begun == NEXT and number % 4 != UPDATING:
             self._move((stage, number // 4 * 4 + UPDATING), self.point)
 
     def completed(self, done: int, point: Point) -> None:
@@ -77,7 +81,10 @@ class Gate:
             self.slowest = max(self.slowest, now - self._begun)
         self._begun = now
         self._move((self._position[0], 4 * done), point)
-        self.stepping = False
+
+    def validating(self) -> None:
+        """The validation of the newest step begins; `concluding` follows."""
+        self._begin(CONCLUDED)
 
     @contextlib.contextmanager
     def concluding(self, after: Callable[[], Point]) -> Iterator[None]:
@@ -96,13 +103,21 @@ class Gate:
             self._changed.wait_for(lambda: self._end is not None, seconds)
             self._raise()
 
+    def _begin(self, what: int) -> None:
+        with self._changed:
+            self._wait_while(lambda limit: self._position >= limit)
+            self.begun = what
+
     def _move(self, position: Position, point: Point | None) -> None:
         with self._changed:
             if position[1] % 2 == 1 or position[0] > self._position[0]:
                 self._wait_while(lambda limit: position > limit)
             self._position, self.point = position, point
+            between = position[1] % 2 == 0
+            if between:
+                self.begun = 0
             self._changed.notify_all()
-            if position[1] % 2 == 0:  # no use in beginning what will not be finished
+            if between:  # no use in beginning what will not be finished
                 self._wait_while(lambda limit: position >= limit)
 
     def _wait_while(self, beyond: Callable[[Position], bool]) -> None:

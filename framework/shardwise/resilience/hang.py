@@ -5,8 +5,8 @@ seconds how far its main thread is. Each rank looks at those on its own host, th
 is alive at all. What a rank does is read from the kernel, not guessed from silence: a stopped
 process (state T) is at fault, one whose CPU time advances is busy, however long it holds the
 interpreter (a compiler, a kernel build, a tokenizer, a save), one that holds the interpreter and
-sleeps is at fault. That all wait in collectives while nobody computes is a deadlock, and the
-sequence numbers tell who left one out.
+sleeps is at fault. A host all of whose ranks are silent for long is lost. That all wait in
+collectives while nobody computes is a deadlock, and the sequence numbers tell who left one out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardwise.checkpoint.manifest import PeerLostError
 from shardwise.errors import ShardwiseError
 from shardwise.resilience import ending, process
+from shardwise.resilience.gate import NEXT
 from shardwise.resilience.sequence import Call, Collectives, divergence
 from shardwise.resilience.stop import TICK_SECONDS, Stop
 from shardwise.storage.lock import machine
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
 GATHER_SECONDS = 5.0  # for the stacks of all ranks
+LOST_SECONDS = 60.0  # without a word from any rank of a host; or timeout_s, if that is longer
 VERDICT_SECONDS = 60.0  # for the one that judges to say what it found
 IDLE_SHARE = 0.05  # of a core; a process that uses less computes nothing
 
@@ -81,6 +83,8 @@ class _Seen:
         """A beat as read from the store; it may be the one before."""
         if beat["number"] == self.beat.get("number"):
             return
+        if not self.beat:
+            self._idle = (now, beat["cpu"])
         self.beat, self.beaten = beat, now
         since, cpu = self._idle
         if beat["cpu"] - cpu > IDLE_SHARE * (now - since):
@@ -106,7 +110,7 @@ class Heart:
         self.logs, self.collectives, self.timeout_s = logs, collectives, timeout_s
         self.main = threading.main_thread().ident or 0
         self.seen: dict[int, _Seen] = {}
-        self._next = 0.0
+        self._next = self._ticked = self._unsure = 0.0
         self._number = 0
         self._dumped: float | None = None  # when
         logs.mkdir(parents=True, exist_ok=True)
@@ -132,15 +136,29 @@ class Heart:
                 ending.leave(HangError("the run stands still; which rank is at fault was not told"))
             return
         now = time.monotonic()
+        if self._ticked and now > self._ticked + 3 * BEAT_SECONDS:  # as after `docker pause`
+            self.collectives.resumed = now
+            self.seen.clear()
+            self._next, self._unsure = 0.0, now + 3 * BEAT_SECONDS  # the others resume too
+        self._ticked = now
         if now < self._next:
             return
         self._next = now + BEAT_SECONDS
         self._beat()
-        for rank in range(self.world):
-            if self.store.check([f"beat/{rank}"]):
-                beat = json.loads(self.store.get(f"beat/{rank}"))
-                self.seen.setdefault(rank, _Seen()).take(beat, now)
-        self._judge(now)
+        self._listen(now)
+        if now >= self._unsure:
+            self._judge(now)
+
+    def _listen(self, now: float) -> None:
+        """Read all beats that there are, in few round trips."""
+        ranks = list(range(self.world))
+        if not self.store.check([f"beat/{rank}" for rank in ranks]):
+            ranks = [rank for rank in ranks if self.store.check([f"beat/{rank}"])]
+        keys = [f"beat/{rank}" for rank in ranks]
+        extended = self.store.has_extended_api()
+        beats = self.store.multi_get(keys) if extended else map(self.store.get, keys)
+        for rank, beat in zip(ranks, beats, strict=True):
+            self.seen.setdefault(rank, _Seen()).take(json.loads(beat), now)
 
     def _beat(self) -> None:
         self._number += 1
@@ -152,7 +170,7 @@ class Heart:
             "waits": self.collectives.waiting(self.main),
             "at": calls[-1][1].number if calls else 0,
             "cpu": process.cpu_seconds(os.getpid()),
-            "stepping": self.gate.stepping,
+            "stepping": self.gate.begun == NEXT,
             "slowest": self.gate.slowest,
         }
         self.store.set(f"beat/{self.rank}", json.dumps(mine))
@@ -200,6 +218,7 @@ class Heart:
             if all(s.idle(now) > self.config.stuck_s for s in self.seen.values()):
                 self._end(None, "every rank waits in a collective for another")
             return
+        self._look_at_hosts(now, waiting)
         for rank, seen in self.seen.items():
             if rank in waiting or not waiting or not seen.beat["stepping"]:
                 continue
@@ -207,6 +226,17 @@ class Heart:
             if min(s.waits for s in waiting.values()) > patience and seen.beat["slowest"]:
                 does = "sleeps" if seen.idle(now) > self.config.stuck_s else "computes"
                 self._end(rank, f"rank {rank} {does} while the others wait for it")
+
+    def _look_at_hosts(self, now: float, waiting: Mapping[int, _Seen]) -> None:
+        hosts: dict[str, list[int]] = {}
+        for rank, seen in self.seen.items():
+            hosts.setdefault(seen.beat["host"], []).append(rank)
+        for host, ranks in hosts.items():
+            silent = min(now - self.seen[rank].beaten for rank in ranks)
+            others_wait = any(rank not in ranks for rank in waiting)
+            if host != self.host and others_wait and silent > max(self.timeout_s, LOST_SECONDS):
+                names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                self._end(ranks[0], f"the host of {names} is lost, silent for {silent:.0f} s")
 
     # --- the end --------------------------------------------------------------------------------
 

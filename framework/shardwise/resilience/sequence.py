@@ -63,6 +63,7 @@ class Collectives:
     def __init__(self, kept: int = 2000) -> None:
         self.calls: deque[tuple[int, Call]] = deque(maxlen=kept)  # with the thread
         self.waits: dict[int, float] = {}  # since when, by thread
+        self.resumed = 0.0  # when this process last ran again after it had been frozen
         self._groups: dict[Any, tuple[tuple[int, ...], str]] = {}
         self._numbers: Counter[tuple[tuple[int, ...], str, str]] = Counter()
 
@@ -88,7 +89,7 @@ class Collectives:
     def waiting(self, thread: int) -> float:
         """For how many seconds ``thread`` has been waiting; 0.0: it is not."""
         since = self.waits.get(thread)
-        return 0.0 if since is None else time.monotonic() - since
+        return 0.0 if since is None else time.monotonic() - max(since, self.resumed)
 
     def _counted(self, operation: str, original: Any) -> Any:
         # Point-to-point calls of a group count apart: ranks make their own number of them.

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 TICK_SECONDS = 0.5
-# A scheduler may signal a rank and the agent that forwards it: the same signal within this time
-# is the first one, twice.
+# A scheduler may signal a rank and the agent that forwards it, and on a hang-up both the shell and
+# the kernel send SIGHUP: the same signal within this time is the first one, twice.
 ECHO_SECONDS = 1.0
 UNWATCHED_SECONDS = 10.0  # for which the store may fail before the run is taken for lost
 
@@ -72,10 +72,11 @@ class Stop:
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread():
             return self  # signals belong to whoever owns the main thread
-        self._read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._write = write
-        self._old_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._old = {n: signal.signal(n, _nothing) for n in SIGNALS}
+        self._read, self._write = os.pipe()
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._old = {n: signal.signal(n, _nothing) for n in heeded(SIGNALS)}
         self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
         self._thread.start()
         return self
@@ -150,7 +151,7 @@ class Stop:
         if self._first is None:
             self._first = (number, now)
             threading.Thread(target=self._stop, name="stopping", daemon=True).start()
-        elif number != self._first[0] or now > self._first[1] + ECHO_SECONDS or self.world == 1:
+        elif number != self._first[0] or now > self._first[1] + ECHO_SECONDS:
             self._give_up(f"and at once by a second signal, {signal.Signals(number).name}")
 
     def _asked_by_peer(self) -> int:
@@ -205,7 +206,7 @@ class Stop:
         for finish in (True, False):
             position, point = self.gate.close(), self.gate.point
             unsaved = point is not None and not point.durable
-            mine = [*position, self.gate.stepping, unsaved]
+            mine = [*position, self.gate.begun, unsaved]
             target = decide(self._exchange(f"{finish}", mine, deadline), finish=finish)
             if target is None:
                 where = f": {point.stage} is at step {point.step}" if point else ""
@@ -243,19 +244,24 @@ class Stop:
 def decide(reports: Sequence[Sequence[Any]], *, finish: bool) -> Position | None:
     """Where to cut a run whose ranks stand as they say; None: there is nothing to save.
 
-    A report is (stage, number, whether a step has begun, whether there is something to save).
-    ``finish``: go on to the end of the step that has begun.
+    A report is (stage, number, what has begun (`Gate.begun`), whether there is something to save).
+    ``finish``: go on to the end of the step, or of its validation, that has begun.
     """
     if not any(unsaved or (finish and begun) for _, _, begun, unsaved in reports):
         return None
     stage, number, begun = max((s, n, b) for s, n, b, _ in reports)
     if number % 2 == 0 and finish and begun:
-        return stage, number // 4 * 4 + 4
+        return stage, number // 4 * 4 + begun
     return cut_after((stage, number))
 
 
 def _stopped_by(number: int) -> str:
     return f"stopped by {signal.Signals(number).name}"
+
+
+def heeded(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Those that whoever started this process does not have it ignore, as ``nohup`` does."""
+    return [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

@@ -166,6 +166,7 @@ class Loop:
         name, last = self.config.name, done == self.config.steps
         validated: dict[str, float] = {}
         if last or _due(done, self.config.validation.every):
+            self.gate.validating()
             validated = self.stage.validate()
         with self.gate.concluding(lambda: self._point(done, durable=self.saved == done)):
             if validated:
