@@ -122,7 +122,8 @@ def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals) -> None
     launcher = Launcher("linger", tmp_path)
     ranks = pids(tmp_path, 2)
     for pid in (*ranks, launcher.process.pid or 0):
-        os.kill(pid, signal.SIGHUP)  # ignored here
+        ignored = Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0]
+        assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1, "as the launcher was started"
     os.kill(launcher.process.pid or 0, number)
     code, _, err = launcher.finish()
     assert code == 128 + number

@@ -112,6 +112,7 @@ def test_a_run_that_was_frozen_is_not_taken_for_one_that_hangs(
     clock.now += 3600.0
     tick(10)
     assert not ended
+    assert json.loads(heart.store.get("beat/0"))["waits"] <= 20.0
     tick(10)
     assert "every rank waits in a collective" in ended[0]
 
