@@ -133,7 +133,9 @@ def readable_paths(own: Sequence[str], processes: bool, network: bool) -> list[P
         names = ("resolv.conf", "hosts", "nsswitch.conf", "host.conf", "gai.conf", "ssl", "pki")
         system += [f"/etc/{name}" for name in (*names, "ca-certificates", "services", "protocols")]
         system += ["/run/systemd/resolve", "/var/lib/ca-certificates"]
-    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path]
+    # This package by its folder: where it was installed to be edited, it is on no path.
+    package = Path(__file__).resolve().parents[1]
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, str(package)]
     # A prefix that holds the whole system, or a home, would hold too much.
     found = [Path(p).resolve() for p in (*system, *python, *own) if p]
     return [p for p in dict.fromkeys(found) if p != Path("/") and p.exists()]
