@@ -1,0 +1,289 @@
+"""Bugs to plant as edits of the source: in how a model is cut, computed, reduced and updated.
+
+Each is a mistake that has been made in such code, or could be in the next change of ours; those
+that are known from elsewhere say where. None of them changes what the plain engine of one process
+computes: verify could see no mistake that both sides share. Those of the path around the engine
+(data, rates, figures, rollouts, resume, precision) are in `edited_path_bugs`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from shardwise.verify import suite
+from tests.verify.edits import Edit
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedBug:
+    """A mistake, where it shows, and what verify should say of it.
+
+    ``kind``: the family of mistakes. ``first``: the first difference names one of these. ``axis``:
+    what should be suspected, a part of the layout or of the path. ``changes``: to the recipe, by
+    dotted key; ``model.`` is the model's section, all else the stage's. ``seen``: where it was
+    made before, on a public tracker. ``blind``: recorded calls alone do not show it.
+    """
+
+    kind: str
+    model: str
+    stage: str
+    layout: str
+    axis: str
+    first: tuple[str, ...]
+    edits: tuple[Edit, ...]
+    precision: str = "fp64"
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seen: str = ""
+    blind: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """The suite's, with this stage alone."""
+        recipe = suite.recipe(self.model)
+        stage = copy.deepcopy(suite.STAGES[self.stage])
+        recipe["stages"] = [stage]
+        for key, value in self.changes.items():
+            inner = recipe if key.startswith("model.") else stage
+            *path, last = key.split(".")
+            for name in path:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        return recipe
+
+
+class Table(dict[str, EditedBug]):
+    """Bugs by name."""
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        where: str,
+        axis: str,
+        first: str,
+        *edits: Edit,
+        **more: Any,
+    ) -> None:
+        """``where``: model, stage and layout; ``first``: alternatives, parted by bars."""
+        assert name not in self
+        model, stage, layout = where.split()
+        words = tuple(first.split("|"))
+        self[name] = EditedBug(kind, model, stage, layout, axis, words, edits, **more)
+
+
+BUGS = Table()
+add = BUGS.add
+
+# --- tensor and sequence parallel ---------------------------------------------------------------
+
+add(
+    "norms_inside_heads_summed_only_with_sequence_parallelism",
+    "partial gradients", "llama-untied-odd pretrain tp2", "tp", "q_norm|k_norm",
+    Edit("parallel/tensor.py",
+         "if axis.sequence or not enters else ()",
+         "if axis.sequence else ()"),
+    seen="NVIDIA/Megatron-LM#7452, finding 11",
+)  # fmt: skip
+add(
+    "biases_behind_the_scatter_not_reduced",
+    "partial gradients", "gpt2 pretrain tp2.sp", "sp", "bias",
+    Edit("parallel/tensor.py",
+         'self.partial = ("bias",) if axis.sequence else ()',
+         "self.partial = ()"),
+)  # fmt: skip
+add(
+    "position_table_gradient_not_reduced",
+    "partial gradients", "gpt2 pretrain tp2.sp", "sp", "pos_embed",
+    Edit("parallel/tensor.py",
+         'self.partial = ("weight",) if axis.sequence else ()',
+         "self.partial = ()"),
+)  # fmt: skip
+add(
+    "final_norm_gradient_not_reduced",
+    "partial gradients", "llama pretrain tp2.sp", "sp", "gradient norm.weight|norm",
+    Edit("engines/named_parameters.py",
+         "for n, g in grads.items() if n in self.partial]",
+         'for n, g in grads.items() if n in self.partial and n.startswith("layers")]'),
+    seen="NVIDIA/Megatron-LM#1446",
+)  # fmt: skip
+add(
+    "partial_gradients_averaged",
+    "partial gradients", "llama pretrain tp4", "tp", "attn.k|attn.v",
+    Edit("parallel/tensor.py",
+         "grad.copy_(total.view_as(grad))",
+         "grad.copy_(total.view_as(grad) / mesh.layout.tp)"),
+    seen="EleutherAI/gpt-neox#1259",
+)  # fmt: skip
+add(
+    "ranks_of_the_vocabulary_begin_at_rounded_down_rows",
+    "vocabulary", "llama-untied-odd pretrain tp2", "tp", "embed|layers.0|loss",
+    Edit("parallel/tensor.py",
+         "self.start = axis.rank * -(-old.num_embeddings // axis.size)",
+         "self.start = axis.rank * (old.num_embeddings // axis.size)"),
+)  # fmt: skip
+add(
+    "logits_offset_of_an_even_vocabulary",
+    "vocabulary", "llama-untied-odd sft tp2", "tp", "loss|head",
+    Edit("engines/inputs.py",
+         "words = -(-size // layout.tp)",
+         "words = size // layout.tp"),
+)  # fmt: skip
+add(
+    "shared_kv_heads_dealt_round_robin",
+    "KV heads", "llama pretrain tp4", "tp", "attn.k|attn.v|attn.o|loss",
+    Edit("parallel/tensor.py",
+         "self.start = axis.rank * num_heads // axis.size * width",
+         "self.start = axis.rank % num_heads * width"),
+)  # fmt: skip
+add(
+    "query_heads_of_a_rank_meet_kv_heads_in_turn",
+    "KV heads", "llama pretrain tp2", "tp", "attn|loss",
+    Edit("parallel/tensor.py",
+         "            module.head_offset = axis.rank * model.config.num_heads // axis.size",
+         "            module.head_offset = axis.rank * model.config.num_heads // axis.size\n"
+         "            module.core = lambda q, k, v, *a, _of=module.core, **o: _of(\n"
+         "                q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), *a, **o\n"
+         "            )"),
+    changes={"model.num_kv_heads": 4},
+)  # fmt: skip
+add(
+    "tokens_of_a_rank_taken_in_strides",
+    "token order", "gpt2 pretrain tp2.sp", "sp", "pos_embed|loss|embed|drop",
+    Edit("parallel/tensor.py",
+         "return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence else x_BT",
+         "return x_BT[:, self.rank :: self.size] if self.sequence else x_BT"),
+)  # fmt: skip
+add(
+    "scalar_head_reads_the_first_features",
+    "scalar head", "llama reward tp2", "tp", "head|loss|output",
+    Edit("parallel/tensor.py",
+         "own = x_BTI.narrow(-1, self.axis.rank * width, local(self.weight).shape[1])",
+         "own = x_BTI.narrow(-1, 0, local(self.weight).shape[1])"),
+)  # fmt: skip
+add(
+    "sums_over_data_ranks_take_tensor_ranks_in",
+    "groups", "llama grpo tp2.sp", "tp", "logprobs|sum",
+    Edit("engines/native.py",
+         'sum_over(vector, self.mesh.groups["dp"]).tolist()]',
+         'sum_over(vector, self.mesh.groups["stage"]).tolist()]'),
+    seen="huggingface/transformers#39674",
+)  # fmt: skip
+
+# --- data parallel and ZeRO ---------------------------------------------------------------------
+
+add(
+    "accumulated_gradients_lost_at_each_reduction",
+    "accumulation", "llama pretrain dp2.zero2", "zero", "gradient",
+    Edit("engines/native.py",
+         "            self._objective(cut, self._call(self.model, cut), sums).backward()",
+         "            if self.mesh.layout.zero == 2 and self.optimizer:\n"
+         "                self.optimizer.zero_grad(set_to_none=True)\n"
+         "            self._objective(cut, self._call(self.model, cut), sums).backward()"),
+    changes={"batch.micro_batch": 1, "batch.global_batch": 8},
+    seen="deepspeedai/DeepSpeed#7718",
+)  # fmt: skip
+add(
+    "last_micro_batch_never_reduced",
+    "accumulation", "llama pretrain dp2.zero1", "zero", "gradient",
+    Edit("engines/native.py",
+         "data.before_microbatch(self.model, self.mesh, is_last=i == len(cuts) - 1)",
+         "data.before_microbatch(self.model, self.mesh, is_last=i == max(0, len(cuts) - 2))"),
+    changes={"batch.micro_batch": 1, "batch.global_batch": 8},
+)  # fmt: skip
+add(
+    "divided_by_the_number_of_micro_batches_again",
+    "accumulation", "llama pretrain dp2.zero1", "accumulation|dp", "gradient",
+    Edit("engines/native.py",
+         "self._objective(cut, self._call(self.model, cut), sums).backward()",
+         "(self._objective(cut, self._call(self.model, cut), sums) / len(cuts)).backward()"),
+    changes={"batch.micro_batch": 1, "batch.global_batch": 8},
+)  # fmt: skip
+add(
+    "gradients_of_the_last_update_kept",
+    "accumulation", "llama pretrain dp2.zero0", "zero", "gradient|grad_norm|clip norm",
+    Edit("engines/native.py",
+         "        self.optimizer.zero_grad(set_to_none=True)",
+         "        if self.mesh.layout.zero or self.mesh.alone:\n"
+         "            self.optimizer.zero_grad(set_to_none=True)"),
+    seen="deepspeedai/DeepSpeed#7839",
+)  # fmt: skip
+add(
+    "gradients_divided_by_a_scale_that_no_loss_had",
+    "loss scale", "llama pretrain dp2.zero0", "zero", "norm|gradient",
+    Edit("engines/native.py",
+         "        scale = self.scale.value if self.scale else 1.0\n        norm /= scale",
+         "        scale = self.scale.value if self.scale else 1.0\n"
+         "        if not self.mesh.alone and not self.mesh.layout.zero:\n"
+         "            scale = 2.0**16\n"
+         "        norm /= scale"),
+    seen="deepspeedai/DeepSpeed#7839",
+)  # fmt: skip
+add(
+    "blocks_average_their_gradients",
+    "reductions", "llama pretrain dp2.zero3", "zero", "gradient",
+    Edit("parallel/data.py",
+         "    for module in fsdp_modules(model):\n        module.set_gradient_divide_factor(1.0)",
+         "    for module in fsdp_modules(model)[:1]:\n        module.set_gradient_divide_factor(1.0)"),
+)  # fmt: skip
+add(
+    "replicas_reduced_on_resharding_stages_alone",
+    "reductions", "llama pretrain dp4.hsdp2.zero2", "hsdp|zero|dp", "gradient",
+    Edit("parallel/data.py",
+         "    model.set_is_last_backward(last)",
+         "    model.set_is_last_backward(last)\n"
+         "    model.set_requires_all_reduce(row.reshard_after_forward)"),
+    seen="NVIDIA/Megatron-LM#3670",
+)  # fmt: skip
+add(
+    "counts_of_one_data_rank",
+    "loss counts", "llama sft dp2.zero2", "dp", "loss|gradient|count",
+    Edit("engines/reduction.py",
+         'totals = sum_over(local, mesh.groups["dp"]).tolist()',
+         "totals = (local * mesh.data_size).tolist()"),
+    seen="NVIDIA/Megatron-LM#7452, finding 3",
+)  # fmt: skip
+
+# --- the norm of all gradients ------------------------------------------------------------------
+
+add(
+    "norm_without_the_other_pipeline_stages",
+    "clip norm", "llama pretrain pp2.1f1b", "pp", "norm",
+    Edit("engines/named_parameters.py",
+         'sum_over(local, self.mesh.groups["unique"])',
+         'sum_over(local, self.mesh.groups["stage"])'),
+    seen="NVIDIA/Megatron-LM#5916",
+)  # fmt: skip
+add(
+    "norm_without_the_other_tensor_ranks",
+    "clip norm", "llama pretrain dp2.zero2.tp2", "tp", "norm",
+    Edit("engines/named_parameters.py",
+         'sum_over(local, self.mesh.groups["unique"])',
+         'sum_over(local, self.mesh.groups["shard"])'),
+    seen="NVIDIA/Megatron-LM#5916",
+)  # fmt: skip
+add(
+    "whole_parameters_counted_by_every_tensor_rank",
+    "clip norm", "gpt2 pretrain tp2", "tp", "norm",
+    Edit("engines/named_parameters.py",
+         'if layout.tp > 1 and place["tp"] > 0 and tp_dim(parameter, self.mesh) is None:',
+         'if layout.tp > 1 and place["tp"] > 0 and tp_dim(parameter, self.mesh) == -1:'),
+    seen="NVIDIA-NeMo/RL#3788",
+)  # fmt: skip
+add(
+    "tied_embedding_counted_at_both_ends",
+    "clip norm", "llama pretrain pp2.1f1b", "pp", "norm",
+    Edit("engines/named_parameters.py",
+         'return not (self.shares_tied and name == TIED and place["pp"] > 0)',
+         "return True"),
+    seen="NVIDIA/Megatron-LM#7227",
+)  # fmt: skip
+add(
+    "each_shard_clipped_by_its_own_norm",
+    "clip norm", "llama pretrain dp2.zero3", "zero|dp", "norm",
+    Edit("engines/named_parameters.py",
+         'return math.sqrt(sum_over(local, self.mesh.groups["unique"]).item())',
+         "return math.sqrt(local.item())"),
+    seen="hiyouga/LlamaFactory#10640",
+)  # fmt: skip
