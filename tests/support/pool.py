@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from shardwise.verify.pool import CONTEXT, RankError, RankPool
+from shardwise.verify.pool import CONTEXT, RankError, RankHang, RankPool
 
-__all__ = ["CONTEXT", "RankError", "RankPool", "free_port"]
+__all__ = ["CONTEXT", "RankError", "RankHang", "RankPool", "free_port"]
 
 
 def free_port() -> int:

@@ -13,6 +13,9 @@ from typing import Any
 class _Room(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See `shardwise.verify.run.verify`."""
+        from shardwise.verify import server
+
+        server.start()  # it imports what we import, beside us
         from shardwise.verify.run import verify
 
         return verify(*args, **kwargs)

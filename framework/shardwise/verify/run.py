@@ -123,7 +123,7 @@ class Verifier:
         try:
             found, ranks = self._compare(stage, layout, precision, compiled)
         except (RankError, TimeoutError) as error:
-            problem = str(error).strip().splitlines()[-1]
+            problem = str(error).splitlines()[0]
             return Verdict(
                 stage, layout, precision, {}, time.perf_counter() - began, problem=problem
             )
@@ -296,8 +296,9 @@ def verify(
     try:
         for one in chosen:
             own = resolve(one.engine.precision, torch.device("cpu"))
-            for together in _groups(run, one, _layouts(run, one, layouts, refused), refused):
+            for together in _groups(run, one, _layouts(run, one, layouts, refused, mine), refused):
                 verifier = Verifier(recipe, [*together, SINGLE], mine)
+                mine.prepare(1, *map(world_of, together))
                 for layout, precision in itertools.product(together, dict.fromkeys(("fp64", own))):
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
@@ -318,15 +319,16 @@ Refused = dict[tuple[str, str], str]  # (stage, layout): why
 
 
 def _layouts(
-    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: Refused
+    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: Refused, pool: RankPool
 ) -> list[str]:
-    """The layouts to try, each checked against the user's own sizes."""
+    """The layouts to try, each checked against the user's own sizes and this machine's memory."""
     if not asked:
         asked = [own_layouts(stage)]
     found: dict[str, None] = {}
     for layout in [x for text in asked for x in (suite.LAYOUTS if text == "suite" else [text])]:
         try:
             check_stage(run, with_layouts(stage, layout, compile=False), world_of(layout))
+            pool.room(world_of(layout))
         except UserError as error:
             refused[stage.name, layout] = str(error)
         else:
