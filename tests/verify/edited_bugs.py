@@ -143,9 +143,9 @@ add(
     Edit("parallel/tensor.py",
          "            module.head_offset = axis.rank * model.config.num_heads // axis.size",
          "            module.head_offset = axis.rank * model.config.num_heads // axis.size\n"
-         "            module.core = lambda q, k, v, *a, _of=module.core, **o: _of(\n"
-         "                q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), *a, **o\n"
-         "            )"),
+         "            module.core = lambda q, *kv, _of=module.core, **o: _of(\n"
+         "                q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in kv[:2]),\n"
+         "                *kv[2:], **o)"),
     changes={"model.num_kv_heads": 4},
 )  # fmt: skip
 add(
@@ -224,8 +224,8 @@ add(
     "blocks_average_their_gradients",
     "reductions", "llama pretrain dp2.zero3", "zero", "gradient",
     Edit("parallel/data.py",
-         "    for module in fsdp_modules(model):\n        module.set_gradient_divide_factor(1.0)",
-         "    for module in fsdp_modules(model)[:1]:\n        module.set_gradient_divide_factor(1.0)"),
+         "in fsdp_modules(model):\n        module.set_gradient_divide_factor(1.0)",
+         "in fsdp_modules(model)[:1]:\n        module.set_gradient_divide_factor(1.0)"),
 )  # fmt: skip
 add(
     "replicas_reduced_on_resharding_stages_alone",
@@ -286,4 +286,190 @@ add(
          'return math.sqrt(sum_over(local, self.mesh.groups["unique"]).item())',
          "return math.sqrt(local.item())"),
     seen="hiyouga/LlamaFactory#10640",
+)  # fmt: skip
+
+# --- pipeline -----------------------------------------------------------------------------------
+
+add(
+    "layer_at_an_uneven_border_computed_twice",
+    "pipeline split", "llama pretrain pp2.1f1b", "pp", "loss|layers|gradient",
+    Edit("parallel/pipeline.py",
+         "return [range(a, b) for a, b in zip((0, *stops), stops)]",
+         "twice = int(num_layers % parts > 0)\n"
+         "    return [range(a, min(b + twice, num_layers)) for a, b in zip((0, *stops), stops)]"),
+    changes={"model.num_layers": 5},
+)  # fmt: skip
+add(
+    "home_of_a_layer_found_by_one_digit",
+    "two-digit layers", "llama grpo pp2.1f1b", "pp", "layers.1|weights|tokens|generated|sampled",
+    Edit("engines/named_parameters.py",
+         "        found: dict[str, tuple[torch.Size, int]] = {}",
+         "        found: dict[str, tuple[torch.Size, int]] = {}\n"
+         "        at: dict[str, int] = {}"),
+    Edit("engines/named_parameters.py",
+         "found.setdefault(name, (parameter.shape, home[number]))",
+         'stem = name[:8] if name.startswith("layers.") else name\n'
+         "                found.setdefault(\n"
+         "                    name, (parameter.shape, at.setdefault(stem, home[number])))"),
+    changes={"model.num_layers": 12},
+)  # fmt: skip
+add(
+    "later_stages_read_another_micro_batchs_mask",
+    "micro-batch order", "llama pretrain pp2.1f1b", "pp", "loss|layers|gradient",
+    Edit("engines/native.py",
+         "self.engine._call(self.engine.chunks[chunk], self.cuts[microbatch], x)",
+         "self.engine._call(\n"
+         "            self.engine.chunks[chunk],\n"
+         "            self.cuts[microbatch if chunk == 0 else len(self.cuts) - 1 - microbatch],\n"
+         "            x,\n"
+         "        )"),
+)  # fmt: skip
+add(
+    "mirror_of_a_tied_embedding_grows_stale",
+    "tied embeddings", "llama pretrain pp2.zbv", "pp", "loss|head|embed|gradient",
+    Edit("engines/named_parameters.py",
+         "local_tensor(self.mirror.data).copy_(local_tensor(self.parameters[TIED].data))",
+         "local_tensor(self.mirror.data).copy_(local_tensor(self.mirror.data))"),
+)  # fmt: skip
+add(
+    "ends_of_a_pipeline_keep_their_own_tied_gradient",
+    "tied embeddings", "llama pretrain pp4.1f1b", "pp", "embed",
+    Edit("engines/named_parameters.py",
+         'comm.all_reduce(grads[TIED], self.mesh.groups["ends"], "pp")',
+         'comm.all_reduce(grads[TIED].clone(), self.mesh.groups["ends"], "pp")'),
+    seen="NVIDIA/Megatron-LM#844",
+)  # fmt: skip
+add(
+    "pipeline_reduces_before_its_last_micro_batch",
+    "accumulation", "llama pretrain dp2.zero1.pp2.1f1b", "pp|zero", "gradient",
+    Edit("engines/native.py",
+         "done = self.open[chunk] == 0",
+         "done = self.open[chunk] == min(1, len(self.cuts) - 1)"),
+)  # fmt: skip
+add(
+    "last_weight_product_of_later_micro_batches_lost",
+    "split backward", "llama pretrain pp2.interleavedzb.v2", "pp", "gradient",
+    Edit("parallel/pipeline.py",
+         "for product in self.later.pop((chunk, microbatch)):",
+         "for product in self.later.pop((chunk, microbatch))[: -1 if microbatch else None]:"),
+)  # fmt: skip
+add(
+    "results_come_from_the_last_rank_also_in_a_v",
+    "pipeline order", "llama pretrain pp2.zbv", "pp", "loss",
+    Edit("parallel/mesh.py",
+         "return 0 if in_a_v else self.layout.pp - 1",
+         "return self.layout.pp - 1"),
+)  # fmt: skip
+
+# --- context parallel ---------------------------------------------------------------------------
+
+add(
+    "zigzag_chunks_gathered_in_rank_order",
+    "ring order", "llama sft cp2.ring", "cp", "loss|logprobs",
+    Edit("parallel/context.py",
+         "return torch.cat(ranks).argsort()",
+         "return torch.cat(ranks)"),
+)  # fmt: skip
+add(
+    "gradients_of_keys_stop_one_rank_from_home",
+    "ring order", "llama pretrain cp2.ring", "cp", "attn.k|attn.v|gradient",
+    Edit("parallel/context.py",
+         "        if size > 1:  # a rank cannot send to itself",
+         "        if size > 2:"),
+    seen="NVIDIA/TransformerEngine#1557",
+)  # fmt: skip
+add(
+    "positions_run_on_through_packed_documents",
+    "positions", "gpt2 pretrain cp2.ring", "cp", "pos_embed|loss|embed",
+    Edit("engines/inputs.py",
+         '"position_ids_BT": self.own(batch.position_ids_BT),',
+         '"position_ids_BT": self.own(batch.position_ids_BT)\n'
+         "            if self.mesh.layout.cp == 1 or self.index_t is None\n"
+         "            else self.index_t.expand(batch.num_rows, -1),"),
+)  # fmt: skip
+add(
+    "window_one_token_wider_round_the_ring",
+    "masks", "llama pretrain cp2.ring", "cp", "loss|attn|layers",
+    Edit("parallel/context.py",
+         "allowed = allowed & (ahead < self.reach)",
+         "allowed = allowed & (ahead <= self.reach)"),
+    changes={"model.sliding_window": 8},
+)  # fmt: skip
+add(
+    "first_document_seen_by_all_round_the_ring",
+    "masks", "llama sft cp2.ring", "cp", "loss|attn|layers",
+    Edit("parallel/context.py",
+         "plain.visible(query[:, None, :, None], key[:, None, None])",
+         "(\n"
+         "                plain.visible(query[:, None, :, None], key[:, None, None])\n"
+         "                | (key == 0)[:, None, None]\n"
+         "            )"),
+)  # fmt: skip
+add(
+    "padding_cut_off_at_the_front",
+    "padding", "llama pretrain cp2.ring", "cp", "loss",
+    Edit("ops/logits.py",
+         "return whole_BT[:, : self.num_tokens]",
+         "return whole_BT[:, self.padded - self.num_tokens :]"),
+    changes={"batch.seq_len": 30},
+)  # fmt: skip
+add(
+    "padding_of_sequence_parallelism_put_in_front",
+    "padding", "llama pretrain tp2.sp", "sp|tp", "loss|head|gradient",
+    Edit("ops/logits.py",
+         "return F.pad(x_BT, (0, self.padded - self.num_tokens))[:, self.index_t]",
+         "return F.pad(x_BT, (self.padded - self.num_tokens, 0))[:, self.index_t]"),
+    changes={"batch.seq_len": 31},
+)  # fmt: skip
+add(
+    "shared_kv_heads_repeated_in_turn_for_ulysses",
+    "KV heads", "llama pretrain cp4.ulysses", "cp", "attn|loss",
+    Edit("parallel/context.py",
+         "k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)",
+         "k_BGtK = k_BGtK.repeat(1, repeats, 1, 1)"),
+    Edit("parallel/context.py",
+         "v_BGtK = v_BGtK.repeat_interleave(repeats, dim=1)",
+         "v_BGtK = v_BGtK.repeat(1, repeats, 1, 1)"),
+)  # fmt: skip
+add(
+    "heads_of_ulysses_dealt_in_strides",
+    "head order", "llama-untied-odd pretrain cp2.ulysses", "cp", "attn|loss",
+    Edit("parallel/context.py",
+         "sent = torch.stack(x.chunk(size, dim=cut))",
+         "strided = [x[:, r::size] for r in range(size)]\n"
+         "        sent = torch.stack(strided if cut == 1 else list(x.chunk(size, dim=cut)))"),
+)  # fmt: skip
+add(
+    "ulysses_drops_by_local_head_numbers",
+    "dropout keys", "gpt2 pretrain cp2.ulysses", "cp", "attn|loss",
+    Edit("parallel/context.py",
+         "head_offset=head_offset + group.rank() * (num_heads // size),",
+         "head_offset=head_offset,"),
+)  # fmt: skip
+add(
+    "dropout_keys_by_local_token",
+    "dropout keys", "gpt2 pretrain cp2.ring", "cp", "loss|embed|drop",
+    Edit("engines/inputs.py",
+         "                seed, step, stage, batch.sample_ids_B, index_t\n",
+         "                seed, step, stage, batch.sample_ids_B, torch.arange(len(index_t))\n"),
+)  # fmt: skip
+add(
+    "loss_told_by_every_context_rank",
+    "figures", "llama pretrain cp2.ring", "cp", "loss",
+    Edit("parallel/mesh.py",
+         'return self.is_last_stage and self.place["cp"] == self.place["tp"] == 0',
+         'return self.is_last_stage and self.place["tp"] == 0'),
+    seen="huggingface/transformers#39674",
+)  # fmt: skip
+add(
+    "counts_of_one_context_ranks_tokens",
+    "loss counts", "llama sft cp2.ring", "cp", "loss|gradient|count",
+    Edit("engines/native.py",
+         "        sums = LossSums(loss, self.mesh, [c.batch for c in cuts])",
+         "        sums = LossSums(loss, self.mesh, [c.batch for c in cuts])\n"
+         "        if self.mesh.layout.cp > 1:\n"
+         "            here = sum(float(c.own(c.batch.loss_mask_BT).sum()) for c in cuts)\n"
+         "            total = max(1.0, here * self.mesh.layout.cp)\n"
+         "            sums.totals = dict.fromkeys(sums.totals, total)"),
+    seen="NVIDIA/Megatron-LM#7452, finding 9",
 )  # fmt: skip
