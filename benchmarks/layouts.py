@@ -30,7 +30,7 @@ from common import Laps, load, table, verdict
 from occupancy import error, formula, measure
 from peers.handwritten import Shape
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -91,7 +91,7 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
         torch.device("cpu")
     )  # the pool has made the process group; the rest as in a run
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
-    config = EngineConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
+    config = NativeConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
     return NativeEngine(model, config, mesh, seed=0, optimizer=OptimizerConfig(lr=LR))
 
 

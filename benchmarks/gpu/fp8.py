@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.smoke import FULL, LR, TINY, Size, Smoke, device_names
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.parallel import mesh
 from shardwise.parallel.layout import parse_layout
@@ -53,7 +53,7 @@ class Comparison(Smoke):
         fp8 = None
         if recipe is not None:
             fp8 = {"recipe": recipe, "first_layers": 0, "sentinel": {"enabled": False}}
-        config = EngineConfig.model_validate(
+        config = NativeConfig.model_validate(
             {"layout": self.layout, "precision": "bf16", "compile": False, "fp8": fp8}
         )
         layout = parse_layout(self.layout, self.world)

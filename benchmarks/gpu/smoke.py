@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise import checkpoint
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -104,7 +104,7 @@ class Smoke:
     def engine(self, zero: int, compile: bool) -> NativeEngine:
         """A fresh engine, always with the same initial weights."""
         layout = f"dp{self.world}.zero{zero}"
-        config = EngineConfig(layout=layout, precision="bf16", compile=compile)
+        config = NativeConfig(layout=layout, precision="bf16", compile=compile)
         place = mesh.build_mesh(parse_layout(layout, self.world), self.device)
         optimizer = OptimizerConfig(lr=LR)
         return NativeEngine(

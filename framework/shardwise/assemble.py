@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from shardwise.config.schema import EngineConfig, ModelConfig
+from shardwise.config.schema import ModelConfig, NativeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import registry
 from shardwise.models.common.blocks import Attention, is_exactly
@@ -31,7 +31,7 @@ class Assembled:
     fp8: Fp8 | None = None
 
 
-def assemble(model_config: ModelConfig, engine: EngineConfig, mesh: Mesh, seed: int) -> Assembled:
+def assemble(model_config: ModelConfig, engine: NativeConfig, mesh: Mesh, seed: int) -> Assembled:
     """A distributed model with its initial weights, a pure function of (seed, parameter name).
 
     Later guests have their line here: adapter swaps come right after the FP8 ones.

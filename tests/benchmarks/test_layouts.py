@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.memory import activations
 from shardwise.parallel.layout import parse_layout
@@ -104,7 +104,7 @@ def step(
     sizes = {"hidden_size": 64, "num_layers": 3, "ffn_size": 160, "vocab_size": 512}
     model = toy.llama(**sizes | changes)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-    config = EngineConfig.model_validate({"layout": layout, "compile": False} | engine)
+    config = NativeConfig.model_validate({"layout": layout, "compile": False} | engine)
     it = NativeEngine(model, config, mesh, seed=3, optimizer=OptimizerConfig())
     rows = 8 // it.data_size
     batch = toy.batch(8, tokens=32, vocab=model.vocab_size).map(lambda t: t[:rows])

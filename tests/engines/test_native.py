@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.inputs import Cut
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -31,7 +31,7 @@ OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-4)
 
 
 def build(layout: str, model: Any, **engine: Any) -> NativeEngine:
-    config = EngineConfig.model_validate({"layout": layout, "compile": False, **engine})
+    config = NativeConfig.model_validate({"layout": layout, "compile": False, **engine})
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     return NativeEngine(model, config, mesh, seed=7, stage="test", optimizer=OPTIMIZER)
 
@@ -292,7 +292,7 @@ def test_padding_is_a_document_and_no_branch() -> None:
 def log_probabilities(layout: str, tied: bool, wide: bool) -> dict[str, Any]:
     """Of an engine, by an fp32 product of its hidden states and head; and one update."""
     model = toy.llama(num_layers=4, tie_embeddings=tied)
-    config = EngineConfig(layout=layout, precision="bf16", compile=False)
+    config = NativeConfig(layout=layout, precision="bf16", compile=False)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     it = NativeEngine(model, config, mesh, seed=7, optimizer=OPTIMIZER, wide_logits=wide)
     last = it.chunks.get(mesh.layout.num_chunks - 1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.assemble import assemble
-from shardwise.config.schema import EngineConfig
+from shardwise.config.schema import NativeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import families
 from shardwise.models.common.blocks import Attention, RMSNorm, SwiGLU
@@ -57,7 +57,7 @@ def refusals(cases: list[tuple[str, str, type[nn.Module]]]) -> list[str]:
     found = []
     for layout, path, kind in cases:
         mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-        engine = EngineConfig(layout=layout, precision="fp32", compile=False)
+        engine = NativeConfig(layout=layout, precision="fp32", compile=False)
         row = dataclasses.replace(families.FAMILIES["llama"], model=changed(path, kind))
         with mock.patch.dict(families.FAMILIES, llama=row):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import EngineConfig
+from shardwise.config.schema import NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.models.common.init import init_spec, init_tensor
 from shardwise.parallel.layout import parse_layout
@@ -19,7 +19,7 @@ MODEL = toy.llama(num_layers=4)
 
 def _differences(layout: str) -> list[str]:
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-    config = EngineConfig(layout=layout, precision="fp64", compile=False)
+    config = NativeConfig(layout=layout, precision="fp64", compile=False)
     engine = NativeEngine(MODEL, config, mesh, seed=5)
     return [
         name

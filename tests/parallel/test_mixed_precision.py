@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
@@ -29,7 +29,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def engine(**config: Any) -> NativeEngine:
     mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
-    settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
+    settings = NativeConfig.model_validate({"precision": "bf16", "compile": False, **config})
     return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
 
 
@@ -48,7 +48,7 @@ def train(
     world = mock.patch.object(Mesh, "alone", False) if fsdp else mock.patch.dict({})
     log: list[Any] = []
     mesh = build_mesh(parse_layout(layout, world_of(layout)), torch.device("cpu"))
-    settings = EngineConfig.model_validate({"precision": "bf16", "compile": False, **config})
+    settings = NativeConfig.model_validate({"precision": "bf16", "compile": False, **config})
     # A tied head's product may be left for later: summed in fp32 with the embedding's gradient,
     # where FSDP2 sums the two in bf16.
     model = toy.llama(num_layers=4, tie_embeddings="tp" not in layout)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.ops import comm
@@ -28,7 +28,7 @@ BYTES = 8
 
 def _count(layout: str, micro: int) -> dict[tuple[str, str], tuple[int, float]]:
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-    config = EngineConfig(layout=layout, precision="fp64", compile=False)
+    config = NativeConfig(layout=layout, precision="fp64", compile=False)
     engine = NativeEngine(MODEL, config, mesh, seed=0, optimizer=OptimizerConfig())
     batch = toy.batch(ROWS * engine.data_size, TOKENS, WORDS)
     batch.loss_mask_BT.fill_(True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise import checkpoint
-from shardwise.config.schema import EngineConfig, Fp8Config, OptimizerConfig
+from shardwise.config.schema import Fp8Config, NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
@@ -34,7 +34,7 @@ def build(layout: str = "dp1", recipe: str = "delayed", model: Any = MODEL, **en
     config = {"layout": layout, "compile": False, "fp8": section, **engine}
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     options: dict[str, Any] = {"seed": 7, "stage": "test", "optimizer": OPTIMIZER}
-    return NativeEngine(model, EngineConfig.model_validate(config), mesh, **options)
+    return NativeEngine(model, NativeConfig.model_validate(config), mesh, **options)
 
 
 def step(it: NativeEngine, number: int, micro: int = 2, lr: float = 1e-2) -> dict[str, float]:

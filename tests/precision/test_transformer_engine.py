@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import EngineConfig, OptimizerConfig
+from shardwise.config.schema import NativeConfig, OptimizerConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.errors import ConfigError
 from shardwise.losses.causal_lm import CausalLM
@@ -44,7 +44,7 @@ def train(
         "first_layers": 0,
         "last_layers": 0,
     }
-    config = EngineConfig.model_validate(
+    config = NativeConfig.model_validate(
         {"layout": layout, "compile": False, "precision": "fp64", "fp8": fp8} | engine
     )
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_recompute_is_the_library_s_own(ranks: RankPool) -> None:
 
 def resume(release: str, layout: str) -> bool:
     """Two steps, a save, one more; and that one again from what was saved, in a new engine."""
-    config = EngineConfig.model_validate({"layout": layout, "compile": False, "fp8": FP8})
+    config = NativeConfig.model_validate({"layout": layout, "compile": False, "fp8": FP8})
 
     def make() -> NativeEngine:
         mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
@@ -175,7 +175,7 @@ def chosen(**changes: Any) -> tuple[str, str]:
     """The backend and why, where the library could run."""
     fp8 = FP8 | {"backend": changes.pop("backend", "auto")}
     layout = changes.get("layout", "dp1.zero0")
-    engine = EngineConfig.model_validate({"layout": layout, "fp8": fp8} | changes)
+    engine = NativeConfig.model_validate({"layout": layout, "fp8": fp8} | changes)
     return backend(engine, parse_layout(layout, world_of(layout)), torch.device("cpu"))
 
 

@@ -12,7 +12,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shardwise.config import registry
-from shardwise.config.schema import EvaluationConfig, ModelConfig, Section, StageConfig
+from shardwise.config.schema import (
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Section,
+    StageConfig,
+)
 from shardwise.config.source import Path, Problem, Tree, get, shown
 
 _WORDS: dict[Any, str] = {
@@ -26,6 +32,7 @@ _WORDS: dict[Any, str] = {
 }
 REGISTERED: dict[Any, tuple[str, Mapping[str, Any]]] = {
     ModelConfig: ("family", registry.MODEL_CONFIGS),
+    EngineConfig: ("kind", registry.ENGINE_CONFIGS),
     StageConfig: ("kind", registry.STAGE_CONFIGS),
     EvaluationConfig: ("kind", registry.EVALUATION_CONFIGS),
 }
@@ -219,7 +226,8 @@ def _concrete(kind: Any, data: Any) -> Any:
     """A registry's base class as the class that ``data`` names."""
     if kind in REGISTERED and isinstance(data, dict):
         key, table = REGISTERED[kind]
-        return table.get(str(data.get(key)), kind)
+        default = registry.DEFAULT_ENGINE if kind is EngineConfig else None
+        return table.get(str(data.get(key, default)), kind)
     return kind
 
 

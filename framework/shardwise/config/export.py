@@ -57,6 +57,7 @@ def json_schema() -> dict[str, Any]:
     registry.discover()
     tables: dict[str, dict[str, Any]] = {
         "model": registry.MODEL_CONFIGS,
+        "engine": registry.ENGINE_CONFIGS,
         "stages": registry.STAGE_CONFIGS,
         "evaluations": registry.EVALUATION_CONFIGS,
     }
@@ -67,17 +68,16 @@ def json_schema() -> dict[str, Any]:
     run = schema["$defs"].pop("RunConfig")
     for where, table in tables.items():
         key = "family" if where == "model" else "kind"
-        choice = {
-            "oneOf": [
-                {
-                    **refs[(cls, "validation")],
-                    "properties": {key: {"const": name}},
-                    "required": [key],
-                }
-                for name, cls in sorted(table.items())
-            ]
-        }
-        run["properties"][where] = (
-            choice if where == "model" else {**run["properties"][where], "items": choice}
-        )
+        choices = [
+            {**refs[(cls, "validation")], "properties": {key: {"const": name}}, "required": [key]}
+            for name, cls in sorted(table.items())
+        ]
+        if where == "model":
+            run["properties"][where] = {"oneOf": choices}
+        elif where == "engine":  # in stages and roles too, where the kind may be inherited
+            for choice in choices:
+                del choice["required"]
+            schema["$defs"]["EngineConfig"] = {"anyOf": choices}
+        else:
+            run["properties"][where] = {**run["properties"][where], "items": {"oneOf": choices}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **run}

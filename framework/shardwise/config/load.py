@@ -18,7 +18,7 @@ from shardwise import safe_files
 from shardwise.config import overrides as override_room
 from shardwise.config import registry, yaml12
 from shardwise.config.explain import explain
-from shardwise.config.run import RunConfig
+from shardwise.config.run import RunConfig, inherit_engines
 from shardwise.config.source import Path as Keys
 from shardwise.config.source import Problem, Source, Tree, dotted
 from shardwise.errors import ConfigError, DataError
@@ -65,7 +65,8 @@ def _validate(tree: Tree) -> tuple[RunConfig | None, list[Problem]]:
         config = RunConfig.model_validate_json(json.dumps(tree.data), strict=True)
     except ValidationError as error:
         known = {p.path for p in problems}
-        for problem in explain(error, tree, RunConfig):
+        whole = dataclasses.replace(tree, data=inherit_engines(tree.data))
+        for problem in explain(error, whole, RunConfig):
             path = _inherited(problem.path, tree)
             if path not in known:  # told already, or told where it was inherited from
                 known.add(path)

@@ -1,7 +1,7 @@
 """Where rooms above announce their config classes, so that the loader can validate them.
 
-The config room is the lowest, so it cannot import models or stages. They register here instead:
-a model family by its ``family`` name, a stage or an evaluation by its ``kind``.
+The config room is the lowest, so it cannot import models, engines or stages. They register here
+instead: a model family by its ``family`` name, an engine, a stage or an evaluation by its ``kind``.
 """
 
 from __future__ import annotations
@@ -9,29 +9,45 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
 
-from shardwise.config.schema import EvaluationConfig, ModelConfig, StageConfig
+from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}
-STAGE_CONFIGS: dict[str, type[StageConfig]] = {}
-EVALUATION_CONFIGS: dict[str, type[EvaluationConfig]] = {}
+Table = dict[str, type[Any]]  # name to config class: sections import this module
+MODEL_CONFIGS: Table = {}
+ENGINE_CONFIGS: Table = {}
+STAGE_CONFIGS: Table = {}
+EVALUATION_CONFIGS: Table = {}
 
 # Who registers, by name: this room imports none of them. They import no torch.
-PROVIDERS = ("shardwise.models.configs", "shardwise.stages.registry")
-ENTRY_POINTS = "shardwise.stages"
+PROVIDERS = (
+    "shardwise.models.configs",
+    "shardwise.engines.registry",
+    "shardwise.stages.registry",
+)
+ENTRY_POINTS = ("shardwise.engines", "shardwise.stages")
+DEFAULT_ENGINE = "native"  # the kind of an engine section that names none
 
 
-def register_model_config(family: str, cls: type[ModelConfig]) -> None:
+def register_model_config(family: str, cls: type[BaseModel]) -> None:
     """Make ``model.family: <family>`` validate against ``cls``."""
     MODEL_CONFIGS[family] = cls
 
 
-def register_stage_config(kind: str, cls: type[StageConfig]) -> None:
+def register_engine_config(kind: str, cls: type[BaseModel]) -> None:
+    """Make ``engine.kind: <kind>`` validate against ``cls``."""
+    ENGINE_CONFIGS[kind] = cls
+
+
+def register_stage_config(kind: str, cls: type[BaseModel]) -> None:
     """Make ``stages[i].kind: <kind>`` validate against ``cls``."""
     STAGE_CONFIGS[kind] = cls
 
 
-def register_evaluation_config(kind: str, cls: type[EvaluationConfig]) -> None:
+def register_evaluation_config(kind: str, cls: type[BaseModel]) -> None:
     """Make ``evaluations[i].kind: <kind>`` validate against ``cls``."""
     EVALUATION_CONFIGS[kind] = cls
 
@@ -41,5 +57,33 @@ def discover() -> None:
     """Let the rooms above, and other packages by entry point, register what they have."""
     for module in PROVIDERS:
         importlib.import_module(module)
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        entry.load()
+    for group in ENTRY_POINTS:
+        for entry in importlib.metadata.entry_points(group=group):
+            entry.load()
+
+
+def validate(
+    data: Any, info: ValidationInfo, key: str, table: Mapping[str, Any], base: type[BaseModel]
+) -> Any:
+    """Validate a mapping against the class registered under ``data[key]``.
+
+    Its errors keep their own locations: pydantic unfolds a ValidationError that a validator raises.
+    """
+    if isinstance(data, base):
+        return data
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a mapping with the key {key!r}")
+    name = data.get(key, DEFAULT_ENGINE if table is ENGINE_CONFIGS else None)
+    if not isinstance(name, str) or name not in table:
+        known = ", ".join(sorted(table))
+        unknown = PydanticCustomError(
+            "unknown_name",
+            "unknown {key} {name}; known: {known}",
+            {"key": key, "name": repr(name), "known": known},
+        )
+        raise ValidationError.from_exception_data(
+            base.__name__, [InitErrorDetails(type=unknown, loc=(key,), input=name)]
+        )
+    if info.mode == "json":  # where strict mode takes a text for a path
+        return table[name].model_validate_json(json.dumps(data), strict=True)
+    return table[name].model_validate(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,20 +9,20 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from shardwise.config import registry
 from shardwise.config.schema import (
     RUN_FOLDER,
     RUN_NAME,
+    AnyEngine,
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
     ModelConfig,
+    NativeConfig,
     ResilienceConfig,
     Section,
     Seed,
@@ -34,53 +33,43 @@ from shardwise.config.schema import (
 
 
 def _model(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "family", registry.MODEL_CONFIGS, ModelConfig)
+    return registry.validate(data, info, "family", registry.MODEL_CONFIGS, ModelConfig)
 
 
 def _stage(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "kind", registry.STAGE_CONFIGS, StageConfig)
+    return registry.validate(data, info, "kind", registry.STAGE_CONFIGS, StageConfig)
 
 
 def _evaluation(data: Any, info: ValidationInfo) -> Any:
-    return _by_registry(data, info, "kind", registry.EVALUATION_CONFIGS, EvaluationConfig)
+    return registry.validate(data, info, "kind", registry.EVALUATION_CONFIGS, EvaluationConfig)
 
 
-def _by_registry(
-    data: Any, info: ValidationInfo, key: str, table: dict[str, Any], base: type[Section]
-) -> Any:
-    """Validate a mapping against the class registered under ``data[key]``.
+def inherit_engines(data: Any) -> Any:
+    """Keys of ``engine`` passed on from the run to its stages and from a stage to its roles.
 
-    Its errors keep their own locations: pydantic unfolds a ValidationError that a validator raises.
+    To another kind of engine, only those that all kinds have.
     """
-    if isinstance(data, base):
+    if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         return data
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a mapping with the key {key!r}")
-    name = data.get(key)
-    if not isinstance(name, str) or name not in table:
-        known = ", ".join(sorted(table))
-        unknown = PydanticCustomError(
-            "unknown_name",
-            "unknown {key} {name}; known: {known}",
-            {"key": key, "name": repr(name), "known": known},
-        )
-        raise ValidationError.from_exception_data(
-            base.__name__, [InitErrorDetails(type=unknown, loc=(key,), input=name)]
-        )
-    if info.mode == "json":  # where strict mode takes a text for a path
-        return table[name].model_validate_json(json.dumps(data), strict=True)
-    return table[name].model_validate(data)
+    top = data.get("engine") or {}
+    if not isinstance(top, dict):
+        return data
+    return {**data, "stages": [_inherit(s, top) for s in data["stages"]]}
 
 
-def _inherit_engine(part: Any, above: dict[str, Any]) -> Any:
+def _inherit(part: Any, above: dict[str, Any]) -> Any:
     """A stage or a role with the keys of the engine above it, where it has none of its own."""
     if not isinstance(part, dict) or not isinstance(part.get("engine") or {}, dict):
         return part
-    engine = {**above, **(part.get("engine") or {})}
+    own = part.get("engine") or {}
+    kind = above.get("kind", registry.DEFAULT_ENGINE)
+    if own.get("kind", kind) != kind:
+        above = {k: v for k, v in above.items() if k in EngineConfig.model_fields}
+    engine = {**above, **own}
     roles = part.get("roles")
     if not isinstance(roles, dict):
         return {**part, "engine": engine}
-    roles = {name: role and _inherit_engine(role, engine) for name, role in roles.items()}
+    roles = {name: role and _inherit(role, engine) for name, role in roles.items()}
     return {**part, "engine": engine, "roles": roles}
 
 
@@ -95,7 +84,7 @@ class RunConfig(Section):
         None, description="start weights: a shardwise checkpoint or a Hugging Face folder"
     )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
+    engine: AnyEngine = Field(default_factory=NativeConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
@@ -109,13 +98,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _stages_inherit_engine(cls, data: Any) -> Any:
-        """Keys of ``engine`` pass from the run to its stages and from a stage to its roles."""
-        if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
-            return data
-        top = data.get("engine") or {}
-        if not isinstance(top, dict):
-            return data
-        return {**data, "stages": [_inherit_engine(s, top) for s in data["stages"]]}
+        return inherit_engines(data)
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:

@@ -15,14 +15,18 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails
 
+from shardwise.config import registry
 from shardwise.config.paths import expand
 
 # Every number has a range: what lies outside of it would overflow, round to 0 in fp32, or ask for
@@ -152,21 +156,41 @@ class Fp8Config(Section):
 
 
 class EngineConfig(Section):
-    """How a model is laid out and computed."""
+    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves.
 
-    kind: Literal["native"] = "native"
+    ``max_ranks``: of a layout that the kind can have; None: as many as there are.
+    """
+
+    max_ranks: ClassVar[int | None] = None
+
+    kind: str
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
     fp8: Fp8Config | None = Field(None, description="quantised products; None: off")
-    recompute: Literal["none", "selective", "full"] = "none"
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
     timeout_s: Seconds = Field(
         600.0, description="seconds that ranks wait in a step for one that sleeps or computes"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class NativeConfig(EngineConfig):
+    """The project's own engine: every layout."""
+
+    kind: Literal["native"] = "native"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
+
+
+def _engine(data: Any, info: ValidationInfo) -> Any:
+    return registry.validate(data, info, "kind", registry.ENGINE_CONFIGS, EngineConfig)
+
+
+# What a mapping without ``kind`` is must be known wherever a section is read.
+registry.register_engine_config(registry.DEFAULT_ENGINE, NativeConfig)
+AnyEngine = SerializeAsAny[Annotated[EngineConfig, BeforeValidator(_engine)]]
 
 
 class BatchConfig(Section):
@@ -340,8 +364,8 @@ class StageConfig(Section):
     batch: BatchConfig = Field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    engine: EngineConfig = Field(
-        default_factory=EngineConfig,
+    engine: AnyEngine = Field(
+        default_factory=NativeConfig,
         description="top-level engine, overridden key by key",
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -378,8 +402,8 @@ class StageConfig(Section):
 class RoleConfig(Section):
     """One model of a stage that has several (actor, critic, reference, reward)."""
 
-    engine: EngineConfig = Field(
-        default_factory=EngineConfig, description="the stage's engine, overridden key by key"
+    engine: AnyEngine = Field(
+        default_factory=NativeConfig, description="the stage's engine, overridden key by key"
     )
     ranks: list[NonNegativeInt] | None = Field(
         None, min_length=1, description="ranks of the world that hold it; none: all"

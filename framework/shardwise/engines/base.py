@@ -1,15 +1,44 @@
-"""The engine contract (design decision 8). Stages talk to nothing else."""
+"""The engine contract (design decision 8). Stages talk to nothing else.
+
+Names of parameters are ours (``layers.0.attn.q.weight``), whatever the layout. A *kind* of tensors
+is ``weights``, ``grads`` (between `Engine.forward_backward` and `Engine.step`), or one of
+`Engine.optimizer_states`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.contract import Loss
+from shardwise.parallel.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What an engine is built from.
+
+    ``seed``: root of the initial weights and of dropout. ``stage``: the training stage's name, part
+    of dropout's rng keys. ``optimizer``: None for a model that is only evaluated. ``wide_logits``:
+    the head's product gives fp32 logits of bf16 or fp16 operands, for losses that compare
+    log-probabilities of two computations. ``ranks``: of the world, ascending; None: all.
+    """
+
+    model: ModelConfig
+    config: EngineConfig
+    layout: Layout
+    device: torch.device
+    seed: int
+    stage: str = ""
+    optimizer: OptimizerConfig | None = None
+    wide_logits: bool = False
+    ranks: Sequence[int] | None = None
 
 
 @dataclasses.dataclass
@@ -74,3 +103,38 @@ class Engine(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, one at a time; a collective call."""
         ...
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Copy full tensors, present on every rank, into the parameters of their names.
+
+        Names that are no parameter's here are passed over. Returns the parameters held here that
+        the stream left out. Raises CheckpointError for a shape that does not fit.
+        """
+        ...
+
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors of a kind on every rank, one at a time; a collective call."""
+        ...
+
+    def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Like `full`, but this rank's own parts (tensors or DTensors), without a collective."""
+        ...
+
+    def optimizer_states(self) -> list[str]:
+        """Kinds of tensors that the optimizer keeps a parameter: ``exp_avg``; no counters."""
+        ...
+
+    def scales(self) -> Iterator[tuple[str, Tensor]]:
+        """Of quantised products: what this rank's scales will follow from, live."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The parts of the model that compute on this rank; module paths are the plain model's."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used again."""
+        ...
+
+
+Build = Callable[[Setup], Engine | None]

@@ -5,27 +5,47 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.assemble import assemble
-from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import State
+from shardwise.engines.base import Setup, State
 from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
+from shardwise.errors import CheckpointError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.init import place
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
 from shardwise.parallel import data, pipeline, tensor
-from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import precision_of
+
+
+def build(setup: Setup) -> NativeEngine | None:
+    """See `engines.registry.register_engine`."""
+    assert isinstance(setup.config, NativeConfig)
+    ranks = range(setup.layout.world) if setup.ranks is None else setup.ranks
+    mesh = place_mesh(setup.layout, setup.device, ranks)
+    if mesh is None:
+        return None
+    return NativeEngine(
+        setup.model,
+        setup.config,
+        mesh,
+        seed=setup.seed,
+        stage=setup.stage,
+        optimizer=setup.optimizer,
+        wide_logits=setup.wide_logits,
+    )
 
 
 class NativeEngine:
@@ -35,17 +55,13 @@ class NativeEngine:
         model_config: the plain model to build.
         config: layout, precision, recompute, compile, clipping.
         mesh: this process's place; made by `parallel.mesh.build_mesh`.
-        seed: root of the initial weights and of dropout.
-        stage: the training stage's name; part of dropout's rng keys.
-        optimizer: None for a model that is only evaluated.
-        wide_logits: the head's product gives fp32 logits of bf16 or fp16 operands, for losses
-            that compare log-probabilities of two computations.
+        seed, stage, optimizer, wide_logits: see `engines.base.Setup`.
     """
 
     def __init__(
         self,
         model_config: ModelConfig,
-        config: EngineConfig,
+        config: NativeConfig,
         mesh: Mesh,
         *,
         seed: int,
@@ -268,17 +284,30 @@ class NativeEngine:
         named = self.named.stream(lambda p: p.data, dtype)
         yield from registry.to_hf_tensors(self.model_config, named)
 
-    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under our names on every rank, one at a time; a collective call.
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """See `engines.base.Engine`; of a full tensor, a rank copies its own part."""
+        self._reshard()
+        missing = dict(self.named.parameters)
+        for name, value in stream:
+            parameter = self.named.parameters.get(name)
+            if parameter is None:
+                continue
+            if parameter.shape != value.shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {tuple(value.shape)}, but the model's parameter "
+                    f"has {tuple(parameter.shape)}"
+                )
+            place(parameter.data, lambda rows, v=value: v[rows])  # type: ignore[misc]
+            missing.pop(name, None)
+        return list(missing)
 
-        ``kind``: ``weights``, ``grads`` (between `forward_backward` and `step`), or a state of
-        the optimizer such as ``exp_avg`` and ``exp_avg_sq``.
-        """
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """See `engines.base.Engine`."""
         self._reshard()
         yield from self.named.stream(functools.partial(self._pick, kind))
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Like `full`, but this rank's own parts (tensors or DTensors) without a collective."""
+        """See `engines.base.Engine`."""
         self._reshard()
         for name, parameter in self.named.parameters.items():
             yield name, self._pick(kind, parameter)
@@ -290,6 +319,25 @@ class NativeEngine:
             return torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
         assert self.optimizer is not None
         return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
+
+    def optimizer_states(self) -> list[str]:
+        """See `engines.base.Engine`."""
+        states = [] if self.optimizer is None else list(self.optimizer.state.values())
+        return sorted({kind for state in states for kind in state} - {"step"})
+
+    def scales(self) -> Iterator[tuple[str, Tensor]]:
+        """See `precision.fp8.Fp8.tensors`."""
+        yield from () if self.fp8 is None else self.fp8.tensors()
+
+    def modules(self) -> list[nn.Module]:
+        """One for each pipeline stage held here."""
+        return list(self.chunks.values())
+
+    def close(self) -> None:
+        """Weights, gradients, optimizer states and compute copies."""
+        self.chunks.clear()
+        self.named.parameters.clear()
+        self.named.mirror = self.optimizer = self.fp8 = None
 
 
 class _PipelineWork(pipeline.Work):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, State
@@ -77,9 +77,38 @@ class PlacedEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors on every rank of the world, one at a time."""
-        yield from self.spread(iter(()) if self.inner is None else self.inner.weights())
+        yield from self._spread(iter(()) if self.inner is None else self.inner.weights())
 
-    def spread(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Outside: nothing, and nothing is missing."""
+        return [] if self.inner is None else self.inner.load_weights(stream)
+
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors on every rank of the world, one at a time."""
+        yield from self._spread(iter(()) if self.inner is None else self.inner.full(kind))
+
+    def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Outside: nothing."""
+        yield from () if self.inner is None else self.inner.held(kind)
+
+    def optimizer_states(self) -> list[str]:
+        """The same on every rank of the world."""
+        return list(self.broadcast([] if self.inner is None else self.inner.optimizer_states()))
+
+    def scales(self) -> Iterator[tuple[str, Tensor]]:
+        """Outside: none."""
+        yield from () if self.inner is None else self.inner.scales()
+
+    def modules(self) -> list[nn.Module]:
+        """Outside: none."""
+        return [] if self.inner is None else self.inner.modules()
+
+    def close(self) -> None:
+        """Outside: nothing."""
+        if self.inner is not None:
+            self.inner.close()
+
+    def _spread(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Named tensors that the engine's ranks hold whole, on every rank of the world."""
         while True:
             name, value = next(stream, ("", None))

@@ -59,9 +59,10 @@ def compiler_available(device: torch.device) -> bool:
 def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
     """Resolve ``engine.compile``; ``auto`` compiles where a compiler exists and can follow.
 
-    It cannot follow quantised products (`feasible` refuses ``true``).
+    It cannot follow quantised products (`feasible` refuses ``true``). Kinds of engines without the
+    key do not compile.
     """
-    setting = engine.compile
+    setting: bool | str = getattr(engine, "compile", False)
     if setting == "auto":
         return engine.fp8 is None and compiler_available(device)
     if setting and not compiler_available(device):
@@ -69,7 +70,7 @@ def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
             "engine.compile=true, but no C++ compiler (or Triton, for GPUs) was found; "
             "install g++ or use engine.compile=false"
         )
-    return setting
+    return bool(setting)
 
 
 def wrap_blocks(

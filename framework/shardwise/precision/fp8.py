@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.config.schema import EngineConfig, Fp8Config
+from shardwise.config.schema import Fp8Config, NativeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
@@ -49,7 +49,7 @@ def recipe_of(config: Fp8Config) -> fp8.Recipe:
     )
 
 
-def backend(engine: EngineConfig, layout: Layout, device: torch.device) -> tuple[str, str]:
+def backend(engine: NativeConfig, layout: Layout, device: torch.device) -> tuple[str, str]:
     """``te`` or ``emulated``, and why. Raises ConfigError where ``te`` is asked for in vain."""
     config = engine.fp8
     assert config is not None
@@ -73,7 +73,7 @@ def backend(engine: EngineConfig, layout: Layout, device: torch.device) -> tuple
 class Fp8:
     """The quantised layers of one model on this rank, their scales and what the step has seen."""
 
-    def __init__(self, engine: EngineConfig, model: DecoderConfig, mesh: Mesh) -> None:
+    def __init__(self, engine: NativeConfig, model: DecoderConfig, mesh: Mesh) -> None:
         config = engine.fp8
         assert config is not None
         self.config, self.mesh, self.recipe = config, mesh, recipe_of(config)

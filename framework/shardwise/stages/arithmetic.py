@@ -77,7 +77,7 @@ def _bytes(
         micro_batches=batches,
         compute_bytes=precision.compute.itemsize,
         master_bytes=precision.master.itemsize,
-        recompute=config.engine.recompute,
+        recompute=getattr(config.engine, "recompute", "none"),  # not every kind of engine does
         wide_logits=True,
     )
     place = place_of(model, layout, rank, batches)

@@ -17,14 +17,13 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
-from shardwise.engines.base import Engine
-from shardwise.engines.native import NativeEngine
-from shardwise.engines.placed import PlacedEngine
+from shardwise.engines.base import Engine, Setup
+from shardwise.engines.registry import build_engine
 from shardwise.errors import ConfigError
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout
-from shardwise.parallel.mesh import pick_device, place_mesh
+from shardwise.parallel.mesh import pick_device
 from shardwise.stages.initial_weights import is_native, load_initial_weights
 from shardwise.stages.skipped import check_trained
 
@@ -75,25 +74,20 @@ class StageContext:
     def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
         """The model of a role under its layout, on its ranks; a collective call."""
         config = role_of(self.stage, role)
-        layout = role_layout(config, dist.get_world_size())
-        ranks = range(layout.world) if config.ranks is None else config.ranks
-        mesh = place_mesh(layout, self.device, ranks)
-        inner = None
-        if mesh is not None:
-            inner = NativeEngine(
-                self.model_of(role),
-                config.engine,
-                mesh,
+        return build_engine(
+            Setup(
+                model=self.model_of(role),
+                config=config.engine,
+                layout=role_layout(config, dist.get_world_size()),
+                device=self.device,
                 seed=self.run.seed,
                 # Part of dropout's rng keys.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
                 wide_logits=self.stage.on_policy,
+                ranks=config.ranks,
             )
-        if config.ranks is None:
-            assert inner is not None
-            return inner
-        return PlacedEngine(inner, ranks, layout.dp, self.device)
+        )
 
     def load_initial_weights(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""

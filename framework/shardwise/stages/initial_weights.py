@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardwise import checkpoint
 from shardwise.checkpoint import manifest
@@ -19,7 +16,7 @@ from shardwise.errors import ConfigError
 from shardwise.models import registry as models
 from shardwise.models.common.config import DecoderConfig
 
-HEAD = "model.head.weight"
+HEAD = "head.weight"
 
 
 def load_initial_weights(
@@ -31,18 +28,19 @@ def load_initial_weights(
     keeps its (small) initial weights, unless ``new_head`` is False: a reward model's noise would
     be learnt from. Raises ConfigError for a source that holds something else.
     """
-    weights = {n: t for n, t in engine.state_dict().tensors.items() if n.startswith("model.")}
     if source is None:
         return
     check_initial_weights(source, model)
     if is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
-        if model.head == "scalar" and (HEAD not in stored or stored[HEAD].shape[0] != 1):
+        weights = {f"model.{name}": value for name, value in engine.held("weights")}
+        head = f"model.{HEAD}"
+        if model.head == "scalar" and (head not in stored or stored[head].shape[0] != 1):
             _check_head(source, new_head)
-            weights.pop(HEAD, None)
+            weights.pop(head, None)
         checkpoint.load(source, weights, partial=True)
     else:
-        _load_hf(source, model, weights, new_head)
+        _load_hf(source, model, engine, new_head)
 
 
 def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
@@ -92,31 +90,15 @@ def is_native(path: Path) -> bool:
     return bool(checkpoint.latest(path) or (path / "manifest.json").exists())
 
 
-def _load_hf(
-    source: Path, model: DecoderConfig, weights: dict[str, Tensor], may_add_head: bool
-) -> None:
+def _load_hf(source: Path, model: DecoderConfig, engine: Engine, may_add_head: bool) -> None:
     config, tensors = models.from_hf(source)
     new_head = model.head == "scalar" and config.head != "scalar"
     if new_head:
         _check_head(source, may_add_head)
-    seen = {HEAD} if new_head else set()
-    for name, value in tensors:
-        if f"model.{name}" in weights and f"model.{name}" not in seen:
-            copy_full(weights[f"model.{name}"], value)
-            seen.add(f"model.{name}")
-    if missing := sorted(weights.keys() - seen):
+        tensors = ((name, value) for name, value in tensors if name != HEAD)
+    missing = sorted(set(engine.load_weights(tensors)) - ({HEAD} if new_head else set()))
+    if missing:
         raise ConfigError(f"init_from: {source} lacks {', '.join(missing[:5])}")
-
-
-def copy_full(target: Tensor, full: Tensor) -> None:
-    """Write a whole tensor, present on every rank, into a tensor of any placement."""
-    with torch.no_grad():
-        full = full.to(device=target.device, dtype=target.dtype)
-        if isinstance(target, DTensor):
-            full = distribute_tensor(
-                full, target.device_mesh, target.placements, src_data_rank=None
-            )
-        target.copy_(full)
 
 
 def initial_hash(run: RunConfig) -> str:

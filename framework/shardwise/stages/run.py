@@ -26,6 +26,7 @@ from shardwise.data.config import DataConfig
 from shardwise.data.datasets import training_texts
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from shardwise.engines.registry import check_layout
 from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
@@ -250,9 +251,10 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
                 f"stages.{stage.name}.roles.{name}.ranks: {role.ranks} go beyond the {world_size} "
                 f"ranks of this run; start {max(role.ranks) + 1}, or place it on lower ranks"
             )
-        compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
         ranks = world_size if role.ranks is None else len(role.ranks)
         wanted = parse_layout(role.engine.layout, world_of(role.engine.layout, ranks))
+        check_layout(role.engine, wanted)
+        compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
         cases = [
             feasible.Case(
                 wanted,

@@ -1,0 +1,25 @@
+"""Keys of the plain engine alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from shardwise.config.schema import EngineConfig, NonNegativeInt
+
+
+class PlainConfig(EngineConfig):
+    """One process, whole batches, `torch.optim`: the oracle of ``shardwise verify``."""
+
+    max_ranks: ClassVar[int | None] = 1
+
+    kind: Literal["plain"]
+    split: Literal["whole", "rows", "padded", "documents"] = Field(
+        "whole",
+        description="how batches are cut, which changes nothing: all rows at once, one row at a "
+        "time, with more padding, or each document of a packed row by itself",
+    )
+    skip: list[NonNegativeInt] = Field(
+        default=[], description="updates, from 0, that leave the weights as they are"
+    )
