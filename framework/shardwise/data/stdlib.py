@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from shardwise.data.readers import Document
@@ -43,11 +44,9 @@ def stdlib_files(
     """
     root = folder or stdlib_folder()
     names = sorted(
-        relative.as_posix()
-        for relative in (p.relative_to(root) for p in root.rglob("*.py"))
-        if not _EXCLUDED & set(relative.parts[:-1])
-        and not any(relative.match(pattern) for pattern in exclude)
-        and (root / relative).is_file()
+        name
+        for name in _sources(root)
+        if not any(PurePath(name).match(pattern) for pattern in exclude) and (root / name).is_file()
     )
     if not names:
         raise DataError(f"{root}: no Python sources there; give the source a path or other data")
@@ -55,6 +54,16 @@ def stdlib_files(
         held_out = set(sorted(names, key=lambda n: _held_out_rank(root, n))[:NUM_HELD_OUT])
         names = [n for n in names if (n in held_out) == (split == "validation")]
     return [root / n for n in names]
+
+
+def _sources(root: Path) -> Iterator[str]:
+    """Relative paths of all sources, in POSIX form; excluded folders are not entered."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED]
+        inside = Path(folder).relative_to(root).as_posix()
+        for file in files:
+            if file.endswith(".py"):
+                yield file if inside == "." else f"{inside}/{file}"
 
 
 def _held_out_rank(root: Path, name: str) -> tuple[bool, str]:
