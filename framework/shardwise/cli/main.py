@@ -148,10 +148,10 @@ def verify(
     """Prove that layouts of a recipe compute what one process computes; exit code 1 if not."""
     from shardwise.verify import server
 
-    server.start()  # it imports what we import, beside us
-    from shardwise.cli.verify import HEADER, row, show
-    from shardwise.verify.run import Verdict
-    from shardwise.verify.run import verify as run
+    with server.importing():
+        from shardwise.cli.verify import HEADER, row, show
+        from shardwise.verify.run import Verdict
+        from shardwise.verify.run import verify as run
 
     told: list[Verdict] = []
 

@@ -15,8 +15,8 @@ class _Room(ModuleType):
         """See `shardwise.verify.run.verify`."""
         from shardwise.verify import server
 
-        server.start()  # it imports what we import, beside us
-        from shardwise.verify.run import verify
+        with server.importing():
+            from shardwise.verify.run import verify
 
         return verify(*args, **kwargs)
 

@@ -99,6 +99,7 @@ def _where(trace: TracebackType | None) -> str:
 def rank_main(rank: int, world: int, folder: str, pipe: Connection) -> None:
     """Join a process group of ``world`` ranks over gloo, then answer calls until the pipe ends."""
     gc.freeze()  # a collection would touch, and so copy, what is shared with the server
+    gc.enable()
     if sys.platform == "linux":  # a rank that waits for peers does not outlive the server
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool ends its ranks

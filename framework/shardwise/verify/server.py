@@ -5,14 +5,18 @@ Without torch, so that a command starts the server first and imports beside it.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing as mp
 import os
+from collections.abc import Iterator
 from multiprocessing import forkserver
 
 CONTEXT = mp.get_context("forkserver")
 # `__main__` too: else every rank would run a script once more.
 CONTEXT.set_forkserver_preload(
     [
+        "shardwise.verify.first_import",
         "shardwise.verify.run",
         "shardwise.verify.rank",
         "shardwise.stages.pretrain",
@@ -40,3 +44,16 @@ def start() -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Start the server, and import beside it what stands inside (see `first_import`)."""
+    start()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
