@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -45,13 +46,23 @@ def test_the_exit_code_says_so(
     tmp_path: Path,
 ) -> None:
     path, result = tmp_path / "recipe.yaml", tmp_path / "result.json"
+    junit = tmp_path / "junit.xml"
     path.write_text(json.dumps(recipe(tmp_path / "run", "pretrain")))
-    code, out, err = shardwise("verify", path, "-l", "tp8", "-l", "dp2", "--json", result)
+    code, out, err = shardwise(
+        "verify", path, "-l", "tp8", "-l", "dp2", "--json", result, "--junit", junit
+    )
     assert code == 2 and "1 of the layouts asked for cannot be: tp8" in err
     assert "cannot be: tp8: " in out and "2 of 2 compute what one process computes" in out
     found: dict[str, Any] = json.loads(result.read_text())
     assert not found["passed"] and {v["layout"] for v in found["verdicts"]} == {"dp2"}
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("name"), suite.get("tests"), suite.get("errors")) == ("recipe", "3", "1")
     assert shardwise("verify", path, "-l", "dp2")[0] == 0
+    code, _, err = shardwise("verify", path, "-l", "dp2", "--junit", tmp_path)
+    assert code == 2 and f"--junit {tmp_path}: cannot be written" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml", "result.json", "junit.xml"} | {
+        "corpus"
+    }
 
 
 def test_layouts_that_no_small_batch_suits_together_are_tried_apart(tmp_path: Path) -> None:

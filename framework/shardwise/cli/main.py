@@ -144,6 +144,9 @@ def verify(
     ] = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,
+    junit: Annotated[
+        str | None, typer.Option("--junit", metavar="F", help="Write JUnit's XML to F.")
+    ] = None,
 ) -> None:
     """Prove that layouts of a recipe compute what one process computes; exit code 1 if not."""
     from shardwise.verify import server
@@ -163,7 +166,7 @@ def verify(
     report = run(
         config, layout or (), stage=stage, overrides=overrides or (), compiled=compiled, tell=tell
     )
-    show(report, json)
+    show(report, json, junit, config.stem)
 
 
 @app.command()

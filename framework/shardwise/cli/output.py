@@ -84,10 +84,23 @@ def emit(result: Any, text: str, json_file: str | None) -> None:
         return
     if text:
         terminal.say(text)
+    write_file("--json", json_file, document + "\n")
+
+
+def write_file(option: str, file: str, text: str) -> None:
+    """Write what ``option`` asks for, all of it or nothing. Raises UserError."""
+    path = Path(file).resolve()
+    fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        Path(json_file).write_text(document + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe or a device; a folder is refused
+            path.write_text(text, encoding="utf-8")
+            return
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
     except OSError as error:
-        raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from None
 
 
 def size(num_bytes: float) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shardwise.cli.output import emit
+from shardwise.cli.output import emit, write_file
 from shardwise.errors import CheckFailed, UserError
+from shardwise.verify.report import document, junit
 
 if TYPE_CHECKING:
     from shardwise.verify.run import Verdict, VerifyReport
@@ -38,8 +39,8 @@ def row(verdict: Verdict) -> str:
     return line if verdict.passed else f"{line}\n    {verdict.sentence()}"
 
 
-def show(report: VerifyReport, json: str | None) -> None:
-    """The conclusion; raises CheckFailed when a layout computes something else.
+def show(report: VerifyReport, json: str | None, junit_file: str | None, name: str) -> None:
+    """The conclusion of recipe ``name``; raises CheckFailed when a layout computes something else.
 
     And UserError when all others pass, but one that was asked for by name cannot be.
     """
@@ -50,14 +51,9 @@ def show(report: VerifyReport, json: str | None) -> None:
         lines.append("nothing was compared: no layout asked for can be")
     elif not failed:
         lines.append(f"{count} of {count} compute what one process computes, within rounding")
-    document: dict[str, Any] = {
-        "passed": report.passed,
-        "refused": report.refused,
-        "verdicts": [
-            {**vars(v), "passed": v.passed, "sentence": v.sentence()} for v in report.verdicts
-        ],
-    }
-    emit(document, "\n".join(lines), json)
+    emit(document(report), "\n".join(lines), json)
+    if junit_file is not None:
+        write_file("--junit", junit_file, junit(report, name))
     impossible = ", ".join(report.impossible)
     if not count and not impossible:
         raise CheckFailed("no layout could be tried")
