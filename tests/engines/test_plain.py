@@ -26,7 +26,6 @@ from shardwise.models import registry
 from shardwise.models.common.init import init_weights
 from shardwise.ops.attention import BRANCH_SHIFT, PADDING
 from shardwise.parallel.layout import parse_layout
-from tests.stages import recipes
 from tests.support import toy
 from tests.support.pool import RankPool
 
@@ -283,20 +282,3 @@ def test_a_checkpoint_goes_from_native_to_plain_and_back(ranks: RankPool, tmp_pa
     wanted = train(plain(toy.llama()), [[packed(seed=s)] for s in (1, 2, 3)])
     wanted["log"] = wanted["log"][2:]
     assert max(errors(found[0], wanted).values()) < BOUNDS["fp64"]
-
-
-# --- stages ---------------------------------------------------------------------------------------
-
-
-def test_stages_train_on_it_as_on_any_engine(ranks: RankPool, tmp_path: Path) -> None:
-    found = {}
-    for kind in ("native", "plain"):
-        engine = {"kind": kind, "precision": "fp64"}
-        made = recipes.recipe(tmp_path / kind, "sft", "ppo", engine=engine)
-        made["stages"][1]["steps"] = 2
-        ranks.run(recipes.run_and_die, made, "sft", 3, world=1)
-        [summary] = ranks.run(recipes.run, made, world=1)
-        assert [s["name"] for s in summary["stages"]] == ["sft", "ppo"]
-        found[kind] = recipes.weights(tmp_path / kind, "ppo")
-    for name, value in found["native"].items():
-        assert torch.allclose(value.double(), found["plain"][name].double(), atol=1e-8), name

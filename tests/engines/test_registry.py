@@ -140,7 +140,7 @@ def test_every_engine_has_the_whole_contract(cls: type) -> None:
 
 def test_nobody_outside_names_a_concrete_engine() -> None:
     inside = PACKAGE / "engines"
-    allowed = {"base", "registry", "plain_config"}  # kinds are named by their config
+    allowed = {"base", "registry"}
     for path in sources(PACKAGE):
         if inside in path.parents or path == PACKAGE / "verify" / "replay.py":
             continue

@@ -17,8 +17,7 @@ from shardwise.engines import inputs, named_parameters, native, reduction
 from shardwise.models.common import init
 from shardwise.ops import attention_blocks, comm, cross_entropy
 from shardwise.parallel import context, data, mesh, regions, tensor
-from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.trace import Trace
+from shardwise.verify.walk import Task, Walked, walk
 
 Plant = Callable[[], Any]
 
@@ -44,12 +43,12 @@ def bug(model: str, stage: str, layout: str) -> Callable[[Plant], Plant]:
     return add
 
 
-def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
-    """`replay.replay` with a bug planted; runs on every rank."""
+def walk_with(name: str, task: Task) -> Walked:
+    """`walk.walk` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(trace, layout, "fp64")
+        return walk(task)
 
 
 def _patch(target: Any, name: str, new: Any) -> Any:

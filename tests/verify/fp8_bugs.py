@@ -14,8 +14,7 @@ from torch import Tensor
 from shardwise.ops import fp8
 from shardwise.ops.fp8_linear import Site
 from shardwise.precision.fp8 import Fp8
-from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.trace import Trace
+from shardwise.verify.walk import Task, Walked, walk
 
 Plant = Callable[[], Any]
 
@@ -40,12 +39,12 @@ def bug(recipe: str, layout: str) -> Callable[[Plant], Plant]:
     return add
 
 
-def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
-    """`replay.replay` with a bug planted; runs on every rank."""
+def walk_with(name: str, task: Task) -> Walked:
+    """`walk.walk` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(trace, layout, "fp64")
+        return walk(task)
 
 
 def _patch(target: Any, name: str, new: Any) -> Any:

@@ -14,8 +14,7 @@ from torch import Tensor
 from shardwise.engines.native import NativeEngine
 from shardwise.losses import ppo as losses
 from shardwise.stages import ppo
-from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.trace import Trace
+from shardwise.verify.walk import Task, Walked, walk
 from tests.verify.bugs import Bug, _patch
 
 PPO_BUGS: dict[str, Bug] = {}
@@ -29,12 +28,12 @@ def bug(layout: str) -> Callable[[Any], Any]:
     return add
 
 
-def replay_with(name: str, trace: Trace, layout: str) -> Replayed:
-    """`replay.replay` with a bug planted; runs on every rank."""
+def walk_with(name: str, task: Task) -> Walked:
+    """`walk.walk` with a bug planted; runs on every rank."""
     with contextlib.ExitStack() as stack:
         for patch in PPO_BUGS[name].plant():
             stack.enter_context(patch)
-        return replay(trace, layout, "fp64")
+        return walk(task)
 
 
 @bug("dp2.zero2")

@@ -14,13 +14,11 @@ from shardwise.models import registry
 from shardwise.rollout import native
 from shardwise.rollout.native import NativeBackend
 from shardwise.verify import suite
-from shardwise.verify.compare import disagreements
 from shardwise.verify.pool import RankError
-from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.run import Verifier, world_of
-from shardwise.verify.trace import Trace
+from shardwise.verify.run import SINGLE, Verifier, world_of
+from shardwise.verify.walk import Task, Walked, walk
 from tests.support.pool import RankPool
-from tests.verify.bugs import BUGS, replay_with
+from tests.verify.bugs import BUGS, walk_with
 
 # What the first differing value must be, for bugs that a careless check would see too late.
 FIRST = {
@@ -35,8 +33,10 @@ FIRST = {
 
 @pytest.fixture(scope="module")
 def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
-    layouts = sorted({b.layout for b in BUGS.values()})
-    yield {m: Verifier(suite.recipe(m), [*layouts, "dp1.zero0"], ranks) for m in suite.MODELS}
+    made = {m: Verifier(suite.recipe(m), ranks) for m in suite.MODELS}
+    yield made
+    for verifier in made.values():
+        verifier.close()
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,11 @@ def test_without_a_bug_nothing_is_flagged(
 def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     verifier = verifiers[bug.model]
-    trace = verifier.trace(bug.stage)
-    found = ranks.run(replay_with, name, trace, bug.layout, world=world_of(bug.layout))
-    wrong = [d for d in verifier.judge(bug.stage, bug.layout, "fp64", found) if d.is_bug]
-    assert wrong or disagreements(found)
+    small = verifier.small(bug.stage, bug.layout)
+    task = verifier.task(small, bug.layout, "fp64")
+    found = ranks.run(walk_with, name, task, world=world_of(bug.layout))
+    wrong = [d for d in verifier.judge(small, bug.layout, "fp64", found) if d.is_bug]
+    assert wrong
     if name in FIRST:
         assert wrong[0].kind.startswith(FIRST[name])
 
@@ -65,8 +66,8 @@ def test_there_are_enough_kinds() -> None:
     assert len(BUGS) >= 20
 
 
-def wrong_at_decoding(kind: str, trace: Trace) -> Replayed:
-    """`replay.replay` in a rank whose compiled decoder is wrong: in its steps, or in its choice."""
+def wrong_at_decoding(kind: str, task: Task) -> Walked:
+    """`walk.walk` in a rank whose compiled decoder is wrong: in its steps, or in its choice."""
     real = getattr(NativeBackend, kind)
 
     def decode(self: Any, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
@@ -77,21 +78,23 @@ def wrong_at_decoding(kind: str, trace: Trace) -> Replayed:
         return token_N, logp_N - 1e-3, kept_N
 
     with mock.patch.object(NativeBackend, kind, {"decode": decode, "choose": choose}[kind]):
-        return replay(trace, "dp1", "fp64")
+        return walk(task)
 
 
 def test_a_wrong_compiled_decoder_is_caught(ranks: RankPool) -> None:
     """Rollouts of verify are served by what serves those of training."""
     recipe = suite.recipe("llama")
     recipe["model"] |= {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1}
-    verifier = Verifier(recipe, ["dp1.zero0"], ranks)
-    trace = verifier.trace("grpo")
-    model = registry.build(trace.run.model)
+    verifier = Verifier(recipe, ranks)
+    small = verifier.small("grpo", SINGLE)
+    model = registry.build(small.run.model)
     if why_not := native.unavailable(model, torch.float32, torch.device("cpu")):
         pytest.skip(why_not)
-    assert verifier.check("grpo", "dp1.zero0").passed
+    assert verifier.check("grpo", SINGLE).passed
+    task = verifier.task(small, SINGLE, "fp64")
     with pytest.raises(RankError, match="native step's logits differ"):
-        ranks.run(wrong_at_decoding, "decode", trace, world=1)
-    found = ranks.run(wrong_at_decoding, "choose", trace, world=1)
-    wrong = [d for d in verifier.judge("grpo", "dp1.zero0", "fp64", found) if d.is_bug]
-    assert [d.kind for d in wrong] == ["generated logprobs"]
+        ranks.run(wrong_at_decoding, "decode", task, world=1)
+    found = ranks.run(wrong_at_decoding, "choose", task, world=1)
+    wrong = [d for d in verifier.judge(small, SINGLE, "fp64", found) if d.is_bug]
+    assert [d.kind for d in wrong] == ["generated logprobs"] * 2
+    verifier.close()

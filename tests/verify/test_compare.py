@@ -2,47 +2,143 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from shardwise.verify.compare import NOISE, bounds, compare_scales
-from shardwise.verify.replay import Replayed
+from shardwise.checkpoint.regions import Region
+from shardwise.config.schema import OptimizerConfig
+from shardwise.verify.compare import (
+    NOISE,
+    bounds,
+    coarse,
+    compare,
+    compare_scales,
+    losses,
+    misdealt,
+    unknown,
+)
+from shardwise.verify.notes import Notes, Reference
+from shardwise.verify.walk import Walked
 
 
 def vector(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_rounding_is_measured_on_a_values_like() -> None:
+def reference(folder: Path, exact: dict[str, Tensor]) -> Reference:
+    notes = Notes()
+    for name, value in exact.items():
+        notes.note(*name.split("/", 1), value)
+    notes.save(folder / "exact.safetensors")
+    return Reference(folder / "exact.safetensors")
+
+
+def walked(notes: Notes, **changes: Any) -> Walked:
+    fields = {"scales": {}, "problems": [], "skipped": {}, "volumes": [], "asked": {}}
+    given = {"found": notes.found, "dealt": notes.dealt, "micro_batches": notes.micro_batches}
+    return Walked(**{**fields, **given, **changes})
+
+
+def noted(exact: Reference, values: dict[str, Tensor]) -> Notes:
+    notes = Notes(exact)
+    for name, value in values.items():
+        notes.note(*name.split("/", 1), value)
+    return notes
+
+
+def test_rounding_is_measured_on_a_values_like(tmp_path: Path) -> None:
     """What one process happens to lose nothing of is no more exact than the same a step later."""
-    exact = {"loss/update 1": vector(0.0), "loss/update 2": vector(1.0), "loss/x": vector(4.0)}
+    exact = reference(
+        tmp_path,
+        {"loss/update 1": vector(0.0), "loss/update 2": vector(1.0), "loss/x": vector(4.0)},
+    )
     single = {"loss/update 1": vector(0.0), "loss/update 2": vector(1.5), "loss/x": vector(4.0)}
-    found = bounds(exact, single, "bf16")
+    found = bounds(exact, losses(noted(exact, single).found), "bf16")
     assert found["loss/update 1"] == pytest.approx(8 * 0.5)
     assert found["loss/update 2"] == pytest.approx(8 * 0.5)
     assert found["loss/x"] == pytest.approx(4.0 / 128)
 
 
-def test_exact_bounds_know_no_likes() -> None:
-    exact = {"loss/update 1": vector(0.0), "loss/update 2": vector(1.0)}
-    found = bounds(exact, None, "fp64")
+def test_exact_bounds_know_no_likes(tmp_path: Path) -> None:
+    exact = {"loss/update 1": vector(0.0), "loss/update 2": vector(1.0), "sample/a": vector(7.0)}
+    found = bounds(reference(tmp_path, exact), None, "fp64")
     assert found["loss/update 1"] == pytest.approx(NOISE)
     assert found["loss/update 2"] == pytest.approx(1e-9 + NOISE)
+    assert found["sample/a"] == 0.0
 
 
-@pytest.mark.parametrize("moment,slack", [((1.0, 1e-9), 2 * 3e-4), ((1.0, 1.0), 0.0)])
+@pytest.mark.parametrize("moment,slack", [((1.0, 0.0), 2 * 3e-4), ((1.0, 1.0), 0.0)])
 def test_adam_may_move_an_element_without_gradient_either_way(
-    moment: tuple[float, float], slack: float
+    tmp_path: Path, moment: tuple[float, float], slack: float
 ) -> None:
     exact = {
-        "initial/w": vector(1.0, 1.0),
-        "weight/w": vector(1.0 + 3e-4, 1.0 - 1e-4),
-        "moment/w exp_avg": vector(*moment),
+        "learning rate/update 1": vector(3e-4)[0],
+        "skipped/update 1": vector(0.0)[0],
+        "weight/update 1 w": vector(1.0 + 3e-4, 1.0 - 1e-4),
+        "moment/update 1 w exp_avg": 0.1 * vector(*moment),
+        "moment/update 1 w exp_avg_sq": 0.05 * vector(*moment).square(),
     }
-    rounded = {**exact, "moment/w exp_avg": vector(*moment) + 1e-3}
-    found = bounds(exact, rounded, "bf16")["weight/w"]
-    assert found == pytest.approx(float(exact["weight/w"].norm()) / 128 + slack)
+    rounded = {**exact, "moment/update 1 w exp_avg": 0.1 * vector(*moment) + 1e-7}
+    known = reference(tmp_path, exact)
+    lost = losses(noted(known, rounded).found)
+    found = bounds(known, lost, "fp32", {"": OptimizerConfig()})["weight/update 1 w"]
+    base = float(exact["weight/update 1 w"].norm()) * 2.0**-23
+    assert found == pytest.approx(base + slack, rel=1e-2, abs=1e-8)
+
+
+def test_parts_of_a_value_are_put_together(tmp_path: Path) -> None:
+    exact = reference(tmp_path, {"weight/w": vector(1.0, 2.0, 3.0, 4.0)})
+    halves = [
+        {"weight/w": [Notes(exact)._noted("weight/w", Region((2 * r,), (2,)), part)]}
+        for r, part in enumerate((vector(1.0, 2.0), vector(3.0, 4.5)))
+    ]
+    [found] = compare(exact, {"weight/w": 0.1}, halves, exact.order)
+    assert found.is_bug and found.error == 0.5 and found.worst == (3,) and found.ranks == (1,)
+    [gap] = compare(exact, {"weight/w": 0.1}, halves[:1], exact.order)
+    assert gap.is_bug and gap.why == "some of it is on no rank"
+    [none] = compare(exact, {"weight/w": 0.1}, [{}], exact.order)
+    assert none.is_bug and none.why == "no rank has it"
+
+
+def test_what_one_process_never_came_to_is_told(tmp_path: Path) -> None:
+    exact = reference(tmp_path, {"loss/update 1": vector(1.0)})
+    notes = noted(exact, {"loss/update 1": vector(1.0), "loss/update 2": vector(1.0)})
+    [found] = unknown(exact, [walked(notes)])
+    assert (found.kind, found.name) == ("loss", "update 2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ({0: [0, 1], 1: [2, 3]}, None),
+        ({0: [0, 1], 1: [2]}, "nobody learns from 3"),
+        ({0: [0, 1], 1: [1, 2, 3]}, "learnt from twice: 1"),
+        ({0: [0, 1, 2], 1: [3, 4]}, "not of this update: 4"),
+    ],
+)
+def test_every_sample_is_dealt_once(ranks: dict[int, list[int]], words: str | None) -> None:
+    one = walked(Notes(), dealt={"update 1": (0, [0, 1, 2, 3])})
+    # Two tensor-parallel peers of each data rank.
+    peers = [walked(Notes(), dealt={"update 1": (r, ids)}) for r, ids in ranks.items()] * 2
+    found = misdealt(one, peers)
+    assert [d.why for d in found] == ([] if words is None else [words])
+
+
+def test_numbers_with_fewer_digits_than_their_dtype_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(300)
+    exact = reference(tmp_path, {"weight/update 1 w": value.double()})
+    for rounded in (False, True):
+        held = value.bfloat16().float() if rounded else value
+        found = coarse(exact, {}, [walked(noted(exact, {"weight/update 1 w": held}))])
+        assert len(found) == rounded
+    # What one process holds so, too, is no fault.
+    grids = {"weight/update 1 w": "bfloat16"}
+    assert not coarse(exact, grids, [walked(noted(exact, {"weight/update 1 w": held}))])
 
 
 @pytest.mark.parametrize(
@@ -59,12 +155,11 @@ def test_adam_may_move_an_element_without_gradient_either_way(
 )
 def test_scales_are_compared_but_for_blocks_of_nothing(theirs: list[float], same: bool) -> None:
     one = {"scale/x": torch.tensor([2e-6, 3e-6, 1.0])}
-    rank = Replayed({}, {"scale/x": torch.tensor(theirs)}, {}, [])
-    [found] = compare_scales(one, [rank])
+    [found] = compare_scales(one, [walked(Notes(), scales={"scale/x": torch.tensor(theirs)})])
     assert found.is_bug != same
 
 
 def test_a_scale_of_a_whole_tensor_is_compared() -> None:
-    rank = Replayed({}, {"scale/x": torch.tensor([1.0])}, {}, [])
+    rank = walked(Notes(), scales={"scale/x": torch.tensor([1.0])})
     [found] = compare_scales({"scale/x": torch.tensor([2e-6])}, [rank])
     assert found.is_bug

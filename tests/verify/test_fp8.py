@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from shardwise.verify import suite
-from shardwise.verify.compare import disagreements
 from shardwise.verify.run import Verifier, world_of
+from shardwise.verify.walk import walk
 from tests.support.pool import RankPool
-from tests.verify.fp8_bugs import BUGS, replay_with
+from tests.verify.fp8_bugs import BUGS, walk_with
 
 RECIPES = ("delayed", "current", "block", "mxfp8")
 # One of each axis for each recipe; all of them together are slow.
@@ -55,16 +55,12 @@ def recipe(name: str, **fp8: Any) -> dict[str, Any]:
     return {"name": "fp8", "seed": 7, "model": model, "engine": engine, "stages": [stage]}
 
 
-def verifier(name: str, layouts: tuple[str, ...], ranks: RankPool) -> Verifier:
-    return Verifier(recipe(name), [*layouts, "dp1.zero0"], ranks)
-
-
 @pytest.fixture(scope="module")
 def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
-    needed = {
-        r: tuple({*FAST[r], *(b.layout for b in BUGS.values() if b.recipe == r)}) for r in RECIPES
-    }
-    yield {r: verifier(r, needed[r], ranks) for r in RECIPES}
+    made = {r: Verifier(recipe(r), ranks) for r in RECIPES}
+    yield made
+    for verifier in made.values():
+        verifier.close()
 
 
 @pytest.mark.parametrize("name,layout", [(r, x) for r, all_ in FAST.items() for x in all_])
@@ -82,7 +78,9 @@ def test_stages_that_write_their_own_batches_scale_alike(layout: str, ranks: Ran
     """Each micro-batch is a scaling domain: a layout must not be given larger ones."""
     rl = recipe("current")
     rl["stages"] = [suite.STAGES["grpo"] | {"updates_per_rollout": 1, "samples_per_prompt": 2}]
-    verdict = Verifier(rl, [layout, "dp1.zero0"], ranks).check("grpo", layout)
+    verifier = Verifier(rl, ranks)
+    verdict = verifier.check("grpo", layout)
+    verifier.close()
     assert verdict.passed, verdict.sentence()
     assert verdict.worst["amax"] == verdict.worst["scale"] == 0.0
     assert "sentinel" in verdict.worst
@@ -101,7 +99,7 @@ def test_layouts_stay_within_the_bound_of_bf16(
 def test_many_layouts(name: str, ranks: RankPool) -> None:
     deep = recipe(name)
     deep["model"]["num_layers"] = 4  # two chunks a rank
-    judge = Verifier(deep, [*MANY, "dp1.zero0"], ranks)
+    judge = Verifier(deep, ranks)
     for layout in MANY:
         for precision in ("fp64", "bf16"):
             verdict = judge.check("pretrain", layout, precision)
@@ -112,21 +110,23 @@ def test_many_layouts(name: str, ranks: RankPool) -> None:
 def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     judge = verifiers[bug.recipe]
-    trace = judge.trace("pretrain")
-    found = ranks.run(replay_with, name, trace, bug.layout, world=world_of(bug.layout))
-    wrong = [d for d in judge.judge("pretrain", bug.layout, "fp64", found) if d.is_bug]
-    assert wrong or disagreements(found)
+    small = judge.small("pretrain", bug.layout)
+    task = judge.task(small, bug.layout, "fp64")
+    found = ranks.run(walk_with, name, task, world=world_of(bug.layout))
+    wrong = [d for d in judge.judge(small, bug.layout, "fp64", found) if d.is_bug]
+    assert wrong
     if name in FIRST:
         assert wrong[0].kind == FIRST[name], wrong[0]
 
 
 def test_another_layouts_domains_are_not_taken_for_ones_own(
-    verifiers: dict[str, Verifier],
+    verifiers: dict[str, Verifier], ranks: RankPool
 ) -> None:
     """With one scale for a tensor, tp's scales differ from one process's: the reference matters."""
     judge = verifiers["current"]
-    ranks = judge._replay("pretrain", "tp2.sp", "fp64", False)
-    wrong = [d for d in judge.judge("pretrain", "dp1.zero0", "fp64", ranks) if d.is_bug]
+    small = judge.small("pretrain", "tp2.sp")
+    found = ranks.run(walk, judge.task(small, "tp2.sp", "fp64"), world=2)
+    wrong = [d for d in judge.judge(small, "dp1.zero0", "fp64", found) if d.is_bug]
     assert wrong and wrong[0].kind == "amax"
 
 

@@ -8,11 +8,10 @@ import pytest
 
 from shardwise.errors import UserError
 from shardwise.verify import suite
-from shardwise.verify.compare import disagreements
 from shardwise.verify.roles import parse, world_of
 from shardwise.verify.run import Verifier
 from tests.support.pool import RankPool
-from tests.verify.ppo_bugs import PPO_BUGS, replay_with
+from tests.verify.ppo_bugs import PPO_BUGS, walk_with
 
 ROLES = (
     "actor=tp2.sp",
@@ -38,8 +37,9 @@ FIRST = {
 
 @pytest.fixture(scope="module")
 def verifier(ranks: RankPool) -> Iterator[Verifier]:
-    layouts = {b.layout for b in PPO_BUGS.values()} | set(ROLES)
-    yield Verifier(suite.recipe("llama"), [*sorted(layouts), "dp1.zero0"], ranks)
+    made = Verifier(suite.recipe("llama"), ranks)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("layout", ROLES)
@@ -52,11 +52,10 @@ def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> Non
 @pytest.mark.parametrize("name", PPO_BUGS)
 def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -> None:
     bug = PPO_BUGS[name]
-    found = ranks.run(
-        replay_with, name, verifier.trace("ppo"), bug.layout, world=world_of(bug.layout)
-    )
-    wrong = [d for d in verifier.judge("ppo", bug.layout, "fp64", found) if d.is_bug]
-    assert wrong or disagreements(found)
+    small = verifier.small("ppo", bug.layout)
+    task = verifier.task(small, bug.layout, "fp64")
+    found = ranks.run(walk_with, name, task, world=world_of(bug.layout))
+    wrong = [d for d in verifier.judge(small, bug.layout, "fp64", found) if d.is_bug]
     assert wrong[0].kind in FIRST[name].split(" or "), wrong[0]
 
 

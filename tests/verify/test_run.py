@@ -9,9 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from shardwise.config.load import load_config
 from shardwise.verify.run import Verdict, Verifier, verify
-from shardwise.verify.run import _groups as groups
 from tests.cli.conftest import Command, shardwise  # noqa: F401  # a fixture
 from tests.stages.recipes import recipe
 
@@ -63,12 +61,3 @@ def test_the_exit_code_says_so(
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml", "result.json", "junit.xml"} | {
         "corpus"
     }
-
-
-def test_layouts_that_no_small_batch_suits_together_are_tried_apart(tmp_path: Path) -> None:
-    """7 and 11 data ranks have no common number of micro-batches up to 128, 2 and 7 have."""
-    run = load_config(recipe(tmp_path / "run", "pretrain")).config
-    refused: dict[tuple[str, str], str] = {}
-    found = groups(run, run.stages[0], ["dp7", "dp11.zero3", "dp2", "dp67"], refused)
-    assert found == [["dp7", "dp2"], ["dp11.zero3"]]
-    assert "no number of micro-batches" in refused["pretrain", "dp67"]

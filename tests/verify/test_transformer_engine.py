@@ -11,9 +11,8 @@ import torch.distributed as dist
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.transformer_engine import TransformerEngine
 from shardwise.verify import suite
-from shardwise.verify.replay import Replayed, replay
-from shardwise.verify.run import SINGLE, Verifier
-from shardwise.verify.trace import Trace
+from shardwise.verify.run import Verifier
+from shardwise.verify.walk import Task, Walked, walk
 from tests.contracts.signatures import versions
 from tests.contracts.transformer_engine import installed
 from tests.support.pool import RankPool
@@ -23,22 +22,22 @@ from tests.support.pool import RankPool
 FUSED = tuple(f".{name} " for name in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"))
 
 
-def replay_by_library(release: str, fused: bool, trace: Trace, layout: str, *rest: Any) -> Replayed:
-    """`replay`, by the library on several ranks, and emulated on one."""
-    place = parse_layout(layout, dist.get_world_size())
+def walk_by_library(release: str, fused: bool, task: Task) -> Walked:
+    """`walk`, by the library on several ranks, and emulated on one."""
+    place = parse_layout(task.layout, dist.get_world_size())
     if place.world == 1:
-        replayed = replay(trace, layout, *rest)
+        walked = walk(task)
     else:
         with installed(release, part=dist.get_rank() % place.tp) as state:
-            replayed = replay(trace, layout, *rest)
+            walked = walk(task)
         assert state.calls, "the library was not called"
     if fused:
-        scales = replayed.scales.items()
-        replayed.scales = {n: s for n, s in scales if not any(part in n for part in FUSED)}
-    return replayed
+        scales = walked.scales.items()
+        walked.scales = {n: s for n, s in scales if not any(part in n for part in FUSED)}
+    return walked
 
 
-def lose_the_amax_group(*args: Any) -> Replayed:
+def lose_the_amax_group(*args: Any) -> Walked:
     """The same, but that each rank keeps its amaxes to itself."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     build = TransformerEngine.__init__
@@ -48,7 +47,7 @@ def lose_the_amax_group(*args: Any) -> Replayed:
         self.amax_group = alone
 
     with mock.patch.object(TransformerEngine, "__init__", wrong):
-        return replay_by_library(*args)
+        return walk_by_library(*args)
 
 
 class Library(RankPool):
@@ -58,18 +57,18 @@ class Library(RankPool):
         self.pool, self.fused = pool, fused
 
     def run(self, fn: Any, *args: Any, **options: Any) -> list[Any]:
-        if fn is replay:
+        if fn is walk:
             release = versions("transformer_engine")[-1]
-            return self.pool.run(replay_by_library, release, self.fused, *args, **options)
+            return self.pool.run(walk_by_library, release, self.fused, *args, **options)
         return self.pool.run(fn, *args, **options)
 
 
-def verifier(ranks: RankPool, recipe: str, layouts: list[str]) -> Verifier:
+def verifier(ranks: RankPool, recipe: str) -> Verifier:
     run = suite.recipe("llama")
     run["engine"] |= {
         "fp8": {"recipe": recipe, "amax_history_len": 2, "first_layers": 0, "last_layers": 0}
     }
-    return Verifier(run, [*layouts, SINGLE], Library(ranks, fused=recipe == "mxfp8"))
+    return Verifier(run, Library(ranks, fused=recipe == "mxfp8"))
 
 
 @pytest.mark.parametrize(
@@ -83,16 +82,17 @@ def verifier(ranks: RankPool, recipe: str, layouts: list[str]) -> Verifier:
     ],
 )
 def test_verify(ranks: RankPool, recipe: str, layouts: list[str]) -> None:
-    mine = verifier(ranks, recipe, layouts)
+    mine = verifier(ranks, recipe)
     for layout in layouts:
         verdict = mine.check("pretrain", layout)
         assert verdict.passed, f"{layout}: {verdict.sentence()}"
 
 
 def test_an_amax_that_is_not_shared_is_caught(ranks: RankPool) -> None:
-    mine = verifier(ranks, "delayed", ["tp2.sp"])
-    release, trace = versions("transformer_engine")[-1], mine.trace("pretrain")
-    arguments = (release, False, trace, "tp2.sp", "fp64", False, None)
-    ranks_played = ranks.run(lose_the_amax_group, *arguments, world=2, timeout=180)
-    found = [d for d in mine.judge("pretrain", "tp2.sp", "fp64", ranks_played) if d.is_bug]
+    mine = verifier(ranks, "delayed")
+    small = mine.small("pretrain", "tp2.sp")
+    task = mine.task(small, "tp2.sp", "fp64")
+    release = versions("transformer_engine")[-1]
+    walked = ranks.run(lose_the_amax_group, release, False, task, world=2, timeout=180)
+    found = [d for d in mine.judge(small, "tp2.sp", "fp64", walked) if d.is_bug]
     assert found and found[0].kind == "history"

@@ -120,6 +120,11 @@ class Engine(Protocol):
         """Like `full`, but this rank's own parts (tensors or DTensors), without a collective."""
         ...
 
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by between `forward_backward` and `step` (fp16)."""
+        ...
+
     def optimizer_states(self) -> list[str]:
         """Kinds of tensors that the optimizer keeps a parameter: ``exp_avg``; no counters."""
         ...

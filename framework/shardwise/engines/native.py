@@ -320,6 +320,11 @@ class NativeEngine:
         assert self.optimizer is not None
         return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
 
+    @property
+    def loss_scale(self) -> float:
+        """See `engines.base.Engine`."""
+        return self.scale.value if self.scale else 1.0
+
     def optimizer_states(self) -> list[str]:
         """See `engines.base.Engine`."""
         states = [] if self.optimizer is None else list(self.optimizer.state.values())

@@ -91,6 +91,11 @@ class PlacedEngine:
         """Outside: nothing."""
         yield from () if self.inner is None else self.inner.held(kind)
 
+    @property
+    def loss_scale(self) -> float:
+        """Outside: there is none."""
+        return 1.0 if self.inner is None else self.inner.loss_scale
+
     def optimizer_states(self) -> list[str]:
         """The same on every rank of the world."""
         return list(self.broadcast([] if self.inner is None else self.inner.optimizer_states()))

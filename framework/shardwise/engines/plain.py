@@ -220,6 +220,11 @@ class PlainEngine:
 
     full = held
 
+    @property
+    def loss_scale(self) -> float:
+        """See `engines.base.Engine`."""
+        return self.scale
+
     def optimizer_states(self) -> list[str]:
         """See `engines.base.Engine`."""
         states = [] if self.optimizer is None else list(self.optimizer.state.values())

@@ -15,6 +15,20 @@ import torch
 GB = 1e9
 
 
+# Metrics of the machine, which two runs of one computation need not share.
+MACHINE = frozenset(
+    (
+        "tokens_per_second",
+        "model_tflops",
+        "fraction_of_gemm",
+        "memory_gb",
+        "rss_gb",
+        "cuda_reserved_gb",
+        "step_seconds",
+    )
+)
+
+
 class Throughput:
     """Tokens per second over the last ``window`` steps, and what it means in FLOPs.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,22 @@ class StageContext:
             key = f"the start of stages.{self.stage.name}, {role}"
             check_trained(source, self.stage.max_skipped, key)
         load_initial_weights(engine, self.model_of(role), source, new_head=role != "reward")
+
+    def external(
+        self, name: str, keys: Sequence[str], compute: Callable[[], Sequence[Any]]
+    ) -> Sequence[Any]:
+        """What comes from outside of the engines (completions, scores), an answer a key.
+
+        A stage asks for it here, so that whoever verifies a layout can give it what one process
+        was given. A key says what is asked for, whatever rank asks, and in whatever company.
+        """
+        return compute()
+
+    def watch(self, name: str, where: str, value: Any) -> None:
+        """What a stage computes between its engines' calls and all ranks know, told to a verifier.
+
+        ``value``: numbers of any shape. In a run nobody listens.
+        """
 
     @property
     def wide(self) -> type[np.floating[Any]]:

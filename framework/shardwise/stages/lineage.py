@@ -47,7 +47,7 @@ def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[An
     for part in (body, *filter(None, body.get("roles", {}).values())):
         part.pop("ranks", None)
         for key in FREE_ENGINE_KEYS:
-            part["engine"].pop(key, None)  # not every kind of engine has all of them
+            part["engine"].pop(key)
     return [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from shardwise.data.sampler import Sampler
@@ -21,6 +22,8 @@ from shardwise.stages.unscored import Unscored
 from shardwise.storage.durable import StorageError
 
 log = logging.getLogger(__name__)
+
+UNSCORED = -1e6  # what a verifier is told of a completion without a score: equal to itself
 
 
 class PolicyStage(Stage):
@@ -73,6 +76,8 @@ class PolicyStage(Stage):
             key=rng.key(self.ctx.run.seed, "rollout", config.name, step),
             prompt_ids=ids,
         )
+        for group in groups:
+            self.ctx.watch("rollout", f"step {step + 1} prompt {group.prompt_id}", group.numbers())
         return groups, ids
 
     def mini_batches(self, groups: Sequence[Group]) -> list[slice]:
@@ -99,7 +104,7 @@ class PolicyStage(Stage):
         Whether there is anything to learn from; raises UnscorableError when there was nothing
         for too long.
         """
-        self.observe(list(groups))
+        self._watch(step, groups)
         every = self.config.keep_rollouts_every
         if every and step % every == 0 and self.ctx.is_main:
             try:
@@ -110,5 +115,10 @@ class PolicyStage(Stage):
         reasons = [reason for group in groups for reason in group.unscored()]
         return self.unscored.step(reasons, step == self.config.steps - 1)
 
-    def observe(self, groups: list[Group]) -> None:
-        """Called when a rollout is complete, before the first update; for whoever watches."""
+    def _watch(self, step: int, groups: Sequence[Group]) -> None:
+        """Tell a verifier what is learnt from, completion by completion, in order."""
+        for name in groups[0].per_token:
+            found = [v for group in groups for v in group.per_token[name]]
+            numbers = [np.full(1, np.nan) if v is None else np.atleast_1d(v) for v in found]
+            flat = np.nan_to_num(np.concatenate(numbers).astype(float), nan=UNSCORED)
+            self.ctx.watch(name.removesuffix("_BT"), f"step {step + 1}", flat)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
@@ -42,6 +45,14 @@ class Group:
     def num_row_tokens(self) -> int:
         """Tokens in its training row."""
         return len(self.prompt) - 1 + sum(map(len, self.tokens))
+
+    def numbers(self) -> list[float]:
+        """All that was written and paid, as numbers: equal for equal groups alone."""
+        text = xxhash.xxh32_intdigest(repr([self.problem.id, self.texts, self.reasons]).encode())
+        rewards = [math.nan if r is None else r for r in self.rewards]
+        flat = [self.prompt_id, text, *self.prompt, *itertools.chain(*self.tokens), *self.stopped]
+        flat += np.nan_to_num(np.asarray(rewards, dtype=float), nan=-1e6).tolist()
+        return [float(v) for v in flat]
 
     def unscored(self) -> list[str]:
         """Why completions have no reward; "" for those that have one."""
@@ -147,12 +158,17 @@ class RolloutWorker:
         ids = [int(prompt_ids[i]) for i in mine]
         prompts = [self.prompt_of(problems[i]) for i in mine]
         requests = [Request(i, p, num_samples) for i, p in zip(ids, prompts, strict=True)]
-        found: dict[int, list[Completion]] = {}
-        for completion in self.generator.generate(requests, sampling, key):
-            found.setdefault(completion.prompt_id, []).append(completion)
+
+        def written() -> list[list[Completion]]:
+            found: dict[int, list[Completion]] = {i: [] for i in ids}
+            for completion in self.generator.generate(requests, sampling, key):
+                found[completion.prompt_id].append(completion)
+            return [found[i] for i in ids]
+
+        completions = self.ctx.external("completions", [f"prompt {i}" for i in ids], written)
         groups = [
-            self._group(problems[i], id_, prompt, found[id_])
-            for i, id_, prompt in zip(mine, ids, prompts, strict=True)
+            self._group(problems[i], id_, prompt, found)
+            for i, id_, prompt, found in zip(mine, ids, prompts, completions, strict=True)
         ]
         self._score(groups)
         if world == 1:
@@ -186,7 +202,8 @@ class RolloutWorker:
             for g in groups
             for text, tokens in zip(g.texts, g.tokens, strict=True)
         ]
-        results = iter(self.scorer.score(items))
+        keys = [f"prompt {g.prompt_id} sample {i}" for g in groups for i in range(len(g.texts))]
+        results = iter(self.ctx.external("scores", keys, lambda: self.scorer.score(items)))
         for group in groups:
             found = [next(results) for _ in group.texts]
             group.rewards = [r.value for r in found]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from shardwise.checkpoint.regions import Region, contains
-from shardwise.verify.replay import Parts, Replayed
+from shardwise.checkpoint.regions import Region
+from shardwise.config.schema import OptimizerConfig
+from shardwise.verify.notes import Noted, Reference
+from shardwise.verify.walk import Walked
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
 ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
@@ -27,6 +29,11 @@ EPSILON = {
     "bf16": 2.0**-7,
     "fp16": 2.0**-10,
 }
+# Equal to the last bit in every precision: nothing is computed on the way.
+EXACT = frozenset(("rollout", "sample", "learning rate", "skipped", "event"))
+# Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
+# less that underflows, and another of two equally likely tokens: those are for fp64 to compare.
+ROUNDED_AWAY = frozenset(("sentinel", "event", "generated tokens", "generated logprobs"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Difference:
     error: float
     bound: float
     worst: tuple[int, ...] = ()  # index of the element that is furthest off
+    ranks: tuple[int, ...] = ()  # who holds that element
+    why: str = ""  # where it is no matter of numbers
 
     @property
     def is_bug(self) -> bool:
@@ -47,7 +56,7 @@ class Difference:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a recorded value: what stands before the first slash."""
+    """The kind of a noted value: what stands before the first slash."""
     return name.partition("/")[0]
 
 
@@ -56,99 +65,195 @@ def like(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def bounds(
-    exact: Mapping[str, Tensor], single: Mapping[str, Tensor] | None, precision: str
-) -> dict[str, float]:
-    """For every value, how far (2-norm) a layout in ``precision`` may be from ``exact`` (fp64).
+def losses(found: Mapping[str, Sequence[Noted]]) -> dict[str, float]:
+    """How far one process in a working precision is from fp64: the largest gap among like values.
 
-    ``single`` is what one process computes in that precision; None for fp64. How much it loses of a
-    value is one draw, by luck nothing at all: the largest loss among its like is taken, values
-    whose names differ in numbers alone (of updates, of layers).
+    How much it loses of a value is one draw, by luck nothing at all; alike are values whose names
+    differ in numbers alone (of updates, of layers).
     """
-    scale: dict[str, float] = {}
-    for name, value in exact.items():
-        kind = kind_of(name)
-        scale[kind] = float((scale.get(kind, 0.0) ** 2 + value.norm() ** 2) ** 0.5)
     lost: dict[str, float] = {}
-    if single is not None:
-        for name, value in exact.items():
-            gap = float((single[name] - value).norm())
-            lost[like(name)] = max(gap, lost.get(like(name), 0.0))
+    for name, parts in found.items():
+        gap = math.sqrt(sum(p.square for p in parts))
+        lost[like(name)] = max(gap, lost.get(like(name), 0.0))
+    return lost
+
+
+def bounds(
+    reference: Reference,
+    lost: Mapping[str, float] | None,
+    precision: str,
+    optimizers: Mapping[str, OptimizerConfig] | None = None,
+) -> dict[str, float]:
+    """For every value, how far (2-norm) a layout in ``precision`` may be from the reference (fp64).
+
+    ``lost`` (`losses`) is what one process loses in that precision; None for fp64.
+    ``optimizers``: by role ("" where there is one model).
+    """
+    exact = reference.values
+    norms = {name: float(value.norm()) for name, value in exact.items()}
+    scale: dict[str, float] = {}
+    for name, norm in norms.items():
+        scale[kind_of(name)] = math.hypot(scale.get(kind_of(name), 0.0), norm)
     found = {}
-    for name, value in exact.items():
-        norm, floor = float(value.norm()), NOISE * scale[kind_of(name)]
-        if kind_of(name) in ("initial", "generated tokens"):
+    for name, norm in norms.items():
+        kind, floor = kind_of(name), NOISE * scale[kind_of(name)]
+        if kind in EXACT:
+            found[name] = 0.0
+        elif kind in ("initial", "generated tokens"):
             # Rounded from the same numbers by every layout alike.
-            found[name] = 0.0 if single is None else float((single[name] - value).norm())
-        elif single is None:
-            served = kind_of(name) == "generated logprobs"
+            found[name] = 0.0 if lost is None else lost[like(name)] * (1 + EXACT_BOUND)
+        elif lost is None:
+            served = kind == "generated logprobs"
             found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
         else:
-            rounding = ROUNDING_FACTOR * lost[like(name)]
+            rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
             found[name] = max(rounding, EPSILON[precision] * norm) + floor
-    if single is not None:
-        for name in exact:
-            if kind_of(name) == "weight":
-                found[name] += undecided(name.partition("/")[2], exact, found)
+    for name in exact:
+        if kind_of(name) == "weight" and optimizers:
+            found[name] += undecided(name.partition("/")[2], exact, found, optimizers)
     return found
 
 
-def undecided(name: str, exact: Mapping[str, Tensor], limits: Mapping[str, float]) -> float:
+_UPDATE = re.compile(r"(?:(\w+) )?update (\d+) (.*)")
+
+
+def undecided(
+    what: str,
+    exact: Mapping[str, Tensor],
+    limits: Mapping[str, float],
+    optimizers: Mapping[str, OptimizerConfig],
+) -> float:
     """How far a weight may be apart because Adam divides by the size of its gradient.
 
-    An element moves by about the learning rate however small its gradient is. Where the first
-    moment is within its own bound of zero, rounding decides which way: twice the furthest move.
+    An element moves by about the learning rate however small its gradient is. So an error d of
+    the first moment moves it by lr * d / sqrt(v), and where d is as large as the moment itself,
+    rounding decides which way it goes: at most twice the furthest move. Summed over the updates.
     """
-    key = f"moment/{name} exp_avg"
-    if key not in exact or f"initial/{name}" not in exact:
-        return 0.0
-    moment, move = exact[key], exact[f"weight/{name}"] - exact[f"initial/{name}"]
-    either = moment.abs() <= limits[key] / math.sqrt(max(1, moment.numel()))
-    return 2.0 * float(move.abs().max()) * math.sqrt(int(either.sum()))
-
-
-def full_values(ranks: Sequence[Replayed]) -> dict[str, Tensor]:
-    """All values of a layout, each put together from the ranks' parts; NaN where nobody has one."""
-    parts: dict[str, Parts] = {}
-    found: dict[str, Tensor] = {}
-    for replayed in ranks:
-        for name, value in replayed.values.items():
-            if isinstance(value, Tensor):
-                found[name] = value
-            else:
-                parts.setdefault(name, []).extend(value)
-                found.setdefault(name, torch.empty(0))  # in its place
-    for name, regions in parts.items():
-        ends = [[o + n for o, n in zip(*region)] for region, _ in regions]
-        shape = tuple(map(max, zip(*ends))) if ends else (0,)
-        found[name] = torch.full(shape, torch.nan, dtype=torch.float64)
-        for region, part in regions:
-            found[name][region.relative_to((0,) * len(shape))] = part
-    return found
+    match = _UPDATE.fullmatch(what)
+    assert match is not None
+    role, last, name = match.group(1) or "", int(match.group(2)), match.group(3)
+    total: Tensor | None = None
+    label = f"{role} " if role else ""
+    for update in range(1, last + 1):
+        where = f"{label}update {update}"
+        first, second = (f"moment/{where} {name} {s}" for s in ("exp_avg", "exp_avg_sq"))
+        if first not in exact or second not in exact:
+            return 0.0
+        config, lr = optimizers[role], float(exact[f"learning rate/{where}"])
+        steps = update - sum(
+            float(exact[f"skipped/{label}update {u}"]) for u in range(1, update + 1)
+        )
+        if steps < 1 or float(exact[f"skipped/{where}"]):
+            continue
+        m, v = exact[first], exact[second]
+        error = limits[first] / math.sqrt(max(1, m.numel()))
+        root = (v / (1 - config.beta2**steps)).sqrt() + config.eps
+        moved = (error / (1 - config.beta1**steps)) / root
+        move = lr * moved.clamp(max=2.0)
+        total = move if total is None else total + move
+    return 0.0 if total is None else float(total.norm())
 
 
 def compare(
-    exact: Mapping[str, Tensor], limits: Mapping[str, float], values: Mapping[str, Tensor]
+    reference: Reference,
+    limits: Mapping[str, float],
+    ranks: Sequence[Mapping[str, Sequence[Noted]]],
+    names: Iterable[str],
 ) -> list[Difference]:
-    """Every value of a layout against the reference, in the order in which they came about."""
+    """The named values of a layout against the reference, in the order in which they came about."""
     found = []
-    for name in exact:
-        kind, rest = kind_of(name), name.partition("/")[2]
-        if name not in values or values[name].shape != exact[name].shape:
-            found.append(Difference(kind, rest, float("inf"), float("inf"), limits[name]))
+    for name in names:
+        kind, _, what = name.partition("/")
+        exact = reference.values[name]
+        regions: dict[Region, tuple[float, tuple[int, ...]]] = {}
+        held: dict[Region, list[int]] = {}
+        for rank, values in enumerate(ranks):
+            for part in values.get(name, ()):
+                held.setdefault(part.region, []).append(rank)
+                square, worst = regions.get(part.region, (0.0, ()))
+                if part.region not in regions or not part.square <= square:
+                    regions[part.region] = (part.square, part.worst)
+        if sum(region.volume for region in regions) < exact.numel() or (
+            not regions and exact.numel() == 0
+        ):
+            why = "no rank has it" if not regions else "some of it is on no rank"
+            found.append(Difference(kind, what, math.inf, math.inf, limits[name], why=why))
             continue
-        gap = values[name] - exact[name]
-        error = float(gap.norm())
-        ratio = 0.0 if error == 0.0 else error / limits[name] if limits[name] else float("inf")
-        worst: tuple[int, ...] = ()
-        if not ratio <= 1.0 and gap.dim():
-            flat = int(gap.abs().nan_to_num(torch.inf).argmax())
-            worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
-        found.append(Difference(kind, rest, ratio, error, limits[name], worst))
+        error = math.sqrt(sum(square for square, _ in regions.values()))
+        limit = limits[name]
+        ratio = 0.0 if error == 0.0 else error / limit if limit else math.inf
+        worst, who = (), tuple[int, ...]()
+        if not ratio <= 1.0:
+            region = max(regions, key=lambda r: _sortable(regions[r][0]))
+            worst = regions[region][1]
+            who = tuple(held[region])
+        found.append(Difference(kind, what, ratio, error, limit, worst, who))
     return found
 
 
-def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Replayed]) -> list[Difference]:
+def _sortable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def unknown(reference: Reference, ranks: Sequence[Walked]) -> list[Difference]:
+    """What a layout came to that one process never does."""
+    names = dict.fromkeys(n for r in ranks for n in r.found if n not in reference.values)
+    why = "one process never came to it"
+    parts = (name.partition("/") for name in names)
+    return [Difference(kind, what, math.inf, math.inf, 0.0, why=why) for kind, _, what in parts]
+
+
+def misdealt(reference: Walked, ranks: Sequence[Walked]) -> list[Difference]:
+    """Updates whose samples, over all data ranks, are not those of one process, each once."""
+    found = []
+    for where, (_, wanted) in reference.dealt.items():
+        by_data_rank = {r.dealt[where][0]: r.dealt[where][1] for r in ranks if where in r.dealt}
+        dealt = sorted(i for ids in by_data_rank.values() for i in ids)
+        if dealt == sorted(wanted):
+            continue
+        left, twice = set(wanted) - set(dealt), {i for i in dealt if dealt.count(i) > 1}
+        strange = set(dealt) - set(wanted)
+        words = [
+            f"{what} {', '.join(map(str, sorted(ids)))}"
+            for what, ids in (
+                ("nobody learns from", left),
+                ("learnt from twice:", twice),
+                ("not of this update:", strange),
+            )
+            if ids
+        ]
+        found.append(
+            Difference("dealing", where, math.inf, math.inf, 0.0, why="; ".join(words) or "order")
+        )
+    return found
+
+
+def coarse(
+    reference: Reference, grids: Mapping[str, str], ranks: Sequence[Walked]
+) -> list[Difference]:
+    """Values that hold fewer digits than their dtype: rounded on the way, below any tolerance.
+
+    ``grids``: of one process in the same precision. A gradient of several micro-batches is a sum,
+    which one process, with its whole batch, may not need.
+    """
+    found = []
+    for name in reference.order:
+        kind, _, what = name.partition("/")
+        if kind not in ("gradient", "weight", "moment"):
+            continue
+        held = [p.grid for r in ranks for p in r.found.get(name, ()) if p.region.volume]
+        if not held or not all(held):
+            continue
+        update = re.sub(r"(update \d+) .*", r"\1", what)
+        summed = max((r.micro_batches.get(update, 0) for r in ranks), default=0) > 1
+        if grids.get(name) and not (kind == "gradient" and summed):
+            continue
+        why = f"its numbers have no more digits than {held[0]}"
+        found.append(Difference(kind, what, math.inf, math.inf, 0.0, why=why))
+    return found
+
+
+def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Walked]) -> list[Difference]:
     """Amaxes, scales and histories of FP8, each bitwise equal to one process's.
 
     Every rank tells of its own parts; who holds the same part must hold the same numbers, and
@@ -156,7 +261,7 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Replayed]) -> l
     ring merges what its ranks found.
     """
     found = []
-    for name in dict.fromkeys([*single, *(n for replayed in ranks for n in replayed.scales)]):
+    for name in dict.fromkeys([*single, *(n for walked in ranks for n in walked.scales)]):
         held = [p.scales[name] for p in ranks if name in p.scales]
         kind, rest = kind_of(name), name.partition("/")[2]
         if name not in single or not held or any(h.shape != single[name].shape for h in held):
@@ -183,22 +288,24 @@ def _without_noise(value: Tensor, single: Tensor) -> Tensor:
     return value.nan_to_num(-1.0).masked_fill(nothing, 0)
 
 
-def disagreements(ranks: list[Replayed]) -> list[tuple[int, str]]:
-    """(rank, value) wherever a rank holds something else than an earlier rank that holds it too."""
-    found, first = [], dict[str, str]()
-    for rank, replayed in enumerate(ranks):
-        for name, its in replayed.digests.items():
-            if first.setdefault(name, its) != its:
-                found.append((rank, name))
-    return found
-
-
-def holders(kind: str, name: str, worst: tuple[int, ...], ranks: list[Replayed]) -> list[int]:
-    """The ranks that hold the element ``worst`` of a value."""
-    parts = [(r, replayed.values.get(f"{kind}/{name}")) for r, replayed in enumerate(ranks)]
-    inside = Region(worst, (1,) * len(worst))
+def problems(ranks: Sequence[Walked]) -> list[Difference]:
+    """What is wrong on a rank whatever the numbers are."""
     return [
-        rank
-        for rank, value in parts
-        if isinstance(value, list) and any(contains(region, inside) for region, _ in value)
+        Difference("run", "", math.inf, math.inf, 0.0, ranks=(rank,), why=problem)
+        for rank, walked in enumerate(ranks)
+        for problem in walked.problems
     ]
+
+
+def disagreements(ranks: Sequence[Walked]) -> list[Difference]:
+    """Wherever a rank holds something else than an earlier rank that holds it too."""
+    found, first = [], dict[tuple[str, Region], tuple[int, str]]()
+    for rank, walked in enumerate(ranks):
+        for name, parts in walked.found.items():
+            for part in parts:
+                other, digest = first.setdefault((name, part.region), (rank, part.digest))
+                if digest != part.digest:
+                    kind, _, what = name.partition("/")
+                    why = f"not bitwise what rank {other} holds"
+                    found.append(Difference(kind, what, math.inf, 0.0, 0.0, ranks=(rank,), why=why))
+    return found

@@ -87,8 +87,9 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
         for role in known:
             said, placing = getattr(roles, role), by_role.get(role)
             if said is not None or placing is not None:
+                own = base if said is None else said.engine.model_copy(update=engine)
                 found[role] = RoleConfig(
-                    engine=base.model_copy(update={"layout": placing.layout if placing else whole}),
+                    engine=own.model_copy(update={"layout": placing.layout if placing else whole}),
                     ranks=list(placing.ranks) if placing and placing.ranks else None,
                     optimizer=None if said is None else said.optimizer,
                 )

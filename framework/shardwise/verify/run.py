@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isnan
@@ -11,34 +14,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import OptimizerConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.policy import resolve
-from shardwise.stages.run import check_stage
+from shardwise.stages.base import role_of, roles_of
+from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
 from shardwise.verify import suite
 from shardwise.verify.compare import (
+    ROUNDED_AWAY,
     Difference,
     bounds,
+    coarse,
     compare,
     compare_scales,
     disagreements,
-    full_values,
-    holders,
     kind_of,
+    losses,
+    misdealt,
+    problems,
+    unknown,
 )
+from shardwise.verify.notes import Reference
 from shardwise.verify.pool import RankError, RankPool
-from shardwise.verify.replay import Replayed, replay
 from shardwise.verify.roles import layouts_of, own_layouts, parts_of, with_layouts, world_of
-from shardwise.verify.shrink import sizes
-from shardwise.verify.trace import Trace, record
+from shardwise.verify.shrink import shrink
+from shardwise.verify.walk import RESUMED, Task, Walked, walk
+from shardwise.verify.watch import External
 
 SINGLE = "dp1.zero0"
 TIMEOUT_S = 180.0
-ROUNDED_AWAY = ("sentinel", "generated tokens", "generated logprobs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Verdict:
     """One layout of one stage in one precision.
 
     ``worst``: for each kind of value, the largest error over its bound. ``first``: the first value
-    of a training step that rounding does not explain; ``ranks`` hold its worst element, and
-    ``suspect`` is the smallest part of the layout that fails too.
+    of a training step that rounding does not explain; ``suspect`` is the smallest part of the
+    layout that fails too.
     """
 
     stage: str
@@ -56,7 +65,6 @@ class Verdict:
     worst: dict[str, float]
     seconds: float
     first: Difference | None = None
-    ranks: tuple[int, ...] = ()
     suspect: str = ""
     problem: str = ""  # why there is nothing to compare
     volumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -73,141 +81,205 @@ class Verdict:
         if self.first is None:
             return ""
         d = self.first
-        text = f"first to differ: {d.kind} {d.name}, error {d.error:.2e} against {d.bound:.2e}"
+        error = d.why or f"error {d.error:.2e} against {d.bound:.2e}"
+        text = f"first to differ: {d.kind} {d.name}, {error}"
         if d.worst:
             text += f", worst at {list(d.worst)}"
-        if self.ranks:
-            text += f" held by rank {', '.join(map(str, self.ranks))}"
+        if d.ranks:
+            text += f" held by rank {', '.join(map(str, d.ranks))}"
         return text + (f"; suspect: {self.suspect}" if self.suspect else "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
-    """What one process computes; in FP8, with what it scaled by."""
+class Small:
+    """One stage of a recipe made small for a layout; ``key`` tells two of them apart."""
 
-    values: dict[str, torch.Tensor]
-    scales: dict[str, torch.Tensor]
+    key: str
+    run: RunConfig
+    stage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """What one process computes, in fp64 and in the precision that is asked for."""
+
+    exact: Reference
+    limits: dict[str, float]
+    single: Walked
+    given: External
+    saved: Path  # what it saved midway, if it did
 
 
 class Verifier:
-    """Traces and references of one recipe, and the ranks that replay them."""
+    """Oracles of one recipe, and the ranks that are compared with them.
 
-    def __init__(self, recipe: Mapping[str, Any], layouts: Sequence[str], pool: RankPool) -> None:
-        self.recipe, self.pool = dict(recipe), pool
-        self.layouts = [layout for text in layouts for layout in layouts_of(text)]
-        self.traces: dict[str, Trace] = {}
-        self.references: dict[tuple[str, str, str | None], Reference] = {}
+    ``whole``: saves, resumes and serves, besides the updates. Close it: it keeps files.
+    """
 
-    def trace(self, stage: str) -> Trace:
-        """The stage's calls, recorded once."""
-        if stage not in self.traces:
-            [self.traces[stage]] = self.pool.run(
-                record, self.recipe, stage, self.layouts, world=1, timeout=TIMEOUT_S
-            )
-        return self.traces[stage]
+    def __init__(self, recipe: Mapping[str, Any], pool: RankPool, whole: bool = False) -> None:
+        self.run, self.pool, self.whole = load_config(recipe).config, pool, whole
+        self._folder = tempfile.TemporaryDirectory(prefix="shardwise-verify-")
+        self.folder = Path(self._folder.name)
+        self._numbers = itertools.count()
+        self._small: dict[str, Small] = {}
+        self._oracles: dict[tuple[str, str, str | None], Oracle] = {}
 
-    def reference(self, stage: str, precision: str, layout: str = SINGLE) -> Reference:
+    def close(self) -> None:
+        """Remove what oracles and layouts wrote."""
+        self._folder.cleanup()
+
+    def small(self, stage: str, layout: str) -> Small:
+        """The recipe that a layout is tried on: a function of both, and of nothing else."""
+        folder = self.folder / stage
+        folder.mkdir(exist_ok=True)
+        recipe = shrink(self.run, stage, layouts_of(layout), folder)
+        key = xxhash.xxh3_64_hexdigest(json.dumps(recipe, sort_keys=True).encode())
+        if key not in self._small:
+            [run] = self.pool.run(prepare, recipe, folder, world=1, timeout=TIMEOUT_S)
+            self._small[key] = Small(key, run, stage)
+        return self._small[key]
+
+    def oracle(self, small: Small, precision: str, layout: str = SINGLE) -> Oracle:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
-        [config] = [s.engine for s in self.trace(stage).run.stages if s.name == stage]
-        key = (stage, precision, None if config.fp8 is None else domains_of(layout))
-        if key not in self.references:
-            single = self._replay(stage, SINGLE, precision, False, key[2], plain=True)
-            self.references[key] = Reference(full_values(single), single[0].scales)
-        return self.references[key]
+        [stage] = [s for s in small.run.stages if s.name == small.stage]
+        domains = None if stage.engine.fp8 is None else domains_of(layout)
+        key = (small.key, precision, domains)
+        if key not in self._oracles:
+            self._oracles[key] = self._ask(small, stage, precision, domains, {})
+        return self._oracles[key]
+
+    def _ask(
+        self,
+        small: Small,
+        stage: StageConfig,
+        precision: str,
+        domains: str | None,
+        skip: dict[str, list[int]],
+    ) -> Oracle:
+        optimizers = optimizers_of(stage)
+        exact = self._oracles.get((small.key, "fp64", domains))
+        if exact is None or skip:
+            record = self.folder / f"exact-{next(self._numbers)}.safetensors"
+            saved = record.with_suffix(".saved")
+            task = self._task(small, SINGLE, "fp64", domains=domains, oracle=True)
+            task = dataclasses.replace(task, record=record, saved=saved, skip=skip)
+            [walked] = self._walk(task)
+            reference = Reference(record)
+            limits = bounds(reference, None, "fp64", optimizers)
+            exact = Oracle(reference, limits, walked, walked.asked, saved)
+        if precision == "fp64":
+            return exact
+        saved = self.folder / f"single-{next(self._numbers)}.saved"
+        task = self._task(small, SINGLE, precision, domains=domains, oracle=True)
+        task = dataclasses.replace(
+            task, reference=exact.exact.path, given=exact.given, saved=saved, skip=skip
+        )
+        [single] = self._walk(task)
+        if single.skipped != skip:  # fp16 overflows before its loss scale has settled
+            return self._ask(small, stage, precision, domains, single.skipped)
+        rounded = "bf16" if stage.engine.fp8 is not None else precision
+        limits = bounds(exact.exact, losses(single.found), rounded, optimizers)
+        return Oracle(exact.exact, limits, single, exact.given, saved)
 
     def check(
-        self, stage: str, layout: str, precision: str = "fp64", compiled: bool = False
-    ) -> Verdict:
-        """Compare one layout; on failure, find the part of it to suspect."""
-        began = time.perf_counter()
-        try:
-            found, ranks = self._compare(stage, layout, precision, compiled)
-        except (RankError, TimeoutError) as error:
-            problem = str(error).splitlines()[0]
-            return Verdict(
-                stage, layout, precision, {}, time.perf_counter() - began, problem=problem
-            )
-        worst: dict[str, float] = {}
-        for d in found:
-            ratio = inf if isnan(d.ratio) else d.ratio
-            worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
-        first = next((d for d in found if d.is_bug), None)
-        problem = ""
-        if first is None and (apart := disagreements(ranks)):
-            rank, name = apart[0]
-            what = name.replace("/", " ", 1)
-            problem = f"rank {rank} holds another value of {what} than an earlier rank"
-        suspect = self._suspect(stage, layout, precision, compiled) if first or problem else ""
-        return Verdict(
-            stage,
-            layout,
-            precision,
-            worst,
-            time.perf_counter() - began,
-            first,
-            tuple(holders(first.kind, first.name, first.worst, ranks)) if first else (),
-            suspect,
-            problem,
-            ranks[0].volumes,
-        )
-
-    def judge(
-        self, stage: str, layout: str, precision: str, ranks: list[Replayed]
-    ) -> list[Difference]:
-        """Every value that the ranks of a layout computed, against one process."""
-        reference = self.reference(stage, "fp64", layout)
-        exact, single = reference.values, None
-        scales: list[Difference] = []
-        if precision == "fp64":
-            scales = compare_scales(reference.scales, ranks)
-        else:
-            # Rounding differently, two layouts may see amaxes that differ by a rounding, one
-            # element more or less that underflows, and another of two equally likely tokens:
-            # those are for fp64 to compare.
-            exact = {n: v for n, v in exact.items() if kind_of(n) not in ROUNDED_AWAY}
-            single = self.reference(stage, precision, layout).values
-            # So may single elements of an operand round to the other neighbour.
-            precision = "bf16" if reference.scales else precision
-        return scales + compare(exact, bounds(exact, single, precision), full_values(ranks))
-
-    def _compare(
-        self, stage: str, layout: str, precision: str, compiled: bool
-    ) -> tuple[list[Difference], list[Replayed]]:
-        self.reference(stage, precision, layout)  # whose errors are not the layout's
-        ranks = self._replay(stage, layout, precision, compiled)
-        return self.judge(stage, layout, precision, ranks), ranks
-
-    def _replay(
         self,
         stage: str,
         layout: str,
-        precision: str,
-        compiled: bool,
-        domains: str | None = None,
-        plain: bool = False,
-    ) -> list[Replayed]:
-        return self.pool.run(
-            replay,
-            self.trace(stage),
-            layout,
-            precision,
-            compiled,
-            domains,
-            plain,
-            world=world_of(layout),
-            timeout=TIMEOUT_S,
+        precision: str = "fp64",
+        compiled: bool = False,
+    ) -> Verdict:
+        """Compare one layout; on failure, find the part of it to suspect."""
+        began = time.perf_counter()
+        small = self.small(stage, layout)
+        worst: dict[str, float] = {}
+        first, problem, volumes = None, "", []
+        try:
+            task = self.task(small, layout, precision, compiled)
+            ranks = self._walk(task)
+            found = self.judge(small, layout, precision, ranks)
+            for d in found:
+                ratio = inf if isnan(d.ratio) else d.ratio
+                worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
+            first, volumes = next((d for d in found if d.is_bug), None), ranks[0].volumes
+        except (RankError, TimeoutError) as error:
+            problem = str(error).splitlines()[0]
+        suspect = self._suspect(small, layout, precision, compiled) if first else ""
+        seconds = time.perf_counter() - began
+        return Verdict(stage, layout, precision, worst, seconds, first, suspect, problem, volumes)
+
+    def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
+        """What the ranks of a layout are asked to run, and to compare with."""
+        oracle = self.oracle(small, precision, layout)
+        return dataclasses.replace(
+            self._task(small, layout, precision, compiled=compiled),
+            reference=oracle.exact.path,
+            given=oracle.given,
+            other=oracle.saved if self.whole else None,
         )
 
-    def _suspect(self, stage: str, layout: str, precision: str, compiled: bool) -> str:
+    def judge(
+        self, small: Small, layout: str, precision: str, ranks: list[Walked]
+    ) -> list[Difference]:
+        """What the ranks of a layout found, as differences, what is nearest to a cause first."""
+        oracle = self.oracle(small, precision, layout)
+        exact, single = oracle.exact, oracle.single
+        names = exact.order
+        if precision != "fp64":
+            names = [n for n in names if kind_of(n) not in ROUNDED_AWAY]
+        found = [*misdealt(single, ranks), *problems(ranks)]
+        if precision == "fp64":
+            found += compare_scales(single.scales, ranks)
+        found += compare(exact, oracle.limits, [r.found for r in ranks], names)
+        found += unknown(exact, ranks)
+        grids = {n: parts[0].grid for n, parts in single.found.items() if parts and parts[0].grid}
+        found += coarse(exact, grids, ranks)
+        if ranks[0].resumed is not None:
+            after = set(exact.order[exact.marked["values"] :])
+            later = [n for n in names if n in after and not kind_of(n).startswith("generated")]
+            again = [r.resumed or {} for r in ranks]
+            found += [
+                dataclasses.replace(d, name=f"{d.name}, {RESUMED}")
+                for d in compare(exact, oracle.limits, again, later)
+            ]
+        return found + disagreements(ranks)
+
+    def _task(self, small: Small, layout: str, precision: str, **options: Any) -> Task:
+        folder = self.folder / small.stage
+        directory = self.folder / f"run-{next(self._numbers)}"
+        run, stage = small.run, small.stage
+        return Task(run, stage, layout, precision, folder, directory, whole=self.whole, **options)
+
+    def _walk(self, task: Task) -> list[Walked]:
+        try:
+            return self.pool.run(walk, task, world=world_of(task.layout), timeout=TIMEOUT_S)
+        finally:
+            for folder in self.folder.glob(f"{task.directory.name}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _suspect(self, small: Small, layout: str, precision: str, compiled: bool) -> str:
         """The smallest sub-layout that fails too; the layout itself if none does."""
         for part in sub_layouts(layout):
             try:
-                found, ranks = self._compare(stage, part, precision, compiled)
+                ranks = self._walk(self.task(small, part, precision, compiled))
             except (RankError, TimeoutError):
                 return part
-            if any(d.is_bug for d in found) or disagreements(ranks):
+            if any(d.is_bug for d in self.judge(small, part, precision, ranks)):
                 return part
         return layout
+
+
+def prepare(recipe: dict[str, Any], folder: Path) -> RunConfig:
+    """A small recipe, its tokenizer made and its vocabulary filled in; in a rank alone."""
+    run = load_config(recipe | {"run_dir": str(folder)}).config
+    return with_vocabulary(run, prepare_tokenizer(run, folder, 0))
+
+
+def optimizers_of(stage: StageConfig) -> dict[str, OptimizerConfig]:
+    """By role, "" where there is one model."""
+    roles = roles_of(stage)
+    if len(roles) == 1:
+        return {"": stage.optimizer}
+    return {role: role_of(stage, role).optimizer or stage.optimizer for role in roles}
 
 
 def domains_of(layout: str) -> str | None:
@@ -274,6 +346,7 @@ def verify(
     stage: str | None = None,
     overrides: Sequence[str] = (),
     compiled: bool = False,
+    whole: bool = True,
     tell: Callable[[Verdict], None] | None = None,
     pool: RankPool | None = None,
 ) -> VerifyReport:
@@ -293,18 +366,25 @@ def verify(
     mine = pool or RankPool()
     refused: dict[tuple[str, str], str] = {}
     verdicts: list[Verdict] = []
+    verifier = Verifier(recipe, mine, whole)
     try:
         for one in chosen:
             own = resolve(one.engine.precision, torch.device("cpu"))
-            for together in _groups(run, one, _layouts(run, one, layouts, refused, mine), refused):
-                verifier = Verifier(recipe, [*together, SINGLE], mine)
-                mine.prepare(1, *map(world_of, together))
-                for layout, precision in itertools.product(together, dict.fromkeys(("fp64", own))):
+            tried = _layouts(run, one, layouts, refused, mine)
+            mine.prepare(1, *map(world_of, tried))
+            for layout in tried:
+                try:
+                    verifier.small(one.name, layout)
+                except UserError as error:
+                    refused[one.name, layout] = f"it cannot be made small: {error}"
+                    continue
+                for precision in dict.fromkeys(("fp64", own)):
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
                     if tell is not None:
                         tell(verdict)
     finally:
+        verifier.close()
         if pool is None:
             mine.close()
     told: dict[str, str] = {}
@@ -334,25 +414,3 @@ def _layouts(
         else:
             found[layout] = None
     return list(found)
-
-
-def _groups(
-    run: RunConfig, stage: StageConfig, layouts: Sequence[str], refused: Refused
-) -> list[list[str]]:
-    """Layouts that one small model and batch suit; a layout that none suits is refused."""
-    groups: list[list[str]] = []
-    for layout in layouts:
-        for group in (*groups, []):
-            parsed = [x for text in (*group, layout, SINGLE) for x in layouts_of(text)]
-            try:
-                sizes(run, stage, parsed)
-            except UserError as error:
-                reason = str(error)
-                continue
-            if not group:
-                groups.append(group)
-            group.append(layout)
-            break
-        else:
-            refused[stage.name, layout] = f"it cannot be made small: {reason}"
-    return groups

@@ -188,6 +188,7 @@ def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
         kind = {"sft": "chat-jsonl", "reward": "preference-jsonl"}.get(stage["kind"], "jsonl")
         rows = list(_STAND_INS[kind]())
         file = folder / "standin.jsonl"
+        file.unlink(missing_ok=True)
         write_jsonl(file, rows)
         stage["data"] |= {"sources": [{"kind": kind, "path": str(file)}]}
     if data is not None:

@@ -1,0 +1,157 @@
+"""What a run of a stage computes, by name: kept whole for a reference, else compared at once.
+
+A name is ``kind/what``. Every rank notes what it has: a value that all ranks know, or its own
+regions of a tensor. Where a reference is given, a rank compares its regions with it and keeps
+figures alone, so that a world of many ranks sends little. Kinds, in the order in which they come
+about: initial, rollout, forward pass, what a stage computes of its rollouts (advantages, returns),
+sample, learning rate, loss, metric, sentinel, gradient, clip norm, weight, moment, logged, event,
+generated tokens, generated logprobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shardwise.checkpoint.layout import local_shards
+from shardwise.checkpoint.regions import Region, full_region
+from shardwise.rollout.weights import digest
+
+# A tensor of fewer elements may lie on a coarser grid of numbers by chance.
+GRID_ELEMENTS = 256
+_GRIDS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """What one rank has of a value: a region, and how far it is from the reference there.
+
+    ``square``: of the 2-norm of the error; inf where nothing is to be compared with. ``worst``: the
+    global index of the element that is furthest off. ``grid``: the coarsest dtype that holds all of
+    the numbers, where that is coarser than their own.
+    """
+
+    region: Region
+    square: float
+    worst: tuple[int, ...]
+    digest: str
+    grid: str = ""
+
+
+class Reference:
+    """The values of a finished run, in the order in which they came about."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, "pt") as file:
+            said = json.loads(file.metadata()["said"])
+        self.order: list[str] = said["order"]
+        self.marked: dict[str, Any] = said["marked"]  # where it was saved
+        self.grids: dict[str, str] = said["grids"]
+        self.values: dict[str, Tensor] = load_file(path)
+
+
+class Notes:
+    """One rank's. With a ``reference``, values are compared with it and forgotten."""
+
+    def __init__(self, reference: Reference | None = None) -> None:
+        self.reference = reference
+        self.values: dict[str, Tensor] = {}  # of a reference in the making
+        self.found: dict[str, list[Noted]] = {}
+        self.dealt: dict[str, tuple[int, list[int]]] = {}  # update: data rank, samples with loss
+        self.scales: dict[str, Tensor] = {}  # what this rank scaled by, in FP8
+        self.problems: list[str] = []  # what is wrong whatever the numbers are
+        self.micro_batches: dict[str, int] = {}  # by update, over all data ranks
+        self.skipped: dict[str, list[int]] = {}  # by role, updates (from 0) that changed nothing
+        self.volumes: list[dict[str, Any]] = []  # communication of the first update
+        self.marked: dict[str, Any] = {}
+        self.step = 0
+        self.counts: Counter[str] = Counter()
+
+    def note(self, kind: str, what: str, value: Any) -> None:
+        """A value that every rank which notes it has whole."""
+        whole = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value, float))
+        self._add(f"{kind}/{what}", [(full_region(whole.shape), whole)])
+
+    def note_tensor(self, kind: str, what: str, tensor: Tensor, over: float = 1.0) -> None:
+        """This rank's regions of a tensor, which may be a DTensor, divided by ``over``."""
+        parts = [(shard.region, shard.view / over) for shard in local_shards(what, tensor)]
+        self._add(f"{kind}/{what}", parts)
+
+    def count(self, what: str) -> int:
+        """How often this was asked, this time included."""
+        self.counts[what] += 1
+        return self.counts[what]
+
+    def forget(self, kind: str, where: str) -> None:
+        """Leave out what was noted of an update, which came to nothing."""
+        for name in [n for n in self.found if n.startswith(f"{kind}/{where} ")]:
+            del self.found[name]
+            self.values.pop(name, None)
+
+    def _add(self, name: str, parts: list[tuple[Region, Tensor]]) -> None:
+        if name in self.found:
+            self.problems.append(f"{name.replace('/', ' ', 1)} came about twice on one rank")
+            return
+        self.found[name] = [self._noted(name, region, part) for region, part in parts]
+
+    def _noted(self, name: str, region: Region, part: Tensor) -> Noted:
+        value = part.detach().to("cpu", torch.float64, copy=True)
+        grid = _grid(part.detach())
+        if self.reference is None:
+            self.values[name] = value
+            return Noted(region, 0.0, (), digest(value), grid)
+        exact = self.reference.values.get(name)
+        if (
+            exact is None
+            or any(o + n > m for o, n, m in zip(*region, exact.shape, strict=False))
+            or exact.dim() != value.dim()
+        ):
+            return Noted(region, float("inf"), (), digest(value), grid)
+        gap = (value - exact[region.relative_to((0,) * exact.dim())]).reshape(-1)
+        worst: tuple[int, ...] = ()
+        if gap.numel() and value.dim():
+            flat = gap.abs().nan_to_num(torch.inf).argmax()
+            inside = torch.unravel_index(flat, value.shape)
+            worst = tuple(int(i) + o for i, o in zip(inside, region.offset, strict=True))
+        return Noted(region, float(gap.dot(gap)), worst, digest(value), grid)
+
+    def mark(self) -> None:
+        """A run is saved here, to go on from on other layouts."""
+        self.marked = {"values": len(self.values), "counts": dict(self.counts), "step": self.step}
+
+    def at_mark(self) -> Notes:
+        """New notes of a run that goes on from where the reference was saved."""
+        assert self.reference is not None
+        again = Notes(self.reference)
+        again.counts, again.step = Counter(self.reference.marked["counts"]), 0
+        return again
+
+    def save(self, path: Path) -> None:
+        """A reference, for others to compare with."""
+        said = {"order": list(self.values), "marked": self.marked, "grids": self._grids()}
+        save_file(self.values, path, {"said": json.dumps(said)})
+
+    def _grids(self) -> dict[str, str]:
+        return {name: parts[0].grid for name, parts in self.found.items() if parts[0].grid}
+
+
+def _grid(part: Tensor) -> str:
+    """The coarsest dtype that holds all of ``part``; "" where that is its own, or chance."""
+    if part.numel() < GRID_ELEMENTS or not part.is_floating_point():
+        return ""
+    for dtype in _GRIDS:
+        if dtype.itemsize < part.dtype.itemsize and torch.equal(
+            part, part.to(dtype).to(part.dtype)
+        ):
+            return "" if not bool(part.any()) else str(dtype)[6:]
+    return ""

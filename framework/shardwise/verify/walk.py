@@ -1,0 +1,249 @@
+"""One stage of a small recipe, run on a layout by the loop that trains, and noted; in a rank.
+
+The whole path: some steps, a save, everything built anew, a resume on the same layout, the next
+step; a resume from what another layout saved, the same step; the weights to what serves rollouts,
+and its tokens. Or the updates alone, without saving and serving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import EngineConfig, StageConfig
+from shardwise.data.tokenizer import load_tokenizer
+from shardwise.engines.base import Engine
+from shardwise.engines.plain_config import PlainConfig
+from shardwise.errors import CheckFailed
+from shardwise.metrics.progress import Progress
+from shardwise.ops import rng
+from shardwise.precision.policy import PRECISIONS
+from shardwise.rollout.config import Sampling
+from shardwise.rollout.generator import Generator
+from shardwise.rollout.scheduler import Request
+from shardwise.stages.base import ACTOR, role_of, roles_of
+from shardwise.stages.lineage import Lineage
+from shardwise.stages.loop import Loop, checkpoint_root
+from shardwise.stages.registry import build_stage
+from shardwise.verify.notes import Noted, Notes, Reference
+from shardwise.verify.roles import with_layouts
+from shardwise.verify.shrink import STEPS
+from shardwise.verify.watch import External, WatchedContext, WatchedLogger
+
+SAVED_AFTER = 2  # steps; `STEPS` follow
+NEW_TOKENS = 6
+SAMPLINGS = {
+    "greedy": Sampling(greedy=True, max_new_tokens=NEW_TOKENS),
+    "sampled": Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS),
+}
+RESUMED = "resumed from another layout's checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every rank of a layout is asked to run.
+
+    Without a ``reference`` the values themselves are kept, in ``record``. ``given``: what comes
+    from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
+    from; ``other``: where another left it. ``domains``, ``skip``: of the oracle, see `Fp8Config`
+    and the plain engine.
+    """
+
+    run: RunConfig
+    stage: str
+    layout: str
+    precision: str
+    folder: Path  # the small recipe's: tokenizer and tokenised data
+    directory: Path  # this run's own
+    oracle: bool = False  # by the engine that shares nothing with the native one
+    compiled: bool = False
+    whole: bool = False
+    reference: Path | None = None
+    record: Path | None = None
+    saved: Path | None = None
+    given: External | None = None
+    other: Path | None = None
+    domains: str | None = None
+    skip: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Walked:
+    """One rank's figures. ``resumed``: of the resume from another layout's checkpoint."""
+
+    found: dict[str, list[Noted]]
+    dealt: dict[str, tuple[int, list[int]]]
+    micro_batches: dict[str, int]
+    scales: dict[str, torch.Tensor]
+    problems: list[str]
+    skipped: dict[str, list[int]]
+    volumes: list[dict[str, Any]]
+    asked: External
+    resumed: dict[str, list[Noted]] | None = None
+
+
+class _StoppedError(Exception):
+    """The walk ends here, as if the process had."""
+
+
+class _WatchedLoop(Loop):
+    """The loop of a run, which ends after a step, and saves where that is part of the path."""
+
+    def __init__(self, ctx: WatchedContext, stop_after: int, saves: bool) -> None:
+        live = build_stage(ctx)
+        lineage = Lineage("the same recipe", live.data_hash, "")
+        super().__init__(ctx, live, lineage, Progress([], rank=1))
+        self.notes, self.stop_after, self.saves = ctx.notes, stop_after, saves
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        self.notes.step = step + 1
+        return super()._train_step(step)
+
+    def _after_step(
+        self, done: int, metrics: dict[str, float], elapsed: float, steady: bool
+    ) -> None:
+        super()._after_step(done, metrics, elapsed, steady)
+        if done == self.stop_after:
+            if self.saver:
+                self.saver.close()
+            raise _StoppedError
+
+    def _save(self, done: int, validated: dict[str, float]) -> None:
+        if self.saves:
+            super()._save(done, validated)
+
+
+def walk(task: Task) -> Walked:
+    """Every rank of the layout calls this."""
+    torch.manual_seed(0)
+    stage = _stage(task)
+    reference = None if task.reference is None else Reference(task.reference)
+    notes = Notes(reference)
+    asked: External = {}
+    engine = _run(task, stage, notes, asked, task.directory, SAVED_AFTER if task.whole else STEPS)
+    if task.whole:
+        del engine
+        if task.saved is not None:
+            notes.mark()
+            shutil.copytree(task.directory, task.saved)
+        engine = _run(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+    if stage.on_policy or (task.whole and stage.head == "vocabulary"):
+        _generate(task, engine, notes)
+    if task.record is not None:
+        notes.save(task.record)
+    walked = Walked(
+        notes.found,
+        notes.dealt,
+        notes.micro_batches,
+        notes.scales,
+        notes.problems,
+        notes.skipped,
+        notes.volumes,
+        asked,
+    )
+    if task.other is not None:
+        del engine
+        again = notes.at_mark()
+        directory = task.directory.with_name(task.directory.name + "-resumed")
+        if dist.get_rank() == 0:
+            shutil.copytree(task.other, directory)
+        dist.barrier()
+        _run(task, stage, again, asked, directory, STEPS, resumed=True)
+        walked.resumed = again.found
+        walked.problems += [f"{RESUMED}: {p}" for p in again.problems]
+    return walked
+
+
+def _stage(task: Task) -> StageConfig:
+    """The stage as the task's layout, precision and engine have it."""
+    [stage] = [s for s in task.run.stages if s.name == task.stage]
+    # Here, the library of a GPU is whatever runs in its place.
+    changes = {"domains": task.domains, "backend": "auto"}
+    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
+    updates = {"precision": task.precision, "compile": task.compiled, "device": "cpu", "fp8": fp8}
+    every = SAVED_AFTER if task.whole else 0
+    checkpoint = stage.checkpoint.model_copy(update={"every": every, "asynchronous": False})
+    stage = stage.model_copy(update={"checkpoint": checkpoint})
+    stage = with_layouts(stage, task.layout, **updates)
+    return _plainly(stage, task.skip) if task.oracle and fp8 is None else stage
+
+
+def _plainly(stage: StageConfig, skip: dict[str, list[int]]) -> StageConfig:
+    """The stage's engines, and those of its roles, of kind ``plain``."""
+
+    def plain(engine: EngineConfig, role: str) -> PlainConfig:
+        shared = {key: getattr(engine, key) for key in EngineConfig.model_fields if key != "kind"}
+        return PlainConfig(kind="plain", skip=skip.get(role, []), **shared)
+
+    updates: dict[str, Any] = {"engine": plain(stage.engine, ACTOR)}
+    if hasattr(stage, "roles"):
+        said = {role: role_of(stage, role) for role in roles_of(stage)}
+        roles = {
+            role: config.model_copy(update={"engine": plain(config.engine, role)})
+            for role, config in said.items()
+        }
+        updates["roles"] = type(stage.roles)().model_copy(update=roles)
+    return stage.model_copy(update=updates)
+
+
+def _run(
+    task: Task,
+    stage: StageConfig,
+    notes: Notes,
+    asked: External,
+    directory: Path,
+    stop_after: int,
+    resumed: bool = False,
+) -> Engine:
+    """Steps of the stage up to ``stop_after``; returns its engine."""
+    ctx = WatchedContext(
+        task.run,
+        stage,
+        load_tokenizer(task.run.tokenizer),
+        directory,
+        WatchedLogger(notes),
+        None,
+        notes=notes,
+        given=task.given,
+        asked=asked,
+        data_folder=task.folder / "cache",
+        resumed=resumed,
+    )
+    loop = _WatchedLoop(ctx, stop_after, task.whole)
+    try:
+        loop.run()
+    except _StoppedError:
+        return loop.stage.engine
+    raise CheckFailed(
+        f"nothing was left to do after a resume: {checkpoint_root(directory, stage.name)}"
+    )
+
+
+def _generate(task: Task, engine: Engine, notes: Notes) -> None:
+    """Completions, greedy and sampled, from the weights that stream out of the layout.
+
+    By what serves rollouts; for the oracle by the model itself. Raises CheckFailed if
+    what serves is found to compute otherwise than the model.
+    """
+    dtype = PRECISIONS[task.precision].compute
+    served = torch.float32 if dtype == torch.float64 else dtype
+    generator = Generator(task.run.model, served, accelerate=not task.oracle)
+    generator.load(engine.weights())
+    if generator.mismatch:
+        raise CheckFailed(generator.mismatch)
+    tokenizer = load_tokenizer(task.run.tokenizer)
+    prompts = [tokenizer.encode(t)[:8] for t in ("Count: ", "a b a", "1 + 1 =")]
+    requests = [Request(i, p, 1) for i, p in enumerate(prompts)]
+    for name, sampling in SAMPLINGS.items():
+        done = generator.generate(requests, sampling, rng.key(0, "verify"))
+        ids = list(itertools.chain(*(c.token_ids for c in done)))
+        logprobs = list(itertools.chain(*(c.logprobs for c in done)))
+        notes.note("generated tokens", name, ids)
+        notes.note("generated logprobs", name, torch.tensor(logprobs, dtype=torch.float64))

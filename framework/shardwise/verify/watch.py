@@ -1,0 +1,250 @@
+"""A stage as it runs, watched: its engines' calls, what it says aloud, what it logs.
+
+Nothing here knows a kind of stage. Engines are wrapped, so every call is noted, forward passes of
+frozen roles too; what comes from outside is asked for through `StageContext.external`; what a stage
+computes between its calls it tells through `StageContext.watch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.config.schema import OptimizerConfig
+from shardwise.data.batch import MicroBatch
+from shardwise.engines.base import Engine
+from shardwise.errors import CheckFailed
+from shardwise.losses.contract import Loss
+from shardwise.metrics.meters import MACHINE
+from shardwise.metrics.writers import Kind, MetricsLogger
+from shardwise.models.common.config import DecoderConfig
+from shardwise.ops import comm
+from shardwise.ops.fp8_linear import Seen, listening
+from shardwise.stages.base import ACTOR, StageContext, roles_of
+from shardwise.verify.notes import Notes
+
+External = dict[str, dict[str, Any]]  # by name and key: what one process was given
+
+
+class WatchedEngine:
+    """An engine whose calls are noted. ``role``: "" where a stage has one model."""
+
+    def __init__(self, inner: Engine, role: str, notes: Notes) -> None:
+        self.inner, self.role, self.notes = inner, role, notes
+        self.label = f"{role} " if role else ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def where(self) -> str:
+        """Of the update in progress."""
+        return f"{self.label}update {self.notes.counts[f'{self.role} updates']}"
+
+    def note_tensors(self, kind: str, what: str, ending: str = "", where: str = "") -> None:
+        """This rank's parts of the engine's weights, gradients or moments."""
+        before = f"{where} " if where else self.label
+        for name, tensor in self.inner.held(what):
+            self.notes.note_tensor(kind, f"{before}{name}{ending}", tensor)
+
+    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+        """See `Engine`."""
+        notes, inner = self.notes, self.inner
+        notes.count(f"{self.role} updates")
+        where = self.where
+        self._note_samples(where, microbatches)
+        first = max(inner.data_rank, 0) * len(microbatches)
+        with comm.tally() as tally, noting_scales(notes, where, first):
+            metrics = inner.forward_backward(microbatches, loss)
+        notes.volumes = notes.volumes or tally.rows()
+        for name, value in inner.broadcast(metrics).items():
+            if name == "loss":
+                notes.note("loss", where, value)
+            else:
+                kind = "sentinel" if name.startswith("fp8") else "metric"
+                notes.note(kind, f"{where} {name}", value)
+        scale = inner.loss_scale
+        for name, tensor in inner.held("grads"):
+            notes.note_tensor("gradient", f"{where} {name}", tensor, over=scale)
+        for name, value in inner.scales():
+            notes.scales[f"history/{where} {name}"] = value.clone()
+        return metrics
+
+    def step(self, lr: float) -> float:
+        """See `Engine`."""
+        notes, where = self.notes, self.where
+        norm = self.inner.step(lr)
+        notes.note("learning rate", where, lr)
+        told = self.inner.broadcast(norm if math.isfinite(norm) else None)
+        notes.note("skipped", where, float(told is None))
+        if told is None:
+            number = notes.counts[f"{self.role} updates"] - 1
+            notes.skipped.setdefault(self.role or ACTOR, []).append(number)
+            notes.forget("gradient", where)
+        else:
+            notes.note("clip norm", where, told)
+        self.note_tensors("weight", "weights", where=where)
+        for state in self.inner.optimizer_states():
+            self.note_tensors("moment", state, f" {state}", where)
+        return norm
+
+    def forward(
+        self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
+    ) -> list[Tensor]:
+        """See `Engine`; noted row by row, since which rows go together is the layout's affair."""
+        found = self.inner.forward(microbatches, fn)
+        for batch, values in zip(microbatches, found, strict=True):
+            for row, valid_T in enumerate(batch.loss_mask_BT):
+                if not bool(valid_T.any()):
+                    continue
+                whole = values.shape[:2] == batch.loss_mask_BT.shape
+                value = values[row][valid_T.to(values.device)] if whole else values[row]
+                what = f"{self.label}step {self.notes.step} sample {int(batch.sample_ids_B[row])}"
+                time = self.notes.count(f"pass {what}")
+                self.notes.note("forward pass", f"{what} time {time}", value)
+        return found
+
+    def _note_samples(self, where: str, microbatches: Sequence[MicroBatch]) -> None:
+        """Which samples this rank learns from, and what they are."""
+        ids = []
+        for batch in microbatches:
+            for row, valid_T in enumerate(batch.loss_mask_BT):
+                if not bool(valid_T.any()):
+                    continue
+                ids.append(int(batch.sample_ids_B[row]))
+                what = f"{where} sample {ids[-1]}"
+                self.notes.note("sample", what, _tokens(batch, row, valid_T))
+                for name, extra in batch.extras.items():
+                    whole = extra.shape[:2] == batch.loss_mask_BT.shape
+                    value = extra[row][valid_T] if whole else extra[row]
+                    self.notes.note("extra", f"{what} {name}", value)
+        if self.inner.data_rank >= 0:
+            self.notes.dealt[where] = (self.inner.data_rank, ids)
+            self.notes.micro_batches[where] = len(microbatches) * self.inner.data_size
+
+
+def _tokens(batch: MicroBatch, row: int, valid_T: Tensor) -> Tensor:
+    """A row up to its last valid token: what is read, where, and what is to be predicted."""
+    end = int(valid_T.nonzero()[-1]) + 1
+    parts = [batch.input_ids_BT, batch.position_ids_BT]
+    parts += [] if batch.segment_ids_BT is None else [batch.segment_ids_BT]
+    columns = [part[row, :end] for part in parts]
+    valid_T = valid_T[:end]
+    return torch.stack([*columns, valid_T.long(), batch.targets_BT[row, :end] * valid_T])
+
+
+def noting_scales(notes: Notes, where: str, first: int) -> contextlib.AbstractContextManager[None]:
+    """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
+    passes: Counter[tuple[str, int]] = Counter()
+
+    def note(seen: Seen) -> None:
+        key = (seen.site.path, seen.site.part)
+        number = first + passes[key]
+        passes[key] += 1
+        name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
+        notes.scales[f"amax/{name}"] = seen.amax_3.clone()
+        for operand, scale_inv in seen.scale_inv.items():
+            notes.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
+
+    return listening(note)
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedContext(StageContext):
+    """A stage of which all models start from their initial weights, and all is noted.
+
+    ``given``: what comes from outside, where that is known; ``asked`` collects it. ``resumed``:
+    weights will come from a checkpoint.
+    """
+
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    given: External | None = None
+    asked: External = dataclasses.field(default_factory=dict)
+    data_folder: Path = Path()
+    resumed: bool = False
+
+    @property
+    def cache(self) -> Path:
+        """Tokenised data is the same for all layouts."""
+        return self.data_folder
+
+    def initial_checkpoint(self, role: str) -> Path | None:
+        """Nowhere."""
+        return None
+
+    def model_of(self, role: str) -> DecoderConfig:
+        """The run's, with the role's head."""
+        assert isinstance(self.run.model, DecoderConfig)
+        return self.fitted(self.run.model, role)
+
+    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
+        """See `StageContext`."""
+        several = len(roles_of(self.stage)) > 1
+        watched = WatchedEngine(
+            super().engine(optimizer, role), role if several else "", self.notes
+        )
+        if not self.resumed:
+            watched.note_tensors("initial", "weights")
+        return watched
+
+    def external(
+        self, name: str, keys: Sequence[str], compute: Callable[[], Sequence[Any]]
+    ) -> Sequence[Any]:
+        """See `StageContext`."""
+        keys = [f"step {self.notes.step} {key}" for key in keys]
+        if self.given is None:
+            answers = list(compute())
+            kept = copy.deepcopy(answers)
+            self.asked.setdefault(name, {}).update(zip(keys, kept, strict=True))
+            return answers
+        known = self.given.get(name, {})
+        if strange := [key for key in keys if key not in known]:
+            raise CheckFailed(f"{name} of {strange[0]}: one process never asked for them")
+        return [copy.deepcopy(known[key]) for key in keys]
+
+    def watch(self, name: str, where: str, value: Any) -> None:
+        """See `StageContext`."""
+        self.notes.note(name, where, value)
+
+
+class WatchedLogger(MetricsLogger):
+    """Notes what a run would write, and writes nothing. Only rank 0's writes count."""
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__(Path(), rank=1)
+        self.notes = notes
+
+    def log(
+        self,
+        stage: str,
+        step: int,
+        metrics: Mapping[str, Any],
+        kind: Kind = "train",
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `MetricsLogger`."""
+        if dist.get_rank() != 0:
+            return
+        if kind == "event":
+            what = f"step {step} {metrics['event']}"
+            self.notes.note("event", f"{what} time {self.notes.count(f'event {what}')}", 1.0)
+            return
+        for name, value in metrics.items():
+            if name not in MACHINE and isinstance(value, (int, float)):
+                shown = value if math.isfinite(value) else 0.0
+                self.notes.note("logged", f"step {step} {kind} {name}", shown)
+
+    def event(self, stage: str, step: int, event: str, message: str, **fields: Any) -> None:
+        """See `MetricsLogger`."""
+        self.log(stage, step, {"event": event}, "event")
