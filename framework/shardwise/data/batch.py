@@ -28,6 +28,8 @@ class MicroBatch:
     sample_ids_B: Tensor  # int64, global index of each row; the root of its dropout rng keys
     segment_ids_BT: Tensor | None = None  # int64
     extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by stage, first dim B
+    # Of this mask alone: a copy with another does not inherit it.
+    _valid_N: Tensor | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -39,10 +41,14 @@ class MicroBatch:
         """Sequences."""
         return self.input_ids_BT.shape[0]
 
+    def valid(self) -> Tensor:
+        """Where the flattened loss mask is True (int64). After `to`, the device need not count."""
+        return indices(self.loss_mask_BT) if self._valid_N is None else self._valid_N
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> MicroBatch:
         """A copy with ``fn`` applied to every tensor."""
         fields: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
+        for f in _given():
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 fields[f.name] = fn(value)
@@ -53,8 +59,10 @@ class MicroBatch:
         return MicroBatch(**fields)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """A copy on ``device``."""
-        return self.map(lambda t: t.to(device, non_blocking=True))
+        """A copy on ``device``; its valid tokens are counted here, where nobody waits for it."""
+        moved = self.map(lambda t: t.to(device, non_blocking=True))
+        object.__setattr__(moved, "_valid_N", self.valid().to(device, non_blocking=True))
+        return moved
 
     def split(self, rows: int) -> list[MicroBatch]:
         """Cut into micro-batches of at most ``rows`` sequences, in order."""
@@ -62,11 +70,19 @@ class MicroBatch:
         return [self.map(lambda t, i=i: t[i : i + rows]) for i in range(0, size, rows)]  # type: ignore[misc]
 
 
+def indices(mask: Tensor) -> Tensor:
+    """Where a flattened bool mask is True (int64)."""
+    return mask.flatten().nonzero().flatten()
+
+
+def _given() -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(MicroBatch) if f.init]
+
+
 def join(parts: Sequence[MicroBatch]) -> MicroBatch:
     """The rows of several micro-batches of equal length, with the same optional fields, in one."""
-    first = parts[0]
     fields: dict[str, Any] = {}
-    for f in dataclasses.fields(first):
+    for f in _given():
         values = [getattr(p, f.name) for p in parts]
         if isinstance(values[0], Tensor):
             fields[f.name] = torch.cat(values)

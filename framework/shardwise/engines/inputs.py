@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.data.batch import MicroBatch
+from shardwise.data.batch import MicroBatch, indices
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
 from shardwise.ops.attention import PADDING
@@ -32,7 +32,8 @@ def _tokens_multiple(layout: Layout) -> int:
 class Cut:
     """One micro-batch, padded to what the layout divides, and this rank's share of its tokens.
 
-    Losses never see padding or cuts: `logits` maps the model's output back to the micro-batch.
+    It comes from the host, and is on the mesh's device from here on. Losses never see padding or
+    cuts: `logits` maps the model's output back to the micro-batch.
     ``padded_as``: pad to what this layout divides, one that a single rank imitates.
     """
 
@@ -44,17 +45,25 @@ class Cut:
         padded_as: Layout | None = None,
     ) -> None:
         layout = mesh.layout
-        self.batch, self.mesh, self.model = batch, mesh, model
+        self.batch, self.mesh, self.model = batch.to(mesh.device), mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
         multiple = _tokens_multiple(padded_as or layout)
         self.padded = -(-self.num_tokens // multiple) * multiple
-        self.index_t: Tensor | None = None
+        self.index_t = self._index(mesh.device)
+        # Counted on the host: the device would have to be waited for.
+        self.valid_N: Tensor | None = None
+        host_index_t = self._index(batch.loss_mask_BT.device)
+        if host_index_t is not None:
+            valid_N = indices(self.pad(batch.loss_mask_BT)[:, host_index_t])
+            self.valid_N = valid_N.to(mesh.device, non_blocking=True)
+
+    def _index(self, device: torch.device) -> Tensor | None:
+        """Which of the padded tokens this rank computes; None: all, and there is no padding."""
+        layout = self.mesh.layout
         if layout.cp > 1:
-            self.index_t = token_index(self.padded, layout.cp, mesh.place["cp"], layout.cp_kind).to(
-                mesh.device
-            )
-        elif self.padded != self.num_tokens:
-            self.index_t = torch.arange(self.padded, device=mesh.device)
+            place = (layout.cp, self.mesh.place["cp"], layout.cp_kind)
+            return token_index(self.padded, *place, device)
+        return None if self.padded == self.num_tokens else torch.arange(self.padded, device=device)
 
     def pad(self, x_BT: Tensor, value: int = 0) -> Tensor:
         """Up to the padded length."""
@@ -118,6 +127,7 @@ class Cut:
             padded=self.padded,
             num_tokens=self.num_tokens,
             gather=self._gather if layout.cp > 1 else None,
+            valid_N=self.valid_N,
         )
 
     def _gather(self, x_Bt: Tensor) -> Tensor:

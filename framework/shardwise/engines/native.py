@@ -155,7 +155,7 @@ class NativeEngine:
         padded_as = None
         if self.fp8 is not None and self.fp8.domains is not None:
             padded_as = self.fp8.domains.layout
-        return Cut(batch.to(self.mesh.device), self.mesh, self.model_config, padded_as)
+        return Cut(batch, self.mesh, self.model_config, padded_as)
 
     def step(self, lr: float) -> float:
         """Clip to ``max_grad_norm`` and update. Non-finite gradients leave the weights untouched.

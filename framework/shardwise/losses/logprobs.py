@@ -19,4 +19,6 @@ def valid_logprobs(
     along the vocabulary or the tokens, the ranks exchange log-probabilities. Masked rows of the
     logits are not even read; prompts and padding cost no softmax.
     """
-    return selected_logprobs(logits_BTV, batch.targets_BT, batch.loss_mask_BT, temperature)
+    return selected_logprobs(
+        logits_BTV, batch.targets_BT, batch.loss_mask_BT, temperature, batch.valid()
+    )

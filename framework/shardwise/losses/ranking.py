@@ -39,12 +39,17 @@ def all_pairs(rating_N: Tensor, key_N: Tensor) -> Pairs:
     Ouyang et al. 2022, "Training language models to follow instructions", equation 1: all
     K (K - 1) / 2 pairs of a prompt in one batch element, divided by their number.
     """
-    wins_NN = (key_N[:, None] == key_N[None, :]) & (rating_N[:, None] > rating_N[None, :])
-    per_answer_N = wins_NN.sum(dim=1).double()
-    slot_N = torch.unique(key_N, return_inverse=True)[1]
-    in_ranking_N = torch.zeros_like(per_answer_N).index_add(0, slot_N, per_answer_N)[slot_N]
+    wins_NN, in_ranking_N = _wins(rating_N, key_N)
     better_P, worse_P = wins_NN.nonzero(as_tuple=True)
     return Pairs(better_P, worse_P, 1.0 / in_ranking_N[better_P])
+
+
+def _wins(rating_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Who is better than whom [N, N], and the number of pairs of each answer's ranking [N]."""
+    same_NN = key_N[:, None] == key_N[None, :]
+    wins_NN = same_NN & (rating_N[:, None] > rating_N[None, :])
+    per_answer_N = wins_NN.sum(dim=1, dtype=torch.float64)
+    return wins_NN, torch.where(same_NN, per_answer_N, 0.0).sum(dim=1)
 
 
 def pair_loss(
@@ -116,13 +121,15 @@ class RankingLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Rankings with a pair; the same for every term."""
-        rating_N, key_N = _answers(batch)
-        return dict.fromkeys(self.weights, all_pairs(rating_N, key_N).weight_P.sum())
+        wins_NN, in_ranking_N = _wins(*_answers(batch))
+        weight_N = wins_NN.sum(dim=1) / in_ranking_N.clamp(min=1.0)
+        return dict.fromkeys(self.weights, weight_N.sum())
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch; metrics over its pairs and answers."""
         config = self.config
-        score_N = selected_values(logits_BTV, batch.loss_mask_BT)[batch.loss_mask_BT]
+        score_BT = selected_values(logits_BTV, batch.loss_mask_BT)
+        score_N = score_BT.flatten().index_select(0, batch.valid())
         rating_N, key_N = _answers(batch)
         pairs = all_pairs(rating_N, key_N)
         weight_P = pairs.weight_P.to(score_N.dtype)
@@ -144,13 +151,13 @@ def _answers(batch: MicroBatch) -> tuple[Tensor, Tensor]:
     key_BT = row_BT << BRANCH_SHIFT
     if batch.segment_ids_BT is not None:
         key_BT = key_BT + (batch.segment_ids_BT & ((1 << BRANCH_SHIFT) - 1))
-    return batch.extras["rating_BT"][mask_BT].double(), key_BT[mask_BT]
+    valid_N = batch.valid()
+    return batch.extras["rating_BT"].flatten()[valid_N].double(), key_BT.flatten()[valid_N]
 
 
 def _metrics(score_N: Tensor, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
     d_P = (score_N[pairs.better_P] - score_N[pairs.worse_P]).double()
-    number = torch.tensor(float(len(d_P)), dtype=torch.float64, device=score_N.device)
-    answers = torch.tensor(float(len(score_N)), dtype=torch.float64, device=score_N.device)
+    number, answers = (score_N.new_full((), len(x), dtype=torch.float64) for x in (d_P, score_N))
     right = (d_P > 0).double().sum() + 0.5 * (d_P == 0).double().sum()
     return {
         "accuracy": (right, number),

@@ -42,8 +42,9 @@ class Block:
     def keep(self, num_heads: int) -> Tensor:
         """True where a weight stays; the draws of `ops.dropout.keep_mask`, by global key."""
         assert self.rng_keys_BHt is not None and self.key_index is not None
-        heads = torch.arange(self.head_offset, self.head_offset + num_heads)
-        keys_BHT = rng.fold(self.rng_keys_BHt, heads.to(self.rng_keys_BHt.device)[:, None])
+        first, device = self.head_offset, self.rng_keys_BHt.device
+        heads = torch.arange(first, first + num_heads, device=device)
+        keys_BHT = rng.fold(self.rng_keys_BHt, heads[:, None])
         draws = rng.bits(rng.fold(keys_BHT[..., None], self.key_index), _NUM_BITS)
         return draws >= round(self.dropout_p * (1 << _NUM_BITS))
 
@@ -121,10 +122,10 @@ def _fused(q: Tensor, block: Block) -> bool:
     """Whether PyTorch has a kernel that returns the log-sum-exp for this block.
 
     CUDA's takes 16-bit heads of a width up to 256 in steps of 8: `scaled_dot_product_attention`
-    would pad them, the kernel itself refuses.
+    would pad them, the kernel itself refuses. Of other devices' kernels nothing is known.
     """
-    if q.is_cpu:
-        return True
+    if not q.is_cuda:
+        return bool(q.is_cpu)
     width, is_half = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
     return block.allowed_B1TS is None and is_half and width % 8 == 0 and width <= 256
 

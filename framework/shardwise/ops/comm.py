@@ -131,7 +131,7 @@ def all_gather(
 
 def _all_gather(out: Tensor, inp: Tensor, group: dist.ProcessGroup, async_op: bool) -> Pending:
     world = group.size()
-    if inp.is_cuda:
+    if not inp.is_cpu:
         inp = inp.contiguous()
         work = dist.all_gather_into_tensor(out, inp, group=group, async_op=async_op)
         return Pending([work], out, inp)
@@ -151,7 +151,7 @@ def reduce_scatter(
     """
     count(axis, "reduce_scatter", inp)
     inp = inp.contiguous()
-    if inp.is_cuda:
+    if not inp.is_cpu:
         work = dist.reduce_scatter_tensor(out, inp, group=group, async_op=async_op)
         return Pending([work], out, inp)
     received = torch.empty_like(inp)

@@ -37,6 +37,7 @@ class Logits:
     padded: int = 0
     num_tokens: int = 0
     gather: Callable[[Tensor], Tensor] | None = None
+    valid_N: Tensor | None = None  # of these tokens, those under the loss mask, where it is known
 
     @property
     def shard(self) -> Shard | None:
@@ -65,23 +66,33 @@ def as_logits(logits: Tensor | Logits) -> Logits:
 
 
 def selected_logprobs(
-    logits: Tensor | Logits, targets_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0
+    logits: Tensor | Logits,
+    targets_BT: Tensor,
+    mask_BT: Tensor,
+    temperature: float = 1.0,
+    valid_N: Tensor | None = None,
 ) -> Tensor:
     """Log-probability (BT, fp32; fp64 for fp64 logits) of each target under the mask, else 0.
 
     Rows outside of the mask are not read: what stands there, NaN included, reaches neither the
-    value nor the gradient.
+    value nor the gradient. ``valid_N``: indices of the flattened mask, if it is the loss mask; a
+    device would have to be waited for to count them.
     """
     part = as_logits(logits)
-    targets_Bt, mask_Bt = part.own(targets_BT), part.own(mask_BT)
-    if bool(mask_Bt.all()):  # spares pre-training the copy below
+    targets_Bt = part.own(targets_BT)
+    if valid_N is not None and part.index_t is not None:
+        valid_N = part.valid_N
+    if valid_N is None:
+        valid_N = part.own(mask_BT).flatten().nonzero().flatten()
+    if valid_N.numel() == targets_Bt.numel():  # spares pre-training the copy below
         return part.gather_tokens(
             token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard)
         )
-    rows_NW, targets_N = part.local_BtW[mask_Bt], targets_Bt[mask_Bt]
+    rows_NW = part.local_BtW.flatten(0, 1).index_select(0, valid_N)
+    targets_N = targets_Bt.flatten().index_select(0, valid_N)
     logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
-    zeros_Bt = torch.zeros(mask_Bt.shape, dtype=logp_N.dtype, device=logp_N.device)
-    return part.gather_tokens(zeros_Bt.masked_scatter(mask_Bt, logp_N))
+    zeros_N = torch.zeros(targets_Bt.numel(), dtype=logp_N.dtype, device=logp_N.device)
+    return part.gather_tokens(zeros_N.index_copy(0, valid_N, logp_N).view(targets_Bt.shape))
 
 
 def selected_values(outputs: Tensor | Logits, mask_BT: Tensor) -> Tensor:

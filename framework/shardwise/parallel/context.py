@@ -35,7 +35,9 @@ def multiple_of(size: int, kind: str) -> int:
     return 2 * size if kind == "ring" else size
 
 
-def token_index(num_tokens: int, size: int, rank: int, kind: str) -> Tensor:
+def token_index(
+    num_tokens: int, size: int, rank: int, kind: str, device: torch.device | str = "cpu"
+) -> Tensor:
     """Global indices (int64, ascending) of the tokens of rank ``rank`` of ``size``.
 
     A ring's ranks hold chunk ``rank`` and its mirror image of 2 * size chunks. Raises ValueError
@@ -47,14 +49,14 @@ def token_index(num_tokens: int, size: int, rank: int, kind: str) -> Tensor:
             f"cp{size} {kind} needs"
         )
     if kind == "ulysses":
-        return torch.arange(num_tokens).view(size, -1)[rank]
-    chunks = torch.arange(num_tokens).view(2 * size, -1)
+        return torch.arange(num_tokens, device=device).view(size, -1)[rank]
+    chunks = torch.arange(num_tokens, device=device).view(2 * size, -1)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
-def _order(num_tokens: int, size: int, kind: str) -> Tensor:
+def _order(num_tokens: int, size: int, kind: str, device: torch.device) -> Tensor:
     """Where each global token stands in the ranks' parts laid side by side."""
-    ranks = [token_index(num_tokens, size, r, kind) for r in range(size)]
+    ranks = [token_index(num_tokens, size, r, kind, device) for r in range(size)]
     return torch.cat(ranks).argsort()
 
 
@@ -66,14 +68,15 @@ class _GatherTokens(torch.autograd.Function):
         first = x.movedim(dim, 0).contiguous()
         out = first.new_empty((size * first.shape[0], *first.shape[1:]))
         comm.all_gather(out, first, group, AXIS).wait()
-        order = _order(out.shape[0], size, kind).to(x.device)
+        order = _order(out.shape[0], size, kind, x.device)
         return out[order].movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         group = ctx.group
-        index = token_index(grad.shape[ctx.dim], group.size(), group.rank(), ctx.kind)
-        return grad.index_select(ctx.dim, index.to(grad.device)), None, None, None
+        place = (group.size(), group.rank(), ctx.kind, grad.device)
+        index = token_index(grad.shape[ctx.dim], *place)
+        return grad.index_select(ctx.dim, index), None, None, None
 
 
 def gather_tokens(x: Tensor, dim: int, group: dist.ProcessGroup, kind: str) -> Tensor:
@@ -166,11 +169,12 @@ class _Ring:
         elif owner > rank:
             rows = slice(half, 2 * half)
         query_t = self.mask.index_t[rows]
-        key_t = token_index(total, size, owner, "ring").to(query_t.device)[columns]
+        key_t = token_index(total, size, owner, "ring", query_t.device)[columns]
         allowed = None
         if not self.mask.is_causal:
             allowed = self.mask.allowed(query_t, key_t)
-            if not bool(allowed.any()):
+            # To ask a device is to wait for it, in every layer: it computes what sees nothing, too.
+            if allowed.is_cpu and not bool(allowed.any()):
                 return None
         keys_BHt = None
         if self.rng_keys_Bt is not None:
