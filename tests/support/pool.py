@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import socket
 
-from shardwise.verify.pool import CONTEXT, RankError, RankHang, RankPool
+from shardwise.verify.pool import RankError, RankHang, RankPool
 
 __all__ = ["CONTEXT", "RankError", "RankHang", "RankPool", "free_port"]
+
+# For single processes that a test kills.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["shardwise.stages.pretrain"])
 
 
 def free_port() -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -156,3 +159,47 @@ def test_more_ranks_than_the_memory_holds_are_refused(own: RankPool) -> None:
 def test_free_memory_is_known_here() -> None:
     free = rank_pool.free_bytes()
     assert free is None or free > 0
+
+
+# Without the usual guard.
+SCRIPT = """
+from shardwise.verify.pool import RankPool
+from tests.verify.test_pool import ident, one_waits_for_ever
+
+def doubled(x):
+    return 2 * x
+
+print("ran", flush=True)
+pool = RankPool()
+if __name__ == "__main__":
+    print(*[pid for pid, _ in pool.run(ident, world=2)], flush=True)
+    print(pool.run(doubled, 21, world=2), flush=True)
+    pool.run(one_waits_for_ever, world=2)
+"""
+
+
+def test_a_users_script(tmp_path: Path) -> None:
+    """Ranks run it only where a function of it is called, and end with it, waiting or not."""
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, file], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().strip() for _ in range(5)]
+        pids = [int(pid) for pid in told[1].split()]
+        assert [told[0], *told[2:]] == ["ran", "ran", "ran", "[42, 42]"]
+        assert len(pids) == 2 and all(map(_runs, pids))
+        process.kill()
+    until = time.monotonic() + 20
+    while any(map(_runs, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(_runs, pids))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -13,21 +13,20 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 from shardwise.errors import UserError
 from shardwise.verify import server
-from shardwise.verify.rank import ByValue, Failure, is_ours, place, rank_main, stack_file
-from shardwise.verify.server import CONTEXT
+from shardwise.verify.rank import ByValue, Failure, import_main, is_ours, place, stack_file
 
-__all__ = ["CONTEXT", "RankError", "RankHang", "RankPool", "room"]
+__all__ = ["RankError", "RankHang", "RankPool", "room"]
 
 # What a rank of a small model has for itself: docs/results/verify.md has the measurement.
 RANK_BYTES = 96 << 20
@@ -75,24 +74,27 @@ class _World:
     """``size`` rank processes with one gloo process group."""
 
     def __init__(self, size: int) -> None:
+        self.server = server.start()
         self.folder = tempfile.TemporaryDirectory(prefix="shardwise-pool-")
         self.pipes: list[Connection] = []
-        self.processes: list[ForkServerProcess] = []
+        self.pids: list[int] = []
+        self.knows_main = False
         try:
             for rank in range(size):
-                ours, theirs = CONTEXT.Pipe()
+                ours, theirs = Pipe()
                 self.pipes.append(ours)
-                process = CONTEXT.Process(
-                    target=rank_main, args=(rank, size, self.folder.name, theirs), daemon=True
-                )
-                process.start()
-                self.processes.append(process)
-                theirs.close()
+                with theirs:
+                    self.pids.append(self.server.fork(rank, size, self.folder.name, theirs))
         except BaseException:
             self.stop()
             raise
 
     def run(self, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
+        if fn.__module__ == "__main__" and not self.knows_main:
+            self.knows_main = True
+            self.run(
+                import_main, (getattr(sys.modules["__main__"], "__file__", None),), {}, timeout
+            )
         call = bytes(ByValue.dumps((fn, args, kwargs)))
         for pipe in self.pipes:
             with contextlib.suppress(BrokenPipeError):  # it has died, as its end of the pipe tells
@@ -129,22 +131,19 @@ class _World:
         try:
             return self.pipes[rank].recv()
         except (EOFError, ConnectionResetError):
-            process = self.processes[rank]
-            process.join(1.0)
-            code = process.exitcode
+            code = self.server.ended(self.pids[rank])
             how = "it is gone" if code is None else f"exit code {code}"
             if code is not None and code < 0:
                 with contextlib.suppress(ValueError):
                     how = f"killed by {signal.Signals(-code).name}"
+            if code is not None:
+                self.pids[rank] = 0
             return Failure("ProcessDied", how, "", time.monotonic(), "")
 
     def _hang(self, ranks: list[int], timeout: float) -> str:
         """Which ranks did not answer, grouped by where they stand, and their stacks."""
         for rank in ranks:
-            pid = self.processes[rank].pid
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGXCPU)
+            os.kill(self.pids[rank], signal.SIGXCPU)
         stacks = {rank: self._stack(rank) for rank in ranks}
         standing: dict[str, list[int]] = {}
         for rank, stack in stacks.items():
@@ -173,10 +172,12 @@ class _World:
     def stop(self) -> None:
         for pipe in self.pipes:
             pipe.close()
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
+        living = [pid for pid in self.pids if pid]
+        for pid in living:
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(RuntimeError):  # the server is gone, and its ranks with it
+            for pid in living:
+                self.server.ended(pid)
         self.folder.cleanup()
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -94,6 +95,13 @@ def _where(trace: TracebackType | None) -> str:
     frames = traceback.extract_tb(trace)
     ours = [f for f in frames if is_ours(f.filename)] or frames
     return place(ours[-1].filename, ours[-1].lineno, ours[-1].name) if ours else ""
+
+
+def import_main(file: str | None) -> None:
+    """Run the caller's script as a module, for functions that stand in it."""
+    if file is None:
+        raise ValueError("ranks cannot find functions of a session without a file; use a module")
+    spawn.import_main_path(file)
 
 
 def rank_main(rank: int, world: int, folder: str, pipe: Connection) -> None:
