@@ -71,6 +71,12 @@ def test_scale_from_amax_by_hand() -> None:
     assert fp8.scale_from_amax(torch.tensor(0.0), E4M3, eps=7.0).item() == 64.0
 
 
+def test_scales_are_one_division() -> None:
+    amax = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 100
+    exact = [float(torch.tensor(448.0).div(v)) for v in amax]
+    assert fp8.scale_from_amax(amax, E4M3).tolist() == exact
+
+
 @pytest.mark.parametrize(
     "amax,wanted",
     [(448.0, 1.0), (449.0, 0.5), (300.0, 1.0), (224.0, 2.0), (7.1, 32.0), (1.0, 256.0)],

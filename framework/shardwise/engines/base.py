@@ -7,6 +7,7 @@ is ``weights``, ``grads`` (between `Engine.forward_backward` and `Engine.step`),
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -39,6 +40,21 @@ class Setup:
     optimizer: OptimizerConfig | None = None
     wide_logits: bool = False
     ranks: Sequence[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """What one backward pass of a quantised linear layer scaled by.
+
+    ``part``: which rank's share of the product, ``cp rank * tp + tp rank``. ``amax_3`` (fp32): of
+    input x, weight w, gradient of the output g. ``scale_inv``: inverses of scales by operand;
+    ``xt`` and so on, where one is quantised a second time for a product over its other axis.
+    """
+
+    path: str
+    part: int
+    amax_3: Tensor
+    scale_inv: Mapping[str, Tensor]
 
 
 @dataclasses.dataclass
@@ -131,6 +147,12 @@ class Engine(Protocol):
 
     def scales(self) -> Iterator[tuple[str, Tensor]]:
         """Of quantised products: what this rank's scales will follow from, live."""
+        ...
+
+    def watch_scales(
+        self, listener: Callable[[Scaled], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Tell ``listener`` of every quantised layer's backward pass inside."""
         ...
 
     def modules(self) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardwise.assemble import assemble
 from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Setup, State
+from shardwise.engines.base import Scaled, Setup, State
 from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
@@ -23,6 +23,7 @@ from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import place
+from shardwise.ops.fp8_linear import listening
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
 from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
@@ -333,6 +334,14 @@ class NativeEngine:
     def scales(self) -> Iterator[tuple[str, Tensor]]:
         """See `precision.fp8.Fp8.tensors`."""
         yield from () if self.fp8 is None else self.fp8.tensors()
+
+    def watch_scales(
+        self, listener: Callable[[Scaled], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `engines.base.Engine`."""
+        return listening(
+            lambda s: listener(Scaled(s.site.path, s.site.part, s.amax_3, s.scale_inv))
+        )
 
     def modules(self) -> list[nn.Module]:
         """One for each pipeline stage held here."""

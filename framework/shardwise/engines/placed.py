@@ -8,6 +8,7 @@ outside, so that engines on disjoint ranks work at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Engine, State
+from shardwise.engines.base import Engine, Scaled, State
 from shardwise.losses.contract import Loss
 from shardwise.parallel.collectives import broadcast_bytes
 
@@ -103,6 +104,14 @@ class PlacedEngine:
     def scales(self) -> Iterator[tuple[str, Tensor]]:
         """Outside: none."""
         yield from () if self.inner is None else self.inner.scales()
+
+    def watch_scales(
+        self, listener: Callable[[Scaled], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Outside: nothing is scaled."""
+        if self.inner is None:
+            return contextlib.nullcontext()
+        return self.inner.watch_scales(listener)
 
     def modules(self) -> list[nn.Module]:
         """Outside: none."""

@@ -13,6 +13,7 @@ its initial weights and the loss functions: what both compute alike is no accide
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +26,10 @@ from torch.func import functional_call
 
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Setup, State
+from shardwise.engines.base import Scaled, Setup, State
 from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
+from shardwise.engines.plain_domains import PlainFp8
 from shardwise.errors import CheckpointError, ConfigError, ShardwiseError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
@@ -72,6 +74,9 @@ class PlainEngine:
         if setup.wide_logits and self.precision.compute.itemsize < 4:
             head: Any = self.model.head
             head.forward = lambda x: F.linear(x.float(), head.weight.float())
+        self.fp8: PlainFp8 | None = None
+        if setup.config.fp8 is not None:
+            self.fp8 = PlainFp8(setup.config.fp8, self.model, setup.device)
         self.has_dropout = setup.model != setup.model.without_dropout()
         self.optimizer: torch.optim.Optimizer | None = None
         if setup.optimizer is not None:
@@ -84,12 +89,19 @@ class PlainEngine:
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
         """Gradients of sum_i w_i * sum_i / count_i over the batch, times the loss scale."""
-        batch = join([b.to(self.setup.device) for b in microbatches])
+        batches = [b.to(self.setup.device) for b in microbatches]
+        if self.fp8 is None:
+            batches = [join(batches)]
+        else:  # a micro-batch is a scaling domain of its own
+            self.fp8.begin_update(self.updates)
+        counts = dict.fromkeys(loss.weights, 0.0)
+        for batch in batches:
+            counts = {n: counts[n] + float(c) for n, c in loss.counts(batch).items()}
         # A term without a single valid element is a sum of nothing.
-        counts = {n: float(c) or 1.0 for n, c in loss.counts(batch).items()}
+        counts = {n: c or 1.0 for n, c in counts.items()}
         sums = dict.fromkeys(counts, 0.0)
         metrics: dict[str, tuple[float, float]] = {}
-        for part in self._parts(batch):
+        for part in (p for b in batches for p in self._parts(b)):
             output = loss(self._logits(part, training=True), part)
             terms = [loss.weights[n] / counts[n] * s for n, s in output.sums.items()]
             (torch.stack(terms).sum() * self.scale).backward()
@@ -102,7 +114,8 @@ class PlainEngine:
         result = {"loss": sum(loss.weights[n] * m for n, m in means.items())}
         if list(means) != ["loss"]:
             result |= {f"loss_{n}": m for n, m in means.items()}
-        return result | {n: top / bottom for n, (top, bottom) in metrics.items() if bottom}
+        result |= {n: top / bottom for n, (top, bottom) in metrics.items() if bottom}
+        return result | (self.fp8.end_update(self.updates) if self.fp8 is not None else {})
 
     def step(self, lr: float) -> float:
         """Clip and update, unless a gradient is not finite or ``skip`` says so (a norm of inf)."""
@@ -155,8 +168,11 @@ class PlainEngine:
         """How a batch is cut, by ``split``; documents are cut in `_logits`."""
         if self.config.split == "rows":
             return batch.split(1)
+        num_tokens = batch.input_ids_BT.shape[1]
         if self.config.split == "padded":
-            return [pad(batch, batch.input_ids_BT.shape[1] + PADDING)]
+            return [pad(batch, num_tokens + PADDING)]
+        if self.fp8 is not None:
+            return [pad(batch, -(-num_tokens // self.fp8.multiple) * self.fp8.multiple)]
         return [batch]
 
     def _logits(self, batch: MicroBatch, *, training: bool) -> Tensor:
@@ -231,8 +247,14 @@ class PlainEngine:
         return sorted({kind for state in states for kind in state} - {"step"})
 
     def scales(self) -> Iterator[tuple[str, Tensor]]:
-        """None without quantised products."""
-        yield from ()
+        """See `engines.base.Engine`."""
+        yield from () if self.fp8 is None else self.fp8.tensors()
+
+    def watch_scales(
+        self, listener: Callable[[Scaled], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `engines.base.Engine`."""
+        return contextlib.nullcontext() if self.fp8 is None else self.fp8.listening(listener)
 
     def modules(self) -> list[nn.Module]:
         """The model."""
@@ -267,7 +289,13 @@ class PlainEngine:
                 "good_steps": self.good_steps,
                 "num_skipped": self.skipped,
             }
-        return State(tensors, meta)
+        nonfinite: frozenset[str] = frozenset()
+        if self.fp8 is not None:
+            tensors |= dict(self.fp8.tensors())
+            meta["fp8"] = self.fp8.state_dict()
+            # Histories tell of overflows.
+            nonfinite = frozenset(n for n in tensors if n.endswith(".amax_history"))
+        return State(tensors, meta, nonfinite)
 
     def load_state_dict(self, state: Mapping[str, Any] | State) -> None:
         """Take over ``meta``; the tensors of `state_dict` were filled in place before."""
@@ -276,6 +304,8 @@ class PlainEngine:
         if self.precision.loss_scaling and "loss_scale" in meta:
             self.scale = float(meta["loss_scale"]["scale"])
             self.good_steps = int(meta["loss_scale"]["good_steps"])
+        if self.fp8 is not None and "fp8" in meta:
+            self.fp8.load_state_dict(meta["fp8"])
 
     # --- what one process has nothing to do for --------------------------------------------------
 

@@ -76,7 +76,8 @@ def scale_from_amax(
     which rounds it down.
     """
     amax = amax.float().clamp_min(eps)
-    scale = MAX[dtype] / amax
+    # One division: torch computes a number over a tensor as a product with its reciprocal.
+    scale = torch.full_like(amax, MAX[dtype]) / amax
     scale = torch.where(scale.isinf(), FP32_MAX, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)
