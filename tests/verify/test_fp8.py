@@ -44,12 +44,15 @@ FIRST = {
 }
 
 
+BATCH = {"global_batch": 16, "micro_batch": 2, "seq_len": 32}
+
+
 def recipe(name: str, **fp8: Any) -> dict[str, Any]:
     """Three or four layers, of which the inner are quantised; a window of two steps."""
     model = suite.MODELS["llama"] | {"num_layers": 3, "num_heads": 4, "num_kv_heads": 4}
     if name in ("delayed", "mxfp8"):
         model |= {"num_layers": 4, "num_kv_heads": 2}
-    stage = {"kind": "pretrain", "steps": 3, "batch": {"global_batch": 16, "seq_len": 32}}
+    stage = {"kind": "pretrain", "steps": 3, "batch": BATCH}
     engine = {"compile": False, "precision": "bf16"}
     engine["fp8"] = {"recipe": name, "amax_history_len": 2, **fp8}
     return {"name": "fp8", "seed": 7, "model": model, "engine": engine, "stages": [stage]}

@@ -8,6 +8,7 @@ is `shardwise.config.run.RunConfig`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
@@ -74,6 +75,14 @@ class Section(BaseModel):
     @classmethod
     def _expand_paths(cls, value: Any) -> Any:
         return expand(value) if isinstance(value, Path) else value
+
+
+class DataSection(Section):
+    """What a stage learns from, where it is in files."""
+
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """The same with little data, in ``folder`` if need be, for rows of ``seq_len`` tokens."""
+        return self
 
 
 class ModelConfig(Section):
@@ -248,6 +257,11 @@ class ScheduleConfig(Section):
                 )
         return self
 
+    def shrunk(self) -> Self:
+        """The same kind for three steps or more: each of its phases has one, but the last."""
+        keys = ("warmup_steps", "decay_steps", "cycle_steps")
+        return self.model_copy(update={key: min(getattr(self, key), 1) for key in keys})
+
     def misfit(self, steps: int) -> tuple[str, str] | None:
         """The key that does not fit into a stage of ``steps`` and why; None if all do."""
         warmup, decay, cycle = self.warmup_steps, self.decay_steps, self.cycle_steps
@@ -284,6 +298,11 @@ class ValidationConfig(Section):
     max_batches: NonNegativeInt = Field(
         0, description="of batch.global_batch rows; 0: the whole validation set"
     )
+
+    def shrunk(self) -> Self:
+        """Within a few steps, on a few batches."""
+        small = {"every": min(self.every, 2), "max_batches": min(self.max_batches or 2, 2)}
+        return self.model_copy(update=small)
 
 
 class LoggingConfig(Section):
@@ -345,15 +364,28 @@ FOLDER_NAME = _checked(STAGE_NAME, "'_' and '-', the first one no '-'")
 RUN_FOLDER = _checked(RUN_NAME, "'_', '-' and '.', the first one no '-' or '.'")
 
 
+@dataclasses.dataclass(frozen=True)
+class SmallSizes:
+    """The sizes of a stage that is run for what it computes alone (`shardwise.verify`)."""
+
+    steps: int
+    rows: int  # of an update
+    micro_batch: int
+    seq_len: int
+    ramp_start: int | None = None
+
+
 class StageConfig(Section):
     """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
 
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
     ``on_policy``: from its own completions, whose log-probabilities must be exact.
+    ``small_seq_len``: tokens (bytes) that a row of little data needs.
     """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
     on_policy: ClassVar[bool] = False
+    small_seq_len: ClassVar[int] = 160
 
     kind: str
     name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)]
@@ -390,6 +422,35 @@ class StageConfig(Section):
                 "to global_batch; give fewer, or more steps",
             )
         return self
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Updates into which a global batch is cut."""
+        return 1
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """The same training in a few steps on little data, which lies in ``folder`` if need be.
+
+        A stage overrides it for sizes of its own; what it computes must stay.
+        """
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        updates: dict[str, Any] = {
+            name: value.shrunk(folder, small.seq_len)
+            for name, value in found.items()
+            if isinstance(value, DataSection)
+        }
+        ramp = {} if small.ramp_start is None else {"ramp_start": small.ramp_start}
+        updates["batch"] = BatchConfig(
+            global_batch=small.rows * self.updates_per_batch,
+            micro_batch=small.micro_batch,
+            seq_len=small.seq_len,
+            ramp_steps=min(self.batch.ramp_steps, small.steps - 1),
+            **ramp,
+        )
+        updates["steps"] = small.steps
+        updates["schedule"] = self.schedule.shrunk()
+        updates["validation"] = self.validation.shrunk()
+        return self.model_copy(update=updates)
 
     def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:
         """Raise for a value, under its own key, that another one forbids."""

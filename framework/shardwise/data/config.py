@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import Fraction, Section
+from shardwise.config.schema import DataSection, Fraction
 from shardwise.data.source import DataSource
+from shardwise.data.stand_ins import small_sources
 
 TooLong = Literal["truncate", "drop", "error"]
 Turns = Literal["together", "apart"]
 
 
-class DataConfig(Section):
+class DataConfig(DataSection):
     """Training sources, and what is kept for validation."""
 
     sources: list[DataSource] = Field(default_factory=lambda: [DataSource()], min_length=1)
@@ -58,8 +60,18 @@ class DataConfig(Section):
         train = [s for s in self.sources if s.kind == "stdlib" and s.split == "train"]
         return [s.model_copy(update={"split": "validation"}) for s in train]
 
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """See `DataSection.shrunk`."""
+        sources = small_sources(self.sources, folder, "train")
+        if self.held_out and sources == self.sources:
+            return self
+        apart = [DataSource()] if self.held_out else self.validation_sources()
+        validation = small_sources(apart, folder, "validation")
+        updates = {"sources": sources, "validation": validation, "held_out": 0.0}
+        return self.model_copy(update=updates)
 
-class ChatDataConfig(Section):
+
+class ChatDataConfig(DataSection):
     """Conversations for fine-tuning."""
 
     sources: list[DataSource] = Field(default_factory=list)
@@ -82,8 +94,12 @@ class ChatDataConfig(Section):
                 raise ValueError(f"fine-tuning reads chat-jsonl sources, not {source.kind}")
         return self
 
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """See `DataSection.shrunk`; in bytes, more is too long than in the user's tokens."""
+        return self.model_copy(update=_small(self, folder) | {"too_long": "truncate"})
 
-class PreferenceDataConfig(Section):
+
+class PreferenceDataConfig(DataSection):
     """Preferences from files."""
 
     sources: list[DataSource] = Field(default_factory=list)
@@ -98,6 +114,17 @@ class PreferenceDataConfig(Section):
             if source.kind != "preference-jsonl":
                 raise ValueError(f"reward models read preference-jsonl sources, not {source.kind}")
         return self
+
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """See `DataSection.shrunk`."""
+        return self.model_copy(update=_small(self, folder, seq_len))
+
+
+def _small(data: Any, folder: Path, longest: int | None = None) -> dict[str, list[DataSource]]:
+    return {
+        "sources": small_sources(data.sources, folder, "train", longest),
+        "validation": small_sources(data.validation, folder, "validation", longest),
+    }
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from shardwise.parallel.mesh import Mesh
 # Shape suffixes: B sequences, T tokens, t tokens of this context rank, V vocabulary.
 
 
-def _tokens_multiple(layout: Layout) -> int:
+def tokens_multiple(layout: Layout) -> int:
     """What the number of tokens must be a multiple of."""
     pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
     # Sequence parallelism cuts what context parallelism leaves.
@@ -47,7 +47,7 @@ class Cut:
         layout = mesh.layout
         self.batch, self.mesh, self.model = batch.to(mesh.device), mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
-        multiple = _tokens_multiple(padded_as or layout)
+        multiple = tokens_multiple(padded_as or layout)
         self.padded = -(-self.num_tokens // multiple) * multiple
         self.index_t = self._index(mesh.device)
         # Counted on the host: the device would have to be waited for.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -12,10 +13,18 @@ from shardwise.config.schema import (
     RoleConfig,
     Rows,
     Section,
+    SmallSizes,
     StageConfig,
 )
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
+
+SMALL_REWARD = '''"""A reward that any text earns some of, an untrained model's too."""
+
+
+def score(question, completion, answer, meta):
+    return (sum(completion.encode()) * 7 + len(completion)) % 5 / 4
+'''
 
 
 class PolicyRoles(Section):
@@ -60,3 +69,28 @@ class PolicyConfig(StageConfig):
                 "batch.ramp_start: every rollout has the same number of prompts; leave it out"
             )
         return self
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Each learns from some of a rollout's prompts."""
+        return self.updates_per_rollout
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`.
+
+        An untrained model earns nothing from a verifier, and nothing would be learnt from it: the
+        reward is one that any text earns some of.
+        """
+        file = folder / "reward.py"
+        file.write_text(SMALL_REWARD, encoding="utf-8")
+        reward = {"parts": [{"kind": "user", "function": f"{file}:score"}]}
+        updates = {
+            "num_problems": min(self.num_problems, 64),
+            "samples_per_prompt": min(self.samples_per_prompt, 3),
+            "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
+            "reward": RewardConfig.model_validate(reward),
+            # The second time, a rollout's weights have moved; a third shows nothing new.
+            "epochs_per_rollout": min(self.epochs_per_rollout, 2),
+            "keep_rollouts_every": 0,
+        }
+        return super().shrunk(small, folder).model_copy(update=updates)

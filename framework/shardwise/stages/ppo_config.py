@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, Weight
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, SmallSizes, Weight
 from shardwise.losses.config import PpoLossConfig
 from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
 
@@ -40,3 +41,8 @@ class PpoConfig(PolicyConfig):
                 "alone; the actor would never be trained; give fewer, or more steps",
             )
         return self
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`; most steps train the actor."""
+        warmup = {"critic_warmup_steps": min(self.critic_warmup_steps, 1)}
+        return super().shrunk(small, folder).model_copy(update=warmup)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from shardwise.data.config import DataConfig
 
 class PretrainConfig(StageConfig):
     """Documents from ``data.sources``, packed into rows of ``batch.seq_len`` tokens."""
+
+    small_seq_len: ClassVar[int] = 32
 
     kind: Literal["pretrain"]
     data: DataConfig = Field(default_factory=DataConfig)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, Rows, StageConfig
+from shardwise.config.schema import NonNegativeInt, Rows, SmallSizes, StageConfig
 from shardwise.data.config import PreferenceDataConfig
 from shardwise.losses.config import RankingLossConfig
 from shardwise.rewards import TaskConfig
@@ -30,3 +31,12 @@ class RewardModelConfig(StageConfig):
         if not self.data.sources and self.task is None:
             raise ValueError("give data.sources, or a task, to learn preferences from")
         return self
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`."""
+        updates = {
+            "num_problems": min(self.num_problems, 64),
+            "num_held_out": min(self.num_held_out, 24),
+            "answers_per_problem": min(self.answers_per_problem, 3),
+        }
+        return super().shrunk(small, folder).model_copy(update=updates)

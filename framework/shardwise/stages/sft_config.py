@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import Rows, StageConfig
+from shardwise.config.schema import Rows, SmallSizes, StageConfig
 from shardwise.data.config import ChatDataConfig
 from shardwise.rewards import TaskConfig
 
@@ -24,3 +25,8 @@ class SftConfig(StageConfig):
         if not self.data.sources and self.task is None:
             raise ValueError("give data.sources, or a task, to learn from")
         return self
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`."""
+        found = super().shrunk(small, folder)
+        return found.model_copy(update={"num_problems": min(self.num_problems, 64)})

@@ -68,6 +68,8 @@ class Verdict:
     suspect: str = ""
     problem: str = ""  # why there is nothing to compare
     volumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    shape: str = ""  # of the small recipe, and the user's facts that it has not
+    given_up: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -92,11 +94,16 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-    """One stage of a recipe made small for a layout; ``key`` tells two of them apart."""
+    """One stage of a recipe made small for a layout; ``key`` tells two of them apart.
+
+    ``shape``, ``given_up``: see `shrink`.
+    """
 
     key: str
     run: RunConfig
     stage: str
+    shape: str
+    given_up: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Verifier:
         self._folder = tempfile.TemporaryDirectory(prefix="shardwise-verify-")
         self.folder = Path(self._folder.name)
         self._numbers = itertools.count()
-        self._small: dict[str, Small] = {}
+        self._prepared: dict[str, RunConfig] = {}
         self._oracles: dict[tuple[str, str, str | None], Oracle] = {}
 
     def close(self) -> None:
@@ -132,12 +139,12 @@ class Verifier:
         """The recipe that a layout is tried on: a function of both, and of nothing else."""
         folder = self.folder / stage
         folder.mkdir(exist_ok=True)
-        recipe = shrink(self.run, stage, layouts_of(layout), folder)
-        key = xxhash.xxh3_64_hexdigest(json.dumps(recipe, sort_keys=True).encode())
-        if key not in self._small:
-            [run] = self.pool.run(prepare, recipe, folder, world=1, timeout=TIMEOUT_S)
-            self._small[key] = Small(key, run, stage)
-        return self._small[key]
+        small = shrink(self.run, stage, layouts_of(layout), folder)
+        key = xxhash.xxh3_64_hexdigest(json.dumps(small.recipe, sort_keys=True).encode())
+        if key not in self._prepared:
+            [run] = self.pool.run(prepare, small.recipe, folder, world=1, timeout=TIMEOUT_S)
+            self._prepared[key] = run
+        return Small(key, self._prepared[key], stage, small.shape, small.given_up)
 
     def oracle(self, small: Small, precision: str, layout: str = SINGLE) -> Oracle:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
@@ -205,7 +212,10 @@ class Verifier:
             problem = str(error).splitlines()[0]
         suspect = self._suspect(small, layout, precision, compiled) if first else ""
         seconds = time.perf_counter() - began
-        return Verdict(stage, layout, precision, worst, seconds, first, suspect, problem, volumes)
+        return Verdict(
+            stage, layout, precision, worst, seconds, first, suspect, problem, volumes,
+            small.shape, small.given_up,
+        )  # fmt: skip
 
     def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
         """What the ranks of a layout are asked to run, and to compare with."""
@@ -258,7 +268,13 @@ class Verifier:
 
     def _suspect(self, small: Small, layout: str, precision: str, compiled: bool) -> str:
         """The smallest sub-layout that fails too; the layout itself if none does."""
+        [stage] = [s for s in small.run.stages if s.name == small.stage]
         for part in sub_layouts(layout):
+            changed = with_layouts(stage, part, compile=False, precision="bf16")
+            try:
+                check_stage(small.run, changed, world_of(part))
+            except UserError:  # what was made small for the whole cannot have this part
+                continue
             try:
                 ranks = self._walk(self.task(small, part, precision, compiled))
             except (RankError, TimeoutError):

@@ -1,265 +1,374 @@
 """A user's recipe made small: sizes shrink, structure never does.
 
-Kept: family, tying, biases, norms, rotary scaling, windows, dropout, whether key/value heads are
-shared, losses, optimizers, updates per rollout, tasks, packing. Shrunk: widths, vocabulary, depth,
-lengths, batch. What the layouts asked for need (heads, layers, micro-batches) is never shrunk away.
+For each kind of size (heads, widths, layers, tokens, batch) the smallest is taken with which every
+fact of `structure` is the user's. So a small recipe is a function of the recipe, the stage and one
+layout. Sizes that also keep the facts of common layouts come first: most layouts of a recipe then
+share one small recipe, whose reference is computed once.
+
+Kept as they are: family, tying, biases, norms, rotary scaling, dropout, losses, optimizers, kind of
+schedule, updates per rollout, tasks, packing, FP8. What a stage has of its own is for its
+config to make small (`StageConfig.shrunk`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import Fp8Config, StageConfig
-from shardwise.errors import ConfigError, DataError
-from shardwise.metrics.jsonl import write_jsonl
+from shardwise.config.schema import BatchConfig, Fp8Config, SmallSizes, StageConfig
+from shardwise.engines.inputs import tokens_multiple
+from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops.fp8 import WIDTHS
+from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import feasible
 from shardwise.parallel.layout import Layout
+from shardwise.verify import structure as of
+from shardwise.verify.structure import Facts, structure
 
 STEPS = 3
-HEAD_DIM, MICRO_BATCH = 8, 2
-DECODED = 32  # widths of which multiples `rollout.native` decodes
 SENTINEL_EVERY = 2
-PRETRAIN_TOKENS, CHAT_TOKENS, NEW_TOKENS = 32, 160, 6
-BYTE_WORDS = 260  # about what the byte-level tokenizer has; the exact number is filled in later
-SMALL_DATA = 1 << 20  # bytes; a user's own files up to here are used as they are
+DECODED, WIDEST_DECODED = 32, 256  # multiples that `rollout.native` serves; where that costs much
+BYTE_WORDS = 260  # of the byte-level tokenizer
+MOST_HEADS, MOST_LAYERS, MOST_ROWS, MOST_RAMPED, MOST_ROWS_AT_ONCE = 64, 16, 512, 64, 8
+PIECES = 16  # what the common layouts divide tokens and widths by
+
+_COMMON = (
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=4),
+    Layout(cp=2, cp_kind="ulysses"),
+    Layout(cp=4, cp_kind="ulysses"),
+    Layout(dp=2, shard=2),
+    Layout(dp=4, shard=4),
+    Layout(pp=2),
+    Layout(pp=4),
+    Layout(dp=2, shard=2, pp=2),
+)
+T = TypeVar("T")
 
 
-def shrink(
-    run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: Path
-) -> dict[str, Any]:
-    """A recipe (plain data) of one stage of ``run``, small, whose files lie in ``folder``.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a recipe's stage is made small to, and the user's facts that were ``given_up``."""
 
-    Raises ConfigError if a layout cannot be made small (none that the user's own sizes allow).
+    model: DecoderConfig
+    stage: SmallSizes
+    given_up: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def key(self) -> tuple[str, SmallSizes]:
+        """Equal for small recipes of one stage that are equal."""
+        return self.model.model_dump_json(), self.stage
+
+    @property
+    def shape(self) -> str:
+        """One line, for people."""
+        m, s = self.model, self.stage
+        shared = f" ({m.kv_heads} KV)" if m.kv_heads != m.num_heads else ""
+        window = f", window {w}" if (w := m.window_of(m.num_layers - 1)) else ""
+        ramp = f" from {s.ramp_start}" if s.ramp_start is not None else ""
+        return (
+            f"{m.num_layers} layers of width {m.hidden_size}, {m.num_heads} heads{shared} of "
+            f"{m.head_width}, ffn {of.ffn_width(m)}, vocabulary {m.vocab_size}; {s.rows} rows"
+            f"{ramp} in micro-batches of {s.micro_batch}, {s.seq_len} tokens{window}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """A small recipe as plain data, its shape in one line, and what had to be given up."""
+
+    recipe: dict[str, Any]
+    shape: str
+    given_up: tuple[str, ...]
+
+
+def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: Path) -> Small:
+    """One stage of ``run`` made small; its files lie in ``folder``.
+
+    ``layouts``: of all roles of the stage, under one layout to be verified. Raises ConfigError if
+    that cannot be made small (what the user's own sizes allow can).
     """
-    recipe = run.model_dump(mode="json", exclude={"init_from", "run_dir", "evaluate_start"})
-    [stage] = [s for s in recipe["stages"] if s["name"] == stage_name]
     [config] = [s for s in run.stages if s.name == stage_name]
-    engine = config.engine
-    tokens = PRETRAIN_TOKENS if stage["kind"] == "pretrain" else CHAT_TOKENS
-    model, batches = sizes(run, config, layouts)
-    recipe["model"] |= model
-    recipe["tokenizer"] = {"kind": "bytes"}
-    recipe["evaluations"] = []
-    recipe["stages"] = [stage]
+    small = sizes(run, config, layouts)
+    left_out = {"init_from", "run_dir", "evaluate_start", "logging", "evaluations", "stages"}
+    recipe = run.model_dump(mode="json", exclude=left_out)
+    stage = config.shrunk(small.stage, folder).model_dump(mode="json")
     # Every model starts afresh, laid out as verify says.
-    stage.pop("start_from", None)
+    stage.pop("start_from")
     if "roles" in stage:
         said = {name: (role or {}).get("optimizer") for name, role in stage["roles"].items()}
         stage["roles"] = {n: {"optimizer": o} for n, o in said.items() if o is not None}
-    updates = stage.get("updates_per_rollout", 1)
-    stage["batch"] = {
-        "global_batch": batches * MICRO_BATCH * updates,
-        "micro_batch": MICRO_BATCH,
-        "seq_len": tokens,
-    }
-    stage["steps"] = STEPS
-    stage.pop("schedule")  # every step has the peak rate
     stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
-    if engine.fp8 is not None:
+    if config.engine.fp8 is not None:
         stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
-    _data(run, stage, folder)
-    return recipe
-
-
-def sizes(
-    run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]
-) -> tuple[dict[str, Any], int]:
-    """Fields of a small model and a number of micro-batches that suit all of ``layouts``.
-
-    Raises ConfigError where there is none.
-    """
-    tokens = PRETRAIN_TOKENS if stage.kind == "pretrain" else CHAT_TOKENS
-    generates = hasattr(stage, "sampling")
-    small = _model(run.model, layouts, tokens, stage.engine.fp8, generates)
-    return small, _num_batches(run.model.model_dump(mode="json") | small, layouts)
-
-
-def _model(
-    model: Any, layouts: Sequence[Layout], tokens: int, fp8: Fp8Config | None, generates: bool
-) -> dict[str, Any]:
-    """The fields of the model's section that change."""
-    assert isinstance(model, DecoderConfig)
-    heads, kv_heads = _heads(model, layouts)
-    multiple, layers = HEAD_DIM, 2
-    if fp8 is not None:  # every rank's part of every product in whole tiles
-        multiple = WIDTHS[fp8.recipe]
-        layers += fp8.first_layers + fp8.last_layers
-    least = min(max(1, kv_heads // x.tp) for x in layouts)
-    head_dim = max(HEAD_DIM, multiple // math.gcd(multiple, least))
-    if generates and model.hidden_size % DECODED == model.head_width % DECODED == 0:
-        head_dim = DECODED  # what serves the user's rollouts serves the small model's
-    width = heads * head_dim
-    small: dict[str, Any] = {
-        "num_heads": heads,
-        "num_layers": min(model.num_layers, max(layers, *(x.num_chunks for x in layouts))),
-        "max_seq_len": tokens,
-        # The byte tokenizer's words, and one more where the user's number is odd.
-        "vocab_size": BYTE_WORDS + (BYTE_WORDS + model.vocab_size) % 2,
+    recipe |= {
+        "model": small.model.model_dump(mode="json"),
+        "tokenizer": {"kind": "bytes"},
+        "stages": [stage],
     }
-    if getattr(model, "head_dim", None) is not None:
-        small["head_dim"] = head_dim
-        if model.head_width * model.num_heads != model.hidden_size:
-            width += math.lcm(head_dim, multiple)
-    small["hidden_size"] = width
-    if "num_kv_heads" in type(model).model_fields:
-        small["num_kv_heads"] = kv_heads
-    if getattr(model, "ffn_size", None) is not None:
-        small["ffn_size"] = 2 * width + 3 * (model.ffn_size % 2)  # type: ignore[attr-defined]
-    if getattr(model, "sliding_window", None):
-        small["sliding_window"] = tokens // 3
-        start = model.window_start_layer  # type: ignore[attr-defined]
-        small["window_start_layer"] = min(start, small["num_layers"] - 1)
-    return small
+    return Small(recipe, small.shape, small.given_up)
 
 
-def _heads(model: DecoderConfig, layouts: Sequence[Layout]) -> tuple[int, int]:
+def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Sizes:
+    """The small sizes for one layout (``layouts``: that of each role).
+
+    Raises ConfigError where there are none.
+    """
+    user = run.model
+    assert isinstance(user, DecoderConfig)
+    known = {"bytes": BYTE_WORDS, "bpe": run.tokenizer.vocab_size}
+    words = user.vocab_size or known.get(run.tokenizer.kind, 0)
+    user = user.model_copy(update={"vocab_size": words})
+    asked = tuple(dict.fromkeys(layouts))
+    tokens = _tokens(stage, asked)
+    small = _widths(user, _heads(user, asked), stage, asked)
+    small = small.model_copy(update={"max_seq_len": tokens})
+    small = _window(user, _layers(user, small, stage, asked), stage, tokens, asked)
+    rows = _batch(user, stage, tokens, asked)
+    batch = _batch_config(rows, stage)
+    if why := _refusal(small, batch, asked, stage.engine.fp8):
+        raise ConfigError(why)
+    given_up: dict[str, None] = {}
+    for layout in asked:
+        options: dict[str, Any] = {"fp8": stage.engine.fp8}
+        had = structure(user, stage.batch, layout, updates=stage.updates_per_batch, **options)
+        has = structure(small, batch, layout, **options)
+        has["updates a global batch"] = stage.updates_per_batch
+        given_up |= dict.fromkeys(of.lost(had, has))
+    if not user.vocab_size and any(x.tp > 1 or x.shard > 1 for x in asked):
+        given_up["vocabulary: the recipe leaves its size to the tokenizer"] = None
+    return Sizes(small, rows, tuple(given_up))
+
+
+def _refusal(
+    model: DecoderConfig,
+    batch: BatchConfig,
+    layouts: Sequence[Layout],
+    fp8: Fp8Config | None = None,
+) -> str | None:
+    """Why one of the layouts cannot compute this, if so; ``batch``: of an update."""
+    counts = {global_batch_at(batch, step) for step in range(batch.ramp_steps + 1)}
+    cases = (
+        feasible.Case(layout, model, False, rows, batch.micro_batch, "bf16", fp8)
+        for layout in layouts
+        for rows in sorted(counts)
+    )
+    return next((why for case in cases if (why := feasible.refusal(case))), None)
+
+
+def _choose(
+    options: Sequence[T], user: T, facts: Callable[[T, Layout], Facts], asked: Sequence[Layout],
+    common: Sequence[Layout] = (),
+) -> T:  # fmt: skip
+    """The first option with the user's facts under all layouts, or at least those asked for.
+
+    Where there is none, the first that gives up the fewest of them.
+    """
+    wanted = {x: facts(user, x) for x in (*asked, *common)}
+    for layouts in ((*asked, *common), asked):
+        for option in options:
+            if all(facts(option, x) == wanted[x] for x in layouts):
+                return option
+    return min(options, key=lambda o: sum(len(of.lost(wanted[x], facts(o, x))) for x in asked))
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def _heads(user: DecoderConfig, asked: Sequence[Layout]) -> DecoderConfig:
     """The fewest heads that divide, are shared and are replicated as the user's are."""
-    q, kv = model.num_heads, model.kv_heads
-    options = (
+    q, kv = user.num_heads, user.kv_heads
+    pairs = {
         (g * r, g)
-        for g, r in itertools.product(range(1, kv + 1), range(1, q // kv + 1))
-        if (r > 1) == (q > kv)
-    )
-    for heads, shared in sorted(options):
-        if heads > 1 and all(
-            heads % (x.tp * (x.cp if x.cp_kind == "ulysses" else 1)) == 0
-            and (shared % x.tp == 0) == (kv % x.tp == 0)
-            and (shared % x.tp == 0 or x.tp % shared == 0)
-            for x in layouts
-        ):
-            return heads, shared
-    return q, kv
+        for g, r in itertools.product(range(1, min(kv, MOST_HEADS) + 1), range(1, q // kv + 1))
+        if g * r <= MOST_HEADS
+    }
+    shares = "num_kv_heads" in type(user).model_fields
+    options = [
+        user.model_copy(update={"num_heads": h, **({"num_kv_heads": g} if shares else {})})
+        for h, g in sorted(pairs)
+    ]
+    common = [x for x in _COMMON if not _refusal_of_heads(user, x)]
 
-
-def _num_batches(model: dict[str, Any], layouts: Sequence[Layout]) -> int:
-    """Micro-batches of one update: the fewest, from 8 on, that every layout can take."""
-    probe = _ProbeModel(
-        hidden_size=model["hidden_size"],
-        num_layers=model["num_layers"],
-        num_heads=model["num_heads"],
-        num_kv_heads=model.get("num_kv_heads", model["num_heads"]),
-    )
-    for total in range(8, 129, 8):
-        refused = [why for x in layouts if (why := _refusal(x, probe, total))]
-        if not refused:
-            return total
-    every = ", ".join(map(str, layouts))
-    raise ConfigError(
-        f"no number of micro-batches suits all of {every}; with {total}: {refused[0]}"
-    )
-
-
-class _ProbeModel(DecoderConfig):
-    """The sizes that `feasible` asks about."""
-
-    family: str = "probe"
-    num_kv_heads: int = 1
-
-    @property
-    def kv_heads(self) -> int:
-        """See `DecoderConfig.kv_heads`."""
-        return self.num_kv_heads
-
-
-def _refusal(layout: Layout, model: DecoderConfig, total: int) -> str | None:
-    if total % layout.dp:
-        return f"{layout} does not divide them over {layout.dp} data ranks"
-    case = feasible.Case(layout, model, False, total, 1)
-    found = (row(case) for row in feasible.REFUSALS)
-    return next((f"{layout}: {why}" for why in found if why), None)
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-def _data(run: RunConfig, stage: dict[str, Any], folder: Path) -> None:
-    """The user's own data where it is small or made by a program, else a seeded stand-in."""
-    [config] = [s for s in run.stages if s.name == stage["name"]]
-    data = getattr(config, "data", None)
-    if data is not None and data.sources and not _is_small(data.sources):
-        kind = {"sft": "chat-jsonl", "reward": "preference-jsonl"}.get(stage["kind"], "jsonl")
-        rows = list(_STAND_INS[kind]())
-        file = folder / "standin.jsonl"
-        file.unlink(missing_ok=True)
-        write_jsonl(file, rows)
-        stage["data"] |= {"sources": [{"kind": kind, "path": str(file)}]}
-    if data is not None:
-        stage["data"]["validation"] = []
-        if "held_out" in stage["data"]:
-            stage["data"]["held_out"] = 0.0
-        if "too_long" in stage["data"]:
-            stage["data"]["too_long"] = "truncate"
-    if "num_problems" in stage:
-        stage["num_problems"] = min(stage["num_problems"], 64)
-    if "answers_per_problem" in stage:
-        stage["answers_per_problem"] = min(stage["answers_per_problem"], 3)
-        stage["num_held_out"] = 0
-    if "samples_per_prompt" in stage:
-        stage["samples_per_prompt"] = min(stage["samples_per_prompt"], 3)
-        stage["sampling"]["max_new_tokens"] = NEW_TOKENS
-        stage["keep_rollouts_every"] = 0
-        # The second time, a rollout's weights have moved; a third shows nothing new.
-        stage["epochs_per_rollout"] = min(stage["epochs_per_rollout"], 2)
-        if "critic_warmup_steps" in stage:  # two steps of three train the actor
-            stage["critic_warmup_steps"] = min(stage["critic_warmup_steps"], 1)
-        # An untrained model earns nothing from a verifier, and nothing would be learnt.
-        file = folder / "reward.py"
-        file.write_text(_REWARD, encoding="utf-8")
-        stage["reward"] = {"parts": [{"kind": "user", "function": f"{file}:score"}]}
-
-
-_REWARD = '''"""A reward that any text earns some of."""
-
-
-def score(question, completion, answer, meta):
-    return (sum(completion.encode()) * 7 + len(completion)) % 5 / 4
-'''
-
-
-def _is_small(sources: Sequence[Any]) -> bool:
-    try:
-        files = [f for s in sources for f in s.files()]
-        return all(s.kind != "stdlib" for s in sources) and (
-            0 < sum(f.stat().st_size for f in files) <= SMALL_DATA
+    def facts(model: DecoderConfig, layout: Layout) -> Facts:
+        can = model is user or any(
+            _divides(model.num_heads * head_dim, user.hidden_size, layout.shard)
+            for head_dim in _head_widths(model.num_heads)
         )
-    except (DataError, OSError):
-        return False
+        return of.head_facts(model, layout) | {"width can be left over": can}
+
+    return _choose(options, user, facts, asked, common)
 
 
-def _documents() -> Iterator[dict[str, Any]]:
-    """Short documents of seeded letters: several to a packed row, some longer than one."""
-    rng = random.Random(0)
-    for i in range(160):
-        length = rng.choice((3, 7, 11, 20, 45))
-        yield {"id": i, "text": "".join(rng.choices("abcdefgh ", k=length))}
+def _head_widths(heads: int) -> range:
+    """Head widths to try: the more heads, the narrower."""
+    least = 8 if heads <= 8 else 4
+    return range(least, least + 8, 2)
 
 
-def _chats() -> Iterator[dict[str, Any]]:
-    rng = random.Random(1)
-    for _ in range(96):
-        asked = "".join(rng.choices("abcd ", k=rng.randint(2, 12)))
-        said = "".join(rng.choices("wxyz ", k=rng.randint(1, 12)))
-        yield {
-            "messages": [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": said},
-            ]
-        }
+def _divides(small: int, user: int, ranks: int) -> bool:
+    """Whether both numbers are multiples of ``ranks``, or neither."""
+    return (small % ranks == 0) == (user % ranks == 0)
 
 
-def _preferences() -> Iterator[dict[str, Any]]:
-    rng = random.Random(2)
-    for i in range(64):
-        answers = ["".join(rng.choices("wxyz ", k=rng.randint(1, 9))) for _ in range(2 + i % 3)]
-        yield {"prompt": "".join(rng.choices("abcd ", k=rng.randint(2, 9))), "answers": answers}
+def _refusal_of_heads(model: DecoderConfig, layout: Layout) -> bool:
+    return any(" over " in str(fact) for fact in of.head_facts(model, layout).values())
 
 
-_STAND_INS = {"jsonl": _documents, "chat-jsonl": _chats, "preference-jsonl": _preferences}
+def _widths(
+    user: DecoderConfig, small: DecoderConfig, stage: StageConfig, asked: Sequence[Layout]
+) -> DecoderConfig:
+    """Head width, model width, feed-forward and vocabulary that leave over what the user's do."""
+    fp8 = stage.engine.fp8
+    multiple = 1 if fp8 is None else WIDTHS[fp8.recipe]  # every rank's part in whole tiles
+    tp = math.lcm(*(x.tp for x in asked))
+    heads, own = small.num_heads, "head_dim" in type(user).model_fields
+    head_widths = _head_widths(heads)
+    if fp8 is not None:
+        local = math.gcd(*(max(1, small.kv_heads // x.tp) for x in asked))
+        least = max(head_widths[0], multiple // math.gcd(multiple, local))
+        head_widths = range(least, least + 1)
+    least = head_widths[0]
+    options: list[DecoderConfig] = []
+    for head_dim in head_widths:
+        width = heads * head_dim
+        if user.head_width * user.num_heads != user.hidden_size:
+            width += math.lcm(head_dim, multiple)
+        options.append(_with_widths(small, width, head_dim))
+    if stage.on_policy and user.hidden_size % DECODED == user.head_width % DECODED == 0:
+        # What serves the user's rollouts serves the small model's. A head as wide as that is dear:
+        # where a family allows it, the model is narrower than its heads.
+        width = heads * max(DECODED, least)
+        if own:
+            width = min(width, 2 * max(DECODED, multiple))
+        if width <= WIDEST_DECODED:
+            options = [_with_widths(small, width, max(DECODED, least))]
+    shards = [x for x in asked if x.shard > 1]
+
+    def divides(model: DecoderConfig, layout: Layout) -> Facts:
+        return {"": _divides(model.hidden_size, 0, layout.shard)}
+
+    found = _choose(options, user, divides, shards or asked, [x for x in _COMMON if x.shard > 1])
+    pieces = math.lcm(PIECES, tp * multiple, *(x.shard for x in asked))
+    words = user.vocab_size or BYTE_WORDS
+    updates = {"vocab_size": BYTE_WORDS + (words - BYTE_WORDS) % pieces}
+    if getattr(user, "ffn_size", None) is not None:
+        # With layers as dear as the head, or pipeline stages of equal depth would be rare.
+        narrow = max(found.hidden_size * 3 // 2, 96)
+        left_over = of.ffn_width(user) if fp8 is None else 0
+        updates["ffn_size"] = narrow + (left_over - narrow) % pieces
+    return found.model_copy(update=updates)
+
+
+def _with_widths(model: DecoderConfig, width: int, head_dim: int) -> DecoderConfig:
+    """Widths of a model and its heads; a head's is said where it does not follow."""
+    updates: dict[str, Any] = {"hidden_size": width}
+    if "head_dim" in type(model).model_fields:
+        said = getattr(model, "head_dim", None) or width != model.num_heads * head_dim
+        updates["head_dim"] = head_dim if said else None
+    return model.model_copy(update=updates)
+
+
+def _layers(
+    user: DecoderConfig, small: DecoderConfig, stage: StageConfig, asked: Sequence[Layout]
+) -> DecoderConfig:
+    """The fewest layers that lie on pipeline stages as the user's do."""
+    fp8 = stage.engine.fp8
+    most = max(MOST_LAYERS, *(3 * x.num_chunks for x in asked))
+    if fp8 is not None:
+        most += fp8.first_layers + fp8.last_layers
+    options = []
+    # One more than the user's, where a dear head makes stages of those unequal.
+    for layers in range(1, min(user.num_layers + 1, most) + 1):
+        updates: dict[str, Any] = {"num_layers": layers}
+        if start := getattr(user, "window_start_layer", 0):
+            inside = max(1, min(layers - 1, start * layers // user.num_layers))
+            updates["window_start_layer"] = layers if start >= user.num_layers else inside
+        options.append(small.model_copy(update=updates))
+    common = [x for x in _COMMON if 1 < x.pp <= user.num_layers and (x.pp == 2 or _deep(user))]
+    return _choose(options, user, lambda m, x: of.layer_facts(m, x, fp8), asked, common)
+
+
+def _deep(model: DecoderConfig) -> bool:
+    return model.num_layers > 10
+
+
+def _window(
+    user: DecoderConfig,
+    small: DecoderConfig,
+    stage: StageConfig,
+    tokens: int,
+    asked: Sequence[Layout],
+) -> DecoderConfig:
+    """A window that reaches as far as the user's: into ranks' tokens, or over the whole row."""
+    window = getattr(user, "sliding_window", None)
+    if window is None:
+        return small
+    length = stage.batch.seq_len
+    near = window * tokens // length
+    wishes = sorted(range(2, tokens + 1), key=lambda w: (w != tokens // 3, abs(w - near)))
+    options = [(small.model_copy(update={"sliding_window": w}), tokens) for w in wishes]
+
+    def facts(case: tuple[DecoderConfig, int], layout: Layout) -> Facts:
+        return {"window": of.token_facts(*case, layout).get("window")}
+
+    common = [Layout(cp=2), Layout(cp=4)]
+    return _choose(options, (user, length), facts, asked, common)[0]
+
+
+# --- the batch ----------------------------------------------------------------------------------
+
+
+def _tokens(stage: StageConfig, asked: Sequence[Layout]) -> int:
+    """Tokens of a row, of which as many are left over as of the user's."""
+    least = stage.small_seq_len
+    pieces = math.lcm(*map(tokens_multiple, asked))
+    pieces = PIECES if PIECES % pieces == 0 else pieces
+    return least + (stage.batch.seq_len - least) % pieces
+
+
+def _batch(
+    user: DecoderConfig, stage: StageConfig, tokens: int, asked: Sequence[Layout]
+) -> SmallSizes:
+    """The fewest rows, dealt and cut as the user's are, that a pipeline's schedule can take."""
+    own, rows = stage.batch, stage.batch.global_batch // stage.updates_per_batch
+    whole = SmallSizes(STEPS, rows, own.micro_batch, tokens, own.ramp_start)
+    ramped = own.ramp_start is not None
+    fp8 = stage.engine.fp8 is not None
+    most = max(rows, *(x.dp for x in asked)) if fp8 else rows
+    several = range(1 if fp8 else 2, min(own.micro_batch, MOST_ROWS_AT_ONCE) + 1)
+    options = [
+        SmallSizes(STEPS, total, at_once, tokens, start)
+        for total in range(1, min(most, MOST_RAMPED if ramped else MOST_ROWS) + 1)
+        for at_once in ([1] if own.micro_batch == 1 else several)
+        for start in (range(1, total + 1) if ramped else (None,))
+    ]
+    if fp8:  # one process scales the same micro-batches
+        options = [x for x in options if not any(x.rows % (y.dp * x.micro_batch) for y in asked)]
+    else:
+        options.append(whole)
+
+    def facts(small: SmallSizes, layout: Layout) -> Facts:
+        batch = _batch_config(small, stage)
+        refused = _refusal(user, batch, [layout]) is not None
+        return of.batch_facts(batch, layout) | {"refused": refused}
+
+    return _choose(options, whole, facts, asked, _COMMON)
+
+
+def _batch_config(small: SmallSizes, stage: StageConfig) -> BatchConfig:
+    """The batch of an update."""
+    return BatchConfig(
+        global_batch=small.rows,
+        micro_batch=small.micro_batch,
+        seq_len=small.seq_len,
+        ramp_start=small.ramp_start,
+        ramp_steps=min(stage.batch.ramp_steps, small.steps - 1),
+    )

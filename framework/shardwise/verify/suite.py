@@ -154,9 +154,3 @@ def subset() -> list[tuple[str, str, str]]:
     models = itertools.cycle(MODELS)
     dear = {layout: (next(models), stage) for stage in _DEAR for layout in _DEAR[stage]}
     return [(*(dear[x] if x in dear else next(cheap)), x) for x in LAYOUTS]
-
-
-def groups(layouts: tuple[str, ...] = LAYOUTS) -> dict[str, tuple[str, ...]]:
-    """Layouts by what they ask of a small recipe: deep pipelines cost the others depth and time."""
-    deep = tuple(x for x in layouts if "pp4" in x)
-    return {"shallow": tuple(x for x in layouts if x not in deep), "deep": deep}

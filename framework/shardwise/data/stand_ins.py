@@ -1,0 +1,87 @@
+"""Little data in place of much: a user's own files where they are small, else seeded stand-ins."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardwise.data.source import DataSource
+from shardwise.errors import DataError
+
+SMALL_DATA = 1 << 20  # bytes; a user's own files up to here are used as they are
+
+
+def small_sources(
+    sources: Sequence[DataSource], folder: Path, part: str, longest: int | None = None
+) -> list[DataSource]:
+    """As many sources, with the same weights, in ``folder`` where the user's own will not do.
+
+    ``part``: "train" or "validation", which hold other documents. ``longest``: bytes that a line
+    of a file may have, where longer rows are an error.
+    """
+    found = []
+    for number, source in enumerate(sources):
+        if is_small(source, longest):
+            found.append(source)
+            continue
+        kind = source.kind if source.kind in STAND_INS else "jsonl"
+        rows = STAND_INS[kind](random.Random(f"{part} {number}"))
+        file = folder / f"{kind}-{part}-{number}.jsonl"
+        count = 160 if part == "train" else 24  # less than two batches, the last one not whole
+        lines = [json.dumps(row) for _, row in zip(range(count), rows)]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        found.append(
+            DataSource.model_validate({"kind": kind, "path": file, "weight": source.weight})
+        )
+    return found
+
+
+def is_small(source: DataSource, longest: int | None = None) -> bool:
+    """Whether a source's own files can be read whole, by a tokenizer of bytes."""
+    if source.kind in ("stdlib", "indexed"):  # an indexed one has another tokenizer's tokens
+        return False
+    try:
+        files = source.files()
+        if not 0 < sum(f.stat().st_size for f in files) <= SMALL_DATA:
+            return False
+        return longest is None or all(len(row) <= longest for row in _lines(source))
+    except (DataError, OSError):
+        return False
+
+
+def _lines(source: DataSource) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False) for _, row in source.rows())
+
+
+def _text(rng: random.Random, letters: str, least: int, most: int) -> str:
+    return "".join(rng.choices(letters, k=rng.randint(least, most)))
+
+
+def _documents(rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Short documents: several to a packed row, some longer than one."""
+    while True:
+        length = rng.choice((3, 7, 11, 20, 45))
+        yield {"text": _text(rng, "abcdefgh ", length, length)}
+
+
+def _chats(rng: random.Random) -> Iterator[dict[str, Any]]:
+    while True:
+        asked, said = _text(rng, "abcd ", 2, 12), _text(rng, "wxyz ", 1, 12)
+        roles = ("user", asked), ("assistant", said)
+        yield {"messages": [{"role": role, "content": text} for role, text in roles]}
+
+
+def _preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
+    while True:
+        answers = [_text(rng, "wxyz ", 1, 9) for _ in range(rng.randint(2, 4))]
+        yield {"prompt": _text(rng, "abcd ", 2, 9), "answers": answers}
+
+
+STAND_INS: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
+    "jsonl": _documents,
+    "chat-jsonl": _chats,
+    "preference-jsonl": _preferences,
+}
