@@ -145,14 +145,16 @@ def test_more_ranks_than_the_memory_holds_are_refused(own: RankPool) -> None:
         with pytest.raises(UserError, match=r"^8 ranks need about .* at most 7 ranks$"):
             own.run(ident, world=8)
         own.room(7)
-    own.prepare(2)
+    own.run(ident, world=2)
     with mock.patch.object(rank_pool, "free_bytes", lambda: bytes_of):
         own.room(3)  # in the place of the two that are idle
     # Memory for three comes only when the two have stopped.
     with mock.patch.object(
         rank_pool, "free_bytes", lambda: (3 if 2 not in own.worlds else 1) * bytes_of
     ):
-        own.prepare(3)
+        own.prepare(3)  # ahead, nobody has to go
+        assert list(own.worlds) == [2]
+        own.run(ident, world=3)
     assert list(own.worlds) == [3]
 
 

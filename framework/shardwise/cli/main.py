@@ -142,6 +142,13 @@ def verify(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks, as training does.")
     ] = False,
+    updates_only: Annotated[
+        bool,
+        typer.Option("--updates-only", help="Compare updates; do not resume and generate: faster."),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what was run, and how much was compared.")
+    ] = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,
     junit: Annotated[
@@ -152,20 +159,20 @@ def verify(
     from shardwise.verify import server
 
     with server.importing():
-        from shardwise.cli.verify import HEADER, row, show
-        from shardwise.verify.run import Verdict
+        from shardwise.cli.verify import Table, show
         from shardwise.verify.run import verify as run
 
-    told: list[Verdict] = []
-
-    def tell(verdict: Verdict) -> None:
-        if json != "-":
-            terminal.say(row(verdict) if told else f"{HEADER}\n{row(verdict)}")
-        told.append(verdict)
-
-    report = run(
-        config, layout or (), stage=stage, overrides=overrides or (), compiled=compiled, tell=tell
-    )
+    with Table(explain, silent=json == "-") as table:
+        report = run(
+            config,
+            layout or (),
+            stage=stage,
+            overrides=overrides or (),
+            compiled=compiled,
+            whole=not updates_only,
+            begin=table.begin,
+            tell=table.tell,
+        )
     show(report, json, junit, config.stem)
 
 

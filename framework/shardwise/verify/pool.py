@@ -238,17 +238,28 @@ class RankPool:
         server.start()
 
     def prepare(self, *worlds: int) -> None:
-        """Start worlds of these sizes, one after the other, beside what the caller does next."""
-        for world in dict.fromkeys(worlds):
-            if world not in self.worlds:
-                self._make_room(world)
-                self.worlds[world] = self._starter.submit(_World, world)
+        """Start worlds of these sizes, one after the other, beside what the caller does next.
+
+        As many as there is memory for; `run` starts the others, in the place of these.
+        """
+        ahead = 0
+        for world in [w for w in dict.fromkeys(worlds) if w not in self.worlds]:
+            with contextlib.suppress(UserError):
+                room(ahead + world)
+                self._start(world)
+                ahead += world
+
+    def _start(self, world: int) -> None:
+        if world not in self.worlds:
+            self.worlds[world] = self._starter.submit(_World, world)
 
     def run(
         self, fn: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 90, **kw: Any
     ) -> list[Any]:
         """See the class. ``timeout`` is in seconds, between answers."""
-        self.prepare(world)
+        if world not in self.worlds:
+            self._make_room(world)
+            self._start(world)
         try:
             return self.worlds[world].result().run(fn, args, kw, timeout)
         except BaseException:

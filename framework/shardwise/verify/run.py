@@ -70,6 +70,9 @@ class Verdict:
     volumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shape: str = ""  # of the small recipe, and the user's facts that it has not
     given_up: tuple[str, ...] = ()
+    counts: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # of what was compared, by kind
 
     @property
     def passed(self) -> bool:
@@ -199,6 +202,7 @@ class Verifier:
         began = time.perf_counter()
         small = self.small(stage, layout)
         worst: dict[str, float] = {}
+        counts: dict[str, int] = {}
         first, problem, volumes = None, "", []
         try:
             task = self.task(small, layout, precision, compiled)
@@ -207,6 +211,7 @@ class Verifier:
             for d in found:
                 ratio = inf if isnan(d.ratio) else d.ratio
                 worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
+                counts[d.kind] = counts.get(d.kind, 0) + 1
             first, volumes = next((d for d in found if d.is_bug), None), ranks[0].volumes
         except (RankError, TimeoutError) as error:
             problem = str(error).splitlines()[0]
@@ -214,7 +219,7 @@ class Verifier:
         seconds = time.perf_counter() - began
         return Verdict(
             stage, layout, precision, worst, seconds, first, suspect, problem, volumes,
-            small.shape, small.given_up,
+            small.shape, small.given_up, counts,
         )  # fmt: skip
 
     def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
@@ -363,6 +368,7 @@ def verify(
     overrides: Sequence[str] = (),
     compiled: bool = False,
     whole: bool = True,
+    begin: Callable[[str], None] | None = None,
     tell: Callable[[Verdict], None] | None = None,
     pool: RankPool | None = None,
 ) -> VerifyReport:
@@ -371,7 +377,8 @@ def verify(
     ``layouts``: none means the recipe's own, ``suite`` the built-in ones. The recipe is made small
     (`shrink`); ranks run on this machine over gloo. A layout that cannot be is in the report, with
     the reason, and the others are tried. Raises ConfigError for a recipe that is wrong or an
-    unknown stage.
+    unknown stage. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
+    in words what is tried next, ``tell`` what came of it.
     """
     run = load_config(config, overrides).config
     chosen = [s for s in run.stages if stage in (None, s.name)]
@@ -388,13 +395,16 @@ def verify(
             own = resolve(one.engine.precision, torch.device("cpu"))
             tried = _layouts(run, one, layouts, refused, mine)
             mine.prepare(1, *map(world_of, tried))
-            for layout in tried:
+            for number, layout in enumerate(tried, 1):
                 try:
                     verifier.small(one.name, layout)
                 except UserError as error:
                     refused[one.name, layout] = f"it cannot be made small: {error}"
                     continue
                 for precision in dict.fromkeys(("fp64", own)):
+                    if begin is not None:
+                        of = f"layout {number} of {len(tried)}"
+                        begin(f"{one.name} {layout} in {precision}, {of}")
                     verdict = verifier.check(one.name, layout, precision, compiled)
                     verdicts.append(verdict)
                     if tell is not None:
