@@ -1,9 +1,11 @@
-"""Does shardwise run on these GPUs? One command, under five minutes, one JSON.
+"""Does shardwise run on these GPUs? One command, under eight minutes, one JSON.
 
     torchrun --nproc-per-node 8 benchmarks/gpu/smoke.py     # or: python benchmarks/gpu/smoke.py
     python benchmarks/gpu/smoke.py --device cpu --dry-run   # the same checks, tiny, anywhere
 
-Checks, on all ranks: all-reduce is right; bf16 training learns under ZeRO 1, 2 and 3, with equal
+First, on the first node: `shardwise verify RECIPE --device cuda`, every value of some steps against
+one process on the CPU, on the layouts for which there are GPUs; it is ended after three minutes.
+Then, on all ranks: all-reduce is right; bf16 training learns under ZeRO 1, 2 and 3, with equal
 losses; compiled and eager blocks agree; training resumed from a checkpoint is bitwise the unbroken
 one. Measures tokens/s, and model FLOP/s against the GPU's data sheet and its own matrix products.
 Exit code 1 if a check fails; several nodes need ``--folder`` on storage that they share.
@@ -17,9 +19,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,21 @@ from shardwise.metrics.flops import FlopsShape, training_flops_per_token
 from shardwise.metrics.gemm import measure_gemm, peak_bf16_flops
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.parallel import mesh
-from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.layout import parse_layout, world_of
 
 LR = 1e-3
+# What is verified, where there are GPUs for it: kernels first, then each way to cut a model.
+LAYOUTS = (
+    "dp1.zero0",
+    "dp2.zero2",
+    "tp2.sp",
+    "pp2",
+    "cp2.ring",
+    "dp4.hsdp2.zero3",
+    "tp2.sp.pp2",
+)
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+VERIFY_SECONDS = 180.0
 # bf16 keeps 8 bits; sums in another order move a loss by less than this share.
 LOSS_TOLERANCE = 0.02
 
@@ -90,6 +106,43 @@ TINY = Size(
     timed_steps=2,
     numbers=1 << 10,
 )
+
+
+def verify(recipe: Path, device: str, layouts: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What `shardwise verify` says of a recipe, in a process of its own that knows of no peers."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in ours and "TORCHELASTIC" not in k}
+    with tempfile.TemporaryDirectory(prefix="shardwise-smoke-") as folder:
+        file = Path(folder) / "verify.json"
+        command = [sys.executable, "-m", "shardwise", "verify", recipe, "--device", device]
+        command += [word for layout in layouts for word in ("--layout", layout)]
+        began = time.perf_counter()
+        try:
+            done = subprocess.run(
+                [*map(str, command), "--json", str(file)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=seconds,
+            )
+            code, said = str(done.returncode), done.stdout
+        except subprocess.TimeoutExpired as error:
+            code, said = f"ended after {seconds:g} s", str(error.stdout or b"", "utf-8", "replace")
+        found = json.loads(file.read_text()) if file.exists() else {}
+        verdicts = found.get("verdicts", [])
+        return {  # what the recipe cannot have is refused, which is no fault of the GPUs
+            "passed": bool(verdicts) and all(v["passed"] for v in verdicts),
+            "exit_code": code,
+            "seconds": round(time.perf_counter() - began, 1),
+            "table": said.splitlines(),
+            "refused": found.get("refused", {}),
+        }
+
+
+def layouts_for(world: int) -> list[str]:
+    """Those of `LAYOUTS` for which there are ranks."""
+    return [layout for layout in LAYOUTS if world_of(layout) <= world]
 
 
 class Smoke:
@@ -295,14 +348,29 @@ def _shared_folder() -> Path:
     return Path(bytes(name[name > 0].tolist()).decode())
 
 
-def smoke(device_name: str, dry_run: bool, compile: bool, folder: Path | None) -> dict[str, Any]:
+def smoke(
+    device_name: str,
+    dry_run: bool,
+    compile: bool,
+    folder: Path | None,
+    recipe: Path = RECIPE,
+) -> dict[str, Any]:
     """Run everything in this process's world; the process group must exist or be describable."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bitwise products on GPUs
     device = mesh.pick_device(device_name)
+    verified = None
+    if os.environ.get("RANK", "0") == "0":  # the others wait for it in the next call
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        layouts = layouts_for(local)[: 2 if dry_run else None]
+        verified = verify(recipe, device.type, layouts, VERIFY_SECONDS)
     mesh.init_distributed(device)
     place = folder or _shared_folder()
     try:
-        return Smoke(TINY if dry_run else FULL, device, compile, place).run()
+        it = Smoke(TINY if dry_run else FULL, device, compile, place)
+        if verified is not None:
+            it.result["verify"] = verified
+            it.expect(verified["passed"], f"verify: {verified['table'][-1:]}")
+        return it.run()
     finally:
         if folder is None and dist.get_rank() == 0:
             shutil.rmtree(place, ignore_errors=True)
@@ -314,9 +382,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, for any machine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="what is verified")
     parser.add_argument("--folder", type=Path, help="for the checkpoint; all ranks must see it")
     options = parser.parse_args(argv)
-    result = smoke(options.device, options.dry_run, not options.no_compile, options.folder)
+    result = smoke(
+        options.device, options.dry_run, not options.no_compile, options.folder, options.recipe
+    )
     rank = dist.get_rank()
     if rank == 0:
         print(json.dumps(result, indent=2))

@@ -14,10 +14,19 @@ import pytest
 import torch
 from benchmarks.gpu import smoke
 
+from tests.stages.recipes import recipe
 from tests.support.pool import RankPool
 
 SCRIPT = Path(smoke.__file__)
 DRY = ["--device", "cpu", "--dry-run"]
+
+
+@pytest.fixture
+def dry(tmp_path: Path) -> list[str]:
+    """Options of a dry run, with a small recipe to verify."""
+    small = recipe(tmp_path / "run", "pretrain")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(small))
+    return [*DRY, "--recipe", str(tmp_path / "recipe.yaml")]
 
 
 def run(command: list[str]) -> tuple[int, dict[str, Any]]:
@@ -29,19 +38,31 @@ def run(command: list[str]) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def test_plain_python_compiled() -> None:
-    code, result = run([sys.executable, str(SCRIPT), *DRY])
+def test_plain_python_compiled(dry: list[str]) -> None:
+    code, result = run([sys.executable, str(SCRIPT), *dry])
     assert (code, result["ok"], result["failures"]) == (0, True, [])
     assert result["world_size"] == 1 and result["compiled"] and result["resume_bitwise"]
     assert result["devices"][0].startswith("cpu") and result["mfu"] is None
+    assert [line.split()[:2] for line in result["verify"]["table"][1:2]] == [
+        ["pretrain", "dp1.zero0"]
+    ]
     assert set(result["losses"]) == {"zero1", "zero2", "zero3"}
 
 
-def test_torchrun() -> None:
+def test_torchrun(dry: list[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    code, result = run([*torchrun, "--nproc-per-node", "2", str(SCRIPT), *DRY, "--no-compile"])
+    code, result = run([*torchrun, "--nproc-per-node", "2", str(SCRIPT), *dry, "--no-compile"])
     assert (code, result["failures"]) == (0, [])
+    for layout in smoke.layouts_for(2)[:2]:
+        assert any(f" {layout} " in line for line in result["verify"]["table"]), layout
     assert result["world_size"] == 2 and result["resume_bitwise"]
+
+
+def test_a_recipe_that_cannot_be_verified_fails_the_run(tmp_path: Path) -> None:
+    found = smoke.verify(tmp_path / "none.yaml", "cpu", ["dp1"], 120.0)
+    assert not found["passed"] and "none.yaml" in "\n".join(found["table"])
+    slow = smoke.verify(tmp_path / "none.yaml", "cpu", ["dp1"], 0.05)
+    assert not slow["passed"] and slow["exit_code"] == "ended after 0.05 s"
 
 
 def broken(what: str, folder: str) -> list[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from shardwise.errors import ConfigError
 from shardwise.verify.run import Verdict, Verifier, verify
+from shardwise.verify.walk import Task, Walked
 from tests.cli.conftest import Command, shardwise  # noqa: F401  # a fixture
 from tests.stages.recipes import recipe
+from tests.support.pool import RankPool
 
 
 @pytest.fixture
@@ -61,3 +66,35 @@ def test_the_exit_code_says_so(
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml", "result.json", "junit.xml"} | {
         "corpus"
     }
+
+
+def test_ranks_compute_on_the_device_and_the_oracle_on_the_cpu(
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, str]] = []
+    walk = Verifier._walk
+
+    def here(self: Verifier, task: Task) -> list[Walked]:
+        asked.append((task.oracle, task.device))
+        return walk(self, dataclasses.replace(task, device="cpu"))
+
+    monkeypatch.setattr(Verifier, "_walk", here)
+    verifier = Verifier(recipe(tmp_path / "run", "pretrain"), ranks, device="cuda")
+    verdict = verifier.check("pretrain", "dp2.zero2")
+    verifier.close()
+    assert verdict.passed and asked == [(True, "cpu"), (False, "cuda")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "pretrain")
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        verify(config, ["dp1"], device="cuda")
+    with pytest.raises(ConfigError, match="known: cpu, cuda"):
+        verify(config, ["dp1"], device="tpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_what_the_cpu_does(tmp_path: Path) -> None:
+    report = verify(recipe(tmp_path / "run", "pretrain"), ["dp1.zero0"], device="cuda")
+    assert report.passed, [v.sentence() for v in report.verdicts]

@@ -149,6 +149,10 @@ def verify(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what was run, and how much was compared.")
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(metavar="cpu|cuda", help="Where the ranks compute; one process: on the CPU."),
+    ] = "cpu",
     no_verify: NoVerify = False,
     json: JsonOption = None,
     junit: Annotated[
@@ -170,6 +174,7 @@ def verify(
             overrides=overrides or (),
             compiled=compiled,
             whole=not updates_only,
+            device=device,
             begin=table.begin,
             tell=table.tell,
         )

@@ -33,6 +33,11 @@ def pick_device(wish: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def backend_of(device_type: str) -> str:
+    """How ranks talk whose tensors are there; those on the CPU always may, too."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+
+
 def init_distributed(device: torch.device, timeout_s: float = 600.0) -> None:
     """Join the process group that torchrun's environment describes, or make one of a single rank.
 
@@ -47,7 +52,7 @@ def init_distributed(device: torch.device, timeout_s: float = 600.0) -> None:
         _keep_freed_memory()
     if dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = backend_of(device.type)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:

@@ -71,9 +71,9 @@ def _sentence(rank: int, failure: Failure) -> str:
 
 
 class _World:
-    """``size`` rank processes with one gloo process group."""
+    """``size`` rank processes with one process group."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str) -> None:
         self.server = server.start()
         self.folder = tempfile.TemporaryDirectory(prefix="shardwise-pool-")
         self.pipes: list[Connection] = []
@@ -84,7 +84,9 @@ class _World:
                 ours, theirs = Pipe()
                 self.pipes.append(ours)
                 with theirs:
-                    self.pids.append(self.server.fork(rank, size, self.folder.name, theirs))
+                    self.pids.append(
+                        self.server.fork(rank, size, self.folder.name, backend, theirs)
+                    )
         except BaseException:
             self.stop()
             raise
@@ -229,10 +231,11 @@ class RankPool:
     """``pool.run(fn, *args, world=2)`` calls ``fn`` on every rank; returns values by rank.
 
     Raises RankError when a rank does, RankHang (a TimeoutError) when one does not answer, UserError
-    when the machine cannot hold so many ranks.
+    when the machine cannot hold so many ranks. ``backend``: of the process groups.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        self.backend = backend
         self.worlds: dict[int, Future[_World]] = {}
         self._starter = ThreadPoolExecutor(1, "rank-pool")
         server.start()
@@ -251,7 +254,7 @@ class RankPool:
 
     def _start(self, world: int) -> None:
         if world not in self.worlds:
-            self.worlds[world] = self._starter.submit(_World, world)
+            self.worlds[world] = self._starter.submit(_World, world, self.backend)
 
     def run(
         self, fn: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 90, **kw: Any

@@ -39,7 +39,7 @@ class ByValue(ForkingPickler):
 
 
 def _numbers(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _tensor, (flat, tensor.dtype, tuple(tensor.shape))
 
 
@@ -104,8 +104,8 @@ def import_main(file: str | None) -> None:
     spawn.import_main_path(file)
 
 
-def rank_main(rank: int, world: int, folder: str, pipe: Connection) -> None:
-    """Join a process group of ``world`` ranks over gloo, then answer calls until the pipe ends."""
+def rank_main(rank: int, world: int, folder: str, backend: str, pipe: Connection) -> None:
+    """Join a process group of ``world`` ranks, then answer calls until the pipe ends."""
     gc.freeze()  # a collection would touch, and so copy, what is shared with the server
     gc.enable()
     if sys.platform == "linux":  # a rank that waits for peers does not outlive the server
@@ -118,7 +118,7 @@ def rank_main(rank: int, world: int, folder: str, pipe: Connection) -> None:
     with stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGXCPU, stacks)
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.FileStore(f"{folder}/store", world),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world,

@@ -21,6 +21,7 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import OptimizerConfig, StageConfig
 from shardwise.errors import ConfigError, UserError
 from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.mesh import backend_of, pick_device
 from shardwise.precision.policy import resolve
 from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
@@ -48,6 +49,7 @@ from shardwise.verify.watch import External
 
 SINGLE = "dp1.zero0"
 TIMEOUT_S = 180.0
+DEVICES = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +125,15 @@ class Oracle:
 class Verifier:
     """Oracles of one recipe, and the ranks that are compared with them.
 
-    ``whole``: saves, resumes and serves, besides the updates. Close it: it keeps files.
+    ``whole``: saves, resumes and serves, besides the updates. ``device``: of the ranks; the oracle
+    computes on the CPU. Close it: it keeps files.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], pool: RankPool, whole: bool = False) -> None:
+    def __init__(
+        self, recipe: Mapping[str, Any], pool: RankPool, whole: bool = False, device: str = "cpu"
+    ) -> None:
         self.run, self.pool, self.whole = load_config(recipe).config, pool, whole
+        self.device = device
         self._folder = tempfile.TemporaryDirectory(prefix="shardwise-verify-")
         self.folder = Path(self._folder.name)
         self._numbers = itertools.count()
@@ -226,7 +232,7 @@ class Verifier:
         """What the ranks of a layout are asked to run, and to compare with."""
         oracle = self.oracle(small, precision, layout)
         return dataclasses.replace(
-            self._task(small, layout, precision, compiled=compiled),
+            self._task(small, layout, precision, compiled=compiled, device=self.device),
             reference=oracle.exact.path,
             given=oracle.given,
             other=oracle.saved if self.whole else None,
@@ -369,31 +375,36 @@ def verify(
     compiled: bool = False,
     whole: bool = True,
     begin: Callable[[str], None] | None = None,
+    device: str = "cpu",
     tell: Callable[[Verdict], None] | None = None,
     pool: RankPool | None = None,
 ) -> VerifyReport:
     """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
 
     ``layouts``: none means the recipe's own, ``suite`` the built-in ones. The recipe is made small
-    (`shrink`); ranks run on this machine over gloo. A layout that cannot be is in the report, with
-    the reason, and the others are tried. Raises ConfigError for a recipe that is wrong or an
-    unknown stage. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
+    (`shrink`). Ranks run on this machine, on its CPU or, with ``device`` cuda, a GPU each; the one
+    process always computes on the CPU. A layout that cannot be is in the report, with the reason,
+    and the others are tried. Raises ConfigError for a recipe that is wrong, an unknown stage, or
+    without a GPU. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
     in words what is tried next, ``tell`` what came of it.
     """
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: known: {', '.join(DEVICES)}")
+    place = pick_device(device)
     run = load_config(config, overrides).config
     chosen = [s for s in run.stages if stage in (None, s.name)]
     if not chosen:
         names = ", ".join(s.name for s in run.stages)
         raise ConfigError(f"--stage {stage}: there is no such stage; known: {names}")
     recipe = run.model_dump(mode="json")  # with its nulls, which defaults would replace
-    mine = pool or RankPool()
+    mine = pool or RankPool(backend_of(device))
     refused: dict[tuple[str, str], str] = {}
     verdicts: list[Verdict] = []
-    verifier = Verifier(recipe, mine, whole)
+    verifier = Verifier(recipe, mine, whole, device)
     try:
         for one in chosen:
-            own = resolve(one.engine.precision, torch.device("cpu"))
-            tried = _layouts(run, one, layouts, refused, mine)
+            own = resolve(one.engine.precision, place)
+            tried = _layouts(run, one, layouts, refused, mine, device)
             mine.prepare(1, *map(world_of, tried))
             for number, layout in enumerate(tried, 1):
                 try:
@@ -425,9 +436,14 @@ Refused = dict[tuple[str, str], str]  # (stage, layout): why
 
 
 def _layouts(
-    run: RunConfig, stage: StageConfig, asked: Sequence[str], refused: Refused, pool: RankPool
+    run: RunConfig,
+    stage: StageConfig,
+    asked: Sequence[str],
+    refused: Refused,
+    pool: RankPool,
+    device: str,
 ) -> list[str]:
-    """The layouts to try, each checked against the user's own sizes and this machine's memory."""
+    """The layouts to try, each checked against the user's own sizes and what this machine has."""
     if not asked:
         asked = [own_layouts(stage)]
     found: dict[str, None] = {}
@@ -435,6 +451,8 @@ def _layouts(
         try:
             check_stage(run, with_layouts(stage, layout, compile=False), world_of(layout))
             pool.room(world_of(layout))
+            if device == "cuda" and world_of(layout) > (gpus := torch.cuda.device_count()):
+                raise UserError(f"it needs {world_of(layout)} GPUs, and torch sees {gpus} here")
         except UserError as error:
             refused[stage.name, layout] = str(error)
         else:

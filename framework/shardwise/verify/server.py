@@ -57,9 +57,9 @@ class Server:
                 env=os.environ | _ENVIRONMENT,
             )
 
-    def fork(self, rank: int, world: int, folder: str, pipe: Connection) -> int:
+    def fork(self, rank: int, world: int, folder: str, backend: str, pipe: Connection) -> int:
         """Start a rank that answers on ``pipe``; its process id."""
-        return int(self._ask({"fork": [rank, world, folder]}, [pipe.fileno()]))
+        return int(self._ask({"fork": [rank, world, folder, backend]}, [pipe.fileno()]))
 
     def ended(self, pid: int) -> int | None:
         """How a rank ended: its exit code, or minus the signal; None if it is still there."""
@@ -129,7 +129,7 @@ def serve(fd: int) -> None:
         asking.sendall(json.dumps(answer).encode())
 
 
-def _be_a_rank(who: tuple[int, int, str], pipe: Connection) -> None:
+def _be_a_rank(who: tuple[int, int, str, str], pipe: Connection) -> None:
     """In the fork; does not return."""
     from shardwise.verify.rank import rank_main
 

@@ -24,6 +24,7 @@ from shardwise.engines.plain_config import PlainConfig
 from shardwise.errors import CheckFailed
 from shardwise.metrics.progress import Progress
 from shardwise.ops import rng
+from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
@@ -62,6 +63,7 @@ class Task:
     precision: str
     folder: Path  # the small recipe's: tokenizer and tokenised data
     directory: Path  # this run's own
+    device: str = "cpu"
     oracle: bool = False  # by the engine that shares nothing with the native one
     compiled: bool = False
     whole: bool = False
@@ -123,6 +125,9 @@ class _WatchedLoop(Loop):
 def walk(task: Task) -> Walked:
     """Every rank of the layout calls this."""
     torch.manual_seed(0)
+    device = pick_device(task.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     stage = _stage(task)
     reference = None if task.reference is None else Reference(task.reference)
     notes = Notes(reference)
@@ -167,7 +172,12 @@ def _stage(task: Task) -> StageConfig:
     # Here, the library of a GPU is whatever runs in its place.
     changes = {"domains": task.domains, "backend": "auto"}
     fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
-    updates = {"precision": task.precision, "compile": task.compiled, "device": "cpu", "fp8": fp8}
+    updates = {
+        "precision": task.precision,
+        "compile": task.compiled,
+        "device": task.device,
+        "fp8": fp8,
+    }
     every = SAVED_AFTER if task.whole else 0
     checkpoint = stage.checkpoint.model_copy(update={"every": every, "asynchronous": False})
     stage = stage.model_copy(update={"checkpoint": checkpoint})
@@ -234,7 +244,8 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     """
     dtype = PRECISIONS[task.precision].compute
     served = torch.float32 if dtype == torch.float64 else dtype
-    generator = Generator(task.run.model, served, accelerate=not task.oracle)
+    device = pick_device(task.device)
+    generator = Generator(task.run.model, served, device, accelerate=not task.oracle)
     generator.load(engine.weights())
     if generator.mismatch:
         raise CheckFailed(generator.mismatch)
