@@ -284,7 +284,8 @@ def test_padding_is_a_document_and_no_branch() -> None:
     mesh: Any = SimpleNamespace(layout=layout, device=torch.device("cpu"), place={"cp": 0})
     batch = toy.batch(2, tokens=9)
     batch = dataclasses.replace(batch, segment_ids_BT=torch.arange(9).expand(2, -1) // 4)
-    segments = Cut(batch, mesh, toy.llama()).arguments(None, 0, "s")["segment_ids_BT"]
+    arguments = Cut(batch, mesh, toy.llama()).arguments(None, 0, "s", torch.float32)
+    segments = arguments["segment_ids_BT"]
     assert segments.shape == (2, 10) and not has_branches(segments)
     assert not visible(segments[:, -1:], segments[:, :-1]).any()
 

@@ -21,12 +21,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from shardwise.config.load import load_config
 from shardwise.data.chat import encode_chat
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.writers import MetricsLogger
-from shardwise.ops import rope
+from shardwise.ops import flash, rope
 from shardwise.parallel import mesh
 from shardwise.parallel.layout import V_SHAPED, parse_layout, world_of
 from shardwise.rewards import prompt_messages
@@ -251,7 +252,26 @@ def _forget_the_device() -> Any:
     )
 
 
-PLANTED: dict[str, Callable[[], Any]] = {"read": _read_a_mask, "cpu": _forget_the_device}
+@contextlib.contextmanager
+def _flash_attention() -> Iterator[None]:
+    """flash-attn's path, without its kernel: which documents there are is worked out for it."""
+
+    def attention(q: Any, k: Any, v: Any, starts: Any, window: Any) -> Any:
+        assert starts is not None and starts.device.type == q.device.type
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with (
+        mock.patch.object(flash, "unusable", lambda *_: None),
+        mock.patch.object(flash, "attention", attention),
+    ):
+        yield
+
+
+PLANTED: dict[str, Callable[[], Any]] = {
+    "read": _read_a_mask,
+    "cpu": _forget_the_device,
+    "flash": _flash_attention,
+}
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +296,14 @@ def test_a_step_waits_where_it_says(process: ProcessPoolExecutor, kind: str, lay
         place for place, stages in FP64.items() if kind in stages
     }
     assert not {o for o in operators if "cpu" in o or "mkl" in o}
+
+
+def test_documents_are_found_without_asking_the_device(process: ProcessPoolExecutor) -> None:
+    seen, operators, _ = process.submit(step, "pretrain", "dp1", 0, None, "flash").result()
+    assert "aten::bitwise_xor.Tensor" not in operators, "no token was compared with another"
+    assert {s for s in seen if s.kind != "fp64"} == {
+        Seen(w.kind, w.place) for w in WAITS if "pretrain" in w.stages
+    }
 
 
 def test_what_is_planted_is_found(process: ProcessPoolExecutor) -> None:

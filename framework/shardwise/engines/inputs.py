@@ -13,7 +13,7 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch, indices
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
-from shardwise.ops.attention import PADDING
+from shardwise.ops.attention import PADDING, causal_mask
 from shardwise.ops.logits import Logits
 from shardwise.parallel.context import ContextMask, gather_tokens, multiple_of, token_index
 from shardwise.parallel.layout import Layout
@@ -45,7 +45,8 @@ class Cut:
         padded_as: Layout | None = None,
     ) -> None:
         layout = mesh.layout
-        self.batch, self.mesh, self.model = batch.to(mesh.device), mesh, model
+        self.host, self.batch = batch, batch.to(mesh.device)
+        self.mesh, self.model = mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
         multiple = tokens_multiple(padded_as or layout)
         self.padded = -(-self.num_tokens // multiple) * multiple
@@ -85,8 +86,10 @@ class Cut:
         shape = (rows, tokens, self.model.hidden_size)
         return torch.empty(shape, dtype=dtype, device=self.mesh.device)
 
-    def arguments(self, seed: int | None, step: int, stage: str) -> dict[str, Any]:
-        """Keyword arguments of the model; a seed turns dropout on."""
+    def arguments(
+        self, seed: int | None, step: int, stage: str, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Keyword arguments of a model with activations of ``dtype``; a seed turns dropout on."""
         batch = self.batch
         segments_BT = batch.segment_ids_BT
         arguments: dict[str, Any] = {
@@ -103,6 +106,13 @@ class Cut:
             )
         else:
             arguments["segment_ids_BT"] = segments_BT
+            if segments_BT is not None:
+                assert self.host.segment_ids_BT is not None
+                host_BT = self.pad(self.host.segment_ids_BT, PADDING)
+                positions_BT = arguments["position_ids_BT"]
+                arguments["masks"] = functools.partial(
+                    causal_mask, positions_BT, dtype, segments_BT, host_segment_ids_BT=host_BT
+                )
         if seed is not None:
             index_t = self.index_t
             if index_t is None:

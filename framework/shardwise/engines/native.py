@@ -149,7 +149,7 @@ class NativeEngine:
     def _call(self, chunk: nn.Module, cut: Cut, x_BTD: Tensor | None = None) -> Tensor:
         dropout = chunk.training and self._has_dropout
         seed = self.seed if dropout else None
-        arguments = cut.arguments(seed, self.updates, self.stage)
+        arguments = cut.arguments(seed, self.updates, self.stage, self.precision.compute)
         return chunk(**arguments, x_BTD=x_BTD)  # type: ignore[no-any-return]
 
     def _cut(self, batch: MicroBatch) -> Cut:

@@ -41,20 +41,25 @@ def causal_mask(
     dtype: torch.dtype,
     segment_ids_BT: Tensor | None = None,
     window: int | None = None,
+    host_segment_ids_BT: Tensor | None = None,
 ) -> Mask:
     """The mask of one forward pass with activations of ``dtype``.
 
     Tokens see earlier tokens of their own segment (and, in a branch, of its trunk: segment ids
     hold the branch above bit `BRANCH_SHIFT`, see `data.groups`), and at most ``window`` of them,
     themselves included; the window is measured in ``position_ids_BT``. With flash-attn, segments
-    must be contiguous, as packing makes them.
+    must be contiguous, as packing makes them; where they begin, and whether there are branches, is
+    read off ``host_segment_ids_BT``, if the host has them, and else the device is waited for.
     """
     num_tokens, device = position_ids_BT.shape[1], position_ids_BT.device
     if window is not None and window >= num_tokens:
         window = None
     # flash-attn knows documents one after another, not branches.
-    if flash.unusable(device, dtype) is None and not has_branches(segment_ids_BT):
-        return Mask(cu_seqlens=_cu_seqlens(segment_ids_BT), window=window, flash=True)
+    known_BT = segment_ids_BT if host_segment_ids_BT is None else host_segment_ids_BT
+    if flash.unusable(device, dtype) is None and not has_branches(known_BT):
+        starts = _cu_seqlens(known_BT)
+        starts = None if starts is None else starts.to(device, non_blocking=True)
+        return Mask(cu_seqlens=starts, window=window, flash=True)
     if segment_ids_BT is None and window is None:
         return Mask()
     index_T = torch.arange(num_tokens, device=device)
