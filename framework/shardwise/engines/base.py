@@ -19,6 +19,7 @@ from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.contract import Loss
 from shardwise.parallel.layout import Layout
+from shardwise.precision.policy import Found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,14 @@ class Engine(Protocol):
         self, listener: Callable[[Scaled], None]
     ) -> contextlib.AbstractContextManager[None]:
         """Tell ``listener`` of every quantised layer's backward pass inside."""
+        ...
+
+    def dtypes(self) -> Found:
+        """In which dtypes this rank computes and keeps what, by the policy's names.
+
+        As found, not as configured: fp32 memory that holds bf16's numbers is bf16 (`narrowest`).
+        Asked between `forward_backward` and `step`; see `precision.policy.DtypeCheck`.
+        """
         ...
 
     def modules(self) -> list[nn.Module]:

@@ -23,12 +23,13 @@ from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import place
+from shardwise.ops import comm
 from shardwise.ops.fp8_linear import listening
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
 from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
-from shardwise.precision.policy import precision_of
+from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
 
 
 def build(setup: Setup) -> NativeEngine | None:
@@ -77,13 +78,15 @@ class NativeEngine:
         self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed)
         self.chunks = assembled.chunks
-        if wide_logits and self.precision.compute.itemsize < 4:
+        if self.precision.logits(wide_logits) != self.precision.compute:
             for chunk in self.chunks.values():
                 tensor.widen_logits(chunk)
         self.fp8 = assembled.fp8
         self.named = NamedParameters(assembled, model_config, mesh)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self._has_gradients = False
+        self._terms = 0  # of the sum that a gradient is
+        self._seen: dict[str, dict[str, torch.dtype]] = {}  # of logits and reductions
         self.updates = 0  # optimizer steps tried; with the stage's name, the time in rng keys
         self.skipped = 0  # of them, those that left the weights as they were
         self.optimizer = (
@@ -122,8 +125,11 @@ class NativeEngine:
         cuts = [self._cut(batch) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
-        with self._products(training=True):
+        with self._products(training=True), comm.tally() as tally:
             run(cuts, sums)
+        self._terms = len(cuts) * self.mesh.layout.dp * self.mesh.layout.cp
+        seen = tally.dtypes.get(("shard", "reduce_scatter"), set())
+        self._seen["reductions"] = {f"reduce_scatter {str(d)[6:]}": d for d in seen}
         self._reshard()
         self.named.finish_gradients()
         quantised = self.fp8.finish_step(self.updates) if self.fp8 is not None else {}
@@ -144,6 +150,7 @@ class NativeEngine:
 
     def _objective(self, cut: Cut, output: Tensor, sums: LossSums) -> Tensor:
         scale = self.scale.value if self.scale else 1.0
+        self._seen["logits"] = {"head": output.dtype}
         return sums.add(cut.logits(output), cut.batch) * scale
 
     def _call(self, chunk: nn.Module, cut: Cut, x_BTD: Tensor | None = None) -> Tensor:
@@ -342,6 +349,24 @@ class NativeEngine:
         return listening(
             lambda s: listener(Scaled(s.site.path, s.site.part, s.amax_3, s.scale_inv))
         )
+
+    def dtypes(self) -> Found:
+        """See `engines.base.Engine`."""
+        updated = self.updates > self.skipped  # initial weights may be anything
+        kinds = self.optimizer_states() if updated else []
+        of_sum = narrowest if self._terms > 1 else dtype_of
+        parameters = self.named.parameters
+        master = next(iter(parameters.values())).dtype
+        chunks = {f"stage {n}": data.dtypes(chunk) for n, chunk in self.chunks.items()}
+        reductions = {n: reduction or master for n, (_, reduction) in chunks.items()}
+        return {
+            "compute": {n: compute or master for n, (compute, _) in chunks.items()},
+            "masters": {n: narrowest(p.data) for n, p in parameters.items() if updated},
+            "moments": {f"{n} {kind}": of_sum(t) for kind in kinds for n, t in self.held(kind)},
+            "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None},
+            "reductions": reductions | self._seen.get("reductions", {}),
+            "logits": self._seen.get("logits", {}),
+        }
 
     def modules(self) -> list[nn.Module]:
         """One for each pipeline stage held here."""

@@ -22,6 +22,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled, State
 from shardwise.losses.contract import Loss
 from shardwise.parallel.collectives import broadcast_bytes
+from shardwise.precision.policy import Found
 
 
 class PlacedEngine:
@@ -112,6 +113,10 @@ class PlacedEngine:
         if self.inner is None:
             return contextlib.nullcontext()
         return self.inner.watch_scales(listener)
+
+    def dtypes(self) -> Found:
+        """Outside: nothing is kept."""
+        return {} if self.inner is None else self.inner.dtypes()
 
     def modules(self) -> list[nn.Module]:
         """Outside: none."""

@@ -37,7 +37,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import init_weights
 from shardwise.ops import rng
 from shardwise.ops.attention import BRANCH_SHIFT
-from shardwise.precision.policy import precision_of
+from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
 
 # Shape suffixes: B sequences, T tokens, n tokens of a document, V vocabulary.
 
@@ -71,7 +71,7 @@ class PlainEngine:
             self.model = registry.build(setup.model).to(self.precision.master)
         init_weights(self.model, setup.seed)
         self.parameters = dict(self.model.named_parameters())
-        if setup.wide_logits and self.precision.compute.itemsize < 4:
+        if self.precision.logits(setup.wide_logits) != self.precision.compute:
             head: Any = self.model.head
             head.forward = lambda x: F.linear(x.float(), head.weight.float())
         self.fp8: PlainFp8 | None = None
@@ -84,6 +84,8 @@ class PlainEngine:
         self.scale = FIRST_SCALE if self.precision.loss_scaling else 1.0
         self.good_steps = 0  # since the scale changed
         self.updates = self.skipped = 0
+        self.terms = 0  # of the sum that a gradient is
+        self.logits_dtype = self.precision.compute
 
     # --- training -------------------------------------------------------------------------------
 
@@ -101,8 +103,12 @@ class PlainEngine:
         counts = {n: c or 1.0 for n, c in counts.items()}
         sums = dict.fromkeys(counts, 0.0)
         metrics: dict[str, tuple[float, float]] = {}
-        for part in (p for b in batches for p in self._parts(b)):
-            output = loss(self._logits(part, training=True), part)
+        parts = [p for b in batches for p in self._parts(b)]
+        self.terms = len(parts)
+        for part in parts:
+            logits_BTV = self._logits(part, training=True)
+            self.logits_dtype = logits_BTV.dtype
+            output = loss(logits_BTV, part)
             terms = [loss.weights[n] / counts[n] * s for n, s in output.sums.items()]
             (torch.stack(terms).sum() * self.scale).backward()
             for name, value in output.sums.items():
@@ -256,6 +262,21 @@ class PlainEngine:
         """See `engines.base.Engine`."""
         return contextlib.nullcontext() if self.fp8 is None else self.fp8.listening(listener)
 
+    def dtypes(self) -> Found:
+        """See `engines.base.Engine`; one process reduces nothing."""
+        updated = self.updates > self.skipped  # initial weights may be anything
+        kinds = self.optimizer_states() if updated else []
+        of_sum = narrowest if self.terms > 1 else dtype_of
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        return {
+            "compute": {"cast": self.precision.compute},
+            "masters": {n: narrowest(p.data) for n, p in self.parameters.items() if updated},
+            "moments": {f"{n} {kind}": of_sum(t) for kind in kinds for n, t in self.held(kind)},
+            "gradients": {n: of_sum(g) for n, g in grads.items()},
+            "reductions": {},
+            "logits": {"head": self.logits_dtype},
+        }
+
     def modules(self) -> list[nn.Module]:
         """The model."""
         return [self.model]
@@ -318,8 +339,11 @@ class PlainEngine:
         return value
 
     def events(self) -> list[tuple[str, str]]:
-        """Nothing ever happens."""
-        return []
+        """What its quantised products have to tell."""
+        if self.fp8 is None:
+            return []
+        found, self.fp8.events = self.fp8.events, []
+        return found
 
     def close(self) -> None:
         """Weights, gradients and optimizer states."""

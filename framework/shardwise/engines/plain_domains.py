@@ -48,6 +48,7 @@ class PlainFp8:
         self.fallen: dict[str, int] = {}  # layer: the update from which on it is not quantised
         self.seen: dict[str, list[float]] = {}  # amaxes of each layer's last look
         self.looked: list[str] = []
+        self.events = [("fp8", "engine.fp8 is computed from the papers")]
 
     @property
     def multiple(self) -> int:
@@ -153,6 +154,7 @@ class PlainFp8:
             top = {name: getattr(limits, f"max_{name}") for name in ratios}
             if limits.fallback and any(not v <= top[name] for name, v in ratios.items()):
                 self.fallen[path] = update + 1
+                self.events.append(("fp8_fallback", f"{path} computes unquantised from now on"))
             if drifts:
                 ratios["drift"] = worst(drifts)
             found |= {f"fp8.{path}.{name}": value for name, value in ratios.items()}

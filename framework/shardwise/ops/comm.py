@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # two that counted the same, one inside the other, are two
 class Tally:
-    """Calls and bytes by (axis, operation), on this rank.
+    """Calls, bytes and dtypes by (axis, operation), on this rank.
 
     Bytes: the result of an all-gather, the input of a reduce-scatter, all-to-all or all-reduce,
     the message of a send.
@@ -29,10 +29,12 @@ class Tally:
 
     calls: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    dtypes: dict[tuple[str, str], set[torch.dtype]] = dataclasses.field(default_factory=dict)
 
     def add(self, axis: str, operation: str, tensor: Tensor, times: int = 1) -> None:
         """One call that moves ``tensor`` (``times`` over)."""
         self.calls[axis, operation] += 1
+        self.dtypes.setdefault((axis, operation), set()).add(tensor.dtype)
         self.bytes[axis, operation] += tensor.numel() * tensor.element_size() * times
 
     def rows(self) -> list[dict[str, Any]]:

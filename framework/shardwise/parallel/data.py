@@ -88,6 +88,22 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
+def dtypes(model: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """In which dtype gathered weights compute, and in which gradients are summed over ranks.
+
+    None: in that of the weights themselves.
+    """
+    copies = getattr(model, "compute_copies", None)
+    if copies is not None:
+        return copies.dtype, None
+    if not isinstance(model, FSDPModule):
+        return None, None
+    policies = {group.mp_policy for group in _param_groups(model)}
+    assert len(policies) == 1, "blocks and the model are wrapped alike"
+    policy = policies.pop()
+    return policy.param_dtype, policy.reduce_dtype or policy.param_dtype
+
+
 def before_microbatch(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     """Say what the coming backward pass does with gradients and gathered weights."""
     if mesh.alone:

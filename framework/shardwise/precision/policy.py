@@ -1,29 +1,108 @@
-"""Which dtype holds what. Masters, reductions and optimizer states are fp32 (fp64 in fp64 runs)."""
+"""Which dtype holds what: declared here, kept by every engine, checked by verify on every rank.
+
+Products run in the compute dtype, of weights rounded to it. Whatever is summed up over time or over
+ranks is wide: masters, moments, gradients, reductions (Micikevicius et al. 2018, "Mixed Precision
+Training", section 3.1).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shardwise.errors import ConfigError
+
+# What an engine tells of itself: for each declared quantity, the dtype of each tensor by name.
+Found = Mapping[str, Mapping[str, torch.dtype]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """``compute``: gathered weights and activations; ``master``: shards, gradients, optimizer."""
+    """A row of the policy.
+
+    ``compute``: gathered weights, activations and their gradients. ``master``: the weights that
+    updates add to. ``moments``: what an optimizer keeps. ``gradients``: in which a weight's are
+    summed over micro-batches. ``reductions``: in which they are summed over data ranks.
+    """
 
     compute: torch.dtype
     master: torch.dtype
+    moments: torch.dtype
+    gradients: torch.dtype
+    reductions: torch.dtype
     loss_scaling: bool = False
 
+    def logits(self, wide: bool = False) -> torch.dtype:
+        """Of the head's product; ``wide``: where two computations' probabilities are compared."""
+        return torch.float32 if wide and self.compute.itemsize < 4 else self.compute
 
+    def declared(self, wide_logits: bool = False) -> dict[str, torch.dtype]:
+        """The dtype of each quantity, by the names that `Found` has."""
+        return {
+            "compute": self.compute,
+            "masters": self.master,
+            "moments": self.moments,
+            "gradients": self.gradients,
+            "reductions": self.reductions,
+            "logits": self.logits(wide_logits),
+        }
+
+
+_FP32, _FP64 = (torch.float32,) * 4, (torch.float64,) * 4
 PRECISIONS = {
-    "fp64": Precision(torch.float64, torch.float64),
-    "fp32": Precision(torch.float32, torch.float32),
-    "bf16": Precision(torch.bfloat16, torch.float32),
-    "fp16": Precision(torch.float16, torch.float32, loss_scaling=True),
+    "fp64": Precision(torch.float64, *_FP64),
+    "fp32": Precision(torch.float32, *_FP32),
+    "bf16": Precision(torch.bfloat16, *_FP32),
+    "fp16": Precision(torch.float16, *_FP32, loss_scaling=True),
 }
+
+
+def dtype_of(tensor: Tensor) -> torch.dtype:
+    """That of its memory."""
+    return tensor.dtype
+
+
+def narrowest(tensor: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds every value of this rank's part.
+
+    fp32 memory in which all numbers are bf16's has been rounded to bf16. Too few different numbers
+    (a fresh norm's ones) tell nothing.
+    """
+    x = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
+        if narrow.itemsize < x.dtype.itemsize and torch.equal(x.to(narrow).to(x.dtype), x):
+            return narrow if x.unique().numel() >= 16 else x.dtype
+    return x.dtype
+
+
+class DtypeCheck:
+    """What an engine's `dtypes` told during a run, against what its policy declares.
+
+    Of each tensor the widest dtype counts: a sum of one term is as narrow as the term.
+    """
+
+    def __init__(self, declared: Mapping[str, torch.dtype]) -> None:
+        self.declared = declared
+        self.widest: dict[tuple[str, str], torch.dtype] = {}
+
+    def note(self, found: Found) -> None:
+        """Between `forward_backward` and `step`, when gradients are there, at every update."""
+        for kind, dtypes in found.items():
+            for name, dtype in dtypes.items():
+                before = self.widest.get((kind, name), dtype)
+                self.widest[kind, name] = max(before, dtype, key=lambda d: d.itemsize)
+
+    def problems(self) -> list[str]:
+        """One sentence for each tensor that is not what was declared, the first of a kind first."""
+        return [
+            f"{kind}: {name} is {str(dtype)[6:]}, declared {str(self.declared[kind])[6:]}"
+            for (kind, name), dtype in self.widest.items()
+            if dtype != self.declared[kind]
+        ]
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -182,7 +182,7 @@ def _stage(task: Task) -> StageConfig:
     checkpoint = stage.checkpoint.model_copy(update={"every": every, "asynchronous": False})
     stage = stage.model_copy(update={"checkpoint": checkpoint})
     stage = with_layouts(stage, task.layout, **updates)
-    return _plainly(stage, task.skip) if task.oracle and fp8 is None else stage
+    return _plainly(stage, task.skip) if task.oracle else stage
 
 
 def _plainly(stage: StageConfig, skip: dict[str, list[int]]) -> StageConfig:

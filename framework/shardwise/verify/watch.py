@@ -22,14 +22,13 @@ from torch import Tensor
 
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Engine
+from shardwise.engines.base import Engine, Scaled
 from shardwise.errors import CheckFailed
 from shardwise.losses.contract import Loss
 from shardwise.metrics.meters import MACHINE
 from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
-from shardwise.ops.fp8_linear import Seen, listening
 from shardwise.stages.base import ACTOR, StageContext, roles_of
 from shardwise.verify.notes import Notes
 
@@ -64,7 +63,7 @@ class WatchedEngine:
         where = self.where
         self._note_samples(where, microbatches)
         first = max(inner.data_rank, 0) * len(microbatches)
-        with comm.tally() as tally, noting_scales(notes, where, first):
+        with comm.tally() as tally, noting_scales(inner, notes, where, first):
             metrics = inner.forward_backward(microbatches, loss)
         notes.volumes = notes.volumes or tally.rows()
         for name, value in inner.broadcast(metrics).items():
@@ -143,12 +142,14 @@ def _tokens(batch: MicroBatch, row: int, valid_T: Tensor) -> Tensor:
     return torch.stack([*columns, valid_T.long(), batch.targets_BT[row, :end] * valid_T])
 
 
-def noting_scales(notes: Notes, where: str, first: int) -> contextlib.AbstractContextManager[None]:
+def noting_scales(
+    engine: Engine, notes: Notes, where: str, first: int
+) -> contextlib.AbstractContextManager[None]:
     """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
     passes: Counter[tuple[str, int]] = Counter()
 
-    def note(seen: Seen) -> None:
-        key = (seen.site.path, seen.site.part)
+    def note(seen: Scaled) -> None:
+        key = (seen.path, seen.part)
         number = first + passes[key]
         passes[key] += 1
         name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
@@ -156,7 +157,7 @@ def noting_scales(notes: Notes, where: str, first: int) -> contextlib.AbstractCo
         for operand, scale_inv in seen.scale_inv.items():
             notes.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
 
-    return listening(note)
+    return engine.watch_scales(note)
 
 
 @dataclasses.dataclass(frozen=True)
