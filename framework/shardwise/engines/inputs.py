@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -15,18 +14,11 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
 from shardwise.ops.attention import PADDING, causal_mask
 from shardwise.ops.logits import Logits
-from shardwise.parallel.context import ContextMask, gather_tokens, multiple_of, token_index
+from shardwise.parallel.context import ContextMask, gather_tokens, token_index, tokens_multiple
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
 
 # Shape suffixes: B sequences, T tokens, t tokens of this context rank, V vocabulary.
-
-
-def tokens_multiple(layout: Layout) -> int:
-    """What the number of tokens must be a multiple of."""
-    pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
-    # Sequence parallelism cuts what context parallelism leaves.
-    return math.lcm(pieces, layout.cp * (layout.tp if layout.sp else 1))
 
 
 class Cut:

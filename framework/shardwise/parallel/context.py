@@ -20,6 +20,7 @@ from torch import Tensor
 from shardwise.ops import attention as plain
 from shardwise.ops import attention_blocks, comm, rng
 from shardwise.ops.attention_blocks import Block
+from shardwise.parallel.layout import Layout
 
 # Shape suffixes: B sequences, T tokens, t tokens of this rank, H query heads, G key/value heads,
 # K head width.
@@ -33,6 +34,13 @@ AXIS = "cp"
 def multiple_of(size: int, kind: str) -> int:
     """What the number of tokens must be a multiple of."""
     return 2 * size if kind == "ring" else size
+
+
+def tokens_multiple(layout: Layout) -> int:
+    """What the number of tokens must be a multiple of."""
+    pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
+    # Sequence parallelism cuts what context parallelism leaves.
+    return math.lcm(pieces, layout.cp * (layout.tp if layout.sp else 1))
 
 
 def token_index(

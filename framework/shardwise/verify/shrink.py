@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import BatchConfig, Fp8Config, SmallSizes, StageConfig
-from shardwise.engines.inputs import tokens_multiple
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops.fp8 import WIDTHS
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import feasible
+from shardwise.parallel.context import tokens_multiple
 from shardwise.parallel.layout import Layout
 from shardwise.verify import structure as of
 from shardwise.verify.structure import Facts, structure

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.config.schema import BatchConfig, Fp8Config
-from shardwise.engines.inputs import tokens_multiple
 from shardwise.models.common.config import DecoderConfig
-from shardwise.parallel.context import multiple_of
+from shardwise.parallel.context import multiple_of, tokens_multiple
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.pipeline import split_model
 
