@@ -25,7 +25,7 @@ FIRST = {
     "gae_across_padding": "advantages",
     "reward_on_padding": "advantages",
     "kl_with_the_wrong_sign": "advantages",
-    "reference_follows_the_actor": "ref_logprobs",
+    "reference_follows_the_actor": "forward pass",
     "old_logprobs_taken_after_the_first_update": "loss or metric",
     "value_clip_dropped": "loss",
     "values_of_the_critic_one_rollout_ago": "values",

@@ -70,6 +70,20 @@ class State:
     nonfinite: frozenset[str] = frozenset()
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which tokens of a micro-batch a rank computes (t), and which of them between blocks.
+
+    int64 positions in the rows; those from the rows' length on are padding. Features of cut layers
+    are the ``rank``-th of ``size`` equal parts.
+    """
+
+    tokens_t: Tensor
+    between_t: Tensor
+    rank: int = 0
+    size: int = 1
+
+
 class Engine(Protocol):
     """A model, its optimizer and its layout."""
 
@@ -162,6 +176,10 @@ class Engine(Protocol):
         As found, not as configured: fp32 memory that holds bf16's numbers is bf16 (`narrowest`).
         Asked between `forward_backward` and `step`; see `precision.policy.DtypeCheck`.
         """
+        ...
+
+    def share_of(self, batch: MicroBatch) -> Share:
+        """What this rank holds of the activations of a micro-batch."""
         ...
 
     def modules(self) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardwise.assemble import assemble
 from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Scaled, Setup, State
+from shardwise.engines.base import Scaled, Setup, Share, State
 from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
@@ -367,6 +367,13 @@ class NativeEngine:
             "reductions": reductions | self._seen.get("reductions", {}),
             "logits": self._seen.get("logits", {}),
         }
+
+    def share_of(self, batch: MicroBatch) -> Share:
+        """See `engines.base.Engine`."""
+        cut, layout, rank = self._cut(batch), self.mesh.layout, self.mesh.place["tp"]
+        index_t = torch.arange(cut.padded) if cut.index_t is None else cut.index_t.cpu()
+        between_t = index_t.chunk(layout.tp)[rank] if layout.sp else index_t
+        return Share(index_t, between_t, rank, layout.tp)
 
     def modules(self) -> list[nn.Module]:
         """One for each pipeline stage held here."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Engine, Scaled, State
+from shardwise.engines.base import Engine, Scaled, Share, State
 from shardwise.losses.contract import Loss
 from shardwise.parallel.collectives import broadcast_bytes
 from shardwise.precision.policy import Found
@@ -117,6 +117,11 @@ class PlacedEngine:
     def dtypes(self) -> Found:
         """Outside: nothing is kept."""
         return {} if self.inner is None else self.inner.dtypes()
+
+    def share_of(self, batch: MicroBatch) -> Share:
+        """Outside: none of them."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Share(nothing, nothing) if self.inner is None else self.inner.share_of(batch)
 
     def modules(self) -> list[nn.Module]:
         """Outside: none."""

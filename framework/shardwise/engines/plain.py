@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Scaled, Setup, State
+from shardwise.engines.base import Scaled, Setup, Share, State
 from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.plain_domains import PlainFp8
@@ -276,6 +276,11 @@ class PlainEngine:
             "reductions": {},
             "logits": {"head": self.logits_dtype},
         }
+
+    def share_of(self, batch: MicroBatch) -> Share:
+        """All of them."""
+        index_T = torch.arange(batch.input_ids_BT.shape[1])
+        return Share(index_T, index_T)
 
     def modules(self) -> list[nn.Module]:
         """The model."""

@@ -30,11 +30,13 @@ class Tally:
     calls: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     dtypes: dict[tuple[str, str], set[torch.dtype]] = dataclasses.field(default_factory=dict)
+    last: dict[str, str] = dataclasses.field(default_factory=dict)  # by operation, and "" of all
 
     def add(self, axis: str, operation: str, tensor: Tensor, times: int = 1) -> None:
         """One call that moves ``tensor`` (``times`` over)."""
         self.calls[axis, operation] += 1
         self.dtypes.setdefault((axis, operation), set()).add(tensor.dtype)
+        self.last[operation] = self.last[""] = f"{operation} over {axis}"
         self.bytes[axis, operation] += tensor.numel() * tensor.element_size() * times
 
     def rows(self) -> list[dict[str, Any]]:

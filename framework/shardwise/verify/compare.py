@@ -309,3 +309,27 @@ def disagreements(ranks: Sequence[Walked]) -> list[Difference]:
                     why = f"not bitwise what rank {other} holds"
                     found.append(Difference(kind, what, math.inf, 0.0, 0.0, ranks=(rank,), why=why))
     return found
+
+
+def origin(reference: Reference, ranks: Sequence[Walked]) -> str:
+    """The first module whose output, or the gradient that reaches it, is not one process's."""
+    names = [n for n in reference.order if n.startswith(("output/", "output gradient/"))]
+    scale = {
+        kind: math.hypot(*(float(reference.values[n].norm()) for n in names if n.startswith(kind)))
+        for kind in ("output/", "output gradient/")
+    }
+    for name in names:
+        kind = name[: name.index("/") + 1]
+        bound = EXACT_BOUND * float(reference.values[name].norm()) + NOISE * scale[kind]
+        for rank, walked in enumerate(ranks):
+            for part in walked.found.get(name, ()):
+                if math.sqrt(part.square) <= bound:
+                    continue
+                what = name.replace("/", " of ", 1)
+                token, feature = part.worst
+                after = walked.touched.get(name, "")
+                return (
+                    f"it begins at the {what}, token {token}, feature {feature}, on rank {rank}"
+                    + (f", after {after}" if after else "")
+                )
+    return ""

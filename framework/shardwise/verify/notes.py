@@ -73,6 +73,8 @@ class Notes:
         self.micro_batches: dict[str, int] = {}  # by update, over all data ranks
         self.skipped: dict[str, list[int]] = {}  # by role, updates (from 0) that changed nothing
         self.volumes: list[dict[str, Any]] = []  # communication of the first update
+        self.touched: dict[str, str] = {}  # the collective before an activation
+        self.probe = ""  # the update whose activations are noted
         self.marked: dict[str, Any] = {}
         self.step = 0
         self.counts: Counter[str] = Counter()
@@ -86,6 +88,31 @@ class Notes:
         """This rank's regions of a tensor, which may be a DTensor, divided by ``over``."""
         parts = [(shard.region, shard.view / over) for shard in local_shards(what, tensor)]
         self._add(f"{kind}/{what}", parts)
+
+    def note_slices(self, name: str, parts: list[tuple[int, Tensor]], rank: int, size: int) -> None:
+        """Stretches [tokens, features] of an activation, each with its first token.
+
+        Features that are fewer than the reference's are the ``rank``-th of ``size`` equal parts;
+        where they are not, nothing is noted.
+        """
+        if self.reference is None:
+            whole = torch.cat([part for _, part in parts])
+            return self._add(name, [(full_region(whole.shape), whole)])
+        exact = self.reference.values.get(name)
+        regions = []
+        for token, part in parts:
+            features = part.shape[1]
+            whole_width = exact is None or features == exact.shape[1]
+            if exact is not None and not whole_width and features * size != exact.shape[1]:
+                return None
+            offset = 0 if whole_width else rank * features
+            regions.append((Region((token, offset), tuple(part.shape)), part))
+        return self._add(name, regions)
+
+    def width_of(self, name: str) -> int | None:
+        """Features of a reference's activation."""
+        exact = None if self.reference is None else self.reference.values.get(name)
+        return None if exact is None else exact.shape[1]
 
     def count(self, what: str) -> int:
         """How often this was asked, this time included."""

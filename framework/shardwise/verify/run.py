@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -37,6 +38,7 @@ from shardwise.verify.compare import (
     kind_of,
     losses,
     misdealt,
+    origin,
     problems,
     unknown,
 )
@@ -72,9 +74,8 @@ class Verdict:
     volumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shape: str = ""  # of the small recipe, and the user's facts that it has not
     given_up: tuple[str, ...] = ()
-    counts: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # of what was compared, by kind
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # compared, by kind
+    where: str = ""  # in the update the difference begins
 
     @property
     def passed(self) -> bool:
@@ -94,6 +95,7 @@ class Verdict:
             text += f", worst at {list(d.worst)}"
         if d.ranks:
             text += f" held by rank {', '.join(map(str, d.ranks))}"
+        text += f"; {self.where}" if self.where else ""
         return text + (f"; suspect: {self.suspect}" if self.suspect else "")
 
 
@@ -158,7 +160,7 @@ class Verifier:
     def oracle(self, small: Small, precision: str, layout: str = SINGLE) -> Oracle:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
         [stage] = [s for s in small.run.stages if s.name == small.stage]
-        domains = None if stage.engine.fp8 is None else domains_of(layout)
+        domains = domains_of(layout) if self.fp8(small) else None
         key = (small.key, precision, domains)
         if key not in self._oracles:
             self._oracles[key] = self._ask(small, stage, precision, domains, {})
@@ -221,12 +223,26 @@ class Verifier:
             first, volumes = next((d for d in found if d.is_bug), None), ranks[0].volumes
         except (RankError, TimeoutError) as error:
             problem = str(error).splitlines()[0]
-        suspect = self._suspect(small, layout, precision, compiled) if first else ""
+        suspect, where = "", ""
+        if first is not None:
+            where = self._origin(small, layout, precision, first, ranks)
+            suspect = self._suspect(small, layout, precision, compiled)
         seconds = time.perf_counter() - began
         return Verdict(
-            stage, layout, precision, worst, seconds, first, suspect, problem, volumes,
-            small.shape, small.given_up, counts,
-        )  # fmt: skip
+            stage,
+            layout,
+            precision,
+            worst,
+            seconds,
+            first,
+            suspect,
+            problem,
+            volumes,
+            shape=small.shape,
+            given_up=small.given_up,
+            counts=counts,
+            where=where,
+        )
 
     def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
         """What the ranks of a layout are asked to run, and to compare with."""
@@ -276,6 +292,36 @@ class Verifier:
         finally:
             for folder in self.folder.glob(f"{task.directory.name}*"):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _origin(
+        self, small: Small, layout: str, precision: str, first: Difference, ranks: list[Walked]
+    ) -> str:
+        """Where in the update the first difference begins: a module, or the sum of a gradient.
+
+        Runs the update again, in fp64, where there is no rounding to mistake for it.
+        """
+        update = re.match(r"(?:\w+ )?update \d+", first.name)
+        if update is None or precision != "fp64" or self.fp8(small):
+            return ""
+        oracle = self.oracle(small, precision)
+        record = self.folder / f"probe-{next(self._numbers)}.safetensors"
+        probe: dict[str, Any] = {"given": oracle.given, "probe": update.group()}
+        task = self._task(small, SINGLE, precision, oracle=True)
+        self._walk(dataclasses.replace(task, record=record, whole=False, **probe))
+        task = self._task(small, layout, precision)
+        try:
+            again = self._walk(dataclasses.replace(task, reference=record, whole=False, **probe))
+        except (RankError, TimeoutError) as error:
+            return f"(its modules could not be looked at: {str(error).splitlines()[0]})"
+        found = origin(Reference(record), again)
+        summed = ranks[0].touched.get(f"{first.kind}/{first.name}", "")
+        if not found and first.kind == "gradient" and summed:
+            return f"no module differs before it; its sum came last out of {summed}"
+        return found
+
+    def fp8(self, small: Small) -> bool:
+        """Whether products of the stage are quantised."""
+        return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
 
     def _suspect(self, small: Small, layout: str, precision: str, compiled: bool) -> str:
         """The smallest sub-layout that fails too; the layout itself if none does."""

@@ -53,7 +53,8 @@ class Task:
 
     Without a ``reference`` the values themselves are kept, in ``record``. ``given``: what comes
     from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
-    from; ``other``: where another left it. ``domains``, ``skip``: of the oracle, see `Fp8Config`
+    from; ``other``: where another left it. ``probe``: an update of which modules are noted, too.
+    ``domains``, ``skip``: of the oracle, see `Fp8Config`
     and the plain engine.
     """
 
@@ -73,6 +74,7 @@ class Task:
     given: External | None = None
     other: Path | None = None
     domains: str | None = None
+    probe: str = ""
     skip: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ class Walked:
     skipped: dict[str, list[int]]
     volumes: list[dict[str, Any]]
     asked: External
+    touched: dict[str, str]  # the collective that a value came out of last
     resumed: dict[str, list[Noted]] | None = None
 
 
@@ -131,6 +134,7 @@ def walk(task: Task) -> Walked:
     stage = _stage(task)
     reference = None if task.reference is None else Reference(task.reference)
     notes = Notes(reference)
+    notes.probe = task.probe
     asked: External = {}
     engine = _run(task, stage, notes, asked, task.directory, SAVED_AFTER if task.whole else STEPS)
     if task.whole:
@@ -152,6 +156,7 @@ def walk(task: Task) -> Walked:
         notes.skipped,
         notes.volumes,
         asked,
+        notes.touched,
     )
     if task.other is not None:
         del engine

@@ -31,6 +31,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.stages.base import ACTOR, StageContext, roles_of
 from shardwise.verify.notes import Notes
+from shardwise.verify.probe import probing
 
 External = dict[str, dict[str, Any]]  # by name and key: what one process was given
 
@@ -63,7 +64,13 @@ class WatchedEngine:
         where = self.where
         self._note_samples(where, microbatches)
         first = max(inner.data_rank, 0) * len(microbatches)
-        with comm.tally() as tally, noting_scales(inner, notes, where, first):
+        with (
+            comm.tally() as tally,
+            noting_scales(inner, notes, where, first),
+            probing(inner, where, microbatches, notes, tally)
+            if notes.probe == where
+            else contextlib.nullcontext(),
+        ):
             metrics = inner.forward_backward(microbatches, loss)
         notes.volumes = notes.volumes or tally.rows()
         for name, value in inner.broadcast(metrics).items():
@@ -72,8 +79,9 @@ class WatchedEngine:
             else:
                 kind = "sentinel" if name.startswith("fp8") else "metric"
                 notes.note(kind, f"{where} {name}", value)
-        scale = inner.loss_scale
+        scale, reduced = inner.loss_scale, _reduction(tally)
         for name, tensor in inner.held("grads"):
+            notes.touched[f"gradient/{where} {name}"] = reduced
             notes.note_tensor("gradient", f"{where} {name}", tensor, over=scale)
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
@@ -140,6 +148,12 @@ def _tokens(batch: MicroBatch, row: int, valid_T: Tensor) -> Tensor:
     columns = [part[row, :end] for part in parts]
     valid_T = valid_T[:end]
     return torch.stack([*columns, valid_T.long(), batch.targets_BT[row, :end] * valid_T])
+
+
+def _reduction(tally: comm.Tally) -> str:
+    """The collective that last summed something."""
+    found = [tally.last[op] for op in ("reduce_scatter", "all_reduce") if op in tally.last]
+    return " and ".join(found)
 
 
 def noting_scales(

@@ -1,0 +1,132 @@
+"""Where a difference begins: what every module computes in one update, forward and backward.
+
+Modules keep the plain model's paths under every layout, and a rank knows which rows, tokens and
+features of an output it holds. So each output, and the gradient that reaches it, is a value like
+any other: the first to differ, in the order of one process, names the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.data.batch import MicroBatch
+from shardwise.engines.base import Engine, Share
+from shardwise.models.common.init import plain_name
+from shardwise.ops.comm import Tally
+from shardwise.verify.notes import Notes
+
+# Shape suffixes: B rows, t tokens of this rank, D features of this rank.
+
+_BLOCK = re.compile(r"layers\.\d+")
+
+
+@contextlib.contextmanager
+def probing(
+    engine: Engine, where: str, microbatches: Sequence[MicroBatch], notes: Notes, tally: Tally
+) -> Iterator[None]:
+    """Note the outputs of an engine's modules, and their gradients, of the calls inside."""
+    handles = []
+    for part in engine.modules():
+        probe = _Probe(engine, where, microbatches, notes, tally)
+        handles.append(part.register_forward_pre_hook(probe.begin, with_kwargs=True))
+        for name, module in part.named_modules():
+            if path := plain_name(name).replace("_checkpoint_wrapped_module", "").rstrip("."):
+                handles.append(module.register_forward_hook(probe.hook(path)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Probe:
+    """One part of a model, which sees the rows of an update in their order, some at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        where: str,
+        microbatches: Sequence[MicroBatch],
+        notes: Notes,
+        tally: Tally,
+    ) -> None:
+        self.engine, self.where = engine, where
+        self.rows = [(batch, row) for batch in microbatches for row in range(batch.num_rows)]
+        self.notes, self.tally = notes, tally
+        self.first = self.next = 0  # rows of the forward pass that runs, and of the one after it
+        self.seen: set[tuple[int, str]] = set()
+
+    def begin(self, module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
+        """A forward pass of the part begins."""
+        ids_BT = keywords["input_ids_BT"] if "input_ids_BT" in keywords else inputs[0]
+        self.first, self.next = self.next, self.next + ids_BT.shape[0]
+
+    def hook(self, path: str) -> Any:
+        """Of a module's forward pass."""
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            # Recomputed in the backward pass: the same again.
+            if not isinstance(output, Tensor) or (self.first, path) in self.seen:
+                return
+            first = self.first
+            self.seen.add((first, path))
+            self.note("output", path, first, output.detach())
+            if output.requires_grad:
+                output.register_hook(
+                    lambda grad: self.note("output gradient", path, first, grad.detach())
+                )
+
+        return note
+
+    def note(self, kind: str, path: str, first: int, value_BtD: Tensor) -> None:
+        """The regions of a module's output that this rank holds; nothing, where that is unclear."""
+        if value_BtD.dim() != 3 or first + len(value_BtD) > len(self.rows):
+            return
+        if kind == "output gradient":
+            value_BtD = value_BtD / self.engine.loss_scale
+        for value_tD, (batch, row) in zip(value_BtD, self.rows[first:], strict=False):
+            valid_T = batch.loss_mask_BT[row]
+            share = self.engine.share_of(batch)
+            index_t = _index(share, value_tD.shape[0])
+            if index_t is None or not bool(valid_T.any()):
+                continue
+            length = int(valid_T.nonzero()[-1]) + 1  # behind, nothing is learnt from
+            name = f"{kind}/{self.where} {path} sample {int(batch.sample_ids_B[row])}"
+            parts = [
+                (token, value_tD[place : place + size])
+                for token, place, size in _runs(index_t, length)
+            ]
+            if kind == "output gradient" and share.size > 1 and not _BLOCK.fullmatch(path):
+                # Of what every tensor-parallel rank has whole, each has a part of the gradient.
+                width = self.notes.width_of(name)
+                if width is not None and width == value_tD.shape[1]:
+                    continue
+            self.notes.touched[name] = self.tally.last.get("", "")
+            self.notes.note_slices(name, parts, share.rank, share.size)
+
+
+def _index(share: Share, size: int) -> Tensor | None:
+    """Positions of ``size`` tokens of a rank; None: it is unclear which they are."""
+    for index_t in (share.tokens_t, share.between_t):
+        if len(index_t) == size:
+            return index_t
+    return torch.arange(size) if share.size == 1 and size > len(share.tokens_t) else None
+
+
+def _runs(index_t: Tensor, length: int) -> Iterator[tuple[int, int, int]]:
+    """(token, place, number) of each stretch of neighbouring tokens below ``length``."""
+    index = index_t.tolist()
+    first = 0
+    for place in range(1, len(index) + 1):
+        if place < len(index) and index[place] == index[place - 1] + 1:
+            continue
+        size = min(place - first, length - index[first])
+        if size > 0:
+            yield index[first], first, size
+        first = place
