@@ -66,7 +66,7 @@ class WatchedEngine:
         first = max(inner.data_rank, 0) * len(microbatches)
         with (
             comm.tally() as tally,
-            noting_scales(inner, notes, where, first),
+            inner.watch_scales(self._scales_of(where, first)),
             probing(inner, where, microbatches, notes, tally)
             if notes.probe == where
             else contextlib.nullcontext(),
@@ -86,6 +86,21 @@ class WatchedEngine:
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
         return metrics
+
+    def _scales_of(self, where: str, first: int) -> Callable[[Scaled], None]:
+        """Notes what every backward pass scales by; ``first``: number of a micro-batch."""
+        passes: Counter[tuple[str, int]] = Counter()
+
+        def note(scaled: Scaled) -> None:
+            key = (scaled.path, scaled.part)
+            number = first + passes[key]
+            passes[key] += 1
+            name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
+            self.notes.scales[f"amax/{name}"] = scaled.amax_3.clone()
+            for operand, scale_inv in scaled.scale_inv.items():
+                self.notes.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
+
+        return note
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
@@ -154,24 +169,6 @@ def _reduction(tally: comm.Tally) -> str:
     """The collective that last summed something."""
     found = [tally.last[op] for op in ("reduce_scatter", "all_reduce") if op in tally.last]
     return " and ".join(found)
-
-
-def noting_scales(
-    engine: Engine, notes: Notes, where: str, first: int
-) -> contextlib.AbstractContextManager[None]:
-    """Note what every backward pass inside scales by; ``first``: number of a micro-batch."""
-    passes: Counter[tuple[str, int]] = Counter()
-
-    def note(seen: Scaled) -> None:
-        key = (seen.path, seen.part)
-        number = first + passes[key]
-        passes[key] += 1
-        name = f"{where} {key[0]} micro-batch {number + 1} part {key[1]}"
-        notes.scales[f"amax/{name}"] = seen.amax_3.clone()
-        for operand, scale_inv in seen.scale_inv.items():
-            notes.scales[f"scale/{name} {operand}"] = scale_inv.float().clone()
-
-    return engine.watch_scales(note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +255,10 @@ class WatchedLogger(MetricsLogger):
         for name, value in metrics.items():
             if name not in MACHINE and isinstance(value, (int, float)):
                 shown = value if math.isfinite(value) else 0.0
-                self.notes.note("logged", f"step {step} {kind} {name}", shown)
+                sort = "sentinel" if name.startswith("fp8") else "logged"
+                self.notes.note(sort, f"step {step} {kind} {name}", shown)
 
     def event(self, stage: str, step: int, event: str, message: str, **fields: Any) -> None:
         """See `MetricsLogger`."""
-        self.log(stage, step, {"event": event}, "event")
+        if event != "fp8":  # words on figures of the sentinel, which are compared themselves
+            self.log(stage, step, {"event": event}, "event")
