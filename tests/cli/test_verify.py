@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.cli.verify import HEADER, Table, explanation, row
-from shardwise.verify.run import Verdict
+from shardwise.verify.verdict import Verdict
 from tests.cli.conftest import Command, write_recipe
 
 WORST = {"loss": 0.5, "metric": 0.75, "forward pass": 0.25, "logged": 0.125, "weight": 2.0}

@@ -16,7 +16,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
-from shardwise.verify.run import world_of
+from shardwise.verify.roles import world_of
 from tests.support import toy
 from tests.support.pool import RankPool
 

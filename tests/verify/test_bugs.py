@@ -15,7 +15,8 @@ from shardwise.rollout import native
 from shardwise.rollout.native import NativeBackend
 from shardwise.verify import suite
 from shardwise.verify.pool import RankError
-from shardwise.verify.run import SINGLE, Verifier, world_of
+from shardwise.verify.roles import world_of
+from shardwise.verify.verifier import SINGLE, Verifier
 from shardwise.verify.walk import Task, Walked, walk
 from tests.support.pool import RankPool
 from tests.verify.bugs import BUGS, walk_with

@@ -134,11 +134,12 @@ def test_numbers_with_fewer_digits_than_their_dtype_are_told(tmp_path: Path) -> 
     exact = reference(tmp_path, {"weight/update 1 w": value.double()})
     for rounded in (False, True):
         held = value.bfloat16().float() if rounded else value
-        found = coarse(exact, {}, [walked(noted(exact, {"weight/update 1 w": held}))])
-        assert len(found) == rounded
+        ranks = [walked(noted(exact, {"weight/update 1 w": held}))]
+        assert len(coarse(exact, {}, ranks, "bf16")) == rounded
+        assert not coarse(exact, {}, ranks, "fp16")  # what it cannot be rounded to
     # What one process holds so, too, is no fault.
     grids = {"weight/update 1 w": "bfloat16"}
-    assert not coarse(exact, grids, [walked(noted(exact, {"weight/update 1 w": held}))])
+    assert not coarse(exact, grids, ranks, "bf16")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def test_one_that_cannot_be(verify_layouts):
     verify_layouts("tiny.yaml", ["tp3"])
 
 def test_one_that_differs(verify_layouts, monkeypatch):
-    from shardwise.verify.run import Verdict, Verifier
+    from shardwise.verify.verdict import Verdict
+    from shardwise.verify.verifier import Verifier
     differs = lambda self, *a: Verdict("pretrain", "dp2", "fp64", {}, 0.0, problem="it differs")
     monkeypatch.setattr(Verifier, "check", differs)
     verify_layouts("tiny.yaml", ["dp2"])

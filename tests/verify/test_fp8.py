@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shardwise.verify import suite
-from shardwise.verify.run import Verifier, world_of
+from shardwise.verify.roles import world_of
+from shardwise.verify.verifier import Verifier
 from shardwise.verify.walk import walk
 from tests.support.pool import RankPool
 from tests.verify.fp8_bugs import BUGS, walk_with

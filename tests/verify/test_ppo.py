@@ -9,7 +9,7 @@ import pytest
 from shardwise.errors import UserError
 from shardwise.verify import suite
 from shardwise.verify.roles import parse, world_of
-from shardwise.verify.run import Verifier
+from shardwise.verify.verifier import Verifier
 from tests.support.pool import RankPool
 from tests.verify.ppo_bugs import PPO_BUGS, walk_with
 

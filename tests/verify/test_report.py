@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from shardwise.cli.output import plain
 from shardwise.verify.report import document, junit
-from shardwise.verify.run import Verdict, VerifyReport
+from shardwise.verify.verdict import Verdict, VerifyReport
 
 
 def _report() -> VerifyReport:

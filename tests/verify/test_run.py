@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from shardwise.errors import ConfigError
-from shardwise.verify.run import Verdict, Verifier, verify
+from shardwise.verify.run import verify
+from shardwise.verify.verdict import Verdict
+from shardwise.verify.verifier import Verifier
 from shardwise.verify.walk import Task, Walked
 from tests.cli.conftest import Command, shardwise  # noqa: F401  # a fixture
 from tests.stages.recipes import recipe

@@ -24,9 +24,9 @@ from shardwise.parallel.layout import Layout, parse_layout, world_of
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of, own_layouts, with_layouts
-from shardwise.verify.run import sub_layouts
 from shardwise.verify.shrink import STEPS, Sizes, shrink, sizes
 from shardwise.verify.structure import lost, structure
+from shardwise.verify.verifier import sub_layouts
 from tests.parallel.test_feasible import layouts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

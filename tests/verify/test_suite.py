@@ -13,7 +13,8 @@ import pytest
 from shardwise.parallel.feasible import REFUSALS, Case
 from shardwise.parallel.layout import SCHEDULES, parse_layout
 from shardwise.verify import suite
-from shardwise.verify.run import Verifier, world_of
+from shardwise.verify.roles import world_of
+from shardwise.verify.verifier import Verifier
 from tests.support import toy
 from tests.support.pool import RankPool
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from shardwise.parallel.layout import parse_layout
 from shardwise.precision.transformer_engine import TransformerEngine
 from shardwise.verify import suite
-from shardwise.verify.run import Verifier
+from shardwise.verify.verifier import Verifier
 from shardwise.verify.walk import Task, Walked, walk
 from tests.contracts.signatures import versions
 from tests.contracts.transformer_engine import installed

@@ -13,7 +13,7 @@ from shardwise.terminal import printable, say
 from shardwise.verify.report import document, junit
 
 if TYPE_CHECKING:
-    from shardwise.verify.run import Verdict, VerifyReport
+    from shardwise.verify.verdict import Verdict, VerifyReport
 
 # Columns of the table: the kinds of values, some of them together, and their headings.
 _COLUMNS = {

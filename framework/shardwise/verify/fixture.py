@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 if TYPE_CHECKING:
-    from shardwise.verify.run import VerifyReport
+    from shardwise.verify.verdict import VerifyReport
 
 
 class VerifyLayouts(Protocol):

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from shardwise.terminal import printable
 
 if TYPE_CHECKING:
-    from shardwise.verify.run import Verdict, VerifyReport
+    from shardwise.verify.verdict import Verdict, VerifyReport
 
 # What XML 1.0 cannot hold even when escaped; `printable` has written out the rest.
 _NOT_IN_XML = re.compile("[\ufffe\uffff]")

@@ -1,0 +1,345 @@
+"""Layouts of one recipe, each run small and compared with what one process computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from math import inf, isnan
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardwise.config.load import load_config
+from shardwise.config.run import RunConfig
+from shardwise.config.schema import OptimizerConfig, StageConfig
+from shardwise.errors import UserError
+from shardwise.parallel.layout import parse_layout
+from shardwise.stages.base import role_of, roles_of
+from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
+from shardwise.verify.compare import (
+    ROUNDED_AWAY,
+    Difference,
+    bounds,
+    coarse,
+    compare,
+    compare_scales,
+    disagreements,
+    kind_of,
+    losses,
+    misdealt,
+    origin,
+    problems,
+    unknown,
+)
+from shardwise.verify.notes import Reference
+from shardwise.verify.pool import RankError, RankPool
+from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
+from shardwise.verify.shrink import shrink
+from shardwise.verify.verdict import Verdict
+from shardwise.verify.walk import RESUMED, Task, Walked, walk
+from shardwise.verify.watch import External
+
+SINGLE = "dp1.zero0"
+TIMEOUT_S = 180.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """One stage of a recipe made small for a layout; ``key`` tells two of them apart.
+
+    ``shape``, ``given_up``: see `shrink`.
+    """
+
+    key: str
+    run: RunConfig
+    stage: str
+    shape: str
+    given_up: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """What one process computes, in fp64 and in the precision that is asked for."""
+
+    exact: Reference
+    limits: dict[str, float]
+    single: Walked
+    given: External
+    saved: Path  # what it saved midway, if it did
+
+
+class Verifier:
+    """Oracles of one recipe, and the ranks that are compared with them.
+
+    ``whole``: saves, resumes and serves, besides the updates. ``device``: of the ranks; the oracle
+    computes on the CPU. Close it: it keeps files.
+    """
+
+    def __init__(
+        self, recipe: Mapping[str, Any], pool: RankPool, whole: bool = False, device: str = "cpu"
+    ) -> None:
+        self.run, self.pool, self.whole = load_config(recipe).config, pool, whole
+        self.device = device
+        self._folder = tempfile.TemporaryDirectory(prefix="shardwise-verify-")
+        self.folder = Path(self._folder.name)
+        self._numbers = itertools.count()
+        self._prepared: dict[str, RunConfig] = {}
+        self._oracles: dict[tuple[str, str, str | None], Oracle] = {}
+
+    def close(self) -> None:
+        """Remove what oracles and layouts wrote."""
+        self._folder.cleanup()
+
+    def small(self, stage: str, layout: str) -> Small:
+        """The recipe that a layout is tried on: a function of both, and of nothing else."""
+        folder = self.folder / stage
+        folder.mkdir(exist_ok=True)
+        small = shrink(self.run, stage, layouts_of(layout), folder)
+        key = xxhash.xxh3_64_hexdigest(json.dumps(small.recipe, sort_keys=True).encode())
+        if key not in self._prepared:
+            [run] = self.pool.run(prepare, small.recipe, folder, world=1, timeout=TIMEOUT_S)
+            self._prepared[key] = run
+        return Small(key, self._prepared[key], stage, small.shape, small.given_up)
+
+    def oracle(self, small: Small, precision: str, layout: str = SINGLE) -> Oracle:
+        """What one process computes; in FP8, with the scaling domains of ``layout``."""
+        [stage] = [s for s in small.run.stages if s.name == small.stage]
+        domains = domains_of(layout) if self.fp8(small) else None
+        key = (small.key, precision, domains)
+        if key not in self._oracles:
+            self._oracles[key] = self._ask(small, stage, precision, domains, {})
+        return self._oracles[key]
+
+    def _ask(
+        self,
+        small: Small,
+        stage: StageConfig,
+        precision: str,
+        domains: str | None,
+        skip: dict[str, list[int]],
+    ) -> Oracle:
+        optimizers = optimizers_of(stage)
+        exact = self._oracles.get((small.key, "fp64", domains))
+        if exact is None or skip:
+            record = self.folder / f"exact-{next(self._numbers)}.safetensors"
+            saved = record.with_suffix(".saved")
+            task = self._task(small, SINGLE, "fp64", domains=domains, oracle=True)
+            task = dataclasses.replace(task, record=record, saved=saved, skip=skip)
+            [walked] = self._walk(task)
+            reference = Reference(record)
+            limits = bounds(reference, None, "fp64", optimizers)
+            exact = Oracle(reference, limits, walked, walked.asked, saved)
+        if precision == "fp64":
+            return exact
+        saved = self.folder / f"single-{next(self._numbers)}.saved"
+        task = self._task(small, SINGLE, precision, domains=domains, oracle=True)
+        task = dataclasses.replace(
+            task, reference=exact.exact.path, given=exact.given, saved=saved, skip=skip
+        )
+        [single] = self._walk(task)
+        if single.skipped != skip:  # fp16 overflows before its loss scale has settled
+            return self._ask(small, stage, precision, domains, single.skipped)
+        rounded = "bf16" if stage.engine.fp8 is not None else precision
+        limits = bounds(exact.exact, losses(single.found), rounded, optimizers)
+        return Oracle(exact.exact, limits, single, exact.given, saved)
+
+    def check(
+        self,
+        stage: str,
+        layout: str,
+        precision: str = "fp64",
+        compiled: bool = False,
+    ) -> Verdict:
+        """Compare one layout; on failure, find the part of it to suspect."""
+        began = time.perf_counter()
+        small = self.small(stage, layout)
+        worst: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        first, problem, volumes = None, "", []
+        try:
+            task = self.task(small, layout, precision, compiled)
+            ranks = self._walk(task)
+            found = self.judge(small, layout, precision, ranks)
+            for d in found:
+                ratio = inf if isnan(d.ratio) else d.ratio
+                worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
+                counts[d.kind] = counts.get(d.kind, 0) + 1
+            first, volumes = next((d for d in found if d.is_bug), None), ranks[0].volumes
+        except (RankError, TimeoutError) as error:
+            problem = str(error).splitlines()[0]
+        suspect, where = "", ""
+        if first is not None:
+            where = self._origin(small, layout, precision, first, ranks)
+            suspect = self._suspect(small, layout, precision, compiled)
+        seconds = time.perf_counter() - began
+        return Verdict(
+            stage,
+            layout,
+            precision,
+            worst,
+            seconds,
+            first,
+            suspect,
+            problem,
+            volumes,
+            shape=small.shape,
+            given_up=small.given_up,
+            counts=counts,
+            where=where,
+        )
+
+    def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
+        """What the ranks of a layout are asked to run, and to compare with."""
+        oracle = self.oracle(small, precision, layout)
+        return dataclasses.replace(
+            self._task(small, layout, precision, compiled=compiled, device=self.device),
+            reference=oracle.exact.path,
+            given=oracle.given,
+            other=oracle.saved if self.whole else None,
+        )
+
+    def judge(
+        self, small: Small, layout: str, precision: str, ranks: list[Walked]
+    ) -> list[Difference]:
+        """What the ranks of a layout found, as differences, what is nearest to a cause first."""
+        oracle = self.oracle(small, precision, layout)
+        exact, single = oracle.exact, oracle.single
+        names = exact.order
+        if precision != "fp64":
+            names = [n for n in names if kind_of(n) not in ROUNDED_AWAY]
+        found = [*misdealt(single, ranks), *problems(ranks)]
+        if precision == "fp64":
+            found += compare_scales(single.scales, ranks)
+        found += compare(exact, oracle.limits, [r.found for r in ranks], names)
+        found += unknown(exact, ranks)
+        grids = {n: parts[0].grid for n, parts in single.found.items() if parts and parts[0].grid}
+        found += coarse(exact, grids, ranks, precision)
+        if ranks[0].resumed is not None:
+            after = set(exact.order[exact.marked["values"] :])
+            later = [n for n in names if n in after and not kind_of(n).startswith("generated")]
+            again = [r.resumed or {} for r in ranks]
+            found += [
+                dataclasses.replace(d, name=f"{d.name}, {RESUMED}")
+                for d in compare(exact, oracle.limits, again, later)
+            ]
+        return found + disagreements(ranks)
+
+    def _task(self, small: Small, layout: str, precision: str, **options: Any) -> Task:
+        folder = self.folder / small.stage
+        directory = self.folder / f"run-{next(self._numbers)}"
+        run, stage = small.run, small.stage
+        return Task(run, stage, layout, precision, folder, directory, whole=self.whole, **options)
+
+    def _walk(self, task: Task) -> list[Walked]:
+        try:
+            return self.pool.run(walk, task, world=world_of(task.layout), timeout=TIMEOUT_S)
+        finally:
+            for folder in self.folder.glob(f"{task.directory.name}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _origin(
+        self, small: Small, layout: str, precision: str, first: Difference, ranks: list[Walked]
+    ) -> str:
+        """Where in the update the first difference begins: a module, or the sum of a gradient.
+
+        Runs the update again, in fp64, where there is no rounding to mistake for it.
+        """
+        update = re.match(r"(?:\w+ )?update \d+", first.name)
+        if update is None or precision != "fp64" or self.fp8(small):
+            return ""
+        oracle = self.oracle(small, precision)
+        record = self.folder / f"probe-{next(self._numbers)}.safetensors"
+        probe: dict[str, Any] = {"given": oracle.given, "probe": update.group()}
+        task = self._task(small, SINGLE, precision, oracle=True)
+        self._walk(dataclasses.replace(task, record=record, whole=False, **probe))
+        task = self._task(small, layout, precision)
+        try:
+            again = self._walk(dataclasses.replace(task, reference=record, whole=False, **probe))
+        except (RankError, TimeoutError) as error:
+            return f"(its modules could not be looked at: {str(error).splitlines()[0]})"
+        found = origin(Reference(record), again)
+        summed = ranks[0].touched.get(f"{first.kind}/{first.name}", "")
+        if not found and first.kind == "gradient" and summed:
+            return f"no module differs before it; its sum came last out of {summed}"
+        return found
+
+    def fp8(self, small: Small) -> bool:
+        """Whether products of the stage are quantised."""
+        return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
+
+    def _suspect(self, small: Small, layout: str, precision: str, compiled: bool) -> str:
+        """The smallest sub-layout that fails too; the layout itself if none does."""
+        [stage] = [s for s in small.run.stages if s.name == small.stage]
+        for part in sub_layouts(layout):
+            changed = with_layouts(stage, part, compile=False, precision="bf16")
+            try:
+                check_stage(small.run, changed, world_of(part))
+            except UserError:  # what was made small for the whole cannot have this part
+                continue
+            try:
+                ranks = self._walk(self.task(small, part, precision, compiled))
+            except (RankError, TimeoutError):
+                return part
+            if any(d.is_bug for d in self.judge(small, part, precision, ranks)):
+                return part
+        return layout
+
+
+def prepare(recipe: dict[str, Any], folder: Path) -> RunConfig:
+    """A small recipe, its tokenizer made and its vocabulary filled in; in a rank alone."""
+    run = load_config(recipe | {"run_dir": str(folder)}).config
+    return with_vocabulary(run, prepare_tokenizer(run, folder, 0))
+
+
+def optimizers_of(stage: StageConfig) -> dict[str, OptimizerConfig]:
+    """By role, "" where there is one model."""
+    roles = roles_of(stage)
+    if len(roles) == 1:
+        return {"": stage.optimizer}
+    return {role: role_of(stage, role).optimizer or stage.optimizer for role in roles}
+
+
+def domains_of(layout: str) -> str | None:
+    """The part of a layout that decides who scales what; None if that is one rank's all.
+
+    Data ranks, ZeRO and pipelines scale each micro-batch by itself, and so does one process.
+    """
+    whole = parse_layout(layout, world_of(layout))
+    if whole.tp == whole.cp == 1:
+        return None
+    context = f".cp{whole.cp}.{whole.cp_kind}" if whole.cp > 1 else ""
+    return f"dp1.zero0.tp{whole.tp}{context}"
+
+
+def sub_layouts(layout: str) -> list[str]:
+    """Layouts with some of this one's axes, the fewest first; never the layout itself.
+
+    Of layouts by role: each role's alone.
+    """
+    if "=" in layout:
+        return parts_of(layout)
+    axes: list[list[str]] = []
+    whole = parse_layout(layout, world_of(layout))
+    if whole.dp > 1:
+        hybrid = f".hsdp{whole.shard}" if whole.zero and whole.shard != whole.dp else ""
+        axes.append([f"dp{whole.dp}.zero{whole.zero}{hybrid}"])
+    if whole.tp > 1:
+        axes.append([f"tp{whole.tp}"] + ([f"tp{whole.tp}.sp"] if whole.sp else []))
+    if whole.pp > 1:
+        chunks = f".v{whole.virtual}" if whole.schedule.startswith("interleaved") else ""
+        named = f"pp{whole.pp}.{whole.schedule}{chunks}"
+        axes.append(([f"pp{whole.pp}.1f1b"] if whole.schedule != "1f1b" else []) + [named])
+    if whole.cp > 1:
+        axes.append([f"cp{whole.cp}.{whole.cp_kind}"])
+    found: list[str] = [""]
+    for choices in axes:
+        found += [f"{a}.{b}" if a else b for a in found for b in choices]
+    own = found[-1]  # all axes, each as it is
+    return sorted((f for f in found if f and f != own), key=lambda f: (f.count("."), len(f)))
