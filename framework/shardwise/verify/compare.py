@@ -12,7 +12,6 @@ from torch import Tensor
 
 from shardwise.checkpoint.regions import Region
 from shardwise.config.schema import OptimizerConfig
-from shardwise.precision.policy import PRECISIONS
 from shardwise.verify.notes import Noted, Reference
 from shardwise.verify.walk import Walked
 
@@ -227,40 +226,6 @@ def misdealt(reference: Walked, ranks: Sequence[Walked]) -> list[Difference]:
             Difference("dealing", where, math.inf, math.inf, 0.0, why="; ".join(words) or "order")
         )
     return found
-
-
-def coarse(
-    reference: Reference, grids: Mapping[str, str], ranks: Sequence[Walked], precision: str
-) -> list[Difference]:
-    """Values that hold fewer digits than their dtype: rounded on the way, below any tolerance.
-
-    ``grids``: of one process in the same precision. A gradient of several micro-batches is a sum,
-    which one process, with its whole batch, may not need.
-    """
-    found = []
-    for name in reference.order:
-        kind, _, what = name.partition("/")
-        if kind not in ("gradient", "weight", "moment"):
-            continue
-        held = [p.grid for r in ranks for p in r.found.get(name, ()) if p.region.volume]
-        if not held or not all(grid == _rounded_to(grid, precision) for grid in held):
-            continue
-        update = re.sub(r"(update \d+) .*", r"\1", what)
-        summed = max((r.micro_batches.get(update, 0) for r in ranks), default=0) > 1
-        if grids.get(name) and not (kind == "gradient" and summed):
-            continue
-        why = f"its numbers have no more digits than {held[0]}"
-        found.append(Difference(kind, what, math.inf, math.inf, 0.0, why=why))
-    return found
-
-
-def _rounded_to(grid: str, precision: str) -> str:
-    """The grid that a value of this precision is rounded to by mistake.
-
-    A sum of few numbers of one 16-bit dtype may fit the other's grid by chance.
-    """
-    compute = str(PRECISIONS[precision].compute)[6:]
-    return compute if compute.endswith("float16") else grid or "none"
 
 
 def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Walked]) -> list[Difference]:

@@ -24,11 +24,8 @@ from torch import Tensor
 
 from shardwise.checkpoint.layout import local_shards
 from shardwise.checkpoint.regions import Region, full_region
+from shardwise.precision.policy import DtypeCheck
 from shardwise.rollout.weights import digest
-
-# A tensor of fewer elements may lie on a coarser grid of numbers by chance.
-GRID_ELEMENTS = 256
-_GRIDS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +33,13 @@ class Noted:
     """What one rank has of a value: a region, and how far it is from the reference there.
 
     ``square``: of the 2-norm of the error; inf where nothing is to be compared with. ``worst``: the
-    global index of the element that is furthest off. ``grid``: the coarsest dtype that holds all of
-    the numbers, where that is coarser than their own.
+    global index of the element that is furthest off.
     """
 
     region: Region
     square: float
     worst: tuple[int, ...]
     digest: str
-    grid: str = ""
 
 
 class Reference:
@@ -56,7 +51,6 @@ class Reference:
             said = json.loads(file.metadata()["said"])
         self.order: list[str] = said["order"]
         self.marked: dict[str, Any] = said["marked"]  # where it was saved
-        self.grids: dict[str, str] = said["grids"]
         self.values: dict[str, Tensor] = load_file(path)
 
 
@@ -70,7 +64,7 @@ class Notes:
         self.dealt: dict[str, tuple[int, list[int]]] = {}  # update: data rank, samples with loss
         self.scales: dict[str, Tensor] = {}  # what this rank scaled by, in FP8
         self.problems: list[str] = []  # what is wrong whatever the numbers are
-        self.micro_batches: dict[str, int] = {}  # by update, over all data ranks
+        self.dtypes: dict[str, DtypeCheck] = {}  # by role
         self.skipped: dict[str, list[int]] = {}  # by role, updates (from 0) that changed nothing
         self.volumes: list[dict[str, Any]] = []  # communication of the first update
         self.touched: dict[str, str] = {}  # the collective before an activation
@@ -133,24 +127,23 @@ class Notes:
 
     def _noted(self, name: str, region: Region, part: Tensor) -> Noted:
         value = part.detach().to("cpu", torch.float64, copy=True)
-        grid = _grid(part.detach())
         if self.reference is None:
             self.values[name] = value
-            return Noted(region, 0.0, (), digest(value), grid)
+            return Noted(region, 0.0, (), digest(value))
         exact = self.reference.values.get(name)
         if (
             exact is None
             or any(o + n > m for o, n, m in zip(*region, exact.shape, strict=False))
             or exact.dim() != value.dim()
         ):
-            return Noted(region, float("inf"), (), digest(value), grid)
+            return Noted(region, float("inf"), (), digest(value))
         gap = (value - exact[region.relative_to((0,) * exact.dim())]).reshape(-1)
         worst: tuple[int, ...] = ()
         if gap.numel() and value.dim():
             flat = gap.abs().nan_to_num(torch.inf).argmax()
             inside = torch.unravel_index(flat, value.shape)
             worst = tuple(int(i) + o for i, o in zip(inside, region.offset, strict=True))
-        return Noted(region, float(gap.dot(gap)), worst, digest(value), grid)
+        return Noted(region, float(gap.dot(gap)), worst, digest(value))
 
     def mark(self) -> None:
         """A run is saved here, to go on from on other layouts."""
@@ -165,20 +158,5 @@ class Notes:
 
     def save(self, path: Path) -> None:
         """A reference, for others to compare with."""
-        said = {"order": list(self.values), "marked": self.marked, "grids": self._grids()}
+        said = {"order": list(self.values), "marked": self.marked}
         save_file(self.values, path, {"said": json.dumps(said)})
-
-    def _grids(self) -> dict[str, str]:
-        return {name: parts[0].grid for name, parts in self.found.items() if parts[0].grid}
-
-
-def _grid(part: Tensor) -> str:
-    """The coarsest dtype that holds all of ``part``; "" where that is its own, or chance."""
-    if part.numel() < GRID_ELEMENTS or not part.is_floating_point():
-        return ""
-    for dtype in _GRIDS:
-        if dtype.itemsize < part.dtype.itemsize and torch.equal(
-            part, part.to(dtype).to(part.dtype)
-        ):
-            return "" if not bool(part.any()) else str(dtype)[6:]
-    return ""

@@ -27,7 +27,6 @@ from shardwise.verify.compare import (
     ROUNDED_AWAY,
     Difference,
     bounds,
-    coarse,
     compare,
     compare_scales,
     disagreements,
@@ -219,8 +218,6 @@ class Verifier:
             found += compare_scales(single.scales, ranks)
         found += compare(exact, oracle.limits, [r.found for r in ranks], names)
         found += unknown(exact, ranks)
-        grids = {n: parts[0].grid for n, parts in single.found.items() if parts and parts[0].grid}
-        found += coarse(exact, grids, ranks, precision)
         if ranks[0].resumed is not None:
             after = set(exact.order[exact.marked["values"] :])
             later = [n for n in names if n in after and not kind_of(n).startswith("generated")]

@@ -84,7 +84,6 @@ class Walked:
 
     found: dict[str, list[Noted]]
     dealt: dict[str, tuple[int, list[int]]]
-    micro_batches: dict[str, int]
     scales: dict[str, torch.Tensor]
     problems: list[str]
     skipped: dict[str, list[int]]
@@ -150,7 +149,6 @@ def walk(task: Task) -> Walked:
     walked = Walked(
         notes.found,
         notes.dealt,
-        notes.micro_batches,
         notes.scales,
         notes.problems,
         notes.skipped,
@@ -235,6 +233,8 @@ def _run(
     try:
         loop.run()
     except _StoppedError:
+        for role, check in notes.dtypes.items():
+            notes.problems += [f"{role} {problem}".strip() for problem in check.problems()]
         return loop.stage.engine
     raise CheckFailed(
         f"nothing was left to do after a resume: {checkpoint_root(directory, stage.name)}"

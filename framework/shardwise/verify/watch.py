@@ -29,9 +29,14 @@ from shardwise.metrics.meters import MACHINE
 from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
-from shardwise.stages.base import ACTOR, StageContext, roles_of
+from shardwise.precision.policy import DtypeCheck, precision_of
+from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify.notes import Notes
 from shardwise.verify.probe import probing
+
+# Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
+# micro-batches do not, so which updates are skipped is no figure to compare.
+LOSS_SCALE = 2.0**8
 
 External = dict[str, dict[str, Any]]  # by name and key: what one process was given
 
@@ -39,8 +44,8 @@ External = dict[str, dict[str, Any]]  # by name and key: what one process was gi
 class WatchedEngine:
     """An engine whose calls are noted. ``role``: "" where a stage has one model."""
 
-    def __init__(self, inner: Engine, role: str, notes: Notes) -> None:
-        self.inner, self.role, self.notes = inner, role, notes
+    def __init__(self, inner: Engine, role: str, notes: Notes, dtypes: DtypeCheck) -> None:
+        self.inner, self.role, self.notes, self.check = inner, role, notes, dtypes
         self.label = f"{role} " if role else ""
 
     def __getattr__(self, name: str) -> Any:
@@ -83,6 +88,7 @@ class WatchedEngine:
         for name, tensor in inner.held("grads"):
             notes.touched[f"gradient/{where} {name}"] = reduced
             notes.note_tensor("gradient", f"{where} {name}", tensor, over=scale)
+        self.check.note(inner.dtypes())
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
         return metrics
@@ -152,7 +158,6 @@ class WatchedEngine:
                     self.notes.note("extra", f"{what} {name}", value)
         if self.inner.data_rank >= 0:
             self.notes.dealt[where] = (self.inner.data_rank, ids)
-            self.notes.micro_batches[where] = len(microbatches) * self.inner.data_size
 
 
 def _tokens(batch: MicroBatch, row: int, valid_T: Tensor) -> Tensor:
@@ -201,10 +206,15 @@ class WatchedContext(StageContext):
 
     def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
         """See `StageContext`."""
-        several = len(roles_of(self.stage)) > 1
-        watched = WatchedEngine(
-            super().engine(optimizer, role), role if several else "", self.notes
-        )
+        label = role if len(roles_of(self.stage)) > 1 else ""
+        precision = precision_of(role_of(self.stage, role).engine.precision, self.device)
+        dtypes = DtypeCheck(precision.declared(self.stage.on_policy))
+        self.notes.dtypes[label] = dtypes
+        engine = super().engine(optimizer, role)
+        if precision.loss_scaling and not self.resumed:
+            scale = {"scale": LOSS_SCALE, "good_steps": 0, "num_skipped": 0}
+            engine.load_state_dict({"updates": 0, "skipped": 0, "loss_scale": scale})
+        watched = WatchedEngine(engine, label, self.notes, dtypes)
         if not self.resumed:
             watched.note_tensors("initial", "weights")
         return watched
