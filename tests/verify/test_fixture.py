@@ -20,7 +20,7 @@ def test_without_it():
 
 def test_a_layout(verify_layouts):
     report = verify_layouts("tiny.yaml", ["tp2"], stage="pretrain")
-    assert {v.layout for v in report.verdicts} == {"tp2"}
+    assert "tp2" in {v.layout for v in report.verdicts}
 
 def test_one_that_cannot_be(verify_layouts):
     verify_layouts("tiny.yaml", ["tp3"])

@@ -26,7 +26,11 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(self: Verifier, stage: str, layout: str, precision: str, _: bool) -> Verdict:
         return Verdict(stage, layout, precision, {}, 0.0)
 
+    def splits(self: Verifier, stage: str, layout: str) -> Verdict:
+        return Verdict(stage, "one process", "fp64", {}, 0.0)
+
     monkeypatch.setattr(Verifier, "check", check)
+    monkeypatch.setattr(Verifier, "check_splits", splits)
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
@@ -57,11 +61,14 @@ def test_the_exit_code_says_so(
         "verify", path, "-l", "tp8", "-l", "dp2", "--json", result, "--junit", junit
     )
     assert code == 2 and "1 of the layouts asked for cannot be: tp8" in err
-    assert "cannot be: tp8: " in out and "2 of 2 compute what one process computes" in out
+    assert "cannot be: tp8: " in out and "3 of 3 compute what one process computes" in out
     found: dict[str, Any] = json.loads(result.read_text())
-    assert not found["passed"] and {v["layout"] for v in found["verdicts"]} == {"dp2"}
+    assert not found["passed"] and {v["layout"] for v in found["verdicts"]} == {
+        "dp2",
+        "one process",
+    }
     suite = ElementTree.parse(junit).getroot()
-    assert (suite.get("name"), suite.get("tests"), suite.get("errors")) == ("recipe", "3", "1")
+    assert [suite.get(k) for k in ("name", "tests", "errors")] == ["recipe", "4", "1"]
     assert shardwise("verify", path, "-l", "dp2")[0] == 0
     code, _, err = shardwise("verify", path, "-l", "dp2", "--junit", tmp_path)
     assert code == 2 and f"--junit {tmp_path}: cannot be written" in err

@@ -78,6 +78,12 @@ def verify(
                     verdicts.append(verdict)
                     if tell is not None:
                         tell(verdict)
+            if whole and tried:
+                if begin is not None:
+                    begin(f"{one.name}: one process with itself")
+                verdicts.append(verifier.check_splits(one.name, tried[0]))
+                if tell is not None:
+                    tell(verdicts[-1])
     finally:
         verifier.close()
         if pool is None:

@@ -47,6 +47,7 @@ from shardwise.verify.watch import External
 
 SINGLE = "dp1.zero0"
 TIMEOUT_S = 180.0
+SPLITS = ("rows", "padded", "documents")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,30 +125,85 @@ class Verifier:
         domains: str | None,
         skip: dict[str, list[int]],
     ) -> Oracle:
-        optimizers = optimizers_of(stage)
-        exact = self._oracles.get((small.key, "fp64", domains))
-        if exact is None or skip:
-            record = self.folder / f"exact-{next(self._numbers)}.safetensors"
-            saved = record.with_suffix(".saved")
-            task = self._task(small, SINGLE, "fp64", domains=domains, oracle=True)
-            task = dataclasses.replace(task, record=record, saved=saved, skip=skip)
-            [walked] = self._walk(task)
-            reference = Reference(record)
-            limits = bounds(reference, None, "fp64", optimizers)
-            exact = Oracle(reference, limits, walked, walked.asked, saved)
+        exact = self._exact(small, stage, domains, skip)
         if precision == "fp64":
             return exact
+        # What one process loses is one draw. Another order of sums is a second one: a bound inside
+        # of a loss (a clip) is met by other elements.
+        splits = ("whole",) if self.fp8(small) else ("whole", "rows")
         saved = self.folder / f"single-{next(self._numbers)}.saved"
-        task = self._task(small, SINGLE, precision, domains=domains, oracle=True)
-        task = dataclasses.replace(
-            task, reference=exact.exact.path, given=exact.given, saved=saved, skip=skip
+        task = self._oracle_task(small, exact, precision)
+        task = dataclasses.replace(task, domains=domains, skip=skip)
+        singles = [
+            self._walk(
+                dataclasses.replace(task, split=split, saved=None if split != "whole" else saved)
+            )[0]
+            for split in splits
+        ]
+        if singles[0].skipped != skip:  # fp16 overflowed
+            return self._ask(small, stage, precision, domains, singles[0].skipped)
+        lost: dict[str, float] = {}
+        for single in singles:
+            for name, gap in losses(single.found).items():
+                lost[name] = max(gap, lost.get(name, 0.0))
+        rounded = "bf16" if self.fp8(small) else precision
+        limits = bounds(exact.exact, lost, rounded, optimizers_of(stage))
+        return Oracle(exact.exact, limits, singles[0], exact.given, saved)
+
+    def _exact(
+        self, small: Small, stage: StageConfig, domains: str | None, skip: dict[str, list[int]]
+    ) -> Oracle:
+        """In fp64. ``skip``: updates that it leaves out, as the precision in question did."""
+        key = (small.key, "fp64", domains)
+        if key in self._oracles and not skip:
+            return self._oracles[key]
+        record = self.folder / f"exact-{next(self._numbers)}.safetensors"
+        saved = record.with_suffix(".saved")
+        task = self._task(small, SINGLE, "fp64", domains=domains, oracle=True)
+        [walked] = self._walk(dataclasses.replace(task, record=record, saved=saved, skip=skip))
+        reference = Reference(record)
+        limits = bounds(reference, None, "fp64", optimizers_of(stage))
+        found = Oracle(reference, limits, walked, walked.asked, saved)
+        if not skip:
+            self._oracles[key] = found
+        return found
+
+    def _oracle_task(self, small: Small, exact: Oracle, precision: str) -> Task:
+        """Of one process that is compared with another."""
+        task = self._task(small, SINGLE, precision, oracle=True)
+        return dataclasses.replace(task, reference=exact.exact.path, given=exact.given)
+
+    def check_splits(self, stage: str, layout: str = SINGLE) -> Verdict:
+        """One process with itself: how a batch is cut into forward passes may change nothing.
+
+        A row at a time, with more padding, packed documents apart. What differs here is no
+        layout's fault, but the model's or the loss's.
+        """
+        began = time.perf_counter()
+        small = self.small(stage, layout)
+        exact = self.oracle(small, "fp64")
+        worst: dict[str, float] = {}
+        first, problem = None, ""
+        for split in SPLITS:
+            task = dataclasses.replace(self._oracle_task(small, exact, "fp64"), split=split)
+            try:
+                ranks = self._walk(dataclasses.replace(task, whole=False))
+            except (RankError, TimeoutError) as error:
+                if not isinstance(error, RankError) or error.cause != "ConfigError":
+                    problem = problem or str(error).splitlines()[0]
+                continue  # dropout within attention knows where in a row a document stands
+            names = [n for n in exact.exact.order if n in ranks[0].found]
+            found = compare(exact.exact, exact.limits, [ranks[0].found], names)
+            for d in found:
+                worst[d.kind] = max(worst.get(d.kind, 0.0), inf if isnan(d.ratio) else d.ratio)
+            first = first or next(
+                (dataclasses.replace(d, name=f"{d.name}, {split}") for d in found if d.is_bug), None
+            )
+        seconds = time.perf_counter() - began
+        text = f"one process, {', '.join(SPLITS)}"
+        return Verdict(
+            stage, text, "fp64", worst, seconds, first, problem=problem, shape=small.shape
         )
-        [single] = self._walk(task)
-        if single.skipped != skip:  # fp16 overflows before its loss scale has settled
-            return self._ask(small, stage, precision, domains, single.skipped)
-        rounded = "bf16" if stage.engine.fp8 is not None else precision
-        limits = bounds(exact.exact, losses(single.found), rounded, optimizers)
-        return Oracle(exact.exact, limits, single, exact.given, saved)
 
     def check(
         self,

@@ -54,8 +54,7 @@ class Task:
     Without a ``reference`` the values themselves are kept, in ``record``. ``given``: what comes
     from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
     from; ``other``: where another left it. ``probe``: an update of which modules are noted, too.
-    ``domains``, ``skip``: of the oracle, see `Fp8Config`
-    and the plain engine.
+    ``domains``, ``split``, ``skip``: of the oracle, see `Fp8Config` and the plain engine.
     """
 
     run: RunConfig
@@ -75,6 +74,7 @@ class Task:
     other: Path | None = None
     domains: str | None = None
     probe: str = ""
+    split: str = "whole"
     skip: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
@@ -185,15 +185,16 @@ def _stage(task: Task) -> StageConfig:
     checkpoint = stage.checkpoint.model_copy(update={"every": every, "asynchronous": False})
     stage = stage.model_copy(update={"checkpoint": checkpoint})
     stage = with_layouts(stage, task.layout, **updates)
-    return _plainly(stage, task.skip) if task.oracle else stage
+    return _plainly(stage, task) if task.oracle else stage
 
 
-def _plainly(stage: StageConfig, skip: dict[str, list[int]]) -> StageConfig:
+def _plainly(stage: StageConfig, task: Task) -> StageConfig:
     """The stage's engines, and those of its roles, of kind ``plain``."""
 
     def plain(engine: EngineConfig, role: str) -> PlainConfig:
         shared = {key: getattr(engine, key) for key in EngineConfig.model_fields if key != "kind"}
-        return PlainConfig(kind="plain", skip=skip.get(role, []), **shared)
+        own: Any = {"split": task.split, "skip": task.skip.get(role, [])}
+        return PlainConfig(kind="plain", **own, **shared)
 
     updates: dict[str, Any] = {"engine": plain(stage.engine, ACTOR)}
     if hasattr(stage, "roles"):
