@@ -131,6 +131,7 @@ def _swap(
     """Give live functions their new code; caches of their results are emptied, now and after."""
     live: dict[tuple[str, int], list[FunctionType]] = {}
     caches: dict[int, list[Any]] = {}
+    gc.unfreeze()  # a rank froze what it shares with its server: such objects are not listed
     for thing in gc.get_objects():
         if type(thing) is FunctionType and thing.__code__.co_filename == path:
             key = (thing.__code__.co_qualname, thing.__code__.co_firstlineno)

@@ -146,6 +146,10 @@ def verify(
         bool,
         typer.Option("--updates-only", help="Compare updates; do not resume and generate: faster."),
     ] = False,
+    independence: Annotated[
+        bool,
+        typer.Option("--independence", help="Change documents: others of a row may not notice."),
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what was run, and how much was compared.")
     ] = False,
@@ -177,6 +181,7 @@ def verify(
             compiled=compiled,
             whole=not updates_only,
             device=device,
+            independence=independence,
             begin=table.begin,
             tell=table.tell,
         )

@@ -22,6 +22,7 @@ from shardwise.verify.verdict import Verdict, VerifyReport
 from shardwise.verify.verifier import Verifier
 
 DEVICES = ("cpu", "cuda")
+INDEPENDENCE = "--independence"
 
 
 def verify(
@@ -36,6 +37,7 @@ def verify(
     device: str = "cpu",
     tell: Callable[[Verdict], None] | None = None,
     pool: RankPool | None = None,
+    independence: bool = False,
 ) -> VerifyReport:
     """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
 
@@ -44,7 +46,9 @@ def verify(
     process always computes on the CPU. A layout that cannot be is in the report, with the reason,
     and the others are tried. Raises ConfigError for a recipe that is wrong, an unknown stage, or
     without a GPU. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
-    in words what is tried next, ``tell`` what came of it.
+    in words what is tried next, ``tell`` what came of it. ``independence``: asks of every layout,
+    too, whether documents of one row depend on each other; where there are none, the report has it
+    among what cannot be.
     """
     if device not in DEVICES:
         raise ConfigError(f"--device {device}: known: {', '.join(DEVICES)}")
@@ -59,6 +63,12 @@ def verify(
     refused: dict[tuple[str, str], str] = {}
     verdicts: list[Verdict] = []
     verifier = Verifier(recipe, mine, whole, device)
+
+    def keep(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if tell is not None:
+            tell(verdict)
+
     try:
         for one in chosen:
             own = resolve(one.engine.precision, place)
@@ -74,29 +84,39 @@ def verify(
                     if begin is not None:
                         of = f"layout {number} of {len(tried)}"
                         begin(f"{one.name} {layout} in {precision}, {of}")
-                    verdict = verifier.check(one.name, layout, precision, compiled)
-                    verdicts.append(verdict)
-                    if tell is not None:
-                        tell(verdict)
+                    keep(verifier.check(one.name, layout, precision, compiled))
+                    if independence:
+                        try:
+                            keep(verifier.check_independence(one.name, layout, precision))
+                        except UserError as error:
+                            refused[one.name, INDEPENDENCE] = str(error)
             if whole and tried:
                 if begin is not None:
                     begin(f"{one.name}: one process with itself")
-                verdicts.append(verifier.check_splits(one.name, tried[0]))
-                if tell is not None:
-                    tell(verdicts[-1])
+                keep(verifier.check_splits(one.name, tried[0]))
     finally:
         verifier.close()
         if pool is None:
             mine.close()
-    told: dict[str, str] = {}
-    for (name, layout), reason in refused.items():
-        said = f"stage {name}: {reason}" if len(chosen) > 1 else reason
-        told[layout] = f"{told[layout]}; {said}" if layout in told else said
-    asked = layouts or list(told)  # the recipe's own are asked for, too
-    return VerifyReport(verdicts, told, tuple(x for x in told if x in asked))
+    return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts))
 
 
 Refused = dict[tuple[str, str], str]  # (stage, layout): why
+
+
+def _told(
+    refused: Refused, stages: Sequence[str], layouts: Sequence[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What cannot be, with the reasons of all stages, and what of it was asked for by name."""
+    told: dict[str, str] = {}
+    for (name, layout), reason in refused.items():
+        said = f"stage {name}: {reason}" if len(stages) > 1 else reason
+        told[layout] = f"{told[layout]}; {said}" if layout in told else said
+    asked = set(layouts or told)  # the recipe's own are asked for, too
+    asked.discard(INDEPENDENCE)
+    if all((name, INDEPENDENCE) in refused for name in stages):
+        asked.add(INDEPENDENCE)
+    return told, tuple(x for x in told if x in asked)
 
 
 def _layouts(

@@ -9,7 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from shardwise.verify.compare import (
     problems,
     unknown,
 )
+from shardwise.verify.independence import Examined, examine, leaks_of
 from shardwise.verify.notes import Reference
 from shardwise.verify.pool import RankError, RankPool
 from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
@@ -205,6 +207,54 @@ class Verifier:
             stage, text, "fp64", worst, seconds, first, problem=problem, shape=small.shape
         )
 
+    def check_independence(self, stage: str, layout: str, precision: str = "fp64") -> Verdict:
+        """Whether documents of one row depend on each other, see `independence`.
+
+        Raises UserError where there is nothing to ask.
+        """
+        began = time.perf_counter()
+        small = self.small(stage, layout)
+        if self.fp8(small):
+            raise UserError("products are quantised, with scales that documents share")
+        problem, found, counts = "", [], Counter[str]()
+        try:
+            ranks = self._examine(small, layout, precision)
+            found, counts = leaks_of(ranks), sum((r.counts for r in ranks), counts)
+            if not counts:
+                raise UserError("no row of its micro-batches holds several documents")
+        except (RankError, TimeoutError) as error:
+            problem = str(error).splitlines()[0]
+        suspect = ""
+        if found:
+
+            def leaks(part: str) -> bool:
+                return bool(leaks_of(self._examine(small, part, precision)))
+
+            suspect = self._suspect(small, [SINGLE, *sub_layouts(layout)], leaks) or layout
+        worst = dict.fromkeys(counts, 0.0) | {d.kind: inf for d in found}
+        return Verdict(
+            stage,
+            f"{layout}, independence",
+            precision,
+            worst,
+            time.perf_counter() - began,
+            next(iter(found), None),
+            suspect,
+            problem,
+            shape=small.shape,
+            given_up=small.given_up,
+            counts=dict(counts),
+        )
+
+    def independence_task(self, small: Small, layout: str, precision: str) -> Task:
+        """What the ranks of a layout are asked to `examine`."""
+        task = self._task(small, layout, precision, device=self.device)
+        return dataclasses.replace(task, whole=False)
+
+    def _examine(self, small: Small, layout: str, precision: str) -> list[Examined]:
+        task = self.independence_task(small, layout, precision)
+        return self.pool.run(examine, task, world=world_of(layout), timeout=TIMEOUT_S)
+
     def check(
         self,
         stage: str,
@@ -232,7 +282,12 @@ class Verifier:
         suspect, where = "", ""
         if first is not None:
             where = self._origin(small, layout, precision, first, ranks)
-            suspect = self._suspect(small, layout, precision, compiled)
+
+            def differs(part: str) -> bool:
+                ranks = self._walk(self.task(small, part, precision, compiled))
+                return any(d.is_bug for d in self.judge(small, part, precision, ranks))
+
+            suspect = self._suspect(small, sub_layouts(layout), differs) or layout
         seconds = time.perf_counter() - began
         return Verdict(
             stage,
@@ -327,22 +382,23 @@ class Verifier:
         """Whether products of the stage are quantised."""
         return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
 
-    def _suspect(self, small: Small, layout: str, precision: str, compiled: bool) -> str:
-        """The smallest sub-layout that fails too; the layout itself if none does."""
+    def _suspect(
+        self, small: Small, parts: Iterable[str], fails: Callable[[str], bool]
+    ) -> str | None:
+        """The first of some layouts that fails; None if none does."""
         [stage] = [s for s in small.run.stages if s.name == small.stage]
-        for part in sub_layouts(layout):
+        for part in parts:
             changed = with_layouts(stage, part, compile=False, precision="bf16")
             try:
                 check_stage(small.run, changed, world_of(part))
             except UserError:  # what was made small for the whole cannot have this part
                 continue
             try:
-                ranks = self._walk(self.task(small, part, precision, compiled))
+                if fails(part):
+                    return part
             except (RankError, TimeoutError):
                 return part
-            if any(d.is_bug for d in self.judge(small, part, precision, ranks)):
-                return part
-        return layout
+        return None
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> RunConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,19 @@ def walk(task: Task) -> Walked:
     device = pick_device(task.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    stage = _stage(task)
+    stage = stage_of(task)
     reference = None if task.reference is None else Reference(task.reference)
     notes = Notes(reference)
     notes.probe = task.probe
     asked: External = {}
-    engine = _run(task, stage, notes, asked, task.directory, SAVED_AFTER if task.whole else STEPS)
+    first = SAVED_AFTER if task.whole else STEPS
+    engine = run_stage(task, stage, notes, asked, task.directory, first)
     if task.whole:
         del engine
         if task.saved is not None:
             notes.mark()
             shutil.copytree(task.directory, task.saved)
-        engine = _run(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+        engine = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
     if stage.on_policy or (task.whole and stage.head == "vocabulary"):
         _generate(task, engine, notes)
     if task.record is not None:
@@ -163,13 +165,13 @@ def walk(task: Task) -> Walked:
         if dist.get_rank() == 0:
             shutil.copytree(task.other, directory)
         dist.barrier()
-        _run(task, stage, again, asked, directory, STEPS, resumed=True)
+        run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
         walked.resumed = again.found
         walked.problems += [f"{RESUMED}: {p}" for p in again.problems]
     return walked
 
 
-def _stage(task: Task) -> StageConfig:
+def stage_of(task: Task) -> StageConfig:
     """The stage as the task's layout, precision and engine have it."""
     [stage] = [s for s in task.run.stages if s.name == task.stage]
     # Here, the library of a GPU is whatever runs in its place.
@@ -207,7 +209,7 @@ def _plainly(stage: StageConfig, task: Task) -> StageConfig:
     return stage.model_copy(update=updates)
 
 
-def _run(
+def run_stage(
     task: Task,
     stage: StageConfig,
     notes: Notes,
@@ -215,9 +217,10 @@ def _run(
     directory: Path,
     stop_after: int,
     resumed: bool = False,
+    watched: Callable[..., WatchedContext] = WatchedContext,
 ) -> Engine:
-    """Steps of the stage up to ``stop_after``; returns its engine."""
-    ctx = WatchedContext(
+    """Steps of the stage up to ``stop_after`` in a context of ``watched``; returns its engine."""
+    ctx = watched(
         task.run,
         stage,
         load_tokenizer(task.run.tokenizer),
