@@ -50,6 +50,8 @@ _COMMON = (
     Layout(pp=4),
     Layout(dp=2, shard=2, pp=2),
 )
+# Rows cost more than another reference.
+_COMMON_BATCH = (Layout(), Layout(dp=2, shard=2), Layout(pp=2))
 T = TypeVar("T")
 
 
@@ -360,7 +362,7 @@ def _batch(
         refused = _refusal(user, batch, [layout]) is not None
         return of.batch_facts(batch, layout) | {"refused": refused}
 
-    return _choose(options, whole, facts, asked, _COMMON)
+    return _choose(options, whole, facts, asked, _COMMON_BATCH)
 
 
 def _batch_config(small: SmallSizes, stage: StageConfig) -> BatchConfig:
