@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.checkpoint.plan import Holding, assign, holding_from_json, holdings
-from shardwise.checkpoint.regions import Region, full_region
 from shardwise.errors import CheckpointError
+from shardwise.ops.regions import Region, full_region
 
 
 def rows(name: str, start: int, stop: int, total: int, dtype: str = "F32") -> Holding:

@@ -36,7 +36,7 @@ def watch(engine: Engine, check: DtypeCheck, rows: int = 2) -> list[str]:
         engine.forward_backward(mine, CausalLM())
         check.note(engine.dtypes())
         engine.step(LR)
-    return check.problems()
+    return [f"{kind}: {name}, {why}" for (kind, name), why in check.problems().items()]
 
 
 def check_of(precision: str, wide: bool = False) -> DtypeCheck:
@@ -98,7 +98,9 @@ def test_plain_keeps_what_is_declared(precision: str) -> None:
 @pytest.mark.parametrize("layout,world", [("dp1", 1), ("dp2.zero2", 2)])
 def test_rounded_masters_are_told(ranks: RankPool, layout: str, world: int) -> None:
     for problems, _ in ranks.run(native, layout, "bf16", False, "masters rounded", world=world):
-        assert any(p.startswith("masters: embed.weight is bfloat16, declared f") for p in problems)
+        assert any(
+            p.startswith("masters: embed.weight, it is bfloat16, declared f") for p in problems
+        )
 
 
 def test_narrow_reductions_are_told(ranks: RankPool) -> None:
@@ -107,4 +109,4 @@ def test_narrow_reductions_are_told(ranks: RankPool) -> None:
     ):
         told = {p.partition(":")[0] for p in problems}
         assert told >= {"reductions"}, problems
-    assert check_of("bf16").problems() == []
+    assert check_of("bf16").problems() == {}

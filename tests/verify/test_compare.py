@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.checkpoint.regions import Region
 from shardwise.config.schema import OptimizerConfig
+from shardwise.ops.regions import Region
 from shardwise.verify.compare import (
     NOISE,
     bounds,
@@ -38,7 +38,7 @@ def reference(folder: Path, exact: dict[str, Tensor]) -> Reference:
 
 def walked(notes: Notes, **changes: Any) -> Walked:
     fields = {"scales": {}, "problems": [], "skipped": {}, "volumes": [], "asked": {}}
-    given = {"found": notes.found, "dealt": notes.dealt, "touched": {}}
+    given = {"found": notes.found, "dealt": notes.dealt, "touched": {}, "dtypes": {}}
     return Walked(**{**fields, **given, **changes})
 
 

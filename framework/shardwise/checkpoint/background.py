@@ -18,10 +18,10 @@ from torch import Tensor
 
 from shardwise.checkpoint.manifest import NonFiniteError, PeerLostError
 from shardwise.checkpoint.ranks import Ranks
-from shardwise.checkpoint.regions import Region
 from shardwise.checkpoint.saving import Part, Planner, Request, write
 from shardwise.checkpoint.writer import Writer
 from shardwise.errors import CheckpointError
+from shardwise.ops.regions import Region
 
 log = logging.getLogger(__name__)
 

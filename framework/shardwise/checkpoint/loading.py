@@ -15,7 +15,6 @@ from torch import Tensor
 
 from shardwise.checkpoint import checks, manifest, shards, steps
 from shardwise.checkpoint.files import open_inside, read_into, read_small
-from shardwise.checkpoint.layout import LocalShard, local_shards
 from shardwise.checkpoint.manifest import (
     Chunk,
     DamagedError,
@@ -25,9 +24,10 @@ from shardwise.checkpoint.manifest import (
     TensorEntry,
 )
 from shardwise.checkpoint.ranks import Ranks
-from shardwise.checkpoint.regions import Region, overlap
 from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
+from shardwise.ops.local_shards import LocalShard, local_shards
+from shardwise.ops.regions import Region, overlap
 
 log = logging.getLogger(__name__)
 

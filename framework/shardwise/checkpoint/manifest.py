@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from shardwise.checkpoint.files import read_small
-from shardwise.checkpoint.regions import Region, tiling_problem
 from shardwise.errors import CheckpointError
+from shardwise.ops.regions import Region, tiling_problem
 
 NAME = "manifest.json"
 FORMAT = 1

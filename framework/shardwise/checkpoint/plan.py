@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwise.checkpoint.layout import LocalShard, local_shards
-from shardwise.checkpoint.regions import Region, tiling_problem
 from shardwise.checkpoint.shards import DTYPE_NAMES, DTYPES
 from shardwise.errors import CheckpointError
+from shardwise.ops.local_shards import LocalShard, local_shards
+from shardwise.ops.regions import Region, tiling_problem
 
 
 @dataclasses.dataclass(frozen=True)

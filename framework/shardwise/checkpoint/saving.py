@@ -18,12 +18,12 @@ from torch import Tensor
 
 import shardwise
 from shardwise.checkpoint import manifest, plan, steps
-from shardwise.checkpoint.layout import LocalShard
 from shardwise.checkpoint.manifest import BLOCK_BYTES, Chunk, FileEntry, Manifest, TensorEntry
 from shardwise.checkpoint.ranks import Ranks
-from shardwise.checkpoint.regions import Region
 from shardwise.checkpoint.writer import Writer
 from shardwise.errors import CheckpointError
+from shardwise.ops.local_shards import LocalShard
+from shardwise.ops.regions import Region
 
 log = logging.getLogger(__name__)
 

@@ -444,7 +444,7 @@ class StageConfig(Section):
             global_batch=small.rows * self.updates_per_batch,
             micro_batch=small.micro_batch,
             seq_len=small.seq_len,
-            ramp_steps=min(self.batch.ramp_steps, small.steps - 1),
+            ramp_steps=min(self.batch.ramp_steps, small.steps - 1) if small.ramp_start else 0,
             **ramp,
         )
         updates["steps"] = small.steps

@@ -96,13 +96,13 @@ class DtypeCheck:
                 before = self.widest.get((kind, name), dtype)
                 self.widest[kind, name] = max(before, dtype, key=lambda d: d.itemsize)
 
-    def problems(self) -> list[str]:
-        """One sentence for each tensor that is not what was declared, the first of a kind first."""
-        return [
-            f"{kind}: {name} is {str(dtype)[6:]}, declared {str(self.declared[kind])[6:]}"
+    def problems(self) -> dict[tuple[str, str], str]:
+        """By quantity and tensor, a sentence on what is not as it was declared."""
+        return {
+            (kind, name): f"it is {str(dtype)[6:]}, declared {str(self.declared[kind])[6:]}"
             for (kind, name), dtype in self.widest.items()
             if dtype != self.declared[kind]
-        ]
+        }
 
 
 def multiplies_bf16(device: torch.device) -> bool:

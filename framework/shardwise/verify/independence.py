@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.checkpoint.layout import local_shards
 from shardwise.config.schema import OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine
 from shardwise.losses.contract import Loss
 from shardwise.ops.attention import BRANCH_SHIFT
+from shardwise.ops.local_shards import local_shards
 from shardwise.ops.logits import as_logits
 from shardwise.parallel.mesh import pick_device
 from shardwise.stages.base import ACTOR, roles_of

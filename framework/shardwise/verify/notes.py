@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shardwise.checkpoint.layout import local_shards
-from shardwise.checkpoint.regions import Region, full_region
+from shardwise.ops.local_shards import local_shards
+from shardwise.ops.regions import Region, full_region
 from shardwise.precision.policy import DtypeCheck
 from shardwise.rollout.weights import digest
 

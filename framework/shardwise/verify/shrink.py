@@ -362,7 +362,12 @@ def _batch(
         refused = _refusal(user, batch, [layout]) is not None
         return of.batch_facts(batch, layout) | {"refused": refused}
 
-    return _choose(options, whole, facts, asked, _COMMON_BATCH)
+    found = _choose(options, whole, facts, asked, _COMMON_BATCH)
+    if not ramped or not any(facts(found, layout)["refused"] for layout in asked):
+        return found
+    # A short ramp has other steps than the user's long one, and a schedule may take none of them.
+    level = [dataclasses.replace(x, ramp_start=None) for x in options]
+    return _choose(level, dataclasses.replace(whole, ramp_start=None), facts, asked, _COMMON_BATCH)
 
 
 def _batch_config(small: SmallSizes, stage: StageConfig) -> BatchConfig:
@@ -372,5 +377,5 @@ def _batch_config(small: SmallSizes, stage: StageConfig) -> BatchConfig:
         micro_batch=small.micro_batch,
         seq_len=small.seq_len,
         ramp_start=small.ramp_start,
-        ramp_steps=min(stage.batch.ramp_steps, small.steps - 1),
+        ramp_steps=0 if small.ramp_start is None else min(stage.batch.ramp_steps, small.steps - 1),
     )

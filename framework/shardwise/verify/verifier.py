@@ -36,6 +36,7 @@ from shardwise.verify.compare import (
     misdealt,
     origin,
     problems,
+    undeclared,
     unknown,
 )
 from shardwise.verify.independence import Examined, examine, leaks_of
@@ -329,6 +330,7 @@ class Verifier:
             found += compare_scales(single.scales, ranks)
         found += compare(exact, oracle.limits, [r.found for r in ranks], names)
         found += unknown(exact, ranks)
+        found += undeclared(exact, ranks)
         if ranks[0].resumed is not None:
             after = set(exact.order[exact.marked["values"] :])
             later = [n for n in names if n in after and not kind_of(n).startswith("generated")]

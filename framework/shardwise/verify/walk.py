@@ -91,6 +91,7 @@ class Walked:
     volumes: list[dict[str, Any]]
     asked: External
     touched: dict[str, str]  # the collective that a value came out of last
+    dtypes: dict[str, dict[tuple[str, str], str]]  # by role and quantity: what was not declared
     resumed: dict[str, list[Noted]] | None = None
 
 
@@ -157,6 +158,7 @@ def walk(task: Task) -> Walked:
         notes.volumes,
         asked,
         notes.touched,
+        {role: check.problems() for role, check in notes.dtypes.items()},
     )
     if task.other is not None:
         del engine
@@ -237,8 +239,6 @@ def run_stage(
     try:
         loop.run()
     except _StoppedError:
-        for role, check in notes.dtypes.items():
-            notes.problems += [f"{role} {problem}".strip() for problem in check.problems()]
         return loop.stage.engine
     raise CheckFailed(
         f"nothing was left to do after a resume: {checkpoint_root(directory, stage.name)}"

@@ -15,11 +15,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shardwise.errors import CheckpointError
 from shardwise.ops import rng
+from shardwise.ops.local_shards import local_shards
 
 _BLOCK_ELEMENTS = 1 << 18
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -82,27 +81,14 @@ def place(param: Tensor, rows_of: Callable[[slice], Tensor]) -> None:
     """Write a global value into a plain tensor, or this rank's part of it into a DTensor.
 
     ``rows_of(rows)`` makes the asked rows (slice of the first dimension) of the global value on
-    CPU; only what this rank holds is asked for where its part is a slice. No communication.
+    CPU; only what this rank holds is asked for. No communication.
     """
-    if not isinstance(param, DTensor):
-        param.copy_(rows_of(slice(0, param.shape[0])))
-        return
-    local = param.to_local()
-    if not all(type(p) is Shard or p.is_replicate() for p in param.placements):
-        # Strided shards (data over tensor parallel) are not one slice of rows.
-        full = rows_of(slice(0, param.shape[0])).to(local.device, param.dtype)
-        mesh, placements = param.device_mesh, param.placements
-        local.copy_(distribute_tensor(full, mesh, placements, src_data_rank=None).to_local())
-        return
-    size, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    if local.numel() == 0:
-        return
-    value = rows_of(slice(offset[0], offset[0] + size[0]))
-    for dim in range(1, param.dim()):
-        value = value.narrow(dim, offset[dim], size[dim])
-    local.copy_(value)
+    for region, view in local_shards("an initial weight", param.data):
+        first, size = region.offset[0], region.shape[0]
+        value = rows_of(slice(first, first + size))
+        for dim in range(1, param.dim()):
+            value = value.narrow(dim, region.offset[dim], region.shape[dim])
+        view.copy_(value)
 
 
 def init_weights(model: nn.Module, seed: int) -> None:

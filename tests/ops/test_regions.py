@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.checkpoint.regions import (
+from shardwise.ops.regions import (
     Region,
     chunk,
     contains,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpoint.regions import Interval, Region, full_region, product, strided_chunk
 from shardwise.errors import CheckpointError
+from shardwise.ops.regions import Interval, Region, full_region, product, strided_chunk
 
 
 class LocalShard(NamedTuple):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardwise.checkpoint.layout import local_positions, local_shards
 from shardwise.errors import CheckpointError
+from shardwise.ops.local_shards import local_positions, local_shards
 
 
 def part(tensor: torch.Tensor, dim: int, count: int, index: int) -> torch.Tensor:
