@@ -428,6 +428,11 @@ class StageConfig(Section):
         """Updates into which a global batch is cut."""
         return 1
 
+    @property
+    def unused_roles(self) -> frozenset[str]:
+        """Declared roles that the settings do not ask for."""
+        return frozenset()
+
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """The same training in a few steps on little data, which lies in ``folder`` if need be.
 

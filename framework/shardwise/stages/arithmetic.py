@@ -32,14 +32,7 @@ class RoleNumbers:
 
 def roles_in_use(stage: Any) -> list[str]:
     """The roles that the stage's settings ask for."""
-    loss = stage.loss
-    used = {
-        ACTOR: True,
-        "critic": "critic" in roles_of(stage),
-        "reference": getattr(loss, "kl", "none") != "none" and bool(loss.kl_coef),
-        "reward": bool(getattr(stage, "reward_model_weight", 0.0)),
-    }
-    return [role for role in used if used[role]]
+    return [role for role in roles_of(stage) if role not in stage.unused_roles]
 
 
 def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int, row: int) -> RoleNumbers:

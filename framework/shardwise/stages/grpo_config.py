@@ -19,6 +19,11 @@ class GrpoConfig(PolicyConfig):
     roles: PolicyRoles = Field(default_factory=PolicyRoles)
 
     @property
+    def unused_roles(self) -> frozenset[str]:
+        """A reference whose word has no weight."""
+        return frozenset() if self.loss.kl_coef else frozenset({"reference"})
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the weights move between the rollout and some update of its step."""
         updates = self.updates_per_rollout * self.epochs_per_rollout

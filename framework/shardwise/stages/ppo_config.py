@@ -42,6 +42,12 @@ class PpoConfig(PolicyConfig):
             )
         return self
 
+    @property
+    def unused_roles(self) -> frozenset[str]:
+        """Those whose word has no weight."""
+        weights = {"reference": self.loss.kl_coef, "reward": self.reward_model_weight}
+        return frozenset(role for role, weight in weights.items() if not weight)
+
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `StageConfig.shrunk`; most steps train the actor."""
         warmup = {"critic_warmup_steps": min(self.critic_warmup_steps, 1)}

@@ -15,7 +15,7 @@ from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.stages.arithmetic import roles_in_use
-from shardwise.stages.base import ACTOR, role_of
+from shardwise.stages.base import role_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,7 @@ def own_layouts(stage: StageConfig) -> str:
 
     Raises UserError where that leaves the number of ranks open.
     """
-    roles = roles_in_use(stage) if hasattr(stage, "roles") else [ACTOR]
-    said = {role: role_of(stage, role) for role in roles}
+    said = {role: role_of(stage, role) for role in roles_in_use(stage)}
     if any(r.engine.layout == "auto" for r in said.values()):
         raise UserError(
             f"stage {stage.name} has engine.layout auto, which any number of ranks can be; "

@@ -112,6 +112,9 @@ def serve(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends us
     for name in PRELOADED:
         importlib.import_module(name)
+    from shardwise.config.registry import discover
+
+    discover()  # what other packages register: a rank is handed configs, and reads no recipe
     asking = socket.socket(fileno=fd)
     while True:
         data, fds, *_ = socket.recv_fds(asking, 1 << 16, 1)
