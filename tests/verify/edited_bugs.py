@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,18 @@ class EditedBug:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seen: str = ""
     blind: bool = False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it shows in a resume alone."""
+        return self.kind in ("resume", "resharding")
+
+    def is_named_in(self, sentence: str) -> bool:
+        """Whether a verdict's sentence names what is wrong, and where to look for it."""
+        words = {word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", sentence)}
+        axes = self.axis.split("|")
+        known = any(a in words or (" " in a and a in sentence) for a in axes)
+        return known and any(word in sentence for word in self.first)
 
     def recipe(self) -> dict[str, Any]:
         """The suite's, with this stage alone."""
@@ -118,7 +131,7 @@ add(
 )  # fmt: skip
 add(
     "ranks_of_the_vocabulary_begin_at_rounded_down_rows",
-    "vocabulary", "llama-untied-odd pretrain tp2", "tp", "embed|layers.0|loss",
+    "vocabulary", "llama-untied-odd pretrain tp2", "tp", "embed|layers.0",
     Edit("parallel/tensor.py",
          "self.start = axis.rank * -(-old.num_embeddings // axis.size)",
          "self.start = axis.rank * (old.num_embeddings // axis.size)"),
@@ -132,14 +145,14 @@ add(
 )  # fmt: skip
 add(
     "shared_kv_heads_dealt_round_robin",
-    "KV heads", "llama pretrain tp4", "tp", "attn.k|attn.v|attn.o|loss",
+    "KV heads", "llama pretrain tp4", "tp", "attn",
     Edit("parallel/tensor.py",
          "self.start = axis.rank * num_heads // axis.size * width",
          "self.start = axis.rank % num_heads * width"),
 )  # fmt: skip
 add(
     "query_heads_of_a_rank_meet_kv_heads_in_turn",
-    "KV heads", "llama pretrain tp2", "tp", "attn|loss",
+    "KV heads", "llama pretrain tp2", "tp", "attn",
     Edit("parallel/tensor.py",
          "            module.head_offset = axis.rank * model.config.num_heads // axis.size",
          "            module.head_offset = axis.rank * model.config.num_heads // axis.size\n"
@@ -150,21 +163,21 @@ add(
 )  # fmt: skip
 add(
     "tokens_of_a_rank_taken_in_strides",
-    "token order", "gpt2 pretrain tp2.sp", "sp", "pos_embed|loss|embed|drop",
+    "token order", "gpt2 pretrain tp2.sp", "sp", "pos_embed|embed|drop",
     Edit("parallel/tensor.py",
          "return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence else x_BT",
          "return x_BT[:, self.rank :: self.size] if self.sequence else x_BT"),
 )  # fmt: skip
 add(
     "scalar_head_reads_the_first_features",
-    "scalar head", "llama reward tp2", "tp", "head|loss|output",
+    "scalar head", "llama reward tp2", "tp", "head",
     Edit("parallel/tensor.py",
          "own = x_BTI.narrow(-1, self.axis.rank * width, local(self.weight).shape[1])",
          "own = x_BTI.narrow(-1, 0, local(self.weight).shape[1])"),
 )  # fmt: skip
 add(
     "sums_over_data_ranks_take_tensor_ranks_in",
-    "groups", "llama grpo tp2.sp", "tp", "logprobs|sum",
+    "groups", "llama grpo tp2.sp", "tp", "logprobs|forward pass",
     Edit("engines/native.py",
          'sum_over(vector, self.mesh.groups["dp"]).tolist()]',
          'sum_over(vector, self.mesh.groups["stage"]).tolist()]'),
@@ -292,7 +305,7 @@ add(
 
 add(
     "layer_at_an_uneven_border_computed_twice",
-    "pipeline split", "llama pretrain pp2.1f1b", "pp", "loss|layers|gradient",
+    "pipeline split", "llama pretrain pp2.1f1b", "pp", "layers",
     Edit("parallel/pipeline.py",
          "return [range(a, b) for a, b in zip((0, *stops), stops)]",
          "twice = int(num_layers % parts > 0)\n"
@@ -315,7 +328,7 @@ add(
 )  # fmt: skip
 add(
     "later_stages_read_another_micro_batchs_mask",
-    "micro-batch order", "llama pretrain pp2.1f1b", "pp", "loss|layers|gradient",
+    "micro-batch order", "llama pretrain pp2.1f1b", "pp", "layers",
     Edit("engines/native.py",
          "self.engine._call(self.engine.chunks[chunk], self.cuts[microbatch], x)",
          "self.engine._call(\n"
@@ -326,7 +339,7 @@ add(
 )  # fmt: skip
 add(
     "mirror_of_a_tied_embedding_grows_stale",
-    "tied embeddings", "llama pretrain pp2.zbv", "pp", "loss|head|embed|gradient",
+    "tied embeddings", "llama pretrain pp2.zbv", "pp", "head|embed",
     Edit("engines/named_parameters.py",
          "local_tensor(self.mirror.data).copy_(local_tensor(self.parameters[TIED].data))",
          "local_tensor(self.mirror.data).copy_(local_tensor(self.mirror.data))"),
@@ -341,7 +354,7 @@ add(
 )  # fmt: skip
 add(
     "pipeline_reduces_before_its_last_micro_batch",
-    "accumulation", "llama pretrain dp2.zero1.pp2.1f1b", "pp|zero", "gradient",
+    "accumulation", "llama pretrain dp2.zero1.pp2.interleavedzb.v2", "pp|zero", "gradient",
     Edit("engines/native.py",
          "done = self.open[chunk] == 0",
          "done = self.open[chunk] == min(1, len(self.cuts) - 1)"),
@@ -355,7 +368,7 @@ add(
 )  # fmt: skip
 add(
     "results_come_from_the_last_rank_also_in_a_v",
-    "pipeline order", "llama pretrain pp2.zbv", "pp", "loss",
+    "pipeline order", "llama pretrain pp2.zbv", "pp", "loss|reduction.py",
     Edit("parallel/mesh.py",
          "return 0 if in_a_v else self.layout.pp - 1",
          "return self.layout.pp - 1"),
@@ -365,7 +378,7 @@ add(
 
 add(
     "zigzag_chunks_gathered_in_rank_order",
-    "ring order", "llama sft cp2.ring", "cp", "loss|logprobs",
+    "ring order", "llama grpo cp2.ring", "cp", "logprobs|forward pass",
     Edit("parallel/context.py",
          "return torch.cat(ranks).argsort()",
          "return torch.cat(ranks)"),
@@ -380,7 +393,7 @@ add(
 )  # fmt: skip
 add(
     "positions_run_on_through_packed_documents",
-    "positions", "gpt2 pretrain cp2.ring", "cp", "pos_embed|loss|embed",
+    "positions", "gpt2 pretrain cp2.ring", "cp", "pos_embed|embed",
     Edit("engines/inputs.py",
          '"position_ids_BT": self.own(batch.position_ids_BT),',
          '"position_ids_BT": self.own(batch.position_ids_BT)\n'
@@ -389,7 +402,7 @@ add(
 )  # fmt: skip
 add(
     "window_one_token_wider_round_the_ring",
-    "masks", "llama pretrain cp2.ring", "cp", "loss|attn|layers",
+    "masks", "llama pretrain cp2.ring", "cp", "attn|layers",
     Edit("parallel/context.py",
          "allowed = allowed & (ahead < self.reach)",
          "allowed = allowed & (ahead <= self.reach)"),
@@ -397,7 +410,7 @@ add(
 )  # fmt: skip
 add(
     "first_document_seen_by_all_round_the_ring",
-    "masks", "llama sft cp2.ring", "cp", "loss|attn|layers",
+    "masks", "llama sft cp2.ring", "cp", "attn|layers",
     Edit("parallel/context.py",
          "plain.visible(query[:, None, :, None], key[:, None, None])",
          "(\n"
@@ -423,7 +436,7 @@ add(
 )  # fmt: skip
 add(
     "shared_kv_heads_repeated_in_turn_for_ulysses",
-    "KV heads", "llama pretrain cp4.ulysses", "cp", "attn|loss",
+    "KV heads", "llama pretrain cp4.ulysses", "cp", "attn",
     Edit("parallel/context.py",
          "k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)",
          "k_BGtK = k_BGtK.repeat(1, repeats, 1, 1)"),
@@ -433,7 +446,7 @@ add(
 )  # fmt: skip
 add(
     "heads_of_ulysses_dealt_in_strides",
-    "head order", "llama-untied-odd pretrain cp2.ulysses", "cp", "attn|loss",
+    "head order", "llama-untied-odd pretrain cp2.ulysses", "cp", "attn",
     Edit("parallel/context.py",
          "sent = torch.stack(x.chunk(size, dim=cut))",
          "strided = [x[:, r::size] for r in range(size)]\n"
@@ -441,14 +454,14 @@ add(
 )  # fmt: skip
 add(
     "ulysses_drops_by_local_head_numbers",
-    "dropout keys", "gpt2 pretrain cp2.ulysses", "cp", "attn|loss",
+    "dropout keys", "gpt2 pretrain cp2.ulysses", "cp", "attn",
     Edit("parallel/context.py",
          "head_offset=head_offset + group.rank() * (num_heads // size),",
          "head_offset=head_offset,"),
 )  # fmt: skip
 add(
     "dropout_keys_by_local_token",
-    "dropout keys", "gpt2 pretrain cp2.ring", "cp", "loss|embed|drop",
+    "dropout keys", "gpt2 pretrain cp2.ring", "cp", "embed|drop",
     Edit("engines/inputs.py",
          "                seed, step, stage, batch.sample_ids_B, index_t\n",
          "                seed, step, stage, batch.sample_ids_B, torch.arange(len(index_t))\n"),

@@ -20,7 +20,7 @@ SCHEDULE = {"schedule.kind": "cosine", "schedule.warmup_steps": 2}
 
 add(
     "shares_of_two_ranks_overlap",
-    "dealing", "llama pretrain dp2.zero2", "dp", "row|sample|loss|gradient",
+    "dealing", "llama pretrain dp2.zero2", "dp", "dealing|sample",
     Edit("stages/base.py",
          "np.arange(engine.data_rank * share, (engine.data_rank + 1) * share)",
          "np.arange(engine.data_rank * (share - 1), engine.data_rank * (share - 1) + share)"),
@@ -28,7 +28,7 @@ add(
 )  # fmt: skip
 add(
     "rows_between_the_shares_left_out",
-    "dealing", "llama pretrain dp2.zero1", "dp", "row|sample|loss|gradient",
+    "dealing", "llama pretrain dp2.zero1", "dp", "dealing|sample",
     Edit("stages/base.py",
          "share = -(-size // engine.data_size)",
          "share = size // engine.data_size"),
@@ -36,7 +36,7 @@ add(
 )  # fmt: skip
 add(
     "row_that_fills_up_a_share_counts",
-    "ragged batch", "llama pretrain dp2.zero2", "dp", "row|sample|loss|gradient|count",
+    "ragged batch", "llama pretrain dp2.zero2", "dp", "dealing|sample",
     Edit("stages/base.py",
          "int(np.clip(size - mine[0], 0, share))",
          "share"),
@@ -44,7 +44,7 @@ add(
 )  # fmt: skip
 add(
     "sample_ids_counted_from_each_ranks_first_row",
-    "sample ids", "gpt2 pretrain dp2.zero1", "dp", "sample|row|loss|gradient",
+    "sample ids", "gpt2 pretrain dp2.zero1", "dp", "dealing|sample",
     Edit("stages/supervised.py",
          "[self.train.row(int(i)) for i in indices[mine]], position + mine, self.packed",
          "[self.train.row(int(i)) for i in indices[mine]],\n"
@@ -54,7 +54,7 @@ add(
 )  # fmt: skip
 add(
     "incomplete_micro_batch_left_out",
-    "accumulation", "llama pretrain dp2.zero1", "dp", "row|sample|loss|gradient",
+    "accumulation", "llama pretrain dp2.zero1", "dp", "dealing|sample",
     Edit("stages/base.py",
          "return batch.split(micro_batch)",
          "return batch.split(micro_batch)[: max(1, real_rows // micro_batch)]"),
@@ -62,7 +62,7 @@ add(
 )  # fmt: skip
 add(
     "each_rank_reads_the_stream_from_its_own_place",
-    "sampler", "llama pretrain dp2.zero2", "dp|sampler", "row|sample|loss|gradient",
+    "sampler", "llama pretrain dp2.zero2", "dp|sampler", "dealing|sample",
     Edit("stages/supervised.py",
          "        indices = self.order.batch(position, size)\n"
          "        mine, real = data_shard(size, self.engine)",
@@ -72,7 +72,7 @@ add(
 )  # fmt: skip
 add(
     "dropout_keys_by_local_row",
-    "dropout keys", "gpt2 pretrain dp2.zero1", "dp|dropout", "loss|drop|embed|gradient",
+    "dropout keys", "gpt2 pretrain dp2.zero1", "dp|dropout", "drop|embed",
     Edit("engines/inputs.py",
          "seed, step, stage, batch.sample_ids_B, index_t",
          "seed, step, stage, torch.arange(batch.num_rows), index_t"),
@@ -80,7 +80,7 @@ add(
 )  # fmt: skip
 add(
     "sample_id_of_a_micro_batch_of_one_lost",
-    "micro-batch of one", "gpt2 pretrain dp2.zero2", "dp|dropout", "loss|drop|embed|gradient",
+    "micro-batch of one", "gpt2 pretrain dp2.zero2", "dp|dropout", "drop|embed",
     Edit("engines/inputs.py",
          "seed, step, stage, batch.sample_ids_B, index_t",
          "seed,\n                step,\n                stage,\n"
@@ -92,7 +92,7 @@ add(
 
 add(
     "one_rank_is_a_step_ahead_in_its_schedule",
-    "learning rate", "llama pretrain dp2.zero1", "dp|lr|rate", "weight|lr",
+    "learning rate", "llama pretrain dp2.zero1", "dp|rate", "learning rate|weight",
     Edit("stages/loop.py",
          "lr = self.config.optimizer.lr * lr_factor(self.config.schedule, step, self.config.steps)",
          "ahead = int(self.stage.engine.data_rank > 0)\n"
@@ -103,7 +103,7 @@ add(
 )  # fmt: skip
 add(
     "rate_reaches_the_optimizer_behind_its_update",
-    "learning rate", "llama pretrain tp2", "optimizer|lr|rate", "weight",
+    "learning rate", "llama pretrain tp2", "optimizer|native|alone", "weight",
     Edit("engines/native.py",
          "            set_lr(self.optimizer, lr)\n            self.optimizer.step()",
          "            self.optimizer.step()\n            set_lr(self.optimizer, lr)"),
@@ -111,7 +111,7 @@ add(
 )  # fmt: skip
 add(
     "rate_reaches_the_first_group_alone",
-    "learning rate", "llama pretrain dp2.zero2", "optimizer|lr|rate", "weight",
+    "learning rate", "llama pretrain dp2.zero2", "optimizer|native|alone", "weight",
     Edit("optim/build.py",
          "    for group in optimizer.param_groups:\n        group[\"lr\"] = lr",
          "    for group in optimizer.param_groups[:1]:\n        group[\"lr\"] = lr"),
@@ -119,7 +119,7 @@ add(
 )  # fmt: skip
 add(
     "weight_decay_on_the_other_group",
-    "weight decay", "llama pretrain dp2.zero1", "optimizer|decay", "weight",
+    "weight decay", "llama pretrain dp2.zero1", "optimizer|native|alone", "weight",
     Edit("optim/build.py",
          '"weight_decay": 0.0 if free else config.weight_decay',
          '"weight_decay": config.weight_decay if free else 0.0'),
@@ -127,7 +127,7 @@ add(
 )  # fmt: skip
 add(
     "masters_rounded_after_the_update",
-    "dtypes", "llama pretrain dp2.zero2", "precision", "weight|master",
+    "dtypes", "llama pretrain dp2.zero2", "precision|bfloat", "weight|master",
     Edit("engines/native.py",
          "            self.optimizer.step()\n",
          "            self.optimizer.step()\n"
@@ -138,7 +138,7 @@ add(
 )  # fmt: skip
 add(
     "gradients_reduced_in_the_parameters_dtype",
-    "dtypes", "llama pretrain dp2.zero2", "precision", "gradient|reduc",
+    "dtypes", "llama pretrain dp2.zero2", "precision|bfloat", "gradient|reduc",
     Edit("parallel/data.py",
          "reduce_dtype=master,",
          "reduce_dtype=param_dtype,"),
@@ -146,7 +146,7 @@ add(
 )  # fmt: skip
 add(
     "gradients_accumulated_in_bf16",
-    "dtypes", "llama pretrain tp2", "precision", "gradient|accumul",
+    "dtypes", "llama pretrain tp2", "precision|bfloat", "gradient|accumul",
     Edit("parallel/mixed_precision.py",
          "local_tensor(master.grad).add_(local_tensor(copy.grad))",
          "total = local_tensor(master.grad).add_(local_tensor(copy.grad))\n"
@@ -160,7 +160,7 @@ VALIDATED = {"validation.every": 1}
 
 add(
     "validation_is_the_mean_of_the_ranks_means",
-    "validation", "llama sft dp2.zero2", "dp|validation", "val_loss|validation",
+    "validation", "llama pretrain dp2.zero2", "dp|validation", "val_loss|validation",
     Edit("stages/supervised.py",
          "    nll, tokens = engine.sum_over_data(sums.tolist())\n",
          "    own = [sums[0] / max(1.0, sums[1]), float(sums[1] > 0)]\n"
@@ -213,7 +213,7 @@ add(
 
 add(
     "rollouts_dealt_in_turn_and_gathered_in_blocks",
-    "rollouts", "llama grpo dp2.zero2", "rollout|dp", "rollout|prompt|tokens|sampled|row",
+    "rollouts", "llama grpo dp2.zero2", "rollout|dp", "rollout|sampled",
     Edit("stages/rollout_worker.py",
          "            Group(problem=problem, **parts[i % world][i // world])",
          "            Group(problem=problem, **parts[i * world // len(problems)][\n"
@@ -222,7 +222,7 @@ add(
 )  # fmt: skip
 add(
     "sampling_noise_by_local_prompt_numbers",
-    "rollouts", "llama grpo dp2.zero1", "rollout|dp", "rollout|prompt|tokens|sampled|row",
+    "rollouts", "llama grpo dp2.zero1", "rollout|dp", "rollout|sampled",
     Edit("stages/rollout_worker.py",
          "ids = [int(prompt_ids[i]) for i in mine]",
          "ids = [int(prompt_ids[n]) for n, _ in enumerate(mine)]"),
@@ -242,7 +242,7 @@ add(
 )  # fmt: skip
 add(
     "rows_dealt_in_turn_and_put_together_in_blocks",
-    "rollouts", "llama grpo dp2.zero3", "dp", "logprobs|row|sample",
+    "rollouts", "llama grpo dp2.zero3", "dp", "logprobs|forward pass",
     Edit("stages/base.py",
          "np.arange(engine.data_rank * share, (engine.data_rank + 1) * share)",
          "engine.data_rank + engine.data_size * np.arange(share)"),
@@ -402,7 +402,7 @@ add(
     Edit("engines/native.py",
          "tensors |= dict(self.fp8.tensors())",
          "tensors |= {n: t.clone() for n, t in self.fp8.tensors()}"),
-    precision="bf16", changes=FP8 | SAVED, blind=True,
+    changes=FP8 | SAVED, blind=True,
 )  # fmt: skip
 add(
     "amax_not_shared_by_tensor_ranks",

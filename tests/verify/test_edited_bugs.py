@@ -2,25 +2,132 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
-from shardwise.config.load import load_config
-from tests.verify import edited_bugs
+from shardwise.verify.pool import RankError
+from shardwise.verify.roles import world_of
+from shardwise.verify.verdict import Verdict
+from shardwise.verify.verifier import Verifier
+from shardwise.verify.walk import walk
+from tests.support.pool import RankPool
+from tests.verify.edited_bugs import BUGS, EditedBug
 from tests.verify.edited_path_bugs import PATH_BUGS
-from tests.verify.edits import applied
+from tests.verify.edits import Edit, applied, run_edited
 
-BUGS = {**edited_bugs.BUGS, **PATH_BUGS}
+ALL = {**BUGS, **PATH_BUGS}
+# What verify does not see yet, and why.
+STILL_MISSED = {
+    "regions_of_another_layout_written_to_the_front": "no other layout loads what this one saved",
+    "loss_scale_starts_again_on_resume": "plain numbers of an engine's state are not compared",
+}
+BY_KIND = {bug.kind: name for name, bug in reversed(ALL.items()) if name not in STILL_MISSED}
+NAMED_RIGHTLY = 0.9  # of all bugs: the tensor or call, and the axis
 
 
-@pytest.mark.parametrize("name", BUGS)
+class EditedPool(RankPool):
+    """The ranks of another pool; those of a layout run ``edits``, or those of the oracle."""
+
+    def __init__(self, ranks: RankPool, of_oracle: bool = False) -> None:
+        self.ranks, self.of_oracle = ranks, of_oracle
+        self.edits: tuple[Edit, ...] = ()
+
+    def run(self, fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+        if fn is walk and args[0].oracle == self.of_oracle:
+            fn, args = run_edited, (self.edits, fn, *args)
+        return self.ranks.run(fn, *args, **options)
+
+
+class Verifiers:
+    """Verifiers by recipe, so that bugs of one recipe share what one process computes."""
+
+    def __init__(self, ranks: RankPool) -> None:
+        self.pool = EditedPool(ranks)
+        self.made: dict[str, Verifier] = {}
+
+    def of(self, bug: EditedBug) -> Verifier:
+        recipe = bug.recipe()
+        key = json.dumps([recipe, bug.resumes])
+        if key not in self.made:
+            self.made[key] = Verifier(recipe, self.pool, whole=bug.resumes)
+        return self.made[key]
+
+    def check(self, bug: EditedBug, *, planted: bool = True) -> Verdict:
+        """What verify says of the bug's layout, with the bug planted or without."""
+        self.pool.edits = bug.edits if planted else ()
+        verdict = self.of(bug).check(bug.stage, bug.layout, bug.precision)
+        assert "EditError" not in verdict.problem, verdict.problem
+        return verdict
+
+    def is_caught(self, bug: EditedBug) -> bool:
+        """Whether anything differs with the bug planted; where it begins is not looked for."""
+        self.pool.edits, verifier = bug.edits, self.of(bug)
+        small = verifier.small(bug.stage, bug.layout)
+        task = verifier.task(small, bug.layout, bug.precision)
+        try:
+            ranks = self.pool.run(walk, task, world=world_of(bug.layout))
+        except RankError as error:
+            assert error.cause != "EditError", error
+            return True
+        return any(d.is_bug for d in verifier.judge(small, bug.layout, bug.precision, ranks))
+
+
+@pytest.fixture(scope="module")
+def verifiers(ranks: RankPool) -> Iterator[Verifiers]:
+    found = Verifiers(ranks)
+    yield found
+    for verifier in found.made.values():
+        verifier.close()
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_edit_fits_the_source_and_lives(name: str) -> None:
-    bug = BUGS[name]
-    load_config(bug.recipe())
-    with applied(bug.edits) as changed:
+    with applied(ALL[name].edits) as changed:
         assert changed
 
 
 def test_there_are_enough_kinds() -> None:
-    assert len(BUGS) == len(edited_bugs.BUGS) + len(PATH_BUGS) >= 70
-    assert len({bug.kind for bug in BUGS.values()}) >= 30
-    assert sum(bug.blind for bug in BUGS.values()) >= 10
+    assert len(ALL) == len(BUGS) + len(PATH_BUGS) >= 70
+    assert len(BY_KIND) >= 30
+    assert sum(bug.blind for bug in ALL.values()) >= 10
+
+
+@pytest.mark.parametrize("name", BY_KIND.values())
+def test_one_of_each_kind_is_caught(name: str, verifiers: Verifiers) -> None:
+    assert verifiers.is_caught(ALL[name])
+
+
+@pytest.mark.slow
+def test_the_others_are_caught_and_nine_of_ten_named_rightly(verifiers: Verifiers) -> None:
+    said = {name: verifiers.check(bug) for name, bug in ALL.items()}
+    assert {name for name, verdict in said.items() if verdict.passed} == set(STILL_MISSED)
+    wrong = {n: v.sentence() for n, v in said.items() if not ALL[n].is_named_in(v.sentence())}
+    assert len(wrong) <= (1 - NAMED_RIGHTLY) * len(ALL), wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_without_the_edit_nothing_is_flagged(name: str, verifiers: Verifiers) -> None:
+    verdict = verifiers.check(ALL[name], planted=False)
+    assert verdict.passed, verdict.sentence()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_no_edit_changes_what_one_process_computes(
+    name: str, verifiers: Verifiers, ranks: RankPool
+) -> None:
+    """Else the mistake would be in both, and not one of a layout."""
+    bug, pool = ALL[name], EditedPool(ranks, of_oracle=True)
+    pool.edits = bug.edits
+    edited = Verifier(bug.recipe(), pool, whole=bug.resumes)
+    values = []
+    for verifier in (verifiers.of(bug), edited):
+        oracle = verifier.oracle(verifier.small(bug.stage, bug.layout), "fp64", bug.layout)
+        values.append(oracle.exact.values)
+    edited.close()
+    assert values[0].keys() == values[1].keys()
+    assert all(value.equal(values[1][name]) for name, value in values[0].items())

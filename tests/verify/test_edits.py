@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -214,3 +215,12 @@ def test_a_function_that_is_gone_is_said(toy: Any) -> None:
         applied([edit("return x + 1", "return x")]),
     ):
         pass
+
+
+def test_functions_that_a_rank_froze_run_it_too(toy: Any) -> None:
+    gc.freeze()
+    try:
+        with applied([edit("return x + 1", "return x + 2")]):
+            assert toy.plain(1) == 3
+    finally:
+        gc.unfreeze()
