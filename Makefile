@@ -42,6 +42,7 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/verify
 
 prove: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[prove]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: venv
