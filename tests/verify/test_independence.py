@@ -28,7 +28,7 @@ def recipe(**model: Any) -> dict[str, Any]:
     made["model"] |= {"num_layers": 2, "num_heads": 4, **model}
     batch = {"global_batch": 4, "micro_batch": 2, "seq_len": 50}
     stages = {s["kind"]: s | {"steps": 2, "batch": batch} for s in made["stages"]}
-    made["stages"] = [stages["pretrain"], stages["reward"]]
+    made["stages"] = [stages["pretrain"], stages["reward"], stages["ppo"]]
     return made
 
 
@@ -147,6 +147,13 @@ def test_the_sound_code_is_not_flagged(verifiers: dict[str, Verifier], layout: s
     verdict = verifiers["documents"].check_independence("pretrain", layout, precision)
     assert verdict.passed, verdict.sentence()
     assert verdict.counts["output"] > 200 and verdict.counts["gradient"] > 20
+
+
+def test_roles_on_ranks_of_their_own(verifiers: dict[str, Verifier]) -> None:
+    """In bf16, where a position more may be rounded away."""
+    layout = "actor=dp1.zero0@0-0,critic=dp1.zero0@1-1,reference=dp1.zero0@1-1"
+    verdict = verifiers["documents"].check_independence("ppo", layout, "bf16")
+    assert verdict.passed and verdict.counts["gradient"] > 20, verdict.sentence()
 
 
 @pytest.mark.parametrize("name", BUGS)

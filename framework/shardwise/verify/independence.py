@@ -96,14 +96,21 @@ class _Context(WatchedContext):
         watched: Any = super().engine(optimizer, role)
         label = role if len(roles_of(self.stage)) > 1 else ""
         words = self.model_of(role).vocab_size
-        return _Asked(watched.inner, label, words, self.examined)  # type: ignore[return-value]
+        # A position more may be less than what bf16 rounds away.
+        shifts = self.precision == "fp64"
+        return _Asked(watched.inner, label, words, shifts, self.examined)  # type: ignore[return-value]
 
 
 class _Asked:
-    """An engine of a role, asked at the first call that has several documents in a row."""
+    """An engine of a role, asked at the first call that has several documents in a row.
 
-    def __init__(self, inner: Engine, role: str, words: int, examined: Examined) -> None:
-        self.inner, self.words, self.examined = inner, words, examined
+    ``words``: of its vocabulary. ``shifts``: positions are changed, too.
+    """
+
+    def __init__(
+        self, inner: Engine, role: str, words: int, shifts: bool, examined: Examined
+    ) -> None:
+        self.inner, self.words, self.shifts, self.examined = inner, words, shifts, examined
         self.label = f"{role} " if role else ""
         self.asked: set[str] = set()
 
@@ -133,7 +140,8 @@ class _Asked:
         self.asked.add("outputs")
         self._tell(packed.misplaced())
         before = self.inner.forward(packed.batches, _local)
-        for change in packed.changes():
+        changes = packed.changes()
+        for change in [*changes, packed.shifted()] if self.shifts else changes:
             after = self.inner.forward(change.batches, _local)
             key = f"{self.label}{change.what}"
             self.examined.moved[key] += 0
@@ -158,8 +166,6 @@ class _Asked:
             return
         self.asked.add("gradients")
         for change in packed.changes():
-            if change.what == POSITIONS:
-                continue
             a_metrics, before = self._gradients(packed.batches, change, loss)
             b_metrics, after = self._gradients(change.batches, change, loss)
             why = f"it changes when {change.told()}, none of which carries loss"
@@ -254,18 +260,21 @@ class _Packed:
         self.number = int(max(engine.sum_over_data(by_rank)))
 
     def changes(self) -> Iterator[_Change]:
-        """All documents in turn, one a row; then the positions of the longest of each row."""
+        """All documents in turn, one a row."""
         for number in range(self.number):
             yield self._change(
                 TOKENS, {k: u[number] for k, u in self.units.items() if number < len(u)}
             )
+
+    def shifted(self) -> _Change:
+        """The longest document of every row begins a position later."""
         longest = {}
         for (i, row), units in self.units.items():
             segments_T = self._segments(i, row)
             sizes = [int((segments_T == unit).sum()) for unit in units]
             if sizes:
                 longest[i, row] = units[sizes.index(max(sizes))]
-        yield self._change(POSITIONS, longest)
+        return self._change(POSITIONS, longest)
 
     def _segments(self, batch: int, row: int) -> Tensor:
         segments_BT = self.batches[batch].segment_ids_BT
