@@ -33,7 +33,9 @@ EPSILON = {
 EXACT = frozenset(("rollout", "sample", "learning rate", "skipped", "event"))
 # Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
 # less that underflows, and another of two equally likely tokens: those are for fp64 to compare.
-ROUNDED_AWAY = frozenset(("sentinel", "event", "generated tokens", "generated logprobs"))
+ROUNDED_AWAY = frozenset(
+    ("sentinel", "event", "external", "generated tokens", "generated logprobs")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,11 @@ def bounds(
         kind, floor = kind_of(name), NOISE * scale[kind_of(name)]
         if kind in EXACT:
             found[name] = 0.0
-        elif kind in ("initial", "generated tokens"):
+        elif kind in ("initial", "loaded", "generated tokens"):
             # Rounded from the same numbers by every layout alike.
-            found[name] = 0.0 if lost is None else lost[like(name)] * (1 + EXACT_BOUND)
+            found[name] = 0.0 if lost is None else lost[like(name)] * (1 + 1e-6)
         elif lost is None:
-            served = kind == "generated logprobs"
+            served = kind in ("external", "generated logprobs")
             found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
         else:
             rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
@@ -313,8 +315,6 @@ def disagreements(ranks: Sequence[Walked]) -> list[Difference]:
     found, first = [], dict[tuple[str, Region], tuple[int, str]]()
     for rank, walked in enumerate(ranks):
         for name, parts in walked.found.items():
-            if kind_of(name) == "generated logprobs":
-                continue  # a product's last bits may hang on where in memory a process has it
             for part in parts:
                 other, digest = first.setdefault((name, part.region), (rank, part.digest))
                 if digest != part.digest:

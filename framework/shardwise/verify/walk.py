@@ -102,11 +102,13 @@ class _StoppedError(Exception):
 class _WatchedLoop(Loop):
     """The loop of a run, which ends after a step, and saves where that is part of the path."""
 
-    def __init__(self, ctx: WatchedContext, stop_after: int, saves: bool) -> None:
+    def __init__(
+        self, ctx: WatchedContext, stop_after: int, saves: bool, kept: Path | None
+    ) -> None:
         live = build_stage(ctx)
         lineage = Lineage("the same recipe", live.data_hash, "")
         super().__init__(ctx, live, lineage, Progress([], rank=1))
-        self.notes, self.stop_after, self.saves = ctx.notes, stop_after, saves
+        self.notes, self.stop_after, self.saves, self.kept = ctx.notes, stop_after, saves, kept
 
     def _train_step(self, step: int) -> dict[str, float]:
         self.notes.step = step + 1
@@ -116,6 +118,11 @@ class _WatchedLoop(Loop):
         self, done: int, metrics: dict[str, float], elapsed: float, steady: bool
     ) -> None:
         super()._after_step(done, metrics, elapsed, steady)
+        if done == SAVED_AFTER and self.kept is not None:
+            if self.saver:
+                self.saver.wait()
+            self.notes.mark()
+            shutil.copytree(self.ctx.directory, self.kept)
         if done == self.stop_after:
             if self.saver:
                 self.saver.close()
@@ -137,13 +144,11 @@ def walk(task: Task) -> Walked:
     notes = Notes(reference)
     notes.probe = task.probe
     asked: External = {}
-    first = SAVED_AFTER if task.whole else STEPS
+    # The oracle is not broken off: what is lost at a resume would be lost on both sides.
+    first = SAVED_AFTER if task.whole and not task.oracle else STEPS
     engine = run_stage(task, stage, notes, asked, task.directory, first)
-    if task.whole:
+    if first < STEPS:
         del engine
-        if task.saved is not None:
-            notes.mark()
-            shutil.copytree(task.directory, task.saved)
         engine = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
     if stage.on_policy or (task.whole and stage.head == "vocabulary"):
         _generate(task, engine, notes)
@@ -186,7 +191,7 @@ def stage_of(task: Task) -> StageConfig:
         "fp8": fp8,
     }
     every = SAVED_AFTER if task.whole else 0
-    checkpoint = stage.checkpoint.model_copy(update={"every": every, "asynchronous": False})
+    checkpoint = stage.checkpoint.model_copy(update={"every": every})
     stage = stage.model_copy(update={"checkpoint": checkpoint})
     stage = with_layouts(stage, task.layout, **updates)
     return _plainly(stage, task) if task.oracle else stage
@@ -234,8 +239,10 @@ def run_stage(
         asked=asked,
         data_folder=task.folder / "cache",
         resumed=resumed,
+        loads=task.whole and not resumed,
+        asks_again=task.whole and task.precision == "fp64",
     )
-    loop = _WatchedLoop(ctx, stop_after, task.whole)
+    loop = _WatchedLoop(ctx, stop_after, task.whole, task.saved if task.whole else None)
     try:
         loop.run()
     except _StoppedError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from shardwise.metrics.meters import MACHINE
 from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
+from shardwise.ops.local_shards import local_shards
 from shardwise.precision.policy import DtypeCheck, precision_of
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify.notes import Notes
@@ -37,6 +39,8 @@ from shardwise.verify.probe import probing
 # Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
 # micro-batches do not, so which updates are skipped is no figure to compare.
 LOSS_SCALE = 2.0**8
+# The update that overflows all the same, in one element: every rank must leave it out.
+OVERFLOWING = 2
 
 External = dict[str, dict[str, Any]]  # by name and key: what one process was given
 
@@ -61,6 +65,13 @@ class WatchedEngine:
         before = f"{where} " if where else self.label
         for name, tensor in self.inner.held(what):
             self.notes.note_tensor(kind, f"{before}{name}{ending}", tensor)
+
+    def note_loading(self) -> None:
+        """What weights become that are given to the engine whole; it has its own again behind."""
+        own = [(name, value.clone()) for name, value in self.inner.full("weights")]
+        self.inner.load_weights((name, 2 * value + 1) for name, value in own)
+        self.note_tensors("loaded", "weights")
+        self.inner.load_weights(iter(own))
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
         """See `Engine`."""
@@ -89,9 +100,18 @@ class WatchedEngine:
             notes.touched[f"gradient/{where} {name}"] = reduced
             notes.note_tensor("gradient", f"{where} {name}", tensor, over=scale)
         self.check.note(inner.dtypes())
+        if scale != 1.0 and notes.counts[f"{self.role} updates"] == OVERFLOWING:
+            self._overflow()
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
         return metrics
+
+    def _overflow(self) -> None:
+        """Make the first element of the first gradient infinite, on the ranks that have it."""
+        for name, gradient in itertools.islice(self.inner.held("grads"), 1):
+            for region, view in local_shards(name, gradient):
+                if not any(region.offset):
+                    view.reshape(-1)[:1].fill_(math.inf)
 
     def _scales_of(self, where: str, first: int) -> Callable[[Scaled], None]:
         """Notes what every backward pass scales by; ``first``: number of a micro-batch."""
@@ -176,12 +196,22 @@ def _reduction(tally: comm.Tally) -> str:
     return " and ".join(found)
 
 
+def _numbers(answer: Any) -> list[float]:
+    """All numbers in an answer from outside, in order."""
+    if dataclasses.is_dataclass(answer):
+        answer = [getattr(answer, field.name) for field in dataclasses.fields(answer)]
+    if isinstance(answer, (list, tuple)):
+        return list(itertools.chain(*map(_numbers, answer)))
+    return [float(answer)] if isinstance(answer, (int, float)) else []
+
+
 @dataclasses.dataclass(frozen=True)
 class WatchedContext(StageContext):
     """A stage of which all models start from their initial weights, and all is noted.
 
     ``given``: what comes from outside, where that is known; ``asked`` collects it. ``resumed``:
-    weights will come from a checkpoint.
+    weights will come from a checkpoint. ``loads``: an engine is given other weights first, as from
+    a folder. ``asks_again``: what comes from outside is computed here too, and compared.
     """
 
     notes: Notes = dataclasses.field(default_factory=Notes)
@@ -189,6 +219,8 @@ class WatchedContext(StageContext):
     asked: External = dataclasses.field(default_factory=dict)
     data_folder: Path = Path()
     resumed: bool = False
+    loads: bool = False
+    asks_again: bool = False
 
     @property
     def cache(self) -> Path:
@@ -217,6 +249,8 @@ class WatchedContext(StageContext):
         watched = WatchedEngine(engine, label, self.notes, dtypes)
         if not self.resumed:
             watched.note_tensors("initial", "weights")
+        if self.loads:
+            watched.note_loading()
         return watched
 
     def external(
@@ -224,8 +258,11 @@ class WatchedContext(StageContext):
     ) -> Sequence[Any]:
         """See `StageContext`."""
         keys = [f"step {self.notes.step} {key}" for key in keys]
+        answers = list(compute()) if self.given is None or self.asks_again else []
+        if self.asks_again:
+            for key, answer in zip(keys, answers, strict=True):
+                self.notes.note("external", f"{name} {key}", _numbers(answer))
         if self.given is None:
-            answers = list(compute())
             kept = copy.deepcopy(answers)
             self.asked.setdefault(name, {}).update(zip(keys, kept, strict=True))
             return answers
