@@ -296,7 +296,7 @@ def test_a_users_small_files_are_used_and_large_ones_stood_in_for(tmp_path: Path
 
 def test_validation_is_kept_on_other_documents(tmp_path: Path) -> None:
     stage = small(pretrain(validation={"every": 10}), "pretrain", tmp_path)
-    assert stage.validation.every == 2 and stage.validation.max_batches == 2
+    assert stage.validation.every == 2 and stage.validation.max_batches == 8
     data = build_pretrain_dataset(stage.data, ByteTokenizer(), 32, 0, tmp_path / "cache")
     assert data.validation is not None
     assert data.validation.num_rows >= 1 and 2 * stage.batch.global_batch < data.num_rows

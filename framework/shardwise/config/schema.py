@@ -300,8 +300,8 @@ class ValidationConfig(Section):
     )
 
     def shrunk(self) -> Self:
-        """Within a few steps, on a few batches."""
-        small = {"every": min(self.every, 2), "max_batches": min(self.max_batches or 2, 2)}
+        """Within a few steps, on a few batches: of a whole set, the last one may not be whole."""
+        small = {"every": min(self.every, 2), "max_batches": min(self.max_batches or 8, 8)}
         return self.model_copy(update=small)
 
 

@@ -108,11 +108,26 @@ def bounds(
             served = kind in ("external", "generated logprobs")
             found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
         else:
-            rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
+            rounding = ROUNDING_FACTOR * max(_lost_of(name, lost))
             found[name] = max(rounding, EPSILON[precision] * norm) + floor
     for name in exact:
         if kind_of(name) == "weight" and optimizers:
             found[name] += undecided(name.partition("/")[2], exact, found, optimizers)
+    return found
+
+
+def _lost_of(name: str, lost: Mapping[str, float]) -> list[float]:
+    """What is lost of a value's like; of a logged figure, of those too that it is a mean of."""
+    found = [lost.get(like(name), 0.0)]
+    if kind_of(name) == "logged":
+        figure = name.rpartition(" ")[2]
+        kind = {"loss": "loss", "grad_norm": "clip norm"}.get(figure)
+        found += [
+            gap
+            for other, gap in lost.items()
+            if kind_of(other) == kind
+            or (kind_of(other) == "metric" and other.endswith(f" {figure}"))
+        ]
     return found
 
 
