@@ -25,7 +25,8 @@ class EditedBug:
     ``kind``: the family of mistakes. ``first``: the first difference names one of these. ``axis``:
     what should be suspected, a part of the layout or of the path. ``changes``: to the recipe, by
     dotted key; ``model.`` is the model's section, all else the stage's. ``seen``: where it was
-    made before, on a public tracker. ``blind``: recorded calls alone do not show it.
+    made before, on a public tracker. ``blind``: recorded calls alone do not show it. ``shared``:
+    one process runs the same lines, so the oracle has it, too.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class EditedBug:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seen: str = ""
     blind: bool = False
+    shared: bool = False
 
     @property
     def resumes(self) -> bool:

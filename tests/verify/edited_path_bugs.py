@@ -166,7 +166,8 @@ add(
          "    own = [sums[0] / max(1.0, sums[1]), float(sums[1] > 0)]\n"
          "    mean, number = engine.sum_over_data(own)\n"
          "    nll, tokens = mean / max(1.0, number), 1.0\n"),
-    changes=SMALL | VALIDATED, seen="NVIDIA/Megatron-LM#7452, evaluation metrics", blind=True,
+    changes=SMALL | VALIDATED, seen="NVIDIA/Megatron-LM#7452, evaluation metrics",
+    blind=True, shared=True,
 )  # fmt: skip
 add(
     "validation_of_the_first_ranks_rows",
@@ -342,7 +343,7 @@ add(
     Edit("stages/loop.py",
          "for step in range(start, self.config.steps):\n            self.gate.step()",
          "for step in range(max(0, start - 1), self.config.steps):\n            self.gate.step()"),
-    changes=SMALL | SAVED, blind=True,
+    changes=SMALL | SAVED, blind=True, shared=True,
 )  # fmt: skip
 add(
     "regions_of_another_layout_written_to_the_front",
@@ -373,7 +374,7 @@ add(
     Edit("stages/ppo.py",
          'return {"critic": self.critic}',
          "return {}"),
-    changes=SMALL | SAVED, blind=True,
+    changes=SMALL | SAVED, blind=True, shared=True,
 )  # fmt: skip
 add(
     "kl_coefficient_forgotten_on_resume",
@@ -381,7 +382,7 @@ add(
     Edit("stages/ppo.py",
          '        self.kl.load_state_dict(state["kl"])\n',
          ""),
-    changes=SMALL | SAVED, blind=True,
+    changes=SMALL | SAVED, blind=True, shared=True,
 )  # fmt: skip
 add(
     "loss_scale_starts_again_on_resume",

@@ -22,6 +22,8 @@ ALL = {**BUGS, **PATH_BUGS}
 # What verify does not see yet, and why.
 STILL_MISSED = {
     "regions_of_another_layout_written_to_the_front": "no other layout loads what this one saved",
+    "critic_left_out_of_the_checkpoint": "the oracle resumes, too, by the same lines",
+    "kl_coefficient_forgotten_on_resume": "the oracle resumes, too, by the same lines",
     "loss_scale_starts_again_on_resume": "plain numbers of an engine's state are not compared",
 }
 BY_KIND = {bug.kind: name for name, bug in reversed(ALL.items()) if name not in STILL_MISSED}
@@ -29,15 +31,16 @@ NAMED_RIGHTLY = 0.9  # of all bugs: the tensor or call, and the axis
 
 
 class EditedPool(RankPool):
-    """The ranks of another pool; those of a layout run ``edits``, or those of the oracle."""
+    """The ranks of another pool, of which those of a layout, of the oracle or both run edits."""
 
-    def __init__(self, ranks: RankPool, of_oracle: bool = False) -> None:
-        self.ranks, self.of_oracle = ranks, of_oracle
-        self.edits: tuple[Edit, ...] = ()
+    def __init__(self, ranks: RankPool) -> None:
+        self.ranks = ranks
+        self.of_layout, self.of_oracle = tuple[Edit, ...](), tuple[Edit, ...]()
 
     def run(self, fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        if fn is walk and args[0].oracle == self.of_oracle:
-            fn, args = run_edited, (self.edits, fn, *args)
+        if fn is walk:
+            edits = self.of_oracle if args[0].oracle else self.of_layout
+            fn, args = run_edited, (edits, fn, *args)
         return self.ranks.run(fn, *args, **options)
 
 
@@ -48,23 +51,25 @@ class Verifiers:
         self.pool = EditedPool(ranks)
         self.made: dict[str, Verifier] = {}
 
-    def of(self, bug: EditedBug) -> Verifier:
+    def of(self, bug: EditedBug, *, planted: bool) -> Verifier:
+        """A verifier whose ranks have the bug from now on, or none."""
+        self.pool.of_layout = bug.edits if planted else ()
+        self.pool.of_oracle = self.pool.of_layout if bug.shared else ()
         recipe = bug.recipe()
-        key = json.dumps([recipe, bug.resumes])
+        key = json.dumps([recipe, bug.resumes, repr(self.pool.of_oracle)])
         if key not in self.made:
             self.made[key] = Verifier(recipe, self.pool, whole=bug.resumes)
         return self.made[key]
 
     def check(self, bug: EditedBug, *, planted: bool = True) -> Verdict:
         """What verify says of the bug's layout, with the bug planted or without."""
-        self.pool.edits = bug.edits if planted else ()
-        verdict = self.of(bug).check(bug.stage, bug.layout, bug.precision)
+        verdict = self.of(bug, planted=planted).check(bug.stage, bug.layout, bug.precision)
         assert "EditError" not in verdict.problem, verdict.problem
         return verdict
 
     def is_caught(self, bug: EditedBug) -> bool:
         """Whether anything differs with the bug planted; where it begins is not looked for."""
-        self.pool.edits, verifier = bug.edits, self.of(bug)
+        verifier = self.of(bug, planted=True)
         small = verifier.small(bug.stage, bug.layout)
         task = verifier.task(small, bug.layout, bug.precision)
         try:
@@ -116,16 +121,16 @@ def test_without_the_edit_nothing_is_flagged(name: str, verifiers: Verifiers) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name, bug in ALL.items() if not bug.shared])
 def test_no_edit_changes_what_one_process_computes(
     name: str, verifiers: Verifiers, ranks: RankPool
 ) -> None:
     """Else the mistake would be in both, and not one of a layout."""
-    bug, pool = ALL[name], EditedPool(ranks, of_oracle=True)
-    pool.edits = bug.edits
+    bug, pool = ALL[name], EditedPool(ranks)
+    pool.of_oracle = bug.edits
     edited = Verifier(bug.recipe(), pool, whole=bug.resumes)
     values = []
-    for verifier in (verifiers.of(bug), edited):
+    for verifier in (verifiers.of(bug, planted=False), edited):
         oracle = verifier.oracle(verifier.small(bug.stage, bug.layout), "fp64", bug.layout)
         values.append(oracle.exact.values)
     edited.close()
