@@ -109,7 +109,9 @@ def bounds(
             found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
         else:
             rounding = ROUNDING_FACTOR * max(_lost_of(name, lost))
-            found[name] = max(rounding, EPSILON[precision] * norm) + floor
+            # A single number may lose nothing by luck, however often it is drawn.
+            least = EPSILON[precision] * (1.0 if exact[name].dim() else ROUNDING_FACTOR)
+            found[name] = max(rounding, least * norm) + floor
     for name in exact:
         if kind_of(name) == "weight" and optimizers:
             found[name] += undecided(name.partition("/")[2], exact, found, optimizers)
