@@ -38,6 +38,11 @@ ROUNDED_AWAY = frozenset(
 )
 
 
+def is_rounded_away(name: str) -> bool:
+    """Whether only fp64 can tell: see `ROUNDED_AWAY`, and shares of elements beyond a threshold."""
+    return kind_of(name) in ROUNDED_AWAY or name.endswith("_fraction")
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """One value of one layout: the norm of its error over the bound."""
@@ -283,19 +288,23 @@ def _is_noise(name: str, reference: Reference) -> bool:
     return float(reference.values[name].norm()) <= 1e-9 * max(norms)
 
 
-def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Walked]) -> list[Difference]:
+def compare_scales(
+    single: Mapping[str, Tensor], ranks: Sequence[Walked], kind: str = ""
+) -> list[Difference]:
     """Amaxes, scales and histories of FP8, each bitwise equal to one process's.
 
     Every rank tells of its own parts; who holds the same part must hold the same numbers, and
     together the ranks hold all. A block of zeros (a query that sees one key) may be noise where a
-    ring merges what its ranks found.
+    ring merges what its ranks found. ``kind``: these alone.
     """
     found = []
     for name in dict.fromkeys([*single, *(n for walked in ranks for n in walked.scales)]):
+        if not name.startswith(kind):
+            continue
         held = [p.scales[name] for p in ranks if name in p.scales]
-        kind, rest = kind_of(name), name.partition("/")[2]
+        sort, rest = kind_of(name), name.partition("/")[2]
         if name not in single or not held or any(h.shape != single[name].shape for h in held):
-            found.append(Difference(kind, rest, float("inf"), float("inf"), 0.0))
+            found.append(Difference(sort, rest, float("inf"), float("inf"), 0.0))
             continue
         one = single[name]
         bits = [_without_noise(v, one) for v in (one, *held)]
@@ -303,7 +312,7 @@ def compare_scales(single: Mapping[str, Tensor], ranks: Sequence[Walked]) -> lis
         gaps = [(h.double() - one.double()).abs().nan_to_num(torch.inf) for h in held]
         error = max((float(g.max()) for g in gaps if g.numel()), default=0.0)
         ratio = 0.0 if all(equal) else float("inf")
-        found.append(Difference(kind, rest, ratio, 0.0 if all(equal) else error, 0.0))
+        found.append(Difference(sort, rest, ratio, 0.0 if all(equal) else error, 0.0))
     return found
 
 

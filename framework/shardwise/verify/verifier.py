@@ -25,12 +25,12 @@ from shardwise.parallel.layout import parse_layout
 from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
 from shardwise.verify.compare import (
-    ROUNDED_AWAY,
     Difference,
     bounds,
     compare,
     compare_scales,
     disagreements,
+    is_rounded_away,
     kind_of,
     losses,
     misdealt,
@@ -271,8 +271,11 @@ class Verifier:
         first, problem, volumes = None, "", []
         try:
             task = self.task(small, layout, precision, compiled)
+            if self.whole and world_of(layout) > 1:
+                task = dataclasses.replace(task, saved=task.directory.with_suffix(".saved"))
             ranks = self._walk(task)
             found = self.judge(small, layout, precision, ranks)
+            found += self._resume_alone(small, task)
             for d in found:
                 ratio = inf if isnan(d.ratio) else d.ratio
                 worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
@@ -324,22 +327,54 @@ class Verifier:
         exact, single = oracle.exact, oracle.single
         names = exact.order
         if precision != "fp64":
-            names = [n for n in names if kind_of(n) not in ROUNDED_AWAY]
+            names = [n for n in names if not is_rounded_away(n)]
         found = [*misdealt(single, ranks), *problems(ranks)]
-        if precision == "fp64":
-            found += compare_scales(single.scales, ranks)
-        found += compare(exact, oracle.limits, [r.found for r in ranks], names)
+        found += compare_scales(single.scales, ranks, "" if precision == "fp64" else "loss scale")
+        values = [r.found for r in ranks]
+        if ranks[0].resumed is None:
+            found += compare(exact, oracle.limits, values, names)
+        else:
+            after = set(exact.order[exact.marked["values"] :])
+            found += compare(exact, oracle.limits, values, [n for n in names if n not in after])
+            later = [n for n in names if n in after]
+            found += _said_of(compare(exact, oracle.limits, values, later), "after a resume")
         found += unknown(exact, ranks)
         found += undeclared(exact, ranks)
         if ranks[0].resumed is not None:
-            after = set(exact.order[exact.marked["values"] :])
-            later = [n for n in names if n in after and not kind_of(n).startswith("generated")]
-            again = [r.resumed or {} for r in ranks]
-            found += [
-                dataclasses.replace(d, name=f"{d.name}, {RESUMED}")
-                for d in compare(exact, oracle.limits, again, later)
-            ]
+            found += self._judge_resumed(oracle, precision, ranks, RESUMED)
         return found + disagreements(ranks)
+
+    def _resume_alone(self, small: Small, task: Task) -> list[Difference]:
+        """What a layout saved, taken up by one process."""
+        if task.saved is None or self.fp8(small):  # histories of cut products are a layout's own
+            return []
+        precision, words = task.precision, "resumed on one process"
+        alone = dataclasses.replace(
+            self.task(small, SINGLE, precision), other=task.saved, resumes_alone=True
+        )
+        try:
+            one = self._walk(alone)
+        except RankError as error:
+            why = f"{words}: {str(error).splitlines()[0]}"
+            return [Difference("run", "", inf, inf, 0.0, why=why)]
+        finally:
+            shutil.rmtree(task.saved, ignore_errors=True)
+        return self._judge_resumed(self.oracle(small, precision), precision, one, words)
+
+    def _judge_resumed(
+        self, oracle: Oracle, precision: str, ranks: list[Walked], words: str
+    ) -> list[Difference]:
+        """The steps after a resume from what others saved."""
+        exact = oracle.exact
+        later = exact.order[exact.marked["values"] :]
+        names = [
+            n
+            for n in later
+            if not kind_of(n).startswith("generated")
+            and (precision == "fp64" or not is_rounded_away(n))
+        ]
+        again = [r.resumed or {} for r in ranks]
+        return _said_of(compare(exact, oracle.limits, again, names), words)
 
     def _task(self, small: Small, layout: str, precision: str, **options: Any) -> Task:
         folder = self.folder / small.stage
@@ -351,8 +386,8 @@ class Verifier:
         try:
             return self.pool.run(walk, task, world=world_of(task.layout), timeout=TIMEOUT_S)
         finally:
-            for folder in self.folder.glob(f"{task.directory.name}*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for end in ("", "-resumed"):
+                shutil.rmtree(f"{task.directory}{end}", ignore_errors=True)
 
     def _origin(
         self, small: Small, layout: str, precision: str, first: Difference, ranks: list[Walked]
@@ -401,6 +436,10 @@ class Verifier:
             except (RankError, TimeoutError):
                 return part
         return None
+
+
+def _said_of(found: list[Difference], words: str) -> list[Difference]:
+    return [dataclasses.replace(d, name=f"{d.name}, {words}") for d in found]
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> RunConfig:

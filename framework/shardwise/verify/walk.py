@@ -54,7 +54,8 @@ class Task:
 
     Without a ``reference`` the values themselves are kept, in ``record``. ``given``: what comes
     from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
-    from; ``other``: where another left it. ``probe``: an update of which modules are noted, too.
+    from; ``other``: where another left it
+    (``resumes_alone``: nothing else is run). ``probe``: an update of which modules are noted, too.
     ``domains``, ``split``, ``skip``: of the oracle, see `Fp8Config` and the plain engine.
     """
 
@@ -74,6 +75,7 @@ class Task:
     given: External | None = None
     other: Path | None = None
     domains: str | None = None
+    resumes_alone: bool = False
     probe: str = ""
     split: str = "whole"
     skip: dict[str, list[int]] = dataclasses.field(default_factory=dict)
@@ -122,7 +124,9 @@ class _WatchedLoop(Loop):
             if self.saver:
                 self.saver.wait()
             self.notes.mark()
-            shutil.copytree(self.ctx.directory, self.kept)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.copytree(self.ctx.directory, self.kept)
         if done == self.stop_after:
             if self.saver:
                 self.saver.close()
@@ -144,16 +148,8 @@ def walk(task: Task) -> Walked:
     notes = Notes(reference)
     notes.probe = task.probe
     asked: External = {}
-    # The oracle is not broken off: what is lost at a resume would be lost on both sides.
-    first = SAVED_AFTER if task.whole and not task.oracle else STEPS
-    engine = run_stage(task, stage, notes, asked, task.directory, first)
-    if first < STEPS:
-        del engine
-        engine = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
-    if stage.on_policy or (task.whole and stage.head == "vocabulary"):
-        _generate(task, engine, notes)
-    if task.record is not None:
-        notes.save(task.record)
+    if not task.resumes_alone:
+        _walk_through(task, stage, notes, asked)
     walked = Walked(
         notes.found,
         notes.dealt,
@@ -166,7 +162,6 @@ def walk(task: Task) -> Walked:
         {role: check.problems() for role, check in notes.dtypes.items()},
     )
     if task.other is not None:
-        del engine
         again = notes.at_mark()
         directory = task.directory.with_name(task.directory.name + "-resumed")
         if dist.get_rank() == 0:
@@ -176,6 +171,20 @@ def walk(task: Task) -> Walked:
         walked.resumed = again.found
         walked.problems += [f"{RESUMED}: {p}" for p in again.problems]
     return walked
+
+
+def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External) -> None:
+    """All steps, broken off and resumed in between, and what is served at the end."""
+    # The oracle is not broken off: what is lost at a resume would be lost on both sides.
+    first = SAVED_AFTER if task.whole and not task.oracle else STEPS
+    engine = run_stage(task, stage, notes, asked, task.directory, first)
+    if first < STEPS:
+        del engine
+        engine = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+    if stage.on_policy or (task.whole and stage.head == "vocabulary"):
+        _generate(task, engine, notes)
+    if task.record is not None:
+        notes.save(task.record)
 
 
 def stage_of(task: Task) -> StageConfig:

@@ -96,6 +96,8 @@ class WatchedEngine:
                 kind = "sentinel" if name.startswith("fp8") else "metric"
                 notes.note(kind, f"{where} {name}", value)
         scale, reduced = inner.loss_scale, _reduction(tally)
+        if scale != 1.0:
+            notes.scales[f"loss scale/{where}"] = torch.tensor([scale])
         for name, tensor in inner.held("grads"):
             notes.touched[f"gradient/{where} {name}"] = reduced
             notes.note_tensor("gradient", f"{where} {name}", tensor, over=scale)
@@ -240,8 +242,8 @@ class WatchedContext(StageContext):
         """See `StageContext`."""
         label = role if len(roles_of(self.stage)) > 1 else ""
         precision = precision_of(role_of(self.stage, role).engine.precision, self.device)
-        dtypes = DtypeCheck(precision.declared(self.stage.on_policy))
-        self.notes.dtypes[label] = dtypes
+        fresh = DtypeCheck(precision.declared(self.stage.on_policy))
+        dtypes = self.notes.dtypes.setdefault(label, fresh)
         engine = super().engine(optimizer, role)
         if precision.loss_scaling and not self.resumed:
             scale = {"scale": LOSS_SCALE, "good_steps": 0, "num_skipped": 0}
