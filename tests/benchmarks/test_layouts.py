@@ -117,7 +117,9 @@ def step(
     # When a message leaves is known to one message, with several chunks to three.
     messages = 0 if "pp" not in layout else 1 if len(it.chunks) == 1 else 3
     message = activations.boundary(*occupancy.shapes_of(it, batches))
-    return occupancy.measure(it, batches), expected, messages * message
+    # Which tokens are valid: an index each, of no account where a vocabulary is.
+    indices = 8 * sum(b.num_tokens for b in batches)
+    return occupancy.measure(it, batches), expected, messages * message + indices
 
 
 ODD = {"vocab_size": 301, "tie_embeddings": False}
