@@ -29,7 +29,7 @@ FIRST = {
     "old_logprobs_taken_after_the_first_update": "loss or metric",
     "value_clip_dropped": "loss",
     "values_of_the_critic_one_rollout_ago": "values",
-    "critic_skips_an_update_on_its_own_rank": "loss or values",
+    "critic_skips_an_update_on_its_own_rank": "weight",
     "advantages_of_another_completion": "advantages",
     "truncated_completions_scored_like_whole_ones": "advantages",
 }

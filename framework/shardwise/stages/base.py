@@ -99,12 +99,18 @@ class StageContext:
         load_initial_weights(engine, self.model_of(role), source, new_head=role != "reward")
 
     def external(
-        self, name: str, keys: Sequence[str], compute: Callable[[], Sequence[Any]]
+        self,
+        name: str,
+        keys: Sequence[str],
+        compute: Callable[[], Sequence[Any]],
+        *,
+        repeatable: bool = False,
     ) -> Sequence[Any]:
         """What comes from outside of the engines (completions, scores), an answer a key.
 
         A stage asks for it here, so that whoever verifies a layout can give it what one process
         was given. A key says what is asked for, whatever rank asks, and in whatever company.
+        ``repeatable``: the same weights always give the same answers, so they may be compared.
         """
         return compute()
 

@@ -165,7 +165,9 @@ class RolloutWorker:
                 found[completion.prompt_id].append(completion)
             return [found[i] for i in ids]
 
-        completions = self.ctx.external("completions", [f"prompt {i}" for i in ids], written)
+        completions = self.ctx.external(
+            "completions", [f"prompt {i}" for i in ids], written, repeatable=True
+        )
         groups = [
             self._group(problems[i], id_, prompt, found)
             for i, id_, prompt, found in zip(mine, ids, prompts, completions, strict=True)

@@ -256,12 +256,18 @@ class WatchedContext(StageContext):
         return watched
 
     def external(
-        self, name: str, keys: Sequence[str], compute: Callable[[], Sequence[Any]]
+        self,
+        name: str,
+        keys: Sequence[str],
+        compute: Callable[[], Sequence[Any]],
+        *,
+        repeatable: bool = False,
     ) -> Sequence[Any]:
         """See `StageContext`."""
         keys = [f"step {self.notes.step} {key}" for key in keys]
-        answers = list(compute()) if self.given is None or self.asks_again else []
-        if self.asks_again:
+        again = repeatable and self.asks_again
+        answers = list(compute()) if self.given is None or again else []
+        if again:
             for key, answer in zip(keys, answers, strict=True):
                 self.notes.note("external", f"{name} {key}", _numbers(answer))
         if self.given is None:
