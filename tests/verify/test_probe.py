@@ -41,9 +41,12 @@ def verifier(pool: PlantedPool) -> Iterator[Verifier]:
     made.close()
 
 
-@pytest.mark.parametrize("layout", ["tp4", "dp2.zero3.tp2.sp", "cp2.ring", "pp2.zbv"])
-def test_a_sound_layout_differs_nowhere(verifier: Verifier, layout: str) -> None:
-    small = verifier.small("pretrain", layout)
+SOUND = [("pretrain", x) for x in ("tp4", "dp2.zero3.tp2.sp", "cp2.ring", "pp2.zbv")]
+
+
+@pytest.mark.parametrize("stage,layout", [*SOUND, ("reward", "tp2.sp")])
+def test_a_sound_layout_differs_nowhere(verifier: Verifier, stage: str, layout: str) -> None:
+    small = verifier.small(stage, layout)
     options: dict[str, Any] = {
         "given": verifier.oracle(small, "fp64").given,
         "probe": "update 1",

@@ -87,12 +87,14 @@ class Notes:
         """Stretches [tokens, features] of an activation, each with its first token.
 
         Features that are fewer than the reference's are the ``rank``-th of ``size`` equal parts;
-        where they are not, nothing is noted.
+        where they are not, or are too few for that, nothing is noted.
         """
         if self.reference is None:
             whole = torch.cat([part for _, part in parts])
             return self._add(name, [(full_region(whole.shape), whole)])
         exact = self.reference.values.get(name)
+        if exact is not None and exact.shape[1] < size:
+            return None  # a scalar head: one rank holds its feature, the others what fills up
         regions = []
         for token, part in parts:
             features = part.shape[1]
