@@ -105,8 +105,8 @@ add(
     "rate_reaches_the_optimizer_behind_its_update",
     "learning rate", "llama pretrain tp2", "optimizer|native|alone", "weight",
     Edit("engines/native.py",
-         "            set_lr(self.optimizer, lr)\n            self.optimizer.step()",
-         "            self.optimizer.step()\n            set_lr(self.optimizer, lr)"),
+         "            set_lr(self.optimizer, lr)\n            local_step(self.optimizer)",
+         "            local_step(self.optimizer)\n            set_lr(self.optimizer, lr)"),
     changes=SMALL | SCHEDULE, blind=True,
 )  # fmt: skip
 add(
@@ -129,8 +129,8 @@ add(
     "masters_rounded_after_the_update",
     "dtypes", "llama pretrain dp2.zero2", "precision|bfloat", "weight|master",
     Edit("engines/native.py",
-         "            self.optimizer.step()\n",
-         "            self.optimizer.step()\n"
+         "            local_step(self.optimizer)\n",
+         "            local_step(self.optimizer)\n"
          "            if self.precision.compute is torch.bfloat16:\n"
          "                for parameter in self.named.parameters.values():\n"
          "                    parameter.data.copy_(parameter.data.bfloat16())\n"),

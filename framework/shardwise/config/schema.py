@@ -301,7 +301,7 @@ class ValidationConfig(Section):
 
     def shrunk(self) -> Self:
         """Within a few steps, on a few batches: of a whole set, the last one may not be whole."""
-        small = {"every": min(self.every, 2), "max_batches": min(self.max_batches or 8, 8)}
+        small = {"every": min(self.every, 2), "max_batches": min(self.max_batches, 2) or 8}
         return self.model_copy(update=small)
 
 

@@ -26,6 +26,7 @@ from shardwise.models.common.init import place
 from shardwise.ops import comm
 from shardwise.ops.fp8_linear import listening
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
+from shardwise.optim.local import local_step
 from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
@@ -182,7 +183,7 @@ class NativeEngine:
             if factor != 1.0 or scale != 1.0:
                 torch._foreach_mul_(self.named.local_gradients(), factor / scale)
             set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            local_step(self.optimizer)
         if self.scale:
             self.scale.update(found_nonfinite=not finite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -128,9 +128,9 @@ class Notes:
         self.found[name] = [self._noted(name, region, part) for region, part in parts]
 
     def _noted(self, name: str, region: Region, part: Tensor) -> Noted:
-        value = part.detach().to("cpu", torch.float64, copy=True)
+        value = part.detach().to("cpu", torch.float64)
         if self.reference is None:
-            self.values[name] = value
+            self.values[name] = value = value.clone()
             return Noted(region, 0.0, (), digest(value))
         exact = self.reference.values.get(name)
         if (
@@ -140,12 +140,13 @@ class Notes:
         ):
             return Noted(region, float("inf"), (), digest(value))
         gap = (value - exact[region.relative_to((0,) * exact.dim())]).reshape(-1)
+        square = float(gap.dot(gap))
         worst: tuple[int, ...] = ()
-        if gap.numel() and value.dim():
-            flat = gap.abs().nan_to_num(torch.inf).argmax()
-            inside = torch.unravel_index(flat, value.shape)
+        if square and value.dim():
+            flat = int(gap.abs().nan_to_num(torch.inf).argmax())
+            inside = np.unravel_index(flat, value.shape)
             worst = tuple(int(i) + o for i, o in zip(inside, region.offset, strict=True))
-        return Noted(region, float(gap.dot(gap)), worst, digest(value))
+        return Noted(region, square, worst, digest(value))
 
     def mark(self) -> None:
         """A run is saved here, to go on from on other layouts."""

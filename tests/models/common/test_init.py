@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from shardwise.models.common.init import (
 )
 from shardwise.models.llama.config import LlamaConfig
 from shardwise.models.registry import build
+from shardwise.ops import rng
 from tests.support.pool import RankPool
 
 CONFIG = LlamaConfig(
@@ -53,6 +56,17 @@ def test_numbers_depend_on_seed_name_and_shape_alone() -> None:
         init_tensor("w", (16, 8), spec, 0)[:8],
     ):
         assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (300, 64), (87380, 3), (87382, 3), (2, 300000)])
+def test_a_small_tensor_starts_as_its_whole_block_would(shape: tuple[int, ...]) -> None:
+    """So that runs of a seed stay what they were."""
+    width = math.prod(shape[1:])
+    rows = max(1, (1 << 18) // width)
+    g = torch.Generator().manual_seed(rng.key(3, "init", "w", *shape, 0))
+    whole = torch.randn((rows, *shape[1:]), generator=g) * 0.02
+    first = min(rows, shape[0])
+    assert torch.equal(init_tensor("w", shape, InitSpec("normal"), 3)[:first], whole[:first])
 
 
 def test_scheme() -> None:

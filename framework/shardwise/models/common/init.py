@@ -57,14 +57,19 @@ def init_tensor(
     out = torch.empty((max(0, stop - start), *rest), device="cpu")
     if spec.kind != "normal":
         return out.fill_(1.0 if spec.kind == "ones" else 0.0)
-    block = max(1, _BLOCK_ELEMENTS // max(1, math.prod(rest)))
+    width = math.prod(rest)
+    block = max(1, _BLOCK_ELEMENTS // max(1, width))
     generator = torch.Generator("cpu")
     for index in range(start // block, -(-stop // block) if stop > start else 0):
         generator.manual_seed(rng.key(seed, "init", name, *shape, index))
-        # Always a full block: how many numbers are asked for changes which numbers come.
-        values = torch.randn((block, *rest), generator=generator, device="cpu")
-        first, last = index * block, (index + 1) * block
+        first, last = index * block, min((index + 1) * block, num_rows)
         low, high = max(first, start), min(last, stop)
+        # The block's rows, whichever are asked for: how many numbers are drawn changes which come.
+        # (On CPU it changes the last 16. A small tensor needs no whole block.)
+        count = (last - first) * width
+        drawn = min(block * width, (count // 16 + 2) * 16)
+        values = torch.randn(drawn, generator=generator, device="cpu")[:count]
+        values = values.view(last - first, *rest)
         out[low - start : high - start] = values[low - first : high - first]
     return out.mul_(spec.std)
 
