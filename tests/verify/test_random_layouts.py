@@ -36,9 +36,8 @@ def test_what_is_drawn_holds_all_that_there_is() -> None:
     cases = [draw(index) for index in range(COUNT)]
     layouts = [layout for case in cases for layout in layouts_of(case.layout)]
     assert {case.recipe["model"]["family"] for case in cases} == set(FAMILIES)
-    assert min(Counter((c.stage, c.precision) for c in cases).values()) == COUNT // (
-        len(suite.STAGES) * len(PRECISIONS)
-    )
+    found = Counter((case.stage, case.precision) for case in cases)
+    assert len(found) == len(suite.STAGES) * len(PRECISIONS) and min(found.values()) >= 9
     assert {x.schedule for x in layouts if x.pp > 1} == set(SCHEDULES)
     assert {x.cp_kind for x in layouts if x.cp > 1} == set(CP_KINDS)
     assert {x.zero for x in layouts if x.dp > 1} == {0, 1, 2, 3}

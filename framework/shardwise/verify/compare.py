@@ -96,8 +96,7 @@ def bounds(
     ``lost`` (`losses`) is what one process loses in that precision; None for fp64.
     ``optimizers``: by role ("" where there is one model).
     """
-    exact = reference.values
-    norms = {name: float(value.norm()) for name, value in exact.items()}
+    exact, norms = reference.values, reference.norms
     scale: dict[str, float] = {}
     for name, norm in norms.items():
         scale[kind_of(name)] = math.hypot(scale.get(kind_of(name), 0.0), norm)
@@ -284,8 +283,8 @@ def undeclared(reference: Reference, ranks: Sequence[Walked]) -> list[Difference
 def _is_noise(name: str, reference: Reference) -> bool:
     """Whether a gradient is rounding noise beside the others of its update."""
     update = name[: name.rindex(" ") + 1]
-    norms = [float(v.norm()) for n, v in reference.values.items() if n.startswith(update)]
-    return float(reference.values[name].norm()) <= 1e-9 * max(norms)
+    largest = max(norm for n, norm in reference.norms.items() if n.startswith(update))
+    return reference.norms[name] <= NOISE * largest
 
 
 def compare_scales(
@@ -354,12 +353,12 @@ def origin(reference: Reference, ranks: Sequence[Walked]) -> str:
     """The first module whose output, or the gradient that reaches it, is not one process's."""
     names = [n for n in reference.order if n.startswith(("output/", "output gradient/"))]
     scale = {
-        kind: math.hypot(*(float(reference.values[n].norm()) for n in names if n.startswith(kind)))
+        kind: math.hypot(*(reference.norms[n] for n in names if n.startswith(kind)))
         for kind in ("output/", "output gradient/")
     }
     for name in names:
         kind = name[: name.index("/") + 1]
-        bound = EXACT_BOUND * float(reference.values[name].norm()) + NOISE * scale[kind]
+        bound = EXACT_BOUND * reference.norms[name] + NOISE * scale[kind]
         for rank, walked in enumerate(ranks):
             for part in walked.found.get(name, ()):
                 if math.sqrt(part.square) <= bound:

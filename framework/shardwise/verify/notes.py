@@ -11,6 +11,7 @@ generated tokens, generated logprobs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -52,6 +53,11 @@ class Reference:
         self.order: list[str] = said["order"]
         self.marked: dict[str, Any] = said["marked"]  # where it was saved
         self.values: dict[str, Tensor] = load_file(path)
+
+    @functools.cached_property
+    def norms(self) -> dict[str, float]:
+        """2-norm of every value."""
+        return {name: float(value.norm()) for name, value in self.values.items()}
 
 
 class Notes:
