@@ -42,16 +42,17 @@ class Case:
 
 
 def draw(index: int) -> Case:
-    """The case of a number; what cannot be computed on a layout is drawn anew."""
+    """The case of a number; a recipe that its layout cannot have is drawn anew."""
     rng = random.Random(index)
     stage = STAGES[index % len(STAGES)]
     precision = PRECISIONS[index // len(STAGES) % len(PRECISIONS)]
     fp8 = precision in ("fp64", "bf16") and rng.random() < 0.08
     while True:
-        recipe = _recipe(rng, stage, fp8)
         layout = _layouts(rng, stage)
-        if possible(recipe, stage, layout):
-            return Case(recipe, stage, layout, precision, rng.random() < 0.2)
+        for _ in range(50):
+            recipe = _recipe(rng, stage, fp8)
+            if possible(recipe, stage, layout):
+                return Case(recipe, stage, layout, precision, rng.random() < 0.2)
 
 
 def possible(recipe: dict[str, Any], stage: str, layout: str) -> bool:
@@ -78,7 +79,7 @@ def _layout(rng: random.Random, world: int) -> Layout:
             ranks[rng.choice(AXES)] *= prime
     dp, pp = ranks["dp"], ranks["pp"]
     zero = rng.randrange(4)
-    shard = rng.choice([d for d in range(1, dp + 1) if dp % d == 0]) if zero else 1
+    shard = rng.choice([d for d in range(1, dp + 1) if dp % d == 0] + [dp, dp]) if zero else 1
     schedule = rng.choice(SCHEDULES) if pp > 1 else "1f1b"
     virtual = 1 if schedule in SINGLE else 2 if schedule in V_SHAPED else rng.randint(2, 3)
     kind = rng.choice(CP_KINDS) if ranks["cp"] > 1 else "ring"
@@ -150,7 +151,7 @@ def _llama(rng: random.Random) -> dict[str, Any]:
         "vocab_size": rng.choice((0, 0, 512, 1000 + rng.randrange(500))),
         "hidden_size": heads * head_dim + (18 if own else 0),
         "head_dim": head_dim if own else None,
-        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 5, 7)),
+        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7)),
         "num_heads": heads,
         "num_kv_heads": kv,
         "ffn_size": rng.randrange(90, 200),
@@ -176,7 +177,7 @@ def _gpt2(rng: random.Random) -> dict[str, Any]:
         "family": "gpt2",
         "vocab_size": rng.choice((0, 0, 512, 1000 + rng.randrange(500))),
         "hidden_size": heads * rng.choice((8, 11, 16, 32)),
-        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 5, 7)),
+        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7)),
         "num_heads": heads,
         "ffn_size": rng.choice((None, rng.randrange(90, 200))),
         "tie_embeddings": rng.random() < 0.5,
