@@ -21,7 +21,7 @@ PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 # Stages with roles cost many times what the others do.
 STAGES = ("pretrain", "sft", "reward", "grpo", "pretrain", "sft", "reward", "ppo")
 # Most worlds are small: what an axis does, it does on two ranks or three; several axes need more.
-WORLDS = (2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 4, 6, 8)
+WORLDS = (2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4, 6, 8)
 AXES = ("dp", "tp", "pp", "cp")
 
 
@@ -151,7 +151,7 @@ def _llama(rng: random.Random) -> dict[str, Any]:
         "vocab_size": rng.choice((0, 0, 512, 1000 + rng.randrange(500))),
         "hidden_size": heads * head_dim + (18 if own else 0),
         "head_dim": head_dim if own else None,
-        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7)),
+        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 5, 6)),
         "num_heads": heads,
         "num_kv_heads": kv,
         "ffn_size": rng.randrange(90, 200),
@@ -177,7 +177,7 @@ def _gpt2(rng: random.Random) -> dict[str, Any]:
         "family": "gpt2",
         "vocab_size": rng.choice((0, 0, 512, 1000 + rng.randrange(500))),
         "hidden_size": heads * rng.choice((8, 11, 16, 32)),
-        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7)),
+        "num_layers": rng.choice((1, 2, 2, 3, 3, 4, 5, 6)),
         "num_heads": heads,
         "ffn_size": rng.choice((None, rng.randrange(90, 200))),
         "tie_embeddings": rng.random() < 0.5,
@@ -199,13 +199,13 @@ def _quantised(rng: random.Random) -> dict[str, Any]:
 
 def _of_stage(rng: random.Random, stage: str) -> dict[str, Any]:
     """A batch that need not be shared evenly, and what a stage has of its own."""
-    updates = rng.choice((1, 2)) if stage in ("ppo", "grpo") else 1
+    supervised = stage in ("pretrain", "sft", "reward")
+    updates = 1 if supervised else rng.choice((1, 2))
     batch: dict[str, Any] = {
-        "global_batch": rng.randint(1, 24) * updates,
+        "global_batch": rng.randint(1, 12 if supervised else 6) * updates,
         "micro_batch": rng.choice((1, 1, 2, 3, 4)),
         "seq_len": rng.randrange(200, 330),
     }
-    supervised = stage in ("pretrain", "sft", "reward")
     if supervised and rng.random() < 0.1:
         batch |= {"ramp_start": rng.randint(1, batch["global_batch"]), "ramp_steps": 5}
     found: dict[str, Any] = {"batch": batch}
@@ -220,7 +220,7 @@ def _of_stage(rng: random.Random, stage: str) -> dict[str, Any]:
                 {"objective": "plackett_luce"},
             )
         )
-    if stage in ("ppo", "grpo"):
+    if not supervised:
         found |= {"updates_per_rollout": updates, "epochs_per_rollout": rng.choice((1, 2))}
         found["samples_per_prompt"] = rng.choice((2, 3))
         found["loss"] = _ppo_loss(rng) if stage == "ppo" else _grpo_loss(rng)

@@ -24,7 +24,7 @@ def test_random_layout_is_not_flagged(index: int, ranks: RankPool) -> None:
     verifier = Verifier(case.recipe, ranks, case.whole)
     try:
         verdicts = [verifier.check(case.stage, case.layout, case.precision)]
-        if case.whole:
+        if case.whole and "fp8" not in case.recipe["engine"]:
             verdicts.append(verifier.check_splits(case.stage, case.layout))
     finally:
         verifier.close()

@@ -37,10 +37,13 @@ ROUNDED_AWAY = frozenset(
     ("sentinel", "event", "external", "generated tokens", "generated logprobs")
 )
 
+# Figures that count elements beyond a threshold, which rounding moves one across.
+COUNTED = ("_fraction", "accuracy", "calibration_error")
+
 
 def is_rounded_away(name: str) -> bool:
-    """Whether only fp64 can tell: see `ROUNDED_AWAY`, and shares of elements beyond a threshold."""
-    return kind_of(name) in ROUNDED_AWAY or name.endswith("_fraction")
+    """Whether only fp64 can tell: see `ROUNDED_AWAY` and `COUNTED`."""
+    return kind_of(name) in ROUNDED_AWAY or name.endswith(COUNTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +254,14 @@ def misdealt(reference: Walked, ranks: Sequence[Walked]) -> list[Difference]:
     return found
 
 
-def undeclared(reference: Reference, ranks: Sequence[Walked]) -> list[Difference]:
+def undeclared(
+    reference: Reference, limits: Mapping[str, float], ranks: Sequence[Walked]
+) -> list[Difference]:
     """Dtypes that are not the policy's: of a tensor, on every rank that has of it.
 
     A rank's part may hold few digits by right: rows of an embedding that no token meets. So may
-    rounding noise, where the true gradient is zero.
+    rounding noise: where terms cancel out, the sum lies on the grid of the largest. It is noise
+    where one process may lose more than there is.
     """
     told: dict[tuple[str, str, str], list[int]] = {}
     words: dict[tuple[str, str, str], str] = {}
@@ -271,20 +277,15 @@ def undeclared(reference: Reference, ranks: Sequence[Walked]) -> list[Difference
         parameter = name.split(" ")[0] if kind in ("masters", "moments", "gradients") else ""
         own = f"gradient/{label}update 1 {parameter}"
         holders = [r for r, walked in enumerate(ranks) if walked.found.get(own)]
-        if own in reference.values and (who != holders or _is_noise(own, reference)):
+        if own in reference.values and (
+            who != holders or limits[own] > ROUNDING_FACTOR * reference.norms[own]
+        ):
             continue
         what = f"{label}{kind} {name}"
         found.append(
             Difference("dtype", what, math.inf, math.inf, 0.0, ranks=tuple(who), why=words[key])
         )
     return found
-
-
-def _is_noise(name: str, reference: Reference) -> bool:
-    """Whether a gradient is rounding noise beside the others of its update."""
-    update = name[: name.rindex(" ") + 1]
-    largest = max(norm for n, norm in reference.norms.items() if n.startswith(update))
-    return reference.norms[name] <= NOISE * largest
 
 
 def compare_scales(

@@ -339,7 +339,7 @@ class Verifier:
             later = [n for n in names if n in after]
             found += _said_of(compare(exact, oracle.limits, values, later), "after a resume")
         found += unknown(exact, ranks)
-        found += undeclared(exact, ranks)
+        found += undeclared(exact, oracle.limits, ranks)
         if ranks[0].resumed is not None:
             found += self._judge_resumed(oracle, precision, ranks, RESUMED)
         return found + disagreements(ranks)
