@@ -16,8 +16,10 @@ from shardwise.verify.compare import (
     bounds,
     compare,
     compare_scales,
+    is_rounded_away,
     losses,
     misdealt,
+    undeclared,
     unknown,
 )
 from shardwise.verify.notes import Notes, Reference
@@ -101,6 +103,39 @@ def test_parts_of_a_value_are_put_together(tmp_path: Path) -> None:
     assert gap.is_bug and gap.why == "some of it is on no rank"
     [none] = compare(exact, {"weight/w": 0.1}, [{}], exact.order)
     assert none.is_bug and none.why == "no rank has it"
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "who", "told"),
+    [
+        (1.0, 0.05, (0, 1), True),
+        (1.0, 9.0, (0, 1), False),  # noise: one process loses more than there is
+        (1.0, 0.05, (0,), False),  # a part with few digits
+    ],
+)
+def test_a_dtype_is_judged_of_a_whole_tensor_that_is_no_noise(
+    tmp_path: Path, norm: float, limit: float, who: tuple[int, ...], told: bool
+) -> None:
+    name = "gradient/update 1 w"
+    exact = reference(tmp_path, {name: vector(norm)})
+    found = {"": {("gradients", "w"): "it is bfloat16, declared float32"}}
+    notes = noted(exact, {name: vector(norm)})
+    ranks = [walked(notes, dtypes=found if rank in who else {}) for rank in (0, 1)]
+    problems = [(d.name, d.ranks) for d in undeclared(exact, {name: limit}, ranks)]
+    assert problems == ([("gradients w", who)] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "only_fp64"),
+    [
+        ("metric/update 1 accuracy", True),
+        ("logged/step 2 clip_low_fraction", True),
+        ("event/x", True),
+        ("metric/update 1 score_gap", False),
+    ],
+)
+def test_what_a_rounding_moves_across_a_threshold_is_for_fp64(name: str, only_fp64: bool) -> None:
+    assert is_rounded_away(name) == only_fp64
 
 
 def test_what_one_process_never_came_to_is_told(tmp_path: Path) -> None:

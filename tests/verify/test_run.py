@@ -77,6 +77,16 @@ def test_the_exit_code_says_so(
     }
 
 
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_quantised_batch_is_not_cut_otherwise(tmp_path: Path) -> None:
+    """Tokens of a forward pass share scales."""
+    config = recipe(tmp_path / "run", "pretrain")
+    config["model"] |= {"ffn_size": 64, "num_layers": 3}
+    config["engine"] = {"precision": "bf16", "compile": False, "fp8": {"recipe": "current"}}
+    report = verify(config, ["dp2"])
+    assert [v.layout for v in report.verdicts] == ["dp2", "dp2"]
+
+
 def test_ranks_compute_on_the_device_and_the_oracle_on_the_cpu(
     ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
