@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from shardwise.verify.compare import (
     compare,
     compare_scales,
     is_rounded_away,
+    like,
     losses,
     misdealt,
     undeclared,
@@ -89,6 +90,32 @@ def test_adam_may_move_an_element_without_gradient_either_way(
     found = bounds(known, lost, "fp32", {"": OptimizerConfig()})["weight/update 1 w"]
     base = float(exact["weight/update 1 w"].norm()) * 2.0**-23
     assert found == pytest.approx(base + slack, rel=1e-2, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_a_weight_that_may_be_elsewhere_is_in_the_next_gradient_by_its_decay(
+    tmp_path: Path, kind: Literal["adam", "adamw"]
+) -> None:
+    """Adam adds the decay to the gradient, AdamW does not."""
+    exact: dict[str, Tensor] = {}
+    for update in (1, 2):
+        exact |= {
+            f"learning rate/update {update}": vector(3e-4)[0],
+            f"skipped/update {update}": vector(0.0)[0],
+            f"weight/update {update} w": vector(1.0, 1.0),
+            f"moment/update {update} w exp_avg": vector(0.1, 0.0),
+            f"moment/update {update} w exp_avg_sq": vector(0.05, 0.0),
+        }
+    config = OptimizerConfig(kind=kind, weight_decay=0.5)
+    found = bounds(reference(tmp_path, exact), dict.fromkeys(map(like, exact), 1e-7), "fp32")
+    wider = bounds(
+        reference(tmp_path, exact), dict.fromkeys(map(like, exact), 1e-7), "fp32", {"": config}
+    )
+    slack = 2 * 3e-4 if kind == "adam" else 0.0
+    off = [wider[n] - found[n] for n in found if n.startswith("moment/update 2")]
+    assert off[0] == pytest.approx(0.1 * 0.5 * slack, rel=1e-2)
+    assert off[1] == pytest.approx(2 * 0.05**0.5 * 0.05**0.5 * 0.5 * slack, rel=1e-2)
+    assert wider["moment/update 1 w exp_avg"] == found["moment/update 1 w exp_avg"]
 
 
 def test_parts_of_a_value_are_put_together(tmp_path: Path) -> None:

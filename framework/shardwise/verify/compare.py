@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -121,7 +121,11 @@ def bounds(
             found[name] = max(rounding, least * norm) + floor
     for name in exact:
         if kind_of(name) == "weight" and optimizers:
-            found[name] += undecided(name.partition("/")[2], exact, found, optimizers)
+            what = name.partition("/")[2]
+            slack = undecided(what, exact, found, optimizers)
+            found[name] += slack
+            for moment, more in _through_decay(what, slack, exact, optimizers):
+                found[moment] += more
     return found
 
 
@@ -178,6 +182,30 @@ def undecided(
         move = lr * moved.clamp(max=2.0)
         total = move if total is None else total + move
     return 0.0 if total is None else float(total.norm())
+
+
+def _through_decay(
+    what: str, slack: float, exact: Mapping[str, Tensor], optimizers: Mapping[str, OptimizerConfig]
+) -> Iterator[tuple[str, float]]:
+    """How far the next update's moments may be apart because a decay adds a weight to its gradient.
+
+    With g + d * w, w known to ``slack`` in all updates so far: the first moment is a mean of such,
+    the second one of their squares (2 * g * d * slack, by Cauchy and Schwarz).
+    """
+    match = _UPDATE.fullmatch(what)
+    assert match is not None
+    role, last, name = match.group(1) or "", int(match.group(2)), match.group(3)
+    config = optimizers[role]
+    label = f"{role} " if role else ""
+    first, second = (
+        f"moment/{label}update {last + 1} {name} {s}" for s in ("exp_avg", "exp_avg_sq")
+    )
+    if config.kind != "adam" or not slack or second not in exact:  # AdamW's is no part of it
+        return
+    off = config.weight_decay * slack
+    yield first, (1 - config.beta1**last) * off
+    root = float(exact[second].max()) ** 0.5
+    yield second, 2 * root * math.sqrt(1 - config.beta2**last) * off + off**2
 
 
 def compare(
