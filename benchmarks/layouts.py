@@ -30,7 +30,7 @@ from common import Laps, load, table, verdict
 from occupancy import error, formula, measure
 from peers.handwritten import Shape
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -92,7 +92,7 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
     )  # the pool has made the process group; the rest as in a run
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
     config = NativeConfig(layout=side.layout, precision="auto", compile=compile, device="cpu")
-    return NativeEngine(model, config, mesh, seed=0, optimizer=OptimizerConfig(lr=LR))
+    return NativeEngine(model, config, mesh, seed=0, optimizer=AdamWConfig(lr=LR))
 
 
 def rows_of(engine: NativeEngine, side: Side, shape: Shape) -> list[MicroBatch]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.smoke import FULL, LR, TINY, Size, Smoke, device_names
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.parallel import mesh
 from shardwise.parallel.layout import parse_layout
@@ -58,7 +58,7 @@ class Comparison(Smoke):
         )
         layout = parse_layout(self.layout, self.world)
         place = mesh.build_mesh(layout, self.device)
-        optimizer = OptimizerConfig(lr=LR)
+        optimizer = AdamWConfig(lr=LR)
         engine = NativeEngine(
             self.size.model, config, place, seed=1, stage="fp8", optimizer=optimizer
         )

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise import checkpoint
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -159,7 +159,7 @@ class Smoke:
         layout = f"dp{self.world}.zero{zero}"
         config = NativeConfig(layout=layout, precision="bf16", compile=compile)
         place = mesh.build_mesh(parse_layout(layout, self.world), self.device)
-        optimizer = OptimizerConfig(lr=LR)
+        optimizer = AdamWConfig(lr=LR)
         return NativeEngine(
             self.size.model, config, place, seed=1, stage="smoke", optimizer=optimizer
         )

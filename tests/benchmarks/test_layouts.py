@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.memory import activations
 from shardwise.parallel.layout import parse_layout
@@ -105,7 +105,7 @@ def step(
     model = toy.llama(**sizes | changes)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     config = NativeConfig.model_validate({"layout": layout, "compile": False} | engine)
-    it = NativeEngine(model, config, mesh, seed=3, optimizer=OptimizerConfig())
+    it = NativeEngine(model, config, mesh, seed=3, optimizer=AdamWConfig())
     rows = 8 // it.data_size
     batch = toy.batch(8, tokens=32, vocab=model.vocab_size).map(lambda t: t[:rows])
     batch.loss_mask_BT[:] = True

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shardwise.config.export import config_hash, json_schema
 from shardwise.config.load import load_config
 from shardwise.config.redact import HIDDEN, redact, redact_data
-from shardwise.config.schema import BatchConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, BatchConfig
 from tests.config.toy import ToyModel
 
 
@@ -37,7 +37,7 @@ def test_hash_follows_values_not_the_way_they_were_given() -> None:
     assert len(plain) == 32
     assert config_hash(load_config(base, ["seed=0"]).config) == plain
     assert config_hash(load_config(base, ["seed=1"]).config) != plain
-    assert config_hash(BatchConfig()) != config_hash(OptimizerConfig())
+    assert config_hash(BatchConfig()) != config_hash(AdamWConfig())
     assert config_hash(ToyModel(width=3)) == config_hash(ToyModel(width=3))
 
 

@@ -95,7 +95,7 @@ def test_a_mapping_is_a_recipe_too() -> None:
         ("engine.timeout_s=.nan", ["a number, at least 1e-06"]),
         ("engine.timeout_s=1e999", ["a number, at least 1e-06"]),
         ("engine.compile=yes", ["'yes' (text)", "true or false or auto", "write true"]),
-        ("stages.0.optimizer.nesterov=off", ["'off' (text)", "true or false", "write false"]),
+        ("stages.0.checkpoint.asynchronous=off", ["'off' (text)", "true or false", "write false"]),
         ("model.family=toys", ["model.family", "allowed: one of toy", "did you mean 'toy'?"]),
         ("model.family=[1]", ["model.family", "a list of 1", "one of toy"]),
         ("model=3", ["model", "expected a mapping with the key 'family'"]),

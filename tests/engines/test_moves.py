@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise import checkpoint
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel.layout import parse_layout
@@ -45,7 +45,7 @@ MODELS = {
 def _engine(name: str, layout: str) -> NativeEngine:
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     config = NativeConfig(layout=layout, precision="fp64", compile=False)
-    optimizer = OptimizerConfig(lr=3e-3)
+    optimizer = AdamWConfig(lr=3e-3)
     return NativeEngine(MODELS[name], config, mesh, seed=4, stage="s", optimizer=optimizer)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.inputs import Cut
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -27,7 +27,7 @@ from tests.support import toy
 from tests.support.pool import RankPool
 
 ROWS, STEPS, LR = 8, 3, 1e-2
-OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-4)
+OPTIMIZER = AdamWConfig(lr=LR, eps=1e-4)
 
 
 def build(layout: str, model: Any, **engine: Any) -> NativeEngine:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.engines.placed import PlacedEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -25,7 +25,7 @@ def build(layout: str, ranks: list[int]) -> tuple[PlacedEngine, NativeEngine | N
     parsed = parse_layout(layout, len(ranks))
     mesh = place_mesh(parsed, DEVICE, ranks)
     config = NativeConfig(layout=layout, precision="fp64", compile=False)
-    model, optimizer = toy.llama(), OptimizerConfig()
+    model, optimizer = toy.llama(), AdamWConfig()
     inner = mesh and NativeEngine(model, config, mesh, seed=7, optimizer=optimizer)
     return PlacedEngine(inner, ranks, parsed.dp, DEVICE), inner
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise import checkpoint
-from shardwise.config.schema import EngineConfig, NativeConfig, OptimizerConfig
+from shardwise.config.optimizers import AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig
+from shardwise.config.schema import EngineConfig, NativeConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.plain import PlainEngine
@@ -30,11 +31,11 @@ from tests.support import toy
 from tests.support.pool import RankPool
 
 LR, UPDATES = 1e-2, 3
-ADAMW = OptimizerConfig(lr=LR, eps=1e-4)
+ADAMW = AdamWConfig(lr=LR, eps=1e-4)
 OPTIMIZERS = {
     "adamw": ADAMW,
-    "adam": OptimizerConfig(kind="adam", lr=LR, eps=1e-4, beta1=0.8),
-    "sgd": OptimizerConfig(kind="sgd", lr=LR, momentum=0.8, nesterov=True),
+    "adam": AdamConfig(kind="adam", lr=LR, eps=1e-4, beta1=0.8),
+    "sgd": SgdConfig(kind="sgd", lr=LR, momentum=0.8, nesterov=True),
 }
 
 

@@ -6,23 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import AdamConfig, AdamWConfig, SgdConfig
 from shardwise.errors import ConfigError
-from shardwise.optim import build as build_module
-from shardwise.optim import build_optimizer, ensure_state, optimizer_tensors, set_lr
+from shardwise.optim import torch_kinds
+from shardwise.optim.build import build_optimizer, check_groups, optimizer_tensors, set_lr
+from shardwise.optim.torch_kinds import ensure_state
 from tests.support.pool import RankPool
 
-
-def config(**settings: Any) -> OptimizerConfig:
-    return OptimizerConfig(**{"no_decay": [], "lr": 0.01, **settings})
+KINDS = {"adamw": AdamWConfig, "adam": AdamConfig, "sgd": SgdConfig}
 
 
-def by_hand(c: OptimizerConfig, start: Tensor, grads: list[Tensor]) -> Tensor:
+def config(kind: str = "adamw", **settings: Any) -> Any:
+    return KINDS[kind](**{"kind": kind, "no_decay": [], "lr": 0.01, **settings})
+
+
+def by_hand(c: Any, start: Tensor, grads: list[Tensor]) -> Tensor:
     """The update rules of the papers, one tensor, in the order of their algorithms."""
     p, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for t, raw in enumerate(grads, start=1):
@@ -50,11 +54,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-{c.weight_decay}-{c.nesterov}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.kind}-{c.weight_decay}-{getattr(c, 'nesterov', '')}"
+)
 def test_updates_follow_the_papers(
-    case: OptimizerConfig, implementation: str, monkeypatch: pytest.MonkeyPatch
+    case: Any, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "choose_implementation", lambda *_: implementation)
+    monkeypatch.setattr(torch_kinds, "choose_implementation", lambda *_: implementation)
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     grads = [torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(6)]
@@ -89,7 +95,7 @@ class Small(nn.Module):
 
 
 def test_decay_groups_by_name() -> None:
-    optimizer = build_optimizer(Small().named_parameters(), OptimizerConfig())
+    optimizer = build_optimizer(Small().named_parameters(), AdamWConfig())
     found = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["param_names"]}
     assert found == {
         "proj.weight": 0.1,
@@ -98,24 +104,53 @@ def test_decay_groups_by_name() -> None:
         "norm.weight": 0.0,
         "norm.bias": 0.0,
     }
-    only = build_optimizer(Small().named_parameters(), OptimizerConfig(no_decay=["proj.*", "zz*"]))
+    only = build_optimizer(Small().named_parameters(), AdamWConfig(no_decay=["proj.*", "zz*"]))
     assert {n for g in only.param_groups if not g["weight_decay"] for n in g["param_names"]} == {
         "proj.weight",
         "proj.bias",
     }
 
 
+def test_groups_have_rates_and_decays_of_their_own() -> None:
+    groups = [
+        {"match": "proj.*", "lr": 0.02, "weight_decay": 0.3},
+        {"match": "*.weight", "lr_scale": 0.5},
+    ]
+    c = config(groups=groups, no_decay=["*bias"], weight_decay=0.1)
+    optimizer = build_optimizer(Small().named_parameters(), c)
+    set_lr(optimizer, 0.001)
+    found = {
+        n: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for n in g["param_names"]
+    }
+    assert found == {
+        "proj.weight": (0.002, 0.3),  # the first group that matches, at its share of the peak
+        "proj.bias": (0.002, 0.0),  # no_decay holds in groups, too
+        "embed_tokens.weight": (0.0005, 0.1),
+        "norm.weight": (0.0005, 0.1),
+        "norm.bias": (0.001, 0.0),
+    }
+    assert c.with_rate(0.1).groups[0].lr == pytest.approx(0.2)
+    names = [n for n, _ in Small().named_parameters()]
+    check_groups(c, names, "optimizer.groups")
+    lost = config(groups=[*groups, {"match": "proj.weights", "lr_scale": 2.0}])
+    with pytest.raises(ConfigError, match=r"proj.weights.*did you mean 'proj.weight'"):
+        check_groups(lost, names, "optimizer.groups")
+    for wrong in ({"match": "*"}, {"match": "*", "lr": 1.0, "lr_scale": 1.0}, {"lr": 1.0}):
+        with pytest.raises(ValidationError):
+            config(groups=[wrong])
+
+
 def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error() -> None:
     model = Small()
     model.embed_tokens.weight.requires_grad_(False)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    optimizer = build_optimizer(model.named_parameters(), AdamWConfig())
     names = optimizer_tensors(optimizer, model.named_parameters())
     assert not any("embed" in n for n in names)
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        build_optimizer(model.named_parameters(), OptimizerConfig())
-    with pytest.raises(ConfigError, match="momentum"):
-        build_optimizer(Small().named_parameters(), config(kind="sgd", nesterov=True, momentum=0.0))
+        build_optimizer(model.named_parameters(), AdamWConfig())
+    with pytest.raises(ValidationError, match="momentum"):
+        config(kind="sgd", nesterov=True, momentum=0.0)
 
 
 def test_state_names() -> None:
@@ -137,7 +172,7 @@ def test_state_names() -> None:
 
 def test_ensure_state_keeps_what_is_there_and_set_lr_reaches_all_groups() -> None:
     model = Small()
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    optimizer = build_optimizer(model.named_parameters(), AdamWConfig())
     tensors = optimizer_tensors(optimizer, model.named_parameters())
     tensors["optim.proj.weight.exp_avg"].fill_(3.0)
     ensure_state(optimizer)
@@ -157,7 +192,7 @@ def test_fused_on_cpu_and_foreach_where_fused_fails() -> None:
             raise RuntimeError("no fused kernel here")
         return torch.optim.AdamW(params, **settings)
 
-    assert build_module.choose_implementation(refuses, [param]) == "foreach"
+    assert torch_kinds.choose_implementation(refuses, [param]) == "foreach"
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

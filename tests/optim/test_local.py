@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.schema import StageConfig
 from shardwise.optim.build import build_optimizer, optimizer_tensors
 from shardwise.optim.local import local_step
 from tests.support.pool import RankPool
@@ -26,8 +26,8 @@ def _updated(kind: str, local: bool) -> tuple[dict[str, torch.Tensor], list[bool
         value = torch.randn(shape, generator=g)
         cut = placements.get(name)
         named[name] = Parameter(distribute_tensor(value, mesh, [cut]) if cut else value)
-    config = OptimizerConfig.model_validate({"kind": kind, "momentum": 0.9, "no_decay": ["c"]})
-    optimizer = build_optimizer(named.items(), config)
+    stage = {"kind": "any", "steps": 1, "optimizer": {"kind": kind, "no_decay": ["c"]}}
+    optimizer = build_optimizer(named.items(), StageConfig.model_validate(stage).optimizer)
     before = {**named, **optimizer_tensors(optimizer, named.items())}
     memory = {n: _local(t).data_ptr() for n, t in before.items()}
     for _ in range(2):

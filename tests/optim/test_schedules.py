@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardwise.config.schema import BatchConfig, ScheduleConfig
 from shardwise.errors import ConfigError
-from shardwise.optim import consumed_before, global_batch_at, lr_factor
+from shardwise.optim.schedules import consumed_before, global_batch_at, lr_factor
 
 
 def curve(total: int, **settings: object) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel import blocks
@@ -24,7 +24,7 @@ from tests.support.pool import RankPool
 def gradients(layout: str, compiled: bool) -> dict[str, Tensor]:
     config = NativeConfig(layout=layout, precision="fp64", compile=compiled)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-    it = NativeEngine(toy.llama(num_layers=1), config, mesh, seed=7, optimizer=OptimizerConfig())
+    it = NativeEngine(toy.llama(num_layers=1), config, mesh, seed=7, optimizer=AdamWConfig())
     it.forward_backward([toy.batch(2)], CausalLM())
     grads = {n: p.grad for n, p in it.named.parameters.items()}
     return {n: g.full_tensor() for n, g in grads.items() if isinstance(g, DTensor)}

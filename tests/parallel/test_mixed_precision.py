@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
@@ -30,7 +30,7 @@ def local(tensor: Tensor) -> Tensor:
 def engine(**config: Any) -> NativeEngine:
     mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
     settings = NativeConfig.model_validate({"precision": "bf16", "compile": False, **config})
-    return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+    return NativeEngine(toy.llama(), settings, mesh, seed=7, optimizer=AdamWConfig(lr=1e-2))
 
 
 def distinct(seed: int) -> Tensor:
@@ -53,7 +53,7 @@ def train(
     # where FSDP2 sums the two in bf16.
     model = toy.llama(num_layers=4, tie_embeddings="tp" not in layout)
     with world:
-        it = NativeEngine(model, settings, mesh, seed=7, optimizer=OptimizerConfig(lr=1e-2))
+        it = NativeEngine(model, settings, mesh, seed=7, optimizer=AdamWConfig(lr=1e-2))
         for step in range(3):
             batch = dataclasses.replace(toy.batch(8, seed=step), input_ids_BT=distinct(step))
             log.append(it.forward_backward(batch.split(2), CausalLM()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.ops import comm
@@ -29,7 +29,7 @@ BYTES = 8
 def _count(layout: str, micro: int) -> dict[tuple[str, str], tuple[int, float]]:
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     config = NativeConfig(layout=layout, precision="fp64", compile=False)
-    engine = NativeEngine(MODEL, config, mesh, seed=0, optimizer=OptimizerConfig())
+    engine = NativeEngine(MODEL, config, mesh, seed=0, optimizer=AdamWConfig())
     batch = toy.batch(ROWS * engine.data_size, TOKENS, WORDS)
     batch.loss_mask_BT.fill_(True)
     rows = slice(engine.data_rank * ROWS, (engine.data_rank + 1) * ROWS)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise import checkpoint
-from shardwise.config.schema import Fp8Config, NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, Fp8Config, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
@@ -25,7 +25,7 @@ from tests.support import toy
 from tests.support.pool import RankPool
 
 RECIPES = ["delayed", "current", "block", "mxfp8"]
-OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-4)
+OPTIMIZER = AdamWConfig(lr=1e-2, eps=1e-4)
 MODEL = toy.llama(num_layers=4)
 
 

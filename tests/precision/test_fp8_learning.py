@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
@@ -65,7 +65,7 @@ def learn(recipe: str | None, scaled: bool = True) -> float:
     config = {"layout": "dp1", "compile": False, "precision": "bf16", "max_grad_norm": 0.0}
     engine = NativeConfig.model_validate(config | {"fp8": section if recipe else None})
     mesh = build_mesh(parse_layout("dp1", 1), torch.device("cpu"))
-    optimizer = OptimizerConfig(weight_decay=0.0, eps=1e-12)
+    optimizer = AdamWConfig(weight_decay=0.0, eps=1e-12)
     objective = CausalLM()
     objective.weights = {"loss": WEIGHT}
     it = NativeEngine(MODEL, engine, mesh, seed=7, stage="test", optimizer=optimizer)

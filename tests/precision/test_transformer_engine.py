@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardwise.config.schema import NativeConfig, OptimizerConfig
+from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.errors import ConfigError
 from shardwise.losses.causal_lm import CausalLM
@@ -51,7 +51,7 @@ def train(
     out: dict[str, Any] = {"loss": [], "norms": []}
     with installed(release) if release else contextlib.nullcontext() as state:
         it = NativeEngine(
-            MODELS[model], config, mesh, seed=7, stage="t", optimizer=OptimizerConfig(eps=1e-4)
+            MODELS[model], config, mesh, seed=7, stage="t", optimizer=AdamWConfig(eps=1e-4)
         )
         for step in range(3):
             batch = toy.batch(4, tokens=8, seed=step)
@@ -128,7 +128,7 @@ def resume(release: str, layout: str) -> bool:
 
     def make() -> NativeEngine:
         mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
-        optimizer = OptimizerConfig(eps=1e-4)
+        optimizer = AdamWConfig(eps=1e-4)
         return NativeEngine(MODELS["gpt2"], config, mesh, seed=7, stage="t", optimizer=optimizer)
 
     def step(it: NativeEngine, seed: int) -> float:

@@ -113,16 +113,16 @@ add(
     "rate_reaches_the_first_group_alone",
     "learning rate", "llama pretrain dp2.zero2", "optimizer|native|alone", "weight",
     Edit("optim/build.py",
-         "    for group in optimizer.param_groups:\n        group[\"lr\"] = lr",
-         "    for group in optimizer.param_groups[:1]:\n        group[\"lr\"] = lr"),
+         "    for group in optimizer.param_groups:\n        group[\"lr\"] = lr * group",
+         "    for group in optimizer.param_groups[:1]:\n        group[\"lr\"] = lr * group"),
     changes=SMALL | SCHEDULE, blind=True,
 )  # fmt: skip
 add(
     "weight_decay_on_the_other_group",
     "weight decay", "llama pretrain dp2.zero1", "optimizer|native|alone", "weight",
     Edit("optim/build.py",
-         '"weight_decay": 0.0 if free else config.weight_decay',
-         '"weight_decay": config.weight_decay if free else 0.0'),
+         "config.decay_of(name), mesh)",
+         "config.weight_decay - config.decay_of(name), mesh)"),
     changes=SMALL | {"optimizer.weight_decay": 1.0}, blind=True,
 )  # fmt: skip
 add(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import AdamConfig, AdamWConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.compare import (
     NOISE,
@@ -87,7 +87,7 @@ def test_adam_may_move_an_element_without_gradient_either_way(
     rounded = {**exact, "moment/update 1 w exp_avg": 0.1 * vector(*moment) + 1e-7}
     known = reference(tmp_path, exact)
     lost = losses(noted(known, rounded).found)
-    found = bounds(known, lost, "fp32", {"": OptimizerConfig()})["weight/update 1 w"]
+    found = bounds(known, lost, "fp32", {"": AdamWConfig()})["weight/update 1 w"]
     base = float(exact["weight/update 1 w"].norm()) * 2.0**-23
     assert found == pytest.approx(base + slack, rel=1e-2, abs=1e-8)
 
@@ -106,7 +106,7 @@ def test_a_weight_that_may_be_elsewhere_is_in_the_next_gradient_by_its_decay(
             f"moment/update {update} w exp_avg": vector(0.1, 0.0),
             f"moment/update {update} w exp_avg_sq": vector(0.05, 0.0),
         }
-    config = OptimizerConfig(kind=kind, weight_decay=0.5)
+    config = {"adam": AdamConfig, "adamw": AdamWConfig}[kind](kind=kind, weight_decay=0.5)
     found = bounds(reference(tmp_path, exact), dict.fromkeys(map(like, exact), 1e-7), "fp32")
     wider = bounds(
         reference(tmp_path, exact), dict.fromkeys(map(like, exact), 1e-7), "fp32", {"": config}

@@ -35,9 +35,8 @@ add(
     "no_decay_for_what_tensor_parallelism_cut",
     "weight decay", "llama pretrain tp2", "tp", "weight|update 1",
     Edit("optim/build.py",
-         '"weight_decay": 0.0 if free else config.weight_decay}\n'
-         "        for (free, _), params",
-         '"weight_decay": 0.0 if free or mesh is not None else config.weight_decay}\n'
-         "        for (free, mesh), params"),
+         '"weight_decay": decay}\n        for (lr_scale, decay, _), params',
+         '"weight_decay": decay if mesh is None else 0.0}\n'
+         "        for (lr_scale, decay, mesh), params"),
     changes={"optimizer.weight_decay": 0.1}, seen="huggingface/transformers#48569",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shardwise.config import registry
+from shardwise.config.optimizers import OptimizerConfig
 from shardwise.config.schema import (
     EngineConfig,
     EvaluationConfig,
@@ -30,11 +31,13 @@ _WORDS: dict[Any, str] = {
     type(None): "null",
     Any: "any value",
 }
-REGISTERED: dict[Any, tuple[str, Mapping[str, Any]]] = {
-    ModelConfig: ("family", registry.MODEL_CONFIGS),
-    EngineConfig: ("kind", registry.ENGINE_CONFIGS),
-    StageConfig: ("kind", registry.STAGE_CONFIGS),
-    EvaluationConfig: ("kind", registry.EVALUATION_CONFIGS),
+# Key, classes, and what a section is that names none.
+REGISTERED: dict[Any, tuple[str, Mapping[str, Any], str | None]] = {
+    ModelConfig: ("family", registry.MODEL_CONFIGS, None),
+    EngineConfig: ("kind", registry.ENGINE_CONFIGS, registry.DEFAULT_ENGINE),
+    OptimizerConfig: ("kind", registry.OPTIMIZER_CONFIGS, registry.DEFAULT_OPTIMIZER),
+    StageConfig: ("kind", registry.STAGE_CONFIGS, None),
+    EvaluationConfig: ("kind", registry.EVALUATION_CONFIGS, None),
 }
 _BOUNDS = {
     "ge": "at least",
@@ -225,8 +228,7 @@ def _flatten(annotation: Any) -> list[Any]:
 def _concrete(kind: Any, data: Any) -> Any:
     """A registry's base class as the class that ``data`` names."""
     if kind in REGISTERED and isinstance(data, dict):
-        key, table = REGISTERED[kind]
-        default = registry.DEFAULT_ENGINE if kind is EngineConfig else None
+        key, table, default = REGISTERED[kind]
         return table.get(str(data.get(key, default)), kind)
     return kind
 

@@ -58,6 +58,7 @@ def json_schema() -> dict[str, Any]:
     tables: dict[str, dict[str, Any]] = {
         "model": registry.MODEL_CONFIGS,
         "engine": registry.ENGINE_CONFIGS,
+        "optimizer": registry.OPTIMIZER_CONFIGS,
         "stages": registry.STAGE_CONFIGS,
         "evaluations": registry.EVALUATION_CONFIGS,
     }
@@ -74,10 +75,10 @@ def json_schema() -> dict[str, Any]:
         ]
         if where == "model":
             run["properties"][where] = {"oneOf": choices}
-        elif where == "engine":  # in stages and roles too, where the kind may be inherited
+        elif where in ("engine", "optimizer"):  # inside of others, where the kind may be left out
             for choice in choices:
                 del choice["required"]
-            schema["$defs"]["EngineConfig"] = {"anyOf": choices}
+            schema["$defs"][f"{where.capitalize()}Config"] = {"anyOf": choices}
         else:
             run["properties"][where] = {**run["properties"][where], "items": {"oneOf": choices}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **run}

@@ -1,7 +1,8 @@
 """Where rooms above announce their config classes, so that the loader can validate them.
 
 The config room is the lowest, so it cannot import models, engines or stages. They register here
-instead: a model family by its ``family`` name, an engine, a stage or an evaluation by its ``kind``.
+instead: a model family by its ``family`` name, an engine, an optimizer, a stage or an evaluation by
+its ``kind``.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 Table = dict[str, type[Any]]  # name to config class: sections import this module
 MODEL_CONFIGS: Table = {}
 ENGINE_CONFIGS: Table = {}
+OPTIMIZER_CONFIGS: Table = {}
 STAGE_CONFIGS: Table = {}
 EVALUATION_CONFIGS: Table = {}
 
 # Who registers, by name: this room imports none of them. They import no torch.
 PROVIDERS = (
     "shardwise.models.configs",
+    "shardwise.optim.registry",
     "shardwise.engines.registry",
     "shardwise.stages.registry",
 )
-ENTRY_POINTS = ("shardwise.engines", "shardwise.stages")
+ENTRY_POINTS = ("shardwise.engines", "shardwise.optimizers", "shardwise.stages")
 DEFAULT_ENGINE = "native"  # the kind of an engine section that names none
+DEFAULT_OPTIMIZER = "adamw"  # the same of an optimizer section
 
 
 def register_model_config(family: str, cls: type[BaseModel]) -> None:
@@ -40,6 +44,11 @@ def register_model_config(family: str, cls: type[BaseModel]) -> None:
 def register_engine_config(kind: str, cls: type[BaseModel]) -> None:
     """Make ``engine.kind: <kind>`` validate against ``cls``."""
     ENGINE_CONFIGS[kind] = cls
+
+
+def register_optimizer_config(kind: str, cls: type[BaseModel]) -> None:
+    """Make ``optimizer.kind: <kind>`` validate against ``cls``."""
+    OPTIMIZER_CONFIGS[kind] = cls
 
 
 def register_stage_config(kind: str, cls: type[BaseModel]) -> None:
@@ -63,9 +72,14 @@ def discover() -> None:
 
 
 def validate(
-    data: Any, info: ValidationInfo, key: str, table: Mapping[str, Any], base: type[BaseModel]
+    data: Any,
+    info: ValidationInfo,
+    key: str,
+    table: Mapping[str, Any],
+    base: type[BaseModel],
+    default: str | None = None,
 ) -> Any:
-    """Validate a mapping against the class registered under ``data[key]``.
+    """Validate a mapping against the class registered under ``data[key]``, or else ``default``.
 
     Its errors keep their own locations: pydantic unfolds a ValidationError that a validator raises.
     """
@@ -73,7 +87,7 @@ def validate(
         return data
     if not isinstance(data, dict):
         raise ValueError(f"expected a mapping with the key {key!r}")
-    name = data.get(key, DEFAULT_ENGINE if table is ENGINE_CONFIGS else None)
+    name = data.get(key, default)
     if not isinstance(name, str) or name not in table:
         known = ", ".join(sorted(table))
         unknown = PydanticCustomError(

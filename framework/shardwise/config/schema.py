@@ -15,66 +15,35 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails
 
 from shardwise.config import registry
-from shardwise.config.paths import expand
-
-# Every number has a range: what lies outside of it would overflow, round to 0 in fp32, or ask for
-# more than any machine has, somewhere deep inside. The bounds are far beyond what is of use.
-_MAX_COUNT = 2**31 - 1
-_MAX, _TINY = 1e12, 1e-30
-
-
-def _not_tiny(value: float) -> float:
-    if value < _TINY:
-        raise ValueError(f"{value} would be 0 in fp32; at least {_TINY}, please")
-    return value
-
-
-PositiveInt = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-NumBytes = Annotated[int, Field(ge=1, le=2**50)]
-Rows = Annotated[int, Field(ge=1, le=2**24)]
-SeqLen = Annotated[int, Field(ge=1, le=2**26)]
-Vocabulary = Annotated[int, Field(ge=0, le=2**24)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, le=_MAX), AfterValidator(_not_tiny)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, le=_MAX)]
-Epsilon = Annotated[float, Field(gt=0.0, le=1.0), AfterValidator(_not_tiny)]
-Rate = Annotated[float, Field(gt=0.0, le=1e6), AfterValidator(_not_tiny)]
-Weight = Annotated[float, Field(ge=-_MAX, le=_MAX)]
-Seconds = Annotated[float, Field(ge=1e-6, le=2e6)]  # poll(2) counts milliseconds in 31 bits
-
-
-class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, instances are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _expand_paths(cls, value: Any) -> Any:
-        return expand(value) if isinstance(value, Path) else value
+from shardwise.config.optimizers import AdamWConfig as AdamWConfig
+from shardwise.config.optimizers import AnyOptimizer
+from shardwise.config.optimizers import OptimizerConfig as OptimizerConfig
+from shardwise.config.section import BelowOne as BelowOne
+from shardwise.config.section import Epsilon as Epsilon
+from shardwise.config.section import Fraction as Fraction
+from shardwise.config.section import NonNegativeFloat as NonNegativeFloat
+from shardwise.config.section import NonNegativeInt as NonNegativeInt
+from shardwise.config.section import NumBytes as NumBytes
+from shardwise.config.section import PositiveFloat as PositiveFloat
+from shardwise.config.section import PositiveInt as PositiveInt
+from shardwise.config.section import Rate as Rate
+from shardwise.config.section import Rows as Rows
+from shardwise.config.section import Seconds as Seconds
+from shardwise.config.section import Section as Section
+from shardwise.config.section import Seed as Seed
+from shardwise.config.section import SeqLen as SeqLen
+from shardwise.config.section import Vocabulary as Vocabulary
+from shardwise.config.section import Weight as Weight
 
 
 class DataSection(Section):
@@ -194,7 +163,9 @@ class NativeConfig(EngineConfig):
 
 
 def _engine(data: Any, info: ValidationInfo) -> Any:
-    return registry.validate(data, info, "kind", registry.ENGINE_CONFIGS, EngineConfig)
+    return registry.validate(
+        data, info, "kind", registry.ENGINE_CONFIGS, EngineConfig, registry.DEFAULT_ENGINE
+    )
 
 
 # What a mapping without ``kind`` is must be known wherever a section is read.
@@ -211,23 +182,6 @@ class BatchConfig(Section):
     ramp_start: Rows | None = Field(None, description="first global batch of a ramp")
     ramp_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         0, description="steps until the full global batch"
-    )
-
-
-class OptimizerConfig(Section):
-    """Optimizer and its decay groups."""
-
-    kind: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Rate = 3e-4
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.95
-    eps: Epsilon = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    momentum: BelowOne = Field(0.9, description="SGD only")
-    nesterov: bool = False
-    no_decay: list[str] = Field(
-        default_factory=lambda: ["*norm*", "*bias", "*embed*"],
-        description="name patterns without weight decay",
     )
 
 
@@ -397,7 +351,7 @@ class StageConfig(Section):
         None, description="an earlier stage; default: the latest whose model writes text"
     )
     batch: BatchConfig = Field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: AnyOptimizer = Field(default_factory=AdamWConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     engine: AnyEngine = Field(
         default_factory=NativeConfig,
@@ -457,7 +411,7 @@ class StageConfig(Section):
         )
         # A smaller rate moves nothing that bf16 shows within a few steps.
         rate = max(self.optimizer.lr, SMALL_RATE)
-        updates["optimizer"] = self.optimizer.model_copy(update={"lr": rate})
+        updates["optimizer"] = self.optimizer.with_rate(rate)
         updates["steps"] = small.steps
         updates["schedule"] = self.schedule.shrunk()
         updates["validation"] = self.validation.shrunk()
@@ -483,7 +437,7 @@ class RoleConfig(Section):
     init_from: str | None = Field(
         None, description="an earlier stage, a shardwise checkpoint or a Hugging Face folder"
     )
-    optimizer: OptimizerConfig | None = Field(None, description="critic; default: the stage's")
+    optimizer: AnyOptimizer | None = Field(None, description="critic; default: the stage's")
 
     @model_validator(mode="after")
     def _ranks_ascend(self) -> RoleConfig:

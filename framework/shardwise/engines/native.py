@@ -91,7 +91,7 @@ class NativeEngine:
         self.updates = 0  # optimizer steps tried; with the stage's name, the time in rng keys
         self.skipped = 0  # of them, those that left the weights as they were
         self.optimizer = (
-            build_optimizer(self.named.parameters.items(), optimizer) if optimizer else None
+            build_optimizer(self.named.parameters.items(), optimizer, mesh) if optimizer else None
         )
         self._has_dropout = getattr(model_config, "dropout", 0.0) > 0 or any(
             getattr(model_config, f"{where}_dropout", 0.0) > 0 for where in ("attn", "embed")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import AdamWConfig, OptimizerConfig, SgdConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Scaled, Setup, Share, State
 from shardwise.engines.plain_batch import documents, join, pad
@@ -137,7 +137,7 @@ class PlainEngine:
             for grad in grads:
                 grad.mul_(factor / self.scale)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -361,26 +361,29 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The configured optimizer of `torch.optim`; its states are there, as zeros, from the start.
 
-    Parameters whose name matches a pattern of ``no_decay`` get no weight decay.
+    Parameters whose name matches a pattern of ``no_decay`` get no weight decay; those of a group
+    its rate, as a share of the common one, and its decay.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = []
     for name, parameter in parameters.items():
-        exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay)
-        (free if exempt else decayed).append(parameter)
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (free, 0.0))
-        if params
-    ]
+        scale, decay = 1.0, config.weight_decay
+        for group in config.groups[::-1]:  # so that the first that matches has the last word
+            if fnmatch.fnmatchcase(name, group.match):
+                scale = 1.0 if group.lr_scale is None else group.lr_scale
+                scale = scale if group.lr is None else group.lr / config.lr
+                decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay):
+            decay = 0.0
+        groups.append({"params": [parameter], "weight_decay": decay, "lr_scale": scale})
     optimizer: torch.optim.Optimizer
-    if config.kind == "sgd":
+    if isinstance(config, SgdConfig):
         momentum, nesterov = config.momentum, config.nesterov
         optimizer = torch.optim.SGD(
             groups, config.lr, momentum, nesterov=nesterov, foreach=False, fused=False
         )
         kinds = ["momentum_buffer"] if momentum else []
     else:
+        assert isinstance(config, AdamWConfig)  # or Adam's
         adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
         betas = (config.beta1, config.beta2)
         optimizer = adam(groups, config.lr, betas, config.eps, foreach=False, fused=False)

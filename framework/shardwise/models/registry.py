@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
@@ -16,6 +18,7 @@ __all__ = [
     "families",
     "from_hf",
     "from_hf_tensors",
+    "parameter_names",
     "sharding",
     "to_hf",
     "to_hf_tensors",
@@ -51,3 +54,11 @@ def build(config: ModelConfig) -> Decoder:
         )
     assert isinstance(config, family.config)
     return family.model(config)
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Of all parameters of a config's model, which need not know its vocabulary yet."""
+    size = config.vocab_size or 1
+    with torch.device("meta"):
+        model = build(config.model_copy(update={"vocab_size": size}))
+    return [name for name, _ in model.named_parameters()]

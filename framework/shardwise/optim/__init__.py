@@ -1,16 +1,8 @@
-"""Optimizers with decay groups, learning-rate schedules and the batch ramp."""
+"""Optimizers and schedules.
 
-from shardwise.optim.build import build_optimizer, ensure_state, optimizer_tensors, set_lr
-from shardwise.optim.local import local_step
-from shardwise.optim.schedules import consumed_before, global_batch_at, lr_factor
-
-__all__ = [
-    "build_optimizer",
-    "consumed_before",
-    "ensure_state",
-    "global_batch_at",
-    "local_step",
-    "lr_factor",
-    "optimizer_tensors",
-    "set_lr",
-]
+`registry` has the kinds (``optimizer.kind``), their configs in `shardwise.config.optimizers`; other
+packages add theirs by the entry-point group ``shardwise.optimizers``. `build` makes the groups of
+parameters with a rate and a decay of their own, and names states for checkpoints. `torch_kinds` are
+those of `torch.optim`, whose updates `local` runs past DTensor's dispatch. `schedules`: rates and
+batch sizes by step.
+"""

@@ -1,104 +1,92 @@
 """Optimizers over named parameters, and their state under checkpoint names.
 
-The state is materialised as zeros when the optimizer is built, not at the first update: its
-memory is then visible before training, a checkpoint can be loaded into it in place, and a resumed
-run takes exactly the path of an unbroken one (torch starts an SGD momentum buffer as a copy of the
-first gradient, which equals one update of a zero buffer).
+State is there as zeros when an optimizer is built, not at the first update: its memory is then
+visible before training, a checkpoint can be loaded into it in place, and a resumed run takes
+exactly the path of an unbroken one.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.explain import nearest
+from shardwise.config.optimizers import OptimizerConfig
 from shardwise.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from shardwise.optim.registry import builder_of
+from shardwise.parallel.mesh import Mesh
 
 
 def build_optimizer(
-    named_params: Iterable[tuple[str, Parameter]], config: OptimizerConfig
+    named_params: Iterable[tuple[str, Parameter]], config: OptimizerConfig, mesh: Mesh | None = None
 ) -> torch.optim.Optimizer:
     """The configured optimizer, its state zeroed in place.
 
-    Parameters whose name matches a pattern of ``config.no_decay`` get no weight decay. AdamW
-    decouples the decay (Loshchilov & Hutter 2019, algorithm 2); Adam and SGD add it to the
-    gradient (L2). Each group carries ``param_names``. Raises ConfigError if nothing is trainable.
+    Each group carries ``param_names``, its ``weight_decay`` and ``lr_scale``. Raises ConfigError
+    if nothing is trainable.
     """
     trainable = [(n, p) for n, p in named_params if p.requires_grad]
     if not trainable:
         raise ConfigError("optimizer: no parameter requires a gradient; nothing would be trained")
-    if config.nesterov and config.momentum == 0.0:
-        raise ConfigError("optimizer.nesterov needs optimizer.momentum > 0")
-    make = _constructor(config)
-    implementation = choose_implementation(make, [p for _, p in trainable])
-    optimizer = make(decay_groups(trainable, config), **{implementation: True})
-    ensure_state(optimizer)
+    optimizer = builder_of(config.kind)(parameter_groups(trainable, config), config, mesh)
+    set_lr(optimizer, config.lr)
     return optimizer
 
 
-def decay_groups(
+def parameter_groups(
     named_params: Iterable[tuple[str, Parameter]], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Parameter groups in torch's named form: with decay first, then without; empty ones left out.
+    """Parameter groups in torch's named form; empty ones left out.
 
     Parameters on different device meshes never share a group: torch's multi-tensor kernels
     refuse to mix them.
     """
-    groups: dict[tuple[bool, Any], list[tuple[str, Parameter]]] = {}
+    groups: dict[tuple[float, float, Any], list[tuple[str, Parameter]]] = {}
     for name, param in named_params:
-        free = any(fnmatchcase(name, pattern) for pattern in config.no_decay)
         mesh = param.device_mesh if isinstance(param, DTensor) else None
-        groups.setdefault((free, mesh), []).append((name, param))
+        key = (config.lr_scale_of(name), config.decay_of(name), mesh)
+        groups.setdefault(key, []).append((name, param))
     return [
-        {"params": params, "weight_decay": 0.0 if free else config.weight_decay}
-        for (free, _), params in sorted(groups.items(), key=lambda item: item[0][0])
+        {"params": params, "lr_scale": lr_scale, "weight_decay": decay}
+        for (lr_scale, decay, _), params in groups.items()
     ]
 
 
+def check_groups(config: OptimizerConfig, names: Iterable[str], key: str) -> None:
+    """Raise ConfigError for a group of ``optimizer.groups`` that no trainable parameter joins.
+
+    ``key``: of the optimizer in the recipe, with its source if there is one.
+    """
+    names = list(names)
+    for pattern in config.unmatched(names):
+        like = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+        raise ConfigError(
+            f"{key}: group {pattern!r} matches no trainable parameter that an earlier group leaves"
+            f"{nearest(pattern, like) or '; name patterns such as ' + ', '.join(list(like)[:3])}"
+        )
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use ``lr`` in every group from the next update on."""
+    """Use ``lr``, times its scale, in every group from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def ensure_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create, as zeros, all state that the first update would create. State present is kept."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            state = optimizer.state[param]
-            if state:
-                continue
-            zeros = functools.partial(torch.zeros_like, param.detach())
-            if isinstance(optimizer, torch.optim.SGD):
-                if group["momentum"]:
-                    state["momentum_buffer"] = zeros()
-                continue
-            # torch keeps the counter on the parameter's device for its fused kernel only.
-            device = param.device if group["fused"] else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = zeros()
-            state["exp_avg_sq"] = zeros()
+        group["lr"] = lr * group["lr_scale"]
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_params: Iterable[tuple[str, Parameter]]
 ) -> dict[str, Tensor]:
-    """The live state tensors as ``optim.<param>.<exp_avg|exp_avg_sq|momentum_buffer|step>``.
+    """The live state tensors as ``optim.<param>.<kind>``, such as ``exp_avg``, and ``.step``.
 
-    Writing into them in place is how a checkpoint is restored. Moments have the shape, dtype and
-    placement of their parameter; ``step`` is an fp32 scalar, equal on every rank.
+    Writing into them in place is how a checkpoint is restored. A state is a DTensor where its
+    parameter is one, cut as that is as far as its own shape goes; ``step`` is an fp32 scalar,
+    equal on every rank.
     """
-    ensure_state(optimizer)
     return {
         f"optim.{name}.{key}": value
         for name, param in named_params
@@ -106,52 +94,3 @@ def optimizer_tensors(
         for key, value in sorted(optimizer.state[param].items())
         if isinstance(value, Tensor)
     }
-
-
-def choose_implementation(make: Callable[..., Any], params: list[Parameter]) -> str:
-    """``fused`` if torch's fused kernel really updates such parameters here, else ``foreach``."""
-    kinds = {(p.device.type, p.dtype, isinstance(p, DTensor)): p for p in params}
-    for (device, dtype, _), param in kinds.items():
-        reason = _fused_fails(make, param)
-        if reason is not None:
-            logger.info("optimizer: foreach, as fused fails on %s %s: %s", device, dtype, reason)
-            return "foreach"
-    return "fused"
-
-
-def _fused_fails(make: Callable[..., Any], like: Parameter) -> str | None:
-    """Why one fused update of a one-element parameter of ``like``'s kind fails; None if it works.
-
-    The probe is as local as the update itself: it communicates nothing.
-    """
-    local = torch.zeros(1, dtype=like.dtype, device=like.device)
-    tensor: Tensor = local
-    if isinstance(like, DTensor):
-        mesh = like.device_mesh
-        tensor = DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    probe = Parameter(tensor)
-    probe.grad = torch.ones_like(tensor)
-    try:
-        make([probe], fused=True, lr=1.0).step()
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return str(error).splitlines()[0]
-    return None if bool(local.ne(0).all()) else "the update changed nothing"
-
-
-def _constructor(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
-    if config.kind == "sgd":
-        return functools.partial(
-            torch.optim.SGD,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    return functools.partial(
-        adam,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )

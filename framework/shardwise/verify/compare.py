@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import AdamConfig, AdamWConfig, OptimizerConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.notes import Noted, Reference
 from shardwise.verify.walk import Walked
@@ -170,6 +170,7 @@ def undecided(
         if first not in exact or second not in exact:
             return 0.0
         config, lr = optimizers[role], float(exact[f"learning rate/{where}"])
+        assert isinstance(config, AdamWConfig)  # who else has both moments
         steps = update - sum(
             float(exact[f"skipped/{label}update {u}"]) for u in range(1, update + 1)
         )
@@ -200,8 +201,8 @@ def _through_decay(
     first, second = (
         f"moment/{label}update {last + 1} {name} {s}" for s in ("exp_avg", "exp_avg_sq")
     )
-    if config.kind != "adam" or not slack or second not in exact:  # AdamW's is no part of it
-        return
+    if not isinstance(config, AdamConfig) or not slack or second not in exact:
+        return  # AdamW's decay is no part of it
     off = config.weight_decay * slack
     yield first, (1 - config.beta1**last) * off
     root = float(exact[second].max()) ** 0.5

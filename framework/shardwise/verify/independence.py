@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine
 from shardwise.losses.contract import Loss

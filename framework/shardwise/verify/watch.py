@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.config.schema import OptimizerConfig
+from shardwise.config.optimizers import OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled
 from shardwise.errors import CheckFailed

@@ -1,0 +1,136 @@
+"""Optimizers as a recipe names them: a kind, the keys that all kinds have, and its own.
+
+No ``kind`` means adamw. What a kind computes, with its sources: `shardwise.optim`. Nothing here
+imports torch; another package registers a kind of its own by the entry-point group
+``shardwise.optimizers``, see `shardwise.optim.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
+
+from shardwise.config import registry
+from shardwise.config.section import BelowOne, Epsilon, NonNegativeFloat, Rate, Section
+
+
+class ParameterGroup(Section):
+    """Parameters with a rate or a decay of their own; of several that match, the first counts."""
+
+    match: Annotated[str, Field(min_length=1)] = Field(
+        description="pattern of parameter names, e.g. layers.*.attn.*"
+    )
+    lr: Rate | None = Field(None, description="peak rate, in place of optimizer.lr")
+    lr_scale: Annotated[float, Field(ge=0.0, le=1e6)] | None = Field(
+        None, description="peak rate over optimizer.lr; 0: the group stands still"
+    )
+    weight_decay: NonNegativeFloat | None = Field(
+        None, description="in place of optimizer.weight_decay; what no_decay names has none"
+    )
+
+    @model_validator(mode="after")
+    def _says_something_once(self) -> Self:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError("lr and lr_scale say the same thing; give one")
+        if self.lr is None and self.lr_scale is None and self.weight_decay is None:
+            raise ValueError("changes nothing; give lr, lr_scale or weight_decay")
+        return self
+
+
+class OptimizerConfig(Section):
+    """What every kind of optimizer has. Kinds derive from it, fix ``kind`` and register."""
+
+    kind: str
+    lr: Rate = 3e-4
+    weight_decay: NonNegativeFloat = 0.1
+    no_decay: list[str] = Field(
+        default_factory=lambda: ["*norm*", "*bias", "*embed*"],
+        description="name patterns without weight decay",
+    )
+    groups: list[ParameterGroup] = Field(
+        default=[], description="parameters with a rate or decay of their own"
+    )
+
+    def group_of(self, name: str) -> ParameterGroup | None:
+        """The first group that a parameter's name matches."""
+        return next((g for g in self.groups if fnmatchcase(name, g.match)), None)
+
+    def lr_scale_of(self, name: str) -> float:
+        """A parameter's rate over that of the optimizer, which schedules move."""
+        group = self.group_of(name)
+        if group is None:
+            return 1.0
+        if group.lr is not None:
+            return group.lr / self.lr
+        return 1.0 if group.lr_scale is None else group.lr_scale
+
+    def decay_of(self, name: str) -> float:
+        """A parameter's weight decay."""
+        if any(fnmatchcase(name, pattern) for pattern in self.no_decay):
+            return 0.0
+        group = self.group_of(name)
+        own = None if group is None else group.weight_decay
+        return self.weight_decay if own is None else own
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns of groups to which none of all trainable parameters belongs."""
+        used = {id(self.group_of(name)) for name in names}
+        return [group.match for group in self.groups if id(group) not in used]
+
+    def with_rate(self, lr: float) -> Self:
+        """The same at another peak rate; what groups have keeps its proportion."""
+        groups = [
+            g if g.lr is None else g.model_copy(update={"lr": g.lr * lr / self.lr})
+            for g in self.groups
+        ]
+        return self.model_copy(update={"lr": lr, "groups": groups})
+
+
+class AdamWConfig(OptimizerConfig):
+    """Adam with decoupled decay: Loshchilov and Hutter 2019, algorithm 2."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: Epsilon = 1e-8
+
+
+class AdamConfig(AdamWConfig):
+    """Kingma and Ba 2015; the decay is added to the gradient (L2)."""
+
+    kind: Literal["adam"]  # type: ignore[assignment]
+
+
+class SgdConfig(OptimizerConfig):
+    """Stochastic gradient descent; the decay is added to the gradient (L2)."""
+
+    kind: Literal["sgd"]
+    momentum: BelowOne = Field(0.9, description="0: no state")
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+# Once all kinds had all keys, and recipes written out in full hold them: at these values, which
+# did nothing, they still load.
+_ONCE_SHARED = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.9, "nesterov": False}
+
+
+def _optimizer(data: Any, info: ValidationInfo) -> Any:
+    table, default = registry.OPTIMIZER_CONFIGS, registry.DEFAULT_OPTIMIZER
+    if isinstance(data, dict) and data.get("kind", default) in ("adamw", "adam", "sgd"):
+        own = table[data.get("kind", default)].model_fields
+        data = {k: v for k, v in data.items() if k in own or (k, v) not in _ONCE_SHARED.items()}
+    return registry.validate(data, info, "kind", table, OptimizerConfig, default)
+
+
+# What a mapping without ``kind`` is must be known wherever a section is read.
+registry.register_optimizer_config(registry.DEFAULT_OPTIMIZER, AdamWConfig)
+AnyOptimizer = SerializeAsAny[Annotated[OptimizerConfig, BeforeValidator(_optimizer)]]
