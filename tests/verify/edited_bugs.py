@@ -24,9 +24,10 @@ class EditedBug:
 
     ``kind``: the family of mistakes. ``first``: the first difference names one of these. ``axis``:
     what should be suspected, a part of the layout or of the path. ``changes``: to the recipe, by
-    dotted key; ``model.`` is the model's section, all else the stage's. ``seen``: where it was
-    made before, on a public tracker. ``blind``: recorded calls alone do not show it. ``shared``:
-    one process runs the same lines, so the oracle has it, too.
+    dotted key; ``model.`` is the model's section, ``evaluations`` are the run's, all else is the
+    stage's. ``seen``: where it was made before, on a public tracker. ``blind``: recorded calls
+    alone do not show it. ``shared``: one process runs the same lines, so the oracle has it, too.
+    ``whole``: it shows where a run is saved, goes on or is evaluated.
     """
 
     kind: str
@@ -41,11 +42,12 @@ class EditedBug:
     seen: str = ""
     blind: bool = False
     shared: bool = False
+    whole: bool = False
 
     @property
     def resumes(self) -> bool:
-        """Whether it shows in a resume alone."""
-        return self.kind in ("resume", "resharding")
+        """Whether updates alone do not show it."""
+        return self.whole or self.kind in ("resume", "resharding")
 
     def is_named_in(self, sentence: str) -> bool:
         """Whether a verdict's sentence names what is wrong, and where to look for it."""
@@ -60,7 +62,7 @@ class EditedBug:
         stage = copy.deepcopy(suite.STAGES[self.stage])
         recipe["stages"] = [stage]
         for key, value in self.changes.items():
-            inner = recipe if key.startswith("model.") else stage
+            inner = recipe if key.startswith(("model.", "evaluations")) else stage
             *path, last = key.split(".")
             for name in path:
                 inner = inner.setdefault(name, {})

@@ -174,7 +174,7 @@ def test_most_layouts_share_one_small_recipe() -> None:
     """So that one reference does for them."""
     run = pretrain({"num_heads": 32, "num_kv_heads": 8, "hidden_size": 256, "num_layers": 32})
     keys = [sized(run, x).key for x in suite.LAYOUTS]
-    assert len(set(keys)) <= 6
+    assert len(set(keys)) <= 7
     assert max(map(keys.count, keys)) >= 30
 
 

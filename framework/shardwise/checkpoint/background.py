@@ -49,7 +49,7 @@ class AsyncSaver:
         self.keep = keep
         self.lower_is_better = lower_is_better
         self._ranks = Ranks.of(group, background=True)
-        self._writer = writer or Writer()
+        self.writer = writer or Writer()
         self._planner = Planner()
         self._host: dict[tuple[str, Region], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -158,7 +158,7 @@ class AsyncSaver:
 
     def _run(self, request: Request, parts: list[Part]) -> None:
         try:
-            write(self._ranks, self._writer, request, parts, self._planner.table)
+            write(self._ranks, self.writer, request, parts, self._planner.table)
         except BaseException as error:
             log.error("the checkpoint of step %d was not saved: %s", request.step, error)
             self._error = error

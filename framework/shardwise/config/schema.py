@@ -447,8 +447,17 @@ class RoleConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What every evaluation has. Evaluations derive from it, fix ``kind`` and register."""
+    """What every evaluation has. Evaluations derive from it, fix ``kind`` and register.
+
+    ``small_seq_len``: tokens (bytes) that a row of little data needs at least.
+    """
+
+    small_seq_len: ClassVar[int] = 0
 
     kind: str
     name: Name
     stages: list[str] = Field(default=[], description="measured after these; none: after all")
+
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+        """The same measurement of little, after a small ``stage``: see `StageConfig.shrunk`."""
+        return self

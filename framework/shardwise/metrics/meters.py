@@ -15,18 +15,9 @@ import torch
 GB = 1e9
 
 
-# Metrics of the machine, which two runs of one computation need not share.
-MACHINE = frozenset(
-    (
-        "tokens_per_second",
-        "model_tflops",
-        "fraction_of_gemm",
-        "memory_gb",
-        "rss_gb",
-        "cuda_reserved_gb",
-        "step_seconds",
-    )
-)
+# Metrics of the machine, which two runs of one computation need not share even if their steps
+# take equally long.
+MACHINE = frozenset(("memory_gb", "rss_gb", "cuda_reserved_gb", "step_seconds"))
 
 
 class Throughput:
@@ -51,6 +42,10 @@ class Throughput:
         self._steps: deque[tuple[float, float]] = deque(maxlen=window)
         self.num_tokens = 0
         self.seconds = 0.0
+
+    def keep(self, window: int) -> None:
+        """Average over this many of the last steps from now on."""
+        self._steps = deque(self._steps, maxlen=window)
 
     def update(self, num_tokens: int, seconds: float) -> dict[str, float]:
         """Add a step of ``num_tokens`` over all ranks; returns the metrics of the window."""

@@ -38,6 +38,11 @@ ZERO = {
 }
 
 
+# A CPU has no stream to hide a block's communication behind: without ZeRO-3, which saves memory by
+# blocks, one exchange for the whole model means fewer moments to wait for peers.
+SHARDED_WHOLE = frozenset(("cpu",))
+
+
 def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
     """Wrap each block and the model in FSDP2, in place.
 
@@ -59,9 +64,7 @@ def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
         cast_forward_inputs=False,
     )
     wrap = functools.partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy)
-    # A CPU has no stream to hide a block's communication behind: without ZeRO-3, which saves
-    # memory by blocks, one exchange for the whole model means fewer moments to wait for peers.
-    if row.reshard_after_forward or mesh.device.type != "cpu":
+    if row.reshard_after_forward or mesh.device.type not in SHARDED_WHOLE:
         for block in filter(None, model.layers):  # type: ignore[arg-type]
             wrap(block, reshard_after_forward=row.reshard_after_forward)
     # The embedding and the head are needed first and last: resharding them buys nothing.

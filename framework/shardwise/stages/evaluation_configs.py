@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field
 
-from shardwise.config.schema import EvaluationConfig, NonNegativeInt, Rows, SeqLen
+from shardwise.config.schema import (
+    EvaluationConfig,
+    NonNegativeInt,
+    Rows,
+    SeqLen,
+    SmallSizes,
+    StageConfig,
+)
 from shardwise.data.config import DataConfig
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
+from shardwise.stages.policy_config import small_reward
 
 
 class BitsConfig(EvaluationConfig):
@@ -27,9 +36,35 @@ class BitsConfig(EvaluationConfig):
     )
     micro_batch: Rows = 16
 
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+        """See `EvaluationConfig.shrunk`.
+
+        Rows that overlap if the recipe's do, and of a number that no ranks share evenly.
+        """
+        own = getattr(stage, "data", None)
+        if isinstance(own, DataConfig) and self.data is None:
+            data = own
+        else:  # of an earlier stage, or the standard library
+            data = (self.data or DataConfig()).shrunk(folder, small.seq_len)
+        documents = (d for s in data.validation_sources() for d in s.documents())
+        tokens = sum(len(d.raw) + 1 for d in documents)
+        longest = min(self.seq_len, small.seq_len)
+        sizes = [(n, self.stride and max(1, self.stride * n // self.seq_len))
+                 for n in range(longest, max(1, longest // 2), -1)]  # fmt: skip
+        odd = (x for x in sizes if not any(_rows(tokens, *x) % ranks == 0 for ranks in (2, 3)))
+        seq_len, stride = next(odd, sizes[0])
+        update = {"data": data, "seq_len": seq_len, "stride": stride}
+        return self.model_copy(update=update | {"micro_batch": min(self.micro_batch, 5)})
+
+
+def _rows(tokens: int, seq_len: int, stride: int) -> int:
+    return 1 + max(0, -(-(tokens - seq_len) // (stride or seq_len)))
+
 
 class ProblemsConfig(EvaluationConfig):
     """The first ``num_problems`` of the task's held-out split, which nothing trains on."""
+
+    small_seq_len = 160
 
     kind: Literal["problems"]
     task: TaskConfig = Field(default_factory=TaskConfig)
@@ -40,10 +75,28 @@ class ProblemsConfig(EvaluationConfig):
     )
     num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
 
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+        """See `EvaluationConfig.shrunk`; an untrained model is right here and there."""
+        return self.model_copy(
+            update={
+                "num_problems": min(self.num_problems, 11),
+                "max_new_tokens": min(self.max_new_tokens, 4),
+                "reward": small_reward(folder),
+            }
+        )
+
 
 class ContinuationsConfig(EvaluationConfig):
     """Texts to go on from, as documents (no chat template)."""
 
+    small_seq_len = 64
+
     kind: Literal["continuations"]
     prompts: list[str] = Field(min_length=1)
     sampling: Sampling = Field(default_factory=Sampling)
+
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+        """See `EvaluationConfig.shrunk`."""
+        length = min(self.sampling.max_new_tokens, 6)
+        sampling = self.sampling.model_copy(update={"max_new_tokens": length})
+        return self.model_copy(update={"prompts": self.prompts[:3], "sampling": sampling})

@@ -219,9 +219,14 @@ class Pipeline:
         if name not in self.gemm:
             dist.barrier()
             mine = measure_gemm(precision_of(name, device).compute, device, budget_s=1.0).flops
-            total = torch.tensor(mine, dtype=torch.float64, device=device)
-            self.gemm[name] = float(sum_over(total, dist.group.WORLD))
+            self.gemm[name] = of_all_ranks(mine, device)
         return self.gemm[name]
+
+
+def of_all_ranks(rate: float, device: torch.device) -> float:
+    """The sum of what each rank can do; a collective call."""
+    total = torch.tensor(rate, dtype=torch.float64, device=device)
+    return float(sum_over(total, dist.group.WORLD))
 
 
 def evaluate_all(

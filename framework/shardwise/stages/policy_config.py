@@ -27,6 +27,13 @@ def score(question, completion, answer, meta):
 '''
 
 
+def small_reward(folder: Path) -> RewardConfig:
+    """That one, in a file of ``folder``: a verifier would never pay an untrained model."""
+    file = folder / "reward.py"
+    file.write_text(SMALL_REWARD, encoding="utf-8")
+    return RewardConfig.model_validate({"parts": [{"kind": "user", "function": f"{file}:score"}]})
+
+
 class PolicyRoles(Section):
     """Models of the stage that are laid out, placed or started otherwise than the stage says."""
 
@@ -81,14 +88,11 @@ class PolicyConfig(StageConfig):
         An untrained model earns nothing from a verifier, and nothing would be learnt from it: the
         reward is one that any text earns some of.
         """
-        file = folder / "reward.py"
-        file.write_text(SMALL_REWARD, encoding="utf-8")
-        reward = {"parts": [{"kind": "user", "function": f"{file}:score"}]}
         updates = {
             "num_problems": min(self.num_problems, 64),
             "samples_per_prompt": min(self.samples_per_prompt, 3),
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
-            "reward": RewardConfig.model_validate(reward),
+            "reward": small_reward(folder),
             # The second time, a rollout's weights have moved; a third shows nothing new.
             "epochs_per_rollout": min(self.epochs_per_rollout, 2),
             "keep_rollouts_every": 0,

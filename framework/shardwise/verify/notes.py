@@ -5,7 +5,7 @@ regions of a tensor. Where a reference is given, a rank compares its regions wit
 figures alone, so that a world of many ranks sends little. Kinds, in the order in which they come
 about: initial, rollout, forward pass, what a stage computes of its rollouts (advantages, returns),
 sample, learning rate, loss, metric, sentinel, gradient, clip norm, weight, moment, logged, event,
-generated tokens, generated logprobs.
+generated tokens, generated logprobs, evaluation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Reference:
         with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["said"])
         self.order: list[str] = said["order"]
-        self.marked: dict[str, Any] = said["marked"]  # where it was saved
+        self.marked: dict[str, Any] = said[
+            "marked"
+        ]  # where it was saved, and where its steps ended
         self.values: dict[str, Tensor] = load_file(path)
 
     @functools.cached_property
@@ -156,7 +158,7 @@ class Notes:
 
     def mark(self) -> None:
         """A run is saved here, to go on from on other layouts."""
-        self.marked = {"values": len(self.values), "counts": dict(self.counts), "step": self.step}
+        self.marked |= {"values": len(self.values), "counts": dict(self.counts)}
 
     def at_mark(self) -> Notes:
         """New notes of a run that goes on from where the reference was saved."""

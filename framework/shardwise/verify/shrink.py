@@ -28,6 +28,7 @@ from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import feasible
 from shardwise.parallel.context import tokens_multiple
 from shardwise.parallel.layout import Layout
+from shardwise.stages.base import evaluations_of
 from shardwise.verify import structure as of
 from shardwise.verify.structure import Facts, structure
 
@@ -101,7 +102,12 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     small = sizes(run, config, layouts)
     left_out = {"init_from", "run_dir", "evaluate_start", "logging", "evaluations", "stages"}
     recipe = run.model_dump(mode="json", exclude=left_out)
-    stage = config.shrunk(small.stage, folder).model_dump(mode="json")
+    made = config.shrunk(small.stage, folder)
+    evaluations = [
+        e.shrunk(made, small.stage, folder).model_copy(update={"stages": []})
+        for e in evaluations_of(run, config)
+    ]
+    stage = made.model_dump(mode="json")
     # Every model starts afresh, laid out as verify says.
     stage.pop("start_from")
     if "roles" in stage:
@@ -114,6 +120,7 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
         "model": small.model.model_dump(mode="json"),
         "tokenizer": {"kind": "bytes"},
         "stages": [stage],
+        "evaluations": [e.model_dump(mode="json") for e in evaluations],
     }
     return Small(recipe, small.shape, small.given_up)
 
@@ -131,7 +138,8 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
     asked = tuple(dict.fromkeys(layouts))
     tokens = _tokens(stage, asked)
     small = _widths(user, _heads(user, asked), stage, asked)
-    small = small.model_copy(update={"max_seq_len": tokens})
+    longest = max(tokens, *(e.small_seq_len for e in evaluations_of(run, stage)), 0)
+    small = small.model_copy(update={"max_seq_len": longest})
     small = _window(user, _layers(user, small, stage, asked), stage, tokens, asked)
     rows = _batch(user, stage, tokens, asked)
     batch = _batch_config(rows, stage)
@@ -360,7 +368,10 @@ def _batch(
     def facts(small: SmallSizes, layout: Layout) -> Facts:
         batch = _batch_config(small, stage)
         refused = _refusal(user, batch, [layout]) is not None
-        return of.batch_facts(batch, layout) | {"refused": refused}
+        found = of.batch_facts(batch, layout) | {"refused": refused}
+        if layout not in asked:  # many rows, for a layout that nobody asked for
+            found.pop(of.TIMES, None)
+        return found
 
     found = _choose(options, whole, facts, asked, _COMMON_BATCH)
     if not ramped or not any(facts(found, layout)["refused"] for layout in asked):

@@ -19,6 +19,7 @@ from shardwise.parallel.layout import Layout
 from shardwise.parallel.pipeline import split_model
 
 Facts = dict[str, Any]
+TIMES = "micro-batches, times the number of pipeline stages"
 
 
 def structure(
@@ -170,6 +171,8 @@ def _row_facts(rows: int, micro_batch: int, layout: Layout) -> Facts:
         sign = (number > layout.pp) - (number < layout.pp)
         facts["micro-batches against pipeline ranks"] = ("as many", "more", "fewer")[sign]
         facts["micro-batches fill rounds of pipeline ranks"] = number % layout.pp == 0
+        if layout.schedule == "gpipe":  # which holds all of them at once
+            facts[TIMES] = few(-(-number // layout.num_chunks), 5)
     return facts
 
 

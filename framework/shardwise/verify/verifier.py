@@ -31,7 +31,6 @@ from shardwise.verify.compare import (
     compare_scales,
     disagreements,
     is_rounded_away,
-    kind_of,
     losses,
     misdealt,
     origin,
@@ -326,15 +325,15 @@ class Verifier:
         oracle = self.oracle(small, precision, layout)
         exact, single = oracle.exact, oracle.single
         names = exact.order
-        if precision != "fp64":
-            names = [n for n in names if not is_rounded_away(n)]
+        if precision != "fp64":  # what is served and evaluated at the end is compared in fp64
+            names = [n for n in names[: exact.marked["ended"]] if not is_rounded_away(n)]
         found = [*misdealt(single, ranks), *problems(ranks)]
         found += compare_scales(single.scales, ranks, "" if precision == "fp64" else "loss scale")
         values = [r.found for r in ranks]
         if ranks[0].resumed is None:
             found += compare(exact, oracle.limits, values, names)
         else:
-            after = set(exact.order[exact.marked["values"] :])
+            after = set(exact.order[exact.marked["values"] : exact.marked["ended"]])
             found += compare(exact, oracle.limits, values, [n for n in names if n not in after])
             later = [n for n in names if n in after]
             found += _said_of(compare(exact, oracle.limits, values, later), "after a resume")
@@ -366,13 +365,8 @@ class Verifier:
     ) -> list[Difference]:
         """The steps after a resume from what others saved."""
         exact = oracle.exact
-        later = exact.order[exact.marked["values"] :]
-        names = [
-            n
-            for n in later
-            if not kind_of(n).startswith("generated")
-            and (precision == "fp64" or not is_rounded_away(n))
-        ]
+        later = exact.order[exact.marked["values"] : exact.marked["ended"]]
+        names = [n for n in later if precision == "fp64" or not is_rounded_away(n)]
         again = [r.resumed or {} for r in ranks]
         return _said_of(compare(exact, oracle.limits, again, names), words)
 

@@ -7,9 +7,11 @@ and its tokens. Or the updates alone, without saving and serving.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,30 +19,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise.checkpoint.writer import Writer
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EngineConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.engines.base import Engine
 from shardwise.engines.plain_config import PlainConfig
-from shardwise.errors import CheckFailed
+from shardwise.errors import CheckFailed, UserError
 from shardwise.metrics.progress import Progress
 from shardwise.ops import rng
+from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Request
-from shardwise.stages.base import ACTOR, role_of, roles_of
+from shardwise.stages.base import ACTOR, evaluations_of, role_of, roles_of
 from shardwise.stages.lineage import Lineage
-from shardwise.stages.loop import Loop, checkpoint_root
+from shardwise.stages.loop import Loop, checkpoint_root, stage_state
+from shardwise.stages.pipeline import evaluate_all, of_all_ranks
 from shardwise.stages.registry import build_stage
 from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import with_layouts
 from shardwise.verify.shrink import STEPS
+from shardwise.verify.thresholds import lowered
 from shardwise.verify.watch import External, WatchedContext, WatchedLogger
 
 SAVED_AFTER = 2  # steps; `STEPS` follow
 NEW_TOKENS = 6
+GEMM = 1e9  # FLOP/s of a machine, with which figures of speed are compared
 SAMPLINGS = {
     "greedy": Sampling(greedy=True, max_new_tokens=NEW_TOKENS),
     "sampled": Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS),
@@ -101,16 +108,36 @@ class _StoppedError(Exception):
     """The walk ends here, as if the process had."""
 
 
+class _HeldWriter(Writer):
+    """Writes tensors once it `may`, however long that takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = threading.Event()
+
+    def shard(self, *args: Any) -> Any:
+        """See `Writer`."""
+        self.may.wait()
+        return super().shard(*args)
+
+
 class _WatchedLoop(Loop):
-    """The loop of a run, which ends after a step, and saves where that is part of the path."""
+    """The loop of a run, which ends after a step, and saves where that is part of the path.
+
+    A step takes a second: figures of speed are figures of counts.
+    """
 
     def __init__(
         self, ctx: WatchedContext, stop_after: int, saves: bool, kept: Path | None
     ) -> None:
         live = build_stage(ctx)
         lineage = Lineage("the same recipe", live.data_hash, "")
-        super().__init__(ctx, live, lineage, Progress([], rank=1))
+        gemm = of_all_ranks(GEMM / dist.get_world_size(), ctx.device)
+        super().__init__(ctx, live, lineage, Progress([], rank=1), gemm)
+        self.meter.keep(1)  # what a resume forgets is in no window
         self.notes, self.stop_after, self.saves, self.kept = ctx.notes, stop_after, saves, kept
+        if self.saver and stop_after < STEPS:
+            self.saver.writer = self.held = _HeldWriter()
 
     def _train_step(self, step: int) -> dict[str, float]:
         self.notes.step = step + 1
@@ -119,7 +146,10 @@ class _WatchedLoop(Loop):
     def _after_step(
         self, done: int, metrics: dict[str, float], elapsed: float, steady: bool
     ) -> None:
-        super()._after_step(done, metrics, elapsed, steady)
+        super()._after_step(done, metrics, 1.0, True)
+        totals = {"tokens": self.tokens, "seconds": self.seconds} | self.meter.total()
+        for name, value in totals.items():
+            self.notes.note("logged", f"step {done} in all {name}", value)
         if done == SAVED_AFTER and self.kept is not None:
             if self.saver:
                 self.saver.wait()
@@ -133,8 +163,15 @@ class _WatchedLoop(Loop):
             raise _StoppedError
 
     def _save(self, done: int, validated: dict[str, float]) -> None:
-        if self.saves:
-            super()._save(done, validated)
+        if not self.saves:
+            return
+        super()._save(done, validated)
+        if self.saver and done == self.stop_after < STEPS:
+            # The next update comes before a thread has written: nothing of it may be saved.
+            for name, tensor in stage_state(self.stage).tensors.items():
+                for shard in local_shards(name, tensor):
+                    shard.view.add_(1)
+            self.held.may.set()
 
 
 def walk(task: Task) -> Walked:
@@ -149,7 +186,8 @@ def walk(task: Task) -> Walked:
     notes.probe = task.probe
     asked: External = {}
     if not task.resumes_alone:
-        _walk_through(task, stage, notes, asked)
+        with lowered(updates=False) if not task.oracle else contextlib.nullcontext():
+            _walk_through(task, stage, notes, asked)
     walked = Walked(
         notes.found,
         notes.dealt,
@@ -167,7 +205,8 @@ def walk(task: Task) -> Walked:
         if dist.get_rank() == 0:
             shutil.copytree(task.other, directory)
         dist.barrier()
-        run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
+        with lowered(updates=True) if not task.oracle else contextlib.nullcontext():
+            run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
         walked.resumed = again.found
         walked.problems += [f"{RESUMED}: {p}" for p in again.problems]
     return walked
@@ -177,12 +216,15 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
     """All steps, broken off and resumed in between, and what is served at the end."""
     # The oracle is not broken off: what is lost at a resume would be lost on both sides.
     first = SAVED_AFTER if task.whole and not task.oracle else STEPS
-    engine = run_stage(task, stage, notes, asked, task.directory, first)
+    loop = run_stage(task, stage, notes, asked, task.directory, first)
     if first < STEPS:
-        del engine
-        engine = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+        del loop
+        loop = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+    notes.marked["ended"] = len(notes.values)
     if stage.on_policy or (task.whole and stage.head == "vocabulary"):
-        _generate(task, engine, notes)
+        _generate(task, loop.stage.engine, notes)
+    if task.whole and task.precision == "fp64":
+        _evaluate(loop, notes)
     if task.record is not None:
         notes.save(task.record)
 
@@ -234,8 +276,8 @@ def run_stage(
     stop_after: int,
     resumed: bool = False,
     watched: Callable[..., WatchedContext] = WatchedContext,
-) -> Engine:
-    """Steps of the stage up to ``stop_after`` in a context of ``watched``; returns its engine."""
+) -> Loop:
+    """Steps of the stage up to ``stop_after`` in a context of ``watched``; returns its loop."""
     ctx = watched(
         task.run,
         stage,
@@ -255,10 +297,36 @@ def run_stage(
     try:
         loop.run()
     except _StoppedError:
-        return loop.stage.engine
+        return loop
     raise CheckFailed(
         f"nothing was left to do after a resume: {checkpoint_root(directory, stage.name)}"
     )
+
+
+def _evaluate(loop: Loop, notes: Notes) -> None:
+    """The recipe's evaluations of what the stage has become, on every rank that has a figure.
+
+    Answers are decoded in fp32, whatever a layout trains in, and rounding changes some: in fp64.
+    """
+    ctx, notes.step = loop.ctx, STEPS + 1
+    for config in evaluations_of(ctx.run, ctx.stage):
+        done = f"evaluation/{config.name} done"
+        if notes.reference and done not in notes.reference.values:
+            return
+        alone = dataclasses.replace(ctx, run=ctx.run.model_copy(update={"evaluations": [config]}))
+        try:
+            found = evaluate_all(alone, loop.stage.engine, loop.progress)
+        except UserError:  # what is too long for the small model's rows, say
+            if notes.reference:
+                raise
+            return
+        for name, value in found.items():
+            if isinstance(value, (int, float)) and not name.endswith("_seconds"):
+                notes.note("evaluation", f"{config.name} {name}", value)
+        for number, sample in enumerate(found.get("samples", [])):
+            text = str(sample["completion"]).encode()
+            notes.note("evaluation", f"{config.name} sample {number}", list(text))
+        notes.note("evaluation", f"{config.name} done", 1.0)
 
 
 def _generate(task: Task, engine: Engine, notes: Notes) -> None:

@@ -264,7 +264,7 @@ class WatchedContext(StageContext):
         repeatable: bool = False,
     ) -> Sequence[Any]:
         """See `StageContext`."""
-        keys = [f"step {self.notes.step} {key}" for key in keys]
+        keys = [self._asked(name, f"step {self.notes.step} {key}") for key in keys]
         again = repeatable and self.asks_again
         answers = list(compute()) if self.given is None or again else []
         if again:
@@ -278,6 +278,11 @@ class WatchedContext(StageContext):
         if strange := [key for key in keys if key not in known]:
             raise CheckFailed(f"{name} of {strange[0]}: one process never asked for them")
         return [copy.deepcopy(known[key]) for key in keys]
+
+    def _asked(self, name: str, key: str) -> str:
+        """A key that tells which time it is asked for: two evaluations number alike."""
+        times = self.notes.count(f"{name} {key}")
+        return key if times == 1 else f"{key} time {times}"
 
     def watch(self, name: str, where: str, value: Any) -> None:
         """See `StageContext`."""
@@ -308,10 +313,14 @@ class WatchedLogger(MetricsLogger):
             self.notes.note("event", f"{what} time {self.notes.count(f'event {what}')}", 1.0)
             return
         for name, value in metrics.items():
-            if name not in MACHINE and isinstance(value, (int, float)):
+            timed = name in MACHINE or (kind == "eval" and name.endswith("_seconds"))
+            if not timed and isinstance(value, (int, float)):
                 shown = value if math.isfinite(value) else 0.0
                 sort = "sentinel" if name.startswith("fp8") else "logged"
-                self.notes.note(sort, f"step {step} {kind} {name}", shown)
+                what = f"step {step} {kind} {name}"
+                if kind == "eval":  # two evaluations of a kind call their figures alike
+                    sort, what = "evaluation", f"{what} time {self.notes.count(what)}"
+                self.notes.note(sort, what, shown)
 
     def event(self, stage: str, step: int, event: str, message: str, **fields: Any) -> None:
         """See `MetricsLogger`."""

@@ -1,0 +1,83 @@
+"""Bugs to plant as edits of the source: what large runs, devices or threads alone would meet.
+
+Thresholds that small tensors do not reach, how a device is sharded, what a thread still reads, how
+many micro-batches a pipeline holds, evaluations, figures of speed, and sums rounded between ranks.
+See `edited_bugs` for the fields.
+"""
+
+from __future__ import annotations
+
+from tests.verify.edited_bugs import Table
+from tests.verify.edits import Edit
+
+MORE_BUGS = Table()
+add = MORE_BUGS.add
+
+SMALL = {"batch.global_batch": 8, "batch.micro_batch": 2}
+
+# --- saving and evaluating ----------------------------------------------------------------------
+
+add(
+    "a_thread_saves_what_the_next_update_changes",
+    "asynchronous save", "llama pretrain dp2.zero1", "resume", "resume",
+    Edit("checkpoint/background.py",
+         "            copy.copy_(part.values, non_blocking=on_gpu)\n",
+         '            copy = part.values.to("cpu", non_blocking=on_gpu)\n'),
+    changes=SMALL | {"checkpoint.asynchronous": True}, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "blocks_after_the_first_read_from_the_wrong_rows",
+    "blocks of a checkpoint", "llama pretrain dp2.zero2", "resumed", "resumed",
+    Edit("checkpoint/loading.py",
+         "            low, high = (first + start) * row_bytes, (first + start + rows)",
+         "            low = (first + start // step) * row_bytes\n"
+         "            high = low + rows"),
+    changes=SMALL, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "rows_that_ranks_cannot_share_left_out_of_bits_per_byte",
+    "evaluation", "llama pretrain dp2.zero2", "dp", "evaluation|forward pass",
+    Edit("stages/bits.py",
+         "sum_nll(engine, rows, rows.num_rows, config.micro_batch)",
+         "sum_nll(engine, rows, rows.num_rows // engine.data_size * engine.data_size, "
+         "config.micro_batch)"),
+    changes=SMALL | {"evaluations": [{"kind": "bits_per_byte", "seq_len": 64, "stride": 32}]},
+    blind=True, whole=True,
+)  # fmt: skip
+add(
+    "speed_is_held_against_one_ranks_machine",
+    "figures of speed", "llama pretrain dp2.zero1", "dp", "fraction_of_gemm",
+    Edit("stages/pipeline.py",
+         "    return float(sum_over(total, dist.group.WORLD))",
+         "    return float(total)"),
+    changes=SMALL, blind=True,
+)  # fmt: skip
+
+# --- what a small model and a CPU do not meet ---------------------------------------------------
+
+add(
+    "blocks_of_a_device_average_their_gradients",
+    "sharding of a device", "llama pretrain dp2.zero2", "dp|resumed", "gradient",
+    Edit("parallel/data.py",
+         "    for module in fsdp_modules(model):\n        module.set_gradient_divide_factor(1.0)",
+         "    for module in fsdp_modules(model)[: None if row.reshard_after_forward else 1]:\n"
+         "        module.set_gradient_divide_factor(1.0)"),
+    changes=SMALL, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "a_pipelines_buffers_are_used_again_too_soon",
+    "pipeline buffers", "llama pretrain pp2.gpipe", "pp", "gradient",
+    Edit("engines/native.py",
+         "        self.open = dict.fromkeys(engine.chunks, len(cuts))\n",
+         "        self.open = dict.fromkeys(engine.chunks, len(cuts))\n"
+         "        self.ring: list[Tensor] = []\n"),
+    Edit("engines/native.py",
+         "        return self.cuts[microbatch].activations(self.engine.precision.compute)",
+         "        new = self.cuts[microbatch].activations(self.engine.precision.compute)\n"
+         "        if len(self.ring) < 8:\n"
+         "            self.ring.append(new)\n"
+         "            return new\n"
+         "        self.ring.append(self.ring.pop(0))\n"
+         "        return self.ring[-1].detach()"),
+    changes={"batch.global_batch": 64, "batch.micro_batch": 2, "batch.seq_len": 64},
+)  # fmt: skip
