@@ -29,9 +29,11 @@ def test_narrow_numbers_in_wide_memory_are_found() -> None:
     assert narrowest(torch.zeros(0)) == torch.float32
 
 
-def watch(engine: Engine, check: DtypeCheck, rows: int = 2) -> list[str]:
+def watch(engine: Engine, check: DtypeCheck, rows: int = 2, learnt: int = 4) -> list[str]:
+    """``learnt``: rows that have a loss, of four."""
     for update in range(3):
         batch = packed(4, seed=update)
+        batch.loss_mask_BT[learnt:] = 0
         mine = batch.split(4 // engine.data_size)[engine.data_rank].split(rows)
         engine.forward_backward(mine, CausalLM())
         check.note(engine.dtypes())
@@ -43,7 +45,9 @@ def check_of(precision: str, wide: bool = False) -> DtypeCheck:
     return DtypeCheck(PRECISIONS[precision].declared(wide))
 
 
-def native(layout: str, precision: str, wide: bool, bug: str = "") -> tuple[list[str], Any]:
+def native(
+    layout: str, precision: str, wide: bool, bug: str = "", learnt: int = 4
+) -> tuple[list[str], Any]:
     config = NativeConfig.model_validate(
         {"layout": layout, "precision": precision, "compile": False}
     )
@@ -65,7 +69,7 @@ def native(layout: str, precision: str, wide: bool, bug: str = "") -> tuple[list
         if bug == "masters rounded":
             engine.step = rounding
         check = check_of(precision, wide)
-        problems = watch(engine, check)
+        problems = watch(engine, check, learnt=learnt)
     return problems, {kind for kind, _ in check.widest}
 
 
@@ -84,6 +88,12 @@ def test_native_keeps_what_is_declared(
         assert problems == []
         kinds |= found
     assert kinds == KINDS
+
+
+def test_a_sum_of_one_term_may_be_narrow(ranks: RankPool) -> None:
+    """The other rank's micro-batch has nothing to learn from."""
+    for problems, _ in ranks.run(native, "dp2.zero3", "bf16", False, learnt=1, world=2):
+        assert problems == []
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -90,6 +90,16 @@ def test_stages_that_write_their_own_batches_scale_alike(layout: str, ranks: Ran
     assert "sentinel" in verdict.worst
 
 
+def test_each_role_scales_in_its_own_domains(ranks: RankPool) -> None:
+    rl = recipe("current")
+    rl["stages"] = [suite.STAGES["ppo"] | {"reward_model_weight": 0.0, "samples_per_prompt": 2}]
+    verifier = Verifier(rl, ranks)
+    verdict = verifier.check("ppo", "actor=tp2,critic=dp2.zero2")
+    verifier.close()
+    assert verdict.passed, verdict.sentence()
+    assert verdict.worst["amax"] == verdict.worst["scale"] == 0.0
+
+
 @pytest.mark.parametrize("name,layout", [("delayed", "dp2.zero2"), ("block", "tp2.sp")])
 def test_layouts_stay_within_the_bound_of_bf16(
     name: str, layout: str, verifiers: dict[str, Verifier]

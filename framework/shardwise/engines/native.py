@@ -128,7 +128,7 @@ class NativeEngine:
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
         with self._products(training=True), comm.tally() as tally:
             run(cuts, sums)
-        self._terms = len(cuts) * self.mesh.layout.dp * self.mesh.layout.cp
+        self._terms = sums.parts
         seen = tally.dtypes.get(("shard", "reduce_scatter"), set())
         self._seen["reductions"] = {f"reduce_scatter {str(d)[6:]}": d for d in seen}
         self._reshard()

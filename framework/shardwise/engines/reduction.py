@@ -28,11 +28,13 @@ class LossSums:
     def __init__(self, loss: Loss, mesh: Mesh, batches: Sequence[MicroBatch]) -> None:
         self.loss, self.mesh = loss, mesh
         names = sorted(loss.weights)
-        local = torch.zeros(len(names), dtype=torch.float64, device=mesh.device)
+        local = torch.zeros(len(names) + 1, dtype=torch.float64, device=mesh.device)
         for batch in batches:
             counts = loss.counts(batch)
-            local += torch.stack([counts[n].to(local) for n in names])
-        totals = sum_over(local, mesh.groups["dp"]).tolist()
+            own = torch.stack([counts[n].to(local) for n in names])
+            local += torch.cat([own, own.any()[None]])
+        *totals, parts = sum_over(local, mesh.groups["dp"]).tolist()
+        self.parts = int(parts)  # micro-batches that there is something to learn from
         # A term without a single valid element has a zero sum; dividing by 1 keeps it zero.
         self.totals = {n: t if t > 0 else 1.0 for n, t in zip(names, totals, strict=True)}
         self.sums: dict[str, Tensor] = {}

@@ -41,7 +41,7 @@ from shardwise.verify.compare import (
 from shardwise.verify.independence import Examined, examine, leaks_of
 from shardwise.verify.notes import Reference
 from shardwise.verify.pool import RankError, RankPool
-from shardwise.verify.roles import layouts_of, parts_of, with_layouts, world_of
+from shardwise.verify.roles import Placing, layouts_of, parse, parts_of, with_layouts, world_of
 from shardwise.verify.shrink import shrink
 from shardwise.verify.verdict import Verdict
 from shardwise.verify.walk import RESUMED, Task, Walked, walk
@@ -455,11 +455,13 @@ def domains_of(layout: str) -> str | None:
 
     Data ranks, ZeRO and pipelines scale each micro-batch by itself, and so does one process.
     """
-    whole = parse_layout(layout, world_of(layout))
-    if whole.tp == whole.cp == 1:
-        return None
-    context = f".cp{whole.cp}.{whole.cp_kind}" if whole.cp > 1 else ""
-    return f"dp1.zero0.tp{whole.tp}{context}"
+    found = []
+    for placing, whole in zip(parse(layout), layouts_of(layout), strict=True):
+        if whole.tp == whole.cp == 1:
+            continue
+        context = f".cp{whole.cp}.{whole.cp_kind}" if whole.cp > 1 else ""
+        found.append(str(Placing(placing.role, f"dp1.zero0.tp{whole.tp}{context}")))
+    return ",".join(found) or None
 
 
 def sub_layouts(layout: str) -> list[str]:

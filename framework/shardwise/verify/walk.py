@@ -40,7 +40,7 @@ from shardwise.stages.loop import Loop, checkpoint_root, stage_state
 from shardwise.stages.pipeline import evaluate_all, of_all_ranks
 from shardwise.stages.registry import build_stage
 from shardwise.verify.notes import Noted, Notes, Reference
-from shardwise.verify.roles import with_layouts
+from shardwise.verify.roles import parse, with_layouts
 from shardwise.verify.shrink import STEPS
 from shardwise.verify.thresholds import lowered
 from shardwise.verify.watch import External, WatchedContext, WatchedLogger
@@ -233,7 +233,7 @@ def stage_of(task: Task) -> StageConfig:
     """The stage as the task's layout, precision and engine have it."""
     [stage] = [s for s in task.run.stages if s.name == task.stage]
     # Here, the library of a GPU is whatever runs in its place.
-    changes = {"domains": task.domains, "backend": "auto"}
+    changes = {"domains": None, "backend": "auto"}
     fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
     updates = {
         "precision": task.precision,
@@ -251,8 +251,13 @@ def stage_of(task: Task) -> StageConfig:
 def _plainly(stage: StageConfig, task: Task) -> StageConfig:
     """The stage's engines, and those of its roles, of kind ``plain``."""
 
+    domains = {p.role: p.layout for p in parse(task.domains)} if task.domains else {}
+
     def plain(engine: EngineConfig, role: str) -> PlainConfig:
         shared = {key: getattr(engine, key) for key in EngineConfig.model_fields if key != "kind"}
+        if engine.fp8 is not None:
+            emulated = domains.get(role, domains.get(""))
+            shared["fp8"] = engine.fp8.model_copy(update={"domains": emulated})
         own: Any = {"split": task.split, "skip": task.skip.get(role, [])}
         return PlainConfig(kind="plain", **own, **shared)
 
