@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwise.ops import compiled, cpu_attention
+from shardwise.ops import bitsandbytes, compiled, cpu_attention
 from shardwise.ops.capability import capabilities
 from tests.contracts.transformer_engine import installed
 
@@ -26,10 +26,13 @@ def test_every_row_has_a_reason() -> None:
         "triton",
         "float8",
         "cpu_kernels",
+        "bitsandbytes",
     ]
     assert all(r.detail and r.purpose for r in rows)
     if not torch.cuda.is_available():
         cpu = {"cpu_kernels"} if compiled.unusable(cpu_attention.library) is None else set()
+        if bitsandbytes.unusable(torch.device("cpu")) is None:
+            cpu.add("bitsandbytes")
         assert {r.library for r in rows if r.used} == {"float8"} | cpu  # float8: part of torch
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from shardwise.ops import (
+    bitsandbytes,
     compiled,
     cpu_attention,
     cpu_softmax,
@@ -39,6 +40,7 @@ def capabilities() -> list[Capability]:
         ("triton", "FP8 quantisers of the emulation", _triton),
         ("float8", "engine.fp8, emulated", _float8),
         ("cpu_kernels", "attention and softmax on CPU", _cpu_kernels),
+        ("bitsandbytes", "adapter.quantise: nf4", _bitsandbytes),
     ]
     found = []
     for library, purpose, probe in rows:
@@ -61,6 +63,10 @@ def _version(library: str) -> str:
 
 def _cpu_kernels() -> str | None:
     return compiled.unusable(cpu_attention.library) or compiled.unusable(cpu_softmax.library)
+
+
+def _bitsandbytes() -> str | None:
+    return bitsandbytes.unusable(torch.device("cpu"))
 
 
 def _flash_attn() -> str | None:
