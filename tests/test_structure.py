@@ -25,6 +25,7 @@ FLOORS = [
     {"models"},
     {"parallel"},
     {"precision"},
+    {"adapters"},
     {"assemble"},
     {"optim"},
     {"data"},

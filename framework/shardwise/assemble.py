@@ -1,4 +1,9 @@
-"""The one function that turns a plain model into a distributed one, in a fixed order."""
+"""The one function that turns a plain model into a distributed one, in a fixed order.
+
+What is done to a model is a list of transforms, each a table of its room: cut, quantise, adapt or
+freeze, recompute and compile, shard. They swap or wrap modules that those before them left, and
+tell what the engine must know: whose gradients are partial, what stands still, how it is merged.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import dataclasses
 
 import torch
 
+from shardwise.adapters.base import Adapter
+from shardwise.adapters.trained import EVERYTHING, Trained, TrainedPart
 from shardwise.config.schema import ModelConfig, NativeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import registry
@@ -29,12 +36,19 @@ class Assembled:
     chunks: dict[int, Decoder]  # by number of pipeline stage
     partial: frozenset[str]  # parameters whose gradients are partial sums over tp ranks
     fp8: Fp8 | None = None
+    adapter: Adapter | None = None
 
 
-def assemble(model_config: ModelConfig, engine: NativeConfig, mesh: Mesh, seed: int) -> Assembled:
+def assemble(
+    model_config: ModelConfig,
+    engine: NativeConfig,
+    mesh: Mesh,
+    seed: int,
+    trained: Trained = EVERYTHING,
+) -> Assembled:
     """A distributed model with its initial weights, a pure function of (seed, parameter name).
 
-    Later guests have their line here: adapter swaps come right after the FP8 ones.
+    Raises ConfigError for what ``trained`` asks of a model that cannot have it.
     """
     assert isinstance(model_config, DecoderConfig)
     compiled = blocks.wants_compile(engine, mesh.device)
@@ -42,6 +56,11 @@ def assemble(model_config: ModelConfig, engine: NativeConfig, mesh: Mesh, seed: 
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
     quantised = None if engine.fp8 is None else Fp8(engine, model_config, mesh)
+    part = TrainedPart(trained, model_config)
+    if part.adapter is not None and quantised is not None and quantised.library is not None:
+        raise ConfigError(
+            "engine.fp8.backend: Transformer Engine's layers take no adapter; set it to emulated"
+        )
     chunks: dict[int, Decoder] = {}
     partial: set[str] = set()
     for number in chunks_of(layout, mesh.place["pp"]):
@@ -59,16 +78,18 @@ def assemble(model_config: ModelConfig, engine: NativeConfig, mesh: Mesh, seed: 
         # 4. FP8, by replacing the products of linear layers, cut or whole.
         if quantised is not None:
             quantised.attach(model)
-        # 5. Recompute and compile, per block.
+        # 5. What is trained: an adapter, which takes part in those products, or parts of the model.
+        partial.update(part.apply(model))
+        # 6. Recompute and compile, per block.
         checkpoint = quantised.checkpoint if quantised is not None else None
         blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint, breaks=layout.cp > 1)
-        # 6. ZeRO: parameters become shards.
+        # 7. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute)
-        # 7. Memory for this rank's shards alone, then their values.
+        # 8. Memory for this rank's shards alone, then their values.
         model.to_empty(device=mesh.device)
         init_weights(model, seed)
         chunks[number] = model
-    return Assembled(chunks, frozenset(partial), quantised)
+    return Assembled(chunks, frozenset(partial), quantised, part.adapter)
 
 
 def _cut_attention(model: Decoder, core: ContextAttention) -> None:

@@ -151,8 +151,8 @@ add(
     "shared_kv_heads_dealt_round_robin",
     "KV heads", "llama pretrain tp4", "tp", "attn",
     Edit("parallel/tensor.py",
-         "self.start = axis.rank * num_heads // axis.size * width",
-         "self.start = axis.rank % num_heads * width"),
+         "start = axis.rank * num_heads // axis.size * width",
+         "start = axis.rank % num_heads * width"),
 )  # fmt: skip
 add(
     "query_heads_of_a_rank_meet_kv_heads_in_turn",

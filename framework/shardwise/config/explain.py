@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shardwise.config import registry
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.optimizers import OptimizerConfig
 from shardwise.config.schema import (
     EngineConfig,
@@ -34,6 +35,7 @@ _WORDS: dict[Any, str] = {
 # Key, classes, and what a section is that names none.
 REGISTERED: dict[Any, tuple[str, Mapping[str, Any], str | None]] = {
     ModelConfig: ("family", registry.MODEL_CONFIGS, None),
+    AdapterConfig: ("kind", registry.ADAPTER_CONFIGS, None),
     EngineConfig: ("kind", registry.ENGINE_CONFIGS, registry.DEFAULT_ENGINE),
     OptimizerConfig: ("kind", registry.OPTIMIZER_CONFIGS, registry.DEFAULT_OPTIMIZER),
     StageConfig: ("kind", registry.STAGE_CONFIGS, None),

@@ -57,6 +57,7 @@ def json_schema() -> dict[str, Any]:
     registry.discover()
     tables: dict[str, dict[str, Any]] = {
         "model": registry.MODEL_CONFIGS,
+        "adapter": registry.ADAPTER_CONFIGS,
         "engine": registry.ENGINE_CONFIGS,
         "optimizer": registry.OPTIMIZER_CONFIGS,
         "stages": registry.STAGE_CONFIGS,
@@ -79,6 +80,8 @@ def json_schema() -> dict[str, Any]:
             for choice in choices:
                 del choice["required"]
             schema["$defs"][f"{where.capitalize()}Config"] = {"anyOf": choices}
+        elif where == "adapter":
+            schema["$defs"]["AdapterConfig"] = {"oneOf": choices}
         else:
             run["properties"][where] = {**run["properties"][where], "items": {"oneOf": choices}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **run}

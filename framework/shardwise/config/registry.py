@@ -1,8 +1,8 @@
 """Where rooms above announce their config classes, so that the loader can validate them.
 
 The config room is the lowest, so it cannot import models, engines or stages. They register here
-instead: a model family by its ``family`` name, an engine, an optimizer, a stage or an evaluation by
-its ``kind``.
+instead: a model family by its ``family`` name, an engine, an optimizer, an adapter, a stage or an
+evaluation by its ``kind``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Table = dict[str, type[Any]]  # name to config class: sections import this modul
 MODEL_CONFIGS: Table = {}
 ENGINE_CONFIGS: Table = {}
 OPTIMIZER_CONFIGS: Table = {}
+ADAPTER_CONFIGS: Table = {}
 STAGE_CONFIGS: Table = {}
 EVALUATION_CONFIGS: Table = {}
 
@@ -28,10 +29,16 @@ EVALUATION_CONFIGS: Table = {}
 PROVIDERS = (
     "shardwise.models.configs",
     "shardwise.optim.registry",
+    "shardwise.adapters.registry",
     "shardwise.engines.registry",
     "shardwise.stages.registry",
 )
-ENTRY_POINTS = ("shardwise.engines", "shardwise.optimizers", "shardwise.stages")
+ENTRY_POINTS = (
+    "shardwise.adapters",
+    "shardwise.engines",
+    "shardwise.optimizers",
+    "shardwise.stages",
+)
 DEFAULT_ENGINE = "native"  # the kind of an engine section that names none
 DEFAULT_OPTIMIZER = "adamw"  # the same of an optimizer section
 
@@ -49,6 +56,11 @@ def register_engine_config(kind: str, cls: type[BaseModel]) -> None:
 def register_optimizer_config(kind: str, cls: type[BaseModel]) -> None:
     """Make ``optimizer.kind: <kind>`` validate against ``cls``."""
     OPTIMIZER_CONFIGS[kind] = cls
+
+
+def register_adapter_config(kind: str, cls: type[BaseModel]) -> None:
+    """Make ``adapter.kind: <kind>`` validate against ``cls``."""
+    ADAPTER_CONFIGS[kind] = cls
 
 
 def register_stage_config(kind: str, cls: type[BaseModel]) -> None:

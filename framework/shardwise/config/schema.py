@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from shardwise.config import registry
+from shardwise.config.adapters import AnyAdapter, FreezeConfig
 from shardwise.config.optimizers import AdamWConfig as AdamWConfig
 from shardwise.config.optimizers import AnyOptimizer
 from shardwise.config.optimizers import OptimizerConfig as OptimizerConfig
@@ -357,6 +358,10 @@ class StageConfig(Section):
         default_factory=NativeConfig,
         description="top-level engine, overridden key by key",
     )
+    adapter: AnyAdapter | None = Field(
+        None, description="trained in place of the model, which stands still; None: the model is"
+    )
+    freeze: FreezeConfig | None = Field(None, description="parts that stand still; None: none")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     max_skipped: float = Field(
@@ -378,6 +383,8 @@ class StageConfig(Section):
                 f"a ramp of {self.batch.ramp_steps} steps in a stage of {self.steps} never comes "
                 "to global_batch; give fewer, or more steps",
             )
+        if self.adapter is not None and self.freeze is not None:
+            self.refuse(("freeze",), "beside an adapter all stands still already; leave one out")
         return self
 
     @property
@@ -415,6 +422,7 @@ class StageConfig(Section):
         updates["steps"] = small.steps
         updates["schedule"] = self.schedule.shrunk()
         updates["validation"] = self.validation.shrunk()
+        updates["adapter"] = self.adapter and self.adapter.shrunk()
         return self.model_copy(update=updates)
 
     def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:

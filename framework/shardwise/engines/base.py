@@ -2,7 +2,7 @@
 
 Names of parameters are ours (``layers.0.attn.q.weight``), whatever the layout. A *kind* of tensors
 is ``weights``, ``grads`` (between `Engine.forward_backward` and `Engine.step`), or one of
-`Engine.optimizer_states`.
+`Engine.optimizer_states`; the last two of what is trained alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.contract import Loss
@@ -29,7 +30,8 @@ class Setup:
     ``seed``: root of the initial weights and of dropout. ``stage``: the training stage's name, part
     of dropout's rng keys. ``optimizer``: None for a model that is only evaluated. ``wide_logits``:
     the head's product gives fp32 logits of bf16 or fp16 operands, for losses that compare
-    log-probabilities of two computations. ``ranks``: of the world, ascending; None: all.
+    log-probabilities of two computations. ``trained``: what of the model is. ``ranks``: of the
+    world, ascending; None: all.
     """
 
     model: ModelConfig
@@ -40,6 +42,7 @@ class Setup:
     stage: str = ""
     optimizer: OptimizerConfig | None = None
     wide_logits: bool = False
+    trained: Trained = EVERYTHING
     ranks: Sequence[int] | None = None
 
 
@@ -132,14 +135,22 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under Hugging Face names, one at a time; a collective call."""
+        """Full tensors under Hugging Face names, one at a time; a collective call.
+
+        Those of a plain model: an adapter is merged.
+        """
+        ...
+
+    def start_adapter(self) -> None:
+        """Give an adapter its initial values, beside the weights of now; a collective call."""
         ...
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Copy full tensors, present on every rank, into the parameters of their names.
 
         Names that are no parameter's here are passed over. Returns the parameters held here that
-        the stream left out. Raises CheckpointError for a shape that does not fit.
+        the stream left out, but for an adapter's. Raises CheckpointError for a shape that does not
+        fit.
         """
         ...
 

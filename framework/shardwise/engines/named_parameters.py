@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.adapters.trained import EVERYTHING, Trained, TrainedPart
 from shardwise.assemble import Assembled
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
@@ -33,8 +34,15 @@ class NamedParameters:
     no parameter of its own, its gradient moves to the original, and its values come from there.
     """
 
-    def __init__(self, assembled: Assembled, config: DecoderConfig, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        assembled: Assembled,
+        config: DecoderConfig,
+        mesh: Mesh,
+        trained: Trained = EVERYTHING,
+    ) -> None:
         self.mesh, self.config, self.partial = mesh, config, assembled.partial
+        self.trained = trained
         self.parameters: dict[str, nn.Parameter] = {}
         self.mirror: nn.Parameter | None = None
         for model in assembled.chunks.values():
@@ -94,17 +102,22 @@ class NamedParameters:
     # --- gathering ------------------------------------------------------------------------------
 
     def stream(
-        self, pick: Callable[[nn.Parameter], Tensor], dtype: torch.dtype | None = None
+        self, pick: Callable[[nn.Parameter], Tensor], *, trained: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, global tensor) of every parameter of the model, on every rank, in one order."""
-        for name, (shape, home) in self._catalogue.items():
+        """(name, global tensor) of every parameter of the model, on every rank, in one order.
+
+        ``trained``: of those that are trained alone.
+        """
+        for name, (shape, home, learns) in self._catalogue.items():
+            if trained and not learns:
+                continue
             value: Tensor | None = None
             if name in self.parameters:
                 value = full_tensor(pick(self.parameters[name]), self.mesh)
             if self.mesh.layout.pp > 1:
                 value = self._from_stage(value, shape, home)
             assert value is not None
-            yield name, value if dtype is None else value.to(dtype)
+            yield name, value
 
     def _from_stage(self, value: Tensor | None, shape: torch.Size, home: int) -> Tensor:
         """A tensor of pipeline rank ``home``, on all pipeline ranks."""
@@ -116,15 +129,19 @@ class NamedParameters:
         return value
 
     @functools.cached_property
-    def _catalogue(self) -> dict[str, tuple[torch.Size, int]]:
-        """Shape and pipeline rank of every parameter of the model, from its config alone."""
+    def _catalogue(self) -> dict[str, tuple[torch.Size, int, bool]]:
+        """Shape, pipeline rank and whether it is trained of every parameter of the model.
+
+        From configs alone.
+        """
         layout = self.mesh.layout
-        home = homes(layout)
-        found: dict[str, tuple[torch.Size, int]] = {}
+        home, trained = homes(layout), TrainedPart(self.trained, self.config)
+        found: dict[str, tuple[torch.Size, int, bool]] = {}
         for number, layers in enumerate(split_model(self.config, layout.num_chunks)):
             with torch.device("meta"):
                 part = registry.build(self.config)
             part.keep(layers)
+            trained.apply(part)
             for name, parameter in part.named_parameters():
-                found.setdefault(name, (parameter.shape, home[number]))
+                found.setdefault(name, (parameter.shape, home[number], parameter.requires_grad))
         return found

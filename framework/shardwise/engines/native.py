@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwise.adapters.targets import is_adapter
+from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.assemble import assemble
 from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
@@ -28,6 +30,7 @@ from shardwise.ops.fp8_linear import listening
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
 from shardwise.optim.local import local_step
 from shardwise.parallel import data, pipeline, tensor
+from shardwise.parallel.full_tensor import full_tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
@@ -48,6 +51,7 @@ def build(setup: Setup) -> NativeEngine | None:
         stage=setup.stage,
         optimizer=setup.optimizer,
         wide_logits=setup.wide_logits,
+        trained=setup.trained,
     )
 
 
@@ -58,7 +62,7 @@ class NativeEngine:
         model_config: the plain model to build.
         config: layout, precision, recompute, compile, clipping.
         mesh: this process's place; made by `parallel.mesh.build_mesh`.
-        seed, stage, optimizer, wide_logits: see `engines.base.Setup`.
+        seed, stage, optimizer, wide_logits, trained: see `engines.base.Setup`.
     """
 
     def __init__(
@@ -71,19 +75,20 @@ class NativeEngine:
         stage: str = "",
         optimizer: OptimizerConfig | None = None,
         wide_logits: bool = False,
+        trained: Trained = EVERYTHING,
     ) -> None:
         assert isinstance(model_config, DecoderConfig)
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.seed, self.stage = seed, stage
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = precision_of(config.precision, mesh.device)
-        assembled = assemble(model_config, config, mesh, seed)
-        self.chunks = assembled.chunks
+        assembled = assemble(model_config, config, mesh, seed, trained)
+        self.chunks, self.adapter = assembled.chunks, assembled.adapter
         if self.precision.logits(wide_logits) != self.precision.compute:
             for chunk in self.chunks.values():
                 tensor.widen_logits(chunk)
         self.fp8 = assembled.fp8
-        self.named = NamedParameters(assembled, model_config, mesh)
+        self.named = NamedParameters(assembled, model_config, mesh, trained)
         self.scale = DynamicLossScale() if self.precision.loss_scaling else None
         self._has_gradients = False
         self._terms = 0  # of the sum that a gradient is
@@ -93,8 +98,8 @@ class NativeEngine:
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer, mesh) if optimizer else None
         )
-        self._has_dropout = getattr(model_config, "dropout", 0.0) > 0 or any(
-            getattr(model_config, f"{where}_dropout", 0.0) > 0 for where in ("attn", "embed")
+        self._has_dropout = model_config != model_config.without_dropout() or (
+            self.adapter is not None and self.adapter.has_dropout
         )
 
     @property
@@ -259,12 +264,14 @@ class NativeEngine:
     def state_dict(self) -> State:
         """``model.<name>`` and ``optim.<name>.<state>`` tensors, and the JSON that goes with them.
 
+        With an adapter, of the model its parameters alone.
         The tensors are the live ones: loading writes into them. Gathered copies are freed first,
         so the next forward pass sees what was written.
         """
         self._reshard()
         parameters = self.named.parameters
-        tensors = {f"model.{n}": p.data for n, p in parameters.items()}
+        saved = is_adapter if self.adapter is not None else bool
+        tensors = {f"model.{n}": p.data for n, p in parameters.items() if saved(n)}
         if self.optimizer is not None:
             tensors |= optimizer_tensors(self.optimizer, parameters.items())
         meta: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
@@ -290,13 +297,17 @@ class NativeEngine:
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, one at a time; every rank must iterate."""
         self._reshard()
-        named = self.named.stream(lambda p: p.data, dtype)
+        named = self.named.stream(lambda p: p.data)
+        if self.adapter is not None:
+            named = self.adapter.merge(named)
+        if dtype is not None:
+            named = ((name, value.to(dtype)) for name, value in named)
         yield from registry.to_hf_tensors(self.model_config, named)
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
         """See `engines.base.Engine`; of a full tensor, a rank copies its own part."""
         self._reshard()
-        missing = dict(self.named.parameters)
+        missing = {n: p for n, p in self.named.parameters.items() if not is_adapter(n)}
         for name, value in stream:
             parameter = self.named.parameters.get(name)
             if parameter is None:
@@ -310,16 +321,29 @@ class NativeEngine:
             missing.pop(name, None)
         return list(missing)
 
+    @torch.no_grad()
+    def start_adapter(self) -> None:
+        """See `engines.base.Engine`; ranks that share a weight come to the same values."""
+        if self.adapter is None:
+            return
+        self._reshard()
+        held, mesh = self.named.parameters, self.mesh
+        started = self.adapter.start(self.seed, held, lambda n: full_tensor(held[n].data, mesh))
+        for name, value in started:
+            place(held[name].data, lambda rows, v=value: v[rows])  # type: ignore[misc]
+
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
-        yield from self.named.stream(functools.partial(self._pick, kind))
+        pick = functools.partial(self._pick, kind)
+        yield from self.named.stream(pick, trained=kind != "weights")
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
         for name, parameter in self.named.parameters.items():
-            yield name, self._pick(kind, parameter)
+            if kind == "weights" or parameter.requires_grad:
+                yield name, self._pick(kind, parameter)
 
     def _pick(self, kind: str, parameter: nn.Parameter) -> Tensor:
         if kind == "weights":

@@ -85,6 +85,11 @@ class PlacedEngine:
         """Outside: nothing, and nothing is missing."""
         return [] if self.inner is None else self.inner.load_weights(stream)
 
+    def start_adapter(self) -> None:
+        """Outside: nothing."""
+        if self.inner is not None:
+            self.inner.start_adapter()
+
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Full tensors on every rank of the world, one at a time."""
         yield from self._spread(iter(()) if self.inner is None else self.inner.full(kind))

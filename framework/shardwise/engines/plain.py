@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from shardwise.adapters.config import LowRankConfig
 from shardwise.config.optimizers import AdamWConfig, OptimizerConfig, SgdConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Scaled, Setup, Share, State
+from shardwise.engines.plain_adapters import PlainAdapter, freeze
 from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.plain_domains import PlainFp8
@@ -70,7 +72,14 @@ class PlainEngine:
         with setup.device:
             self.model = registry.build(setup.model).to(self.precision.master)
         init_weights(self.model, setup.seed)
+        self.adapter: PlainAdapter | None = None
+        if setup.trained.adapter is not None:
+            assert isinstance(setup.trained.adapter, LowRankConfig)
+            self.adapter = PlainAdapter(setup.trained.adapter, self.model)
+        if setup.trained.freeze is not None:
+            freeze(self.model, setup.trained.freeze)
         self.parameters = dict(self.model.named_parameters())
+        self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         if self.precision.logits(setup.wide_logits) != self.precision.compute:
             head: Any = self.model.head
             head.forward = lambda x: F.linear(x.float(), head.weight.float())
@@ -78,9 +87,11 @@ class PlainEngine:
         if setup.config.fp8 is not None:
             self.fp8 = PlainFp8(setup.config.fp8, self.model, setup.device)
         self.has_dropout = setup.model != setup.model.without_dropout()
+        if self.adapter is not None and self.adapter.config.dropout > 0:
+            self.has_dropout = True
         self.optimizer: torch.optim.Optimizer | None = None
         if setup.optimizer is not None:
-            self.optimizer = build_optimizer(self.parameters, setup.optimizer)
+            self.optimizer = build_optimizer(self.trained, setup.optimizer)
         self.scale = FIRST_SCALE if self.precision.loss_scaling else 1.0
         self.good_steps = 0  # since the scale changed
         self.updates = self.skipped = 0
@@ -230,7 +241,7 @@ class PlainEngine:
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in (self.parameters if kind == "weights" else self.trained).items():
             if kind == "weights":
                 yield name, parameter.data
             elif kind == "grads":
@@ -288,12 +299,20 @@ class PlainEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
-        yield from registry.to_hf_tensors(self.model_config, self.held("weights"))
+        named = self.held("weights")
+        if self.adapter is not None:
+            named = self.adapter.merged(named)
+        yield from registry.to_hf_tensors(self.model_config, named)
+
+    def start_adapter(self) -> None:
+        """See `engines.base.Engine`."""
+        if self.adapter is not None:
+            self.adapter.start(self.setup.seed)
 
     @torch.no_grad()
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
         """See `engines.base.Engine`."""
-        missing = dict(self.parameters)
+        missing = {n: p for n, p in self.parameters.items() if ".adapter." not in n}
         for name, value in stream:
             if name in self.parameters:
                 if self.parameters[name].shape != value.shape:
@@ -304,8 +323,11 @@ class PlainEngine:
 
     def state_dict(self) -> State:
         """Under the names that every engine gives them, so that a checkpoint is anybody's."""
-        tensors = {f"model.{n}": p.data for n, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
+        saved = self.parameters
+        if self.adapter is not None:
+            saved = {n: p for n, p in saved.items() if ".adapter." in n}
+        tensors = {f"model.{n}": p.data for n, p in saved.items()}
+        for name, parameter in self.trained.items():
             state = {} if self.optimizer is None else self.optimizer.state[parameter]
             tensors |= {f"optim.{name}.{kind}": value for kind, value in sorted(state.items())}
         meta: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
@@ -353,6 +375,7 @@ class PlainEngine:
     def close(self) -> None:
         """Weights, gradients and optimizer states."""
         self.parameters.clear()
+        self.trained.clear()
         del self.model, self.optimizer
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +100,20 @@ Matmul = Callable[[Tensor, Tensor, Accumulate | None], Tensor]
 
 
 class Swapped(nn.Module):
-    """A module whose `partial` parameters get partial sums as gradients on each rank."""
+    """A module whose `partial` parameters get partial sums as gradients on each rank.
+
+    ``adapter(x, out, weight, rows)`` makes of a product over local parts an adapted one, see
+    `shardwise.adapters`; ``rows`` are those of a whole weight that this rank uses.
+    """
 
     partial: tuple[str, ...] = ()
     defer = False  # whether a schedule asks for weight products apart
     matmul: Matmul | None = None  # replaces the product over local parts, as FP8 does
+    rows = slice(None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: nn.Module | None = None
 
     def product(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
@@ -118,10 +128,17 @@ class Swapped(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Accumulate | None = None
     ) -> Tensor:
         """The same with parts in hand; with ``add``, the weight product can be deferred."""
-        if self.matmul is None:
+        if self.matmul is None and self.adapter is None:
             return linear(x, weight, bias, add)
-        out = self.matmul(x, weight, add)
+        out = linear(x, weight, None, add) if self.matmul is None else self.matmul(x, weight, add)
+        if self.adapter is not None:
+            out = self.adapter(x, out, weight, self.rows)
         return out if bias is None else out + bias
+
+    def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of a table in hand, adapted."""
+        out = F.embedding(ids, table)
+        return out if self.adapter is None else self.adapter(ids, out, table, self.rows)  # type: ignore[no-any-return]
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:
@@ -152,6 +169,18 @@ class UnshardedLinear(Swapped):
         return self.product(x, self.weight, self.bias)
 
 
+class UnshardedEmbedding(Swapped):
+    """An embedding that no rank cuts, swapped for what may be added to it."""
+
+    def __init__(self, old: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = old.weight
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """See `nn.Embedding`."""
+        return self.look_up(ids_BT, self.weight)
+
+
 def defer_weight_products(model: Decoder) -> None:
     """Make every linear layer able to leave its weight product for later, in place."""
     for path, module in list(model.named_modules()):
@@ -161,11 +190,21 @@ def defer_weight_products(model: Decoder) -> None:
 
 def swapped_linear(model: Decoder, path: str) -> Swapped:
     """The module at ``path``; a plain linear layer is swapped first."""
+    return _swapped(model, path, nn.Linear, UnshardedLinear)
+
+
+def swapped_embedding(model: Decoder, path: str) -> Swapped:
+    """The same of an embedding."""
+    return _swapped(model, path, nn.Embedding, UnshardedEmbedding)
+
+
+def _swapped(
+    model: Decoder, path: str, kind: type[nn.Module], swap: Callable[[Any], Swapped]
+) -> Swapped:
     module = model.get_submodule(path)
     if not isinstance(module, Swapped):
-        expect(module, path, nn.Linear)
-        assert isinstance(module, nn.Linear)
-        module = UnshardedLinear(module)
+        expect(module, path, kind)
+        module = swap(module)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
         model.retie()
@@ -237,15 +276,15 @@ class SharedHeadLinear(Swapped):
     def __init__(self, old: nn.Linear, axis: Axis, num_heads: int) -> None:
         super().__init__()
         width = old.out_features // num_heads
-        self.start = axis.rank * num_heads // axis.size * width
-        self.width = width
+        start = axis.rank * num_heads // axis.size * width
+        self.axis, self.rows = axis, slice(start, start + width)
         self.weight = axis.parameter(old.weight, Replicate())
         self.bias = None if old.bias is None else axis.parameter(old.bias, Replicate())
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """All inputs to the outputs of this rank's head."""
-        weight = local(self.weight).narrow(0, self.start, self.width)
-        bias = None if self.bias is None else local(self.bias).narrow(0, self.start, self.width)
+        weight = local(self.weight)[self.rows]
+        bias = None if self.bias is None else local(self.bias)[self.rows]
         return self.multiply(x_BTI, weight, bias)
 
 
@@ -281,7 +320,7 @@ class VocabEmbedding(Swapped):
             nothing = table.new_zeros((*ids_BT.shape, table.shape[1])) + 0.0 * table.sum()
             return self.axis.leave(nothing)
         here_BT = (ids_BT >= self.start) & (ids_BT < self.start + table.shape[0])
-        rows_BTD = F.embedding(torch.where(here_BT, ids_BT - self.start, 0), table)
+        rows_BTD = self.look_up(torch.where(here_BT, ids_BT - self.start, 0), table)
         return self.axis.leave(torch.where(here_BT[..., None], rows_BTD, 0.0))
 
 
@@ -296,7 +335,7 @@ class TokenEmbedding(Swapped):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embeddings of this rank's tokens."""
-        return F.embedding(self.axis.own_tokens(ids_BT), local(self.weight))
+        return self.look_up(self.axis.own_tokens(ids_BT), local(self.weight))
 
 
 class EnteringNorm(Swapped):

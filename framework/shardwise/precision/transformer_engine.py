@@ -215,8 +215,8 @@ def _held(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = local(layer.weight), layer.bias  # type: ignore[arg-type]
     bias = None if bias is None else local(bias)  # type: ignore[arg-type]
     if isinstance(layer, SharedHeadLinear):
-        weight = weight.narrow(0, layer.start, layer.width)
-        bias = None if bias is None else bias.narrow(0, layer.start, layer.width)
+        weight = weight[layer.rows]
+        bias = None if bias is None else bias[layer.rows]
     return weight, bias
 
 

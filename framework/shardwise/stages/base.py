@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.checkpoint.convert import open_model
 from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
@@ -74,6 +75,11 @@ class StageContext:
     def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
         """The model of a role under its layout, on its ranks; a collective call."""
         config = role_of(self.stage, role)
+        # What is only evaluated takes merged weights.
+        trained = EVERYTHING if role == ACTOR and optimizer is None else self.trained(role)
+        if optimizer is not None and trained.adapter is not None:
+            groups = [*optimizer.groups, *trained.adapter.groups()]
+            optimizer = optimizer.model_copy(update={"groups": groups})
         return build_engine(
             Setup(
                 model=self.model_of(role),
@@ -85,9 +91,22 @@ class StageContext:
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
                 wide_logits=self.stage.on_policy,
+                trained=trained,
                 ranks=config.ranks,
             )
         )
+
+    def trained(self, role: str) -> Trained:
+        """What of a role's model is trained: of the actor what the stage says, of others all.
+
+        A reference has the actor's adapter, as it starts.
+        """
+        if role not in (ACTOR, REFERENCE):
+            return EVERYTHING
+        adapter = self.stage.adapter
+        if adapter is not None and self.stage.on_policy:
+            adapter = adapter.without_dropout()  # see `fitted`
+        return Trained(adapter, self.stage.freeze)
 
     def load_initial_weights(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""

@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from shardwise import checkpoint
+from shardwise.adapters.targets import is_adapter
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import open_model
 from shardwise.config.run import RunConfig
@@ -29,11 +30,14 @@ def load_initial_weights(
     be learnt from. Raises ConfigError for a source that holds something else.
     """
     if source is None:
+        engine.start_adapter()
         return
     check_initial_weights(source, model)
     if is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
-        weights = {f"model.{name}": value for name, value in engine.held("weights")}
+        weights = {
+            f"model.{name}": value for name, value in engine.held("weights") if not is_adapter(name)
+        }
         head = f"model.{HEAD}"
         if model.head == "scalar" and (head not in stored or stored[head].shape[0] != 1):
             _check_head(source, new_head)
@@ -41,6 +45,7 @@ def load_initial_weights(
         checkpoint.load(source, weights, partial=True)
     else:
         _load_hf(source, model, engine, new_head)
+    engine.start_adapter()
 
 
 def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_from") -> None:

@@ -1,0 +1,11 @@
+"""Small trained parts beside a model that stands still, applied from outside like all else.
+
+config     kinds as a recipe names them (no torch)
+targets    which modules of a model an adapter is for, and which parameters a stage trains
+lora       LoRA and DoRA: modules that take part in a linear layer's product, cut as it is
+start      their initial values: functions of (seed, name) and of the weights that they adapt
+merge      an adapted model's weights as those of a plain one
+
+Parameters of an adapter stand beside those of the module that they adapt, below ``adapter``:
+``layers.0.attn.q.adapter.A`` (rank x inputs), ``.B`` (outputs x rank), ``.magnitude`` (outputs).
+"""
