@@ -1,4 +1,7 @@
-"""Verify verified: every planted bug is caught, and named."""
+"""Verify verified: every planted bug is caught, and named.
+
+That nothing is flagged without them is what `test_suite` shows, of the same layouts and recipes.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,6 @@ def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
     yield made
     for verifier in made.values():
         verifier.close()
-
-
-@pytest.mark.parametrize(
-    "model,stage,layout", sorted({(b.model, b.stage, b.layout) for b in BUGS.values()})
-)
-def test_without_a_bug_nothing_is_flagged(
-    verifiers: dict[str, Verifier], model: str, stage: str, layout: str
-) -> None:
-    verdict = verifiers[model].check(stage, layout)
-    assert verdict.passed, verdict.sentence()
 
 
 @pytest.mark.parametrize("name", BUGS)

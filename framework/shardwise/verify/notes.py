@@ -88,7 +88,10 @@ class Notes:
 
     def note_tensor(self, kind: str, what: str, tensor: Tensor, over: float = 1.0) -> None:
         """This rank's regions of a tensor, which may be a DTensor, divided by ``over``."""
-        parts = [(shard.region, shard.view / over) for shard in local_shards(what, tensor)]
+        parts = [
+            (shard.region, shard.view if over == 1.0 else shard.view / over)
+            for shard in local_shards(what, tensor)
+        ]
         self._add(f"{kind}/{what}", parts)
 
     def note_slices(self, name: str, parts: list[tuple[int, Tensor]], rank: int, size: int) -> None:
