@@ -155,7 +155,6 @@ FORBIDDEN = (
     "shardwise.engines.named_parameters",
     "shardwise.optim",
     "shardwise.precision.fp8",
-    "shardwise.precision.domains",
     "shardwise.precision.loss_scale",
     "shardwise.ops.fp8",
 )

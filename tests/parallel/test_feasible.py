@@ -87,7 +87,6 @@ ROWS = [
     ("_fp8_widths", fp8_case(recipe="block"), "block needs output features.*128.*nearest: 128"),
     ("_fp8_widths", fp8_case("tp4", 4), "multiples of 16, and .* has 8 a rank of tp4.*nearest: 16"),
     ("_fp8_widths", fp8_case("tp2", 2, recipe="mxfp8"), "has 16 a rank of tp2.*nearest: 32"),
-    ("_fp8_domains", fp8_case("dp2", 2, domains="tp2"), "emulated on one rank, and .* has 2"),
 ]
 
 

@@ -12,10 +12,25 @@ from shardwise.engines.base import Engine
 from shardwise.engines.registry import build_engine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel import data
-from shardwise.precision.policy import PRECISIONS, DtypeCheck, narrowest
+from shardwise.precision.policy import (
+    PRECISIONS,
+    DtypeCheck,
+    multiplies_bf16,
+    narrowest,
+    resolve,
+)
 from tests.engines.test_plain import LR, packed, plain, setup
 from tests.support import toy
 from tests.support.pool import RankPool
+
+
+def test_a_processors_bf16_says_nothing_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation: True)
+    assert multiplies_bf16(torch.device("cpu")) and multiplies_bf16(torch.device("xpu"))
+    assert not multiplies_bf16(torch.device("meta"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert resolve("auto", torch.device("cpu")) == "fp32"
 
 
 def test_narrow_numbers_in_wide_memory_are_found() -> None:

@@ -19,11 +19,12 @@ RECIPES = ("delayed", "current", "block", "mxfp8")
 FAST = {
     "delayed": ("dp2.zero2", "tp2.sp", "pp2.zbv"),
     "current": ("dp2.zero3", "tp2.sp", "pp2.1f1b"),
-    "block": ("dp2.zero1", "tp2", "tp2.sp"),
+    "block": ("dp2.zero1", "tp2.sp"),
     "mxfp8": ("dp2.zero2", "tp2.sp", "pp2.zbv"),
 }
 MANY = (
     "dp2.zero0",
+    "tp2",
     "dp4.hsdp2.zero3",
     "tp4.sp",
     "pp2.gpipe",

@@ -128,10 +128,15 @@ class Fp8Config(Section):
     backend: Literal["auto", "te", "emulated"] = Field(
         "auto", description="auto: Transformer Engine where it can run, else emulated"
     )
-    domains: str | None = Field(
-        None, description="one rank alone: scale as the ranks of this layout would"
-    )
     sentinel: SentinelConfig = Field(default_factory=SentinelConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_version(cls, data: Any) -> Any:
+        """Recipes that were written out have ``domains: null``, now a key of the plain engine."""
+        if isinstance(data, dict) and data.get("domains", ...) is None:
+            return {key: value for key, value in data.items() if key != "domains"}
+        return data
 
 
 class EngineConfig(Section):

@@ -15,7 +15,6 @@ from shardwise.ops import rng
 from shardwise.ops.attention import PADDING, causal_mask
 from shardwise.ops.logits import Logits
 from shardwise.parallel.context import ContextMask, gather_tokens, token_index, tokens_multiple
-from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
 
 # Shape suffixes: B sequences, T tokens, t tokens of this context rank, V vocabulary.
@@ -26,21 +25,13 @@ class Cut:
 
     It comes from the host, and is on the mesh's device from here on. Losses never see padding or
     cuts: `logits` maps the model's output back to the micro-batch.
-    ``padded_as``: pad to what this layout divides, one that a single rank imitates.
     """
 
-    def __init__(
-        self,
-        batch: MicroBatch,
-        mesh: Mesh,
-        model: DecoderConfig,
-        padded_as: Layout | None = None,
-    ) -> None:
-        layout = mesh.layout
+    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig) -> None:
         self.host, self.batch = batch, batch.to(mesh.device)
         self.mesh, self.model = mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
-        multiple = tokens_multiple(padded_as or layout)
+        multiple = tokens_multiple(mesh.layout)
         self.padded = -(-self.num_tokens // multiple) * multiple
         self.index_t = self._index(mesh.device)
         # Counted on the host: the device would have to be waited for.

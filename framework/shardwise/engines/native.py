@@ -166,10 +166,7 @@ class NativeEngine:
         return chunk(**arguments, x_BTD=x_BTD)  # type: ignore[no-any-return]
 
     def _cut(self, batch: MicroBatch) -> Cut:
-        padded_as = None
-        if self.fp8 is not None and self.fp8.domains is not None:
-            padded_as = self.fp8.domains.layout
-        return Cut(batch, self.mesh, self.model_config, padded_as)
+        return Cut(batch, self.mesh, self.model_config)
 
     def step(self, lr: float) -> float:
         """Clip to ``max_grad_norm`` and update. Non-finite gradients leave the weights untouched.

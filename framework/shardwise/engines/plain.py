@@ -85,7 +85,8 @@ class PlainEngine:
             head.forward = lambda x: F.linear(x.float(), head.weight.float())
         self.fp8: PlainFp8 | None = None
         if setup.config.fp8 is not None:
-            self.fp8 = PlainFp8(setup.config.fp8, self.model, setup.device)
+            domains = setup.config.domains
+            self.fp8 = PlainFp8(setup.config.fp8, domains, self.model, setup.device)
         self.has_dropout = setup.model != setup.model.without_dropout()
         if self.adapter is not None and self.adapter.config.dropout > 0:
             self.has_dropout = True

@@ -20,6 +20,9 @@ class PlainConfig(EngineConfig):
         description="how batches are cut, which changes nothing: all rows at once, one row at a "
         "time, with more padding, or each document of a packed row by itself",
     )
+    domains: str | None = Field(
+        None, description="scale quantised products as the ranks of this layout would"
+    )
     skip: list[NonNegativeInt] = Field(
         default=[], description="updates, from 0, that leave the weights as they are"
     )

@@ -30,11 +30,12 @@ from shardwise.parallel.layout import Layout, parse_layout, world_of
 class PlainFp8:
     """The quantised layers of a model, and the sentinel that looks at them."""
 
-    def __init__(self, config: Fp8Config, model: Decoder, device: torch.device) -> None:
+    def __init__(
+        self, config: Fp8Config, domains: str | None, model: Decoder, device: torch.device
+    ) -> None:
+        """``domains``: the layout whose ranks scale; None: one rank."""
         self.config = config
-        self.layout = Layout()
-        if config.domains is not None:
-            self.layout = parse_layout(config.domains, world_of(config.domains))
+        self.layout = Layout() if domains is None else parse_layout(domains, world_of(domains))
         self.listeners: list[Callable[[Scaled], None]] = []
         recipe = Recipe(config)
         self.layers: dict[str, Layer] = {}

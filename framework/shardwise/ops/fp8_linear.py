@@ -44,12 +44,6 @@ class Site:
     tally: Tensor | None = None
     part: int = 0  # which rank's share of the product this is
 
-    def follow(self, other: Site) -> None:
-        """Be in the same state as ``other``, of whose product this is a part."""
-        self.scale_3, self.amax_3, self.tally = other.scale_3, other.amax_3, other.tally
-        self.active, self.calibrated = other.active, other.calibrated
-        self.watched = other.watched
-
     def scale(self, operand: Operand, amax: Tensor) -> Tensor | None:
         """The one scale of a tensor; None where it has many."""
         i = OPERANDS.index(operand)

@@ -156,15 +156,6 @@ def _fp8_widths(case: Case) -> str | None:
     return None
 
 
-def _fp8_domains(case: Case) -> str | None:
-    if case.fp8 is None or case.fp8.domains is None or case.layout.world == 1:
-        return None
-    return (
-        f"engine.fp8.domains: {case.fp8.domains} would be emulated on one rank, and "
-        f"{case.layout} has {case.layout.world}; leave it out, or use one rank"
-    )
-
-
 # Every row is a test (tests/parallel/test_feasible.py).
 _OF_LAYOUT: tuple[Callable[[Case], str | None], ...] = (
     _heads,
@@ -180,7 +171,6 @@ _OF_FP8: tuple[Callable[[Case], str | None], ...] = (
     _fp8_compile,
     _fp8_modules,
     _fp8_widths,
-    _fp8_domains,
 )
 REFUSALS = _OF_LAYOUT + _OF_FP8
 

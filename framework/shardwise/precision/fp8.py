@@ -23,11 +23,10 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.ops import comm, fp8, transformer_engine
 from shardwise.ops.fp8_linear import Site
-from shardwise.parallel.layout import SPLIT_BACKWARD, Layout, parse_layout, world_of
+from shardwise.parallel.layout import SPLIT_BACKWARD, Layout
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.quantised import Quantised, quantised_linears
-from shardwise.parallel.tensor import Matmul, swapped_linear
-from shardwise.precision.domains import Domains
+from shardwise.parallel.quantised import quantised_linears
+from shardwise.parallel.tensor import swapped_linear
 from shardwise.precision.policy import precision_of
 from shardwise.precision.sentinel import Sentinel
 from shardwise.precision.transformer_engine import TransformerEngine
@@ -53,7 +52,7 @@ def backend(engine: NativeConfig, layout: Layout, device: torch.device) -> tuple
     """``te`` or ``emulated``, and why. Raises ConfigError where ``te`` is asked for in vain."""
     config = engine.fp8
     assert config is not None
-    if config.backend == "emulated" or config.domains is not None:
+    if config.backend == "emulated":
         return "emulated", "asked for"
     dtype = precision_of(engine.precision, device).compute
     reason = transformer_engine.unusable(device, dtype, config.recipe)
@@ -81,11 +80,6 @@ class Fp8:
         self.sites: dict[str, Site] = {}
         self.sentinel = Sentinel(config.sentinel, list(self.layers))
         self.events: list[tuple[str, str]] = []  # kind and text, until somebody logs them
-        self.domains: Domains | None = None
-        if config.domains is not None:
-            self.domains = Domains(
-                parse_layout(config.domains, world_of(config.domains)), model.kv_heads
-            )
         self.table = registry.sharding(model.family)
         self.library: TransformerEngine | None = None
         name, why = backend(engine, mesh.layout, mesh.device)
@@ -111,15 +105,12 @@ class Fp8:
         for path in held:
             self.sites[path] = Site(path, self.recipe, self.scale_S3, self.amax_S3, part=part)
         for path in held:
-            swapped_linear(model, path).matmul = self._matmul(self.layers[path], self.sites[path])
+            swapped_linear(model, path).matmul = self.sites[path].linear
         self._memory(len(self.sites))
         for i, site in enumerate(self.sites.values()):
             site.scale_3, site.amax_3 = self.scale_S3[i], self.amax_S3[i]
         if self.library is not None:
             self.library.attach(model, self.table, {path: self.sites[path] for path in held})
-
-    def _matmul(self, layer: Quantised, site: Site) -> Matmul:
-        return site.linear if self.domains is None else self.domains.linear(layer, site)
 
     # --- the step -------------------------------------------------------------------------------
 

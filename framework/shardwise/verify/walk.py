@@ -63,7 +63,7 @@ class Task:
     from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
     from; ``other``: where another left it
     (``resumes_alone``: nothing else is run). ``probe``: an update of which modules are noted, too.
-    ``domains``, ``split``, ``skip``: of the oracle, see `Fp8Config` and the plain engine.
+    ``domains``, ``split``, ``skip``: of the oracle, see the plain engine's config.
     """
 
     run: RunConfig
@@ -233,8 +233,7 @@ def stage_of(task: Task) -> StageConfig:
     """The stage as the task's layout, precision and engine have it."""
     [stage] = [s for s in task.run.stages if s.name == task.stage]
     # Here, the library of a GPU is whatever runs in its place.
-    changes = {"domains": None, "backend": "auto"}
-    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update=changes)
+    fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update={"backend": "auto"})
     updates = {
         "precision": task.precision,
         "compile": task.compiled,
@@ -255,10 +254,11 @@ def _plainly(stage: StageConfig, task: Task) -> StageConfig:
 
     def plain(engine: EngineConfig, role: str) -> PlainConfig:
         shared = {key: getattr(engine, key) for key in EngineConfig.model_fields if key != "kind"}
-        if engine.fp8 is not None:
-            emulated = domains.get(role, domains.get(""))
-            shared["fp8"] = engine.fp8.model_copy(update={"domains": emulated})
-        own: Any = {"split": task.split, "skip": task.skip.get(role, [])}
+        own: Any = {
+            "split": task.split,
+            "domains": domains.get(role, domains.get("")),
+            "skip": task.skip.get(role, []),
+        }
         return PlainConfig(kind="plain", **own, **shared)
 
     updates: dict[str, Any] = {"engine": plain(stage.engine, ACTOR)}
