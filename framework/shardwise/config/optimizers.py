@@ -118,6 +118,70 @@ class SgdConfig(OptimizerConfig):
         return self
 
 
+class LionConfig(OptimizerConfig):
+    """Chen et al. 2023: a rate of a third to a tenth of AdamW's, its decay as much larger."""
+
+    kind: Literal["lion"]
+    lr: Rate = 1e-4
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.99
+
+
+class MuonConfig(AdamWConfig):
+    """Jordan et al. 2024: matrices by orthogonalised momentum, all else by AdamW."""
+
+    kind: Literal["muon"]  # type: ignore[assignment]
+    momentum: BelowOne = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, le=99)] = Field(5, description="of Newton-Schulz")
+    scale: Literal["adamw", "spectral"] = Field(
+        "adamw",
+        description="of a matrix's update: 0.2 sqrt(max(rows, columns)), so that AdamW's rates "
+        "fit (Liu et al. 2025), or sqrt(max(1, rows / columns))",
+    )
+    by_adamw: list[str] = Field(
+        default_factory=lambda: ["*embed*", "head.*"],
+        description="name patterns of matrices that AdamW updates, as it does all vectors",
+    )
+
+
+class FactoredConfig(OptimizerConfig):
+    """Second moments by rows and columns: Shazeer and Stern 2018."""
+
+    decay_power: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.8, description="second moments forget by 1 - step^-decay_power"
+    )
+    eps1: Epsilon = Field(1e-15, description="least root of a second moment")
+    eps2: Epsilon = Field(1e-3, description="least size of a tensor, to which the rate is relative")
+    clip_threshold: Annotated[float, Field(ge=1.0, le=1e12)] = Field(
+        1.0, description="largest root mean square of an update"
+    )
+
+
+class AdafactorConfig(FactoredConfig):
+    """Its rate is relative to each tensor's size, and at most 1 / sqrt(step)."""
+
+    kind: Literal["adafactor"]
+    lr: Rate = 1e-2
+
+
+class AdamW8bitConfig(AdamWConfig):
+    """AdamW with 8-bit moments: Dettmers et al. 2022."""
+
+    kind: Literal["adamw8bit"]  # type: ignore[assignment]
+
+
+class ScheduleFreeConfig(AdamWConfig):
+    """Defazio et al. 2024: AdamW with an average in place of a decay; warm-up, then constant."""
+
+    kind: Literal["schedule_free"]  # type: ignore[assignment]
+    lr: Rate = 2.5e-3
+    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.9, description="of the average, in where gradients are taken"
+    )
+    beta2: BelowOne = 0.999
+
+
 # Once all kinds had all keys, and recipes written out in full hold them: at these values, which
 # did nothing, they still load.
 _ONCE_SHARED = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.9, "nesterov": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import plain_name
 from shardwise.ops import comm
 from shardwise.parallel import tensor
-from shardwise.parallel.collectives import sum_over
+from shardwise.parallel.collectives import broadcast_bytes, sum_over
 from shardwise.parallel.full_tensor import full_tensor, local_tensor, tp_dim
 from shardwise.parallel.layout import V_SHAPED
 from shardwise.parallel.mesh import Mesh
@@ -102,28 +103,43 @@ class NamedParameters:
     # --- gathering ------------------------------------------------------------------------------
 
     def stream(
-        self, pick: Callable[[nn.Parameter], Tensor], *, trained: bool = False
+        self,
+        pick: Callable[[nn.Parameter], Tensor | None],
+        *,
+        trained: bool = False,
+        own_shapes: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, global tensor) of every parameter of the model, on every rank, in one order.
 
         ``trained``: of those that are trained alone.
+
+        ``own_shapes``: what is picked may be of another shape and dtype than its parameter, or
+        None, and then is left out.
         """
         for name, (shape, home, learns) in self._catalogue.items():
             if trained and not learns:
                 continue
-            value: Tensor | None = None
-            if name in self.parameters:
-                value = full_tensor(pick(self.parameters[name]), self.mesh)
+            value = pick(self.parameters[name]) if name in self.parameters else None
+            value = None if value is None else full_tensor(value, self.mesh)
             if self.mesh.layout.pp > 1:
-                value = self._from_stage(value, shape, home)
-            assert value is not None
-            yield name, value
+                some = local_tensor(next(iter(self.parameters.values())).data)
+                head = str(some.dtype)[6:], list(shape)
+                if own_shapes:
+                    said = None if value is None else [str(value.dtype)[6:], list(value.shape)]
+                    group, mine = self.mesh.groups["pp"], self.mesh.place["pp"] == home
+                    told = broadcast_bytes(json.dumps(said).encode() if mine else None, home, group)
+                    head = json.loads(told)
+                if head is not None:
+                    value = self._from_stage(value, head, home, some.device)
+            if value is not None:
+                yield name, value
 
-    def _from_stage(self, value: Tensor | None, shape: torch.Size, home: int) -> Tensor:
-        """A tensor of pipeline rank ``home``, on all pipeline ranks."""
-        some = local_tensor(next(iter(self.parameters.values())).data)
+    def _from_stage(
+        self, value: Tensor | None, head: tuple[str, list[int]], home: int, device: torch.device
+    ) -> Tensor:
+        """A tensor of pipeline rank ``home``, on all pipeline ranks; ``head``: dtype and shape."""
         if value is None:
-            value = torch.empty(shape, dtype=some.dtype, device=some.device)
+            value = torch.empty(head[1], dtype=getattr(torch, head[0]), device=device)
         value = value.contiguous()
         dist.broadcast(value, group_src=home, group=self.mesh.groups["pp"])
         return value

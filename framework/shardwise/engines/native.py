@@ -98,6 +98,8 @@ class NativeEngine:
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer, mesh) if optimizer else None
         )
+        # Where gradients are taken elsewhere than at the weights.
+        self._moves: Any = self.optimizer if hasattr(self.optimizer, "begin") else None
         self._has_dropout = model_config != model_config.without_dropout() or (
             self.adapter is not None and self.adapter.has_dropout
         )
@@ -124,6 +126,9 @@ class NativeEngine:
                 "micro-batches of an update to one call"
             )
         self._has_gradients = True
+        if self._moves:
+            self._reshard()  # an evaluation may have gathered weights since
+            self._moves.begin()
         self._train(True)
         self.named.refresh_mirror()
         if self.fp8 is not None:
@@ -186,6 +191,8 @@ class NativeEngine:
                 torch._foreach_mul_(self.named.local_gradients(), factor / scale)
             set_lr(self.optimizer, lr)
             local_step(self.optimizer)
+        if self._moves:
+            self._moves.end()
         if self.scale:
             self.scale.update(found_nonfinite=not finite)
         self.optimizer.zero_grad(set_to_none=True)
@@ -332,23 +339,28 @@ class NativeEngine:
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
-        pick = functools.partial(self._pick, kind)
-        yield from self.named.stream(pick, trained=kind != "weights")
+        pick, weights = functools.partial(self._pick, kind), kind == "weights"
+        own_shapes = not weights and kind != "grads"
+        yield from self.named.stream(pick, trained=not weights, own_shapes=own_shapes)
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
         for name, parameter in self.named.parameters.items():
-            if kind == "weights" or parameter.requires_grad:
-                yield name, self._pick(kind, parameter)
+            if kind != "weights" and not parameter.requires_grad:
+                continue
+            value = self._pick(kind, parameter)
+            if value is not None:
+                yield name, value
 
-    def _pick(self, kind: str, parameter: nn.Parameter) -> Tensor:
+    def _pick(self, kind: str, parameter: nn.Parameter) -> Tensor | None:
+        """None: the optimizer keeps nothing of the kind for it."""
         if kind == "weights":
             return parameter.data
         if kind == "grads":
             return torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
         assert self.optimizer is not None
-        return self.optimizer.state[parameter][kind]  # type: ignore[no-any-return]
+        return self.optimizer.state.get(parameter, {}).get(kind)  # type: ignore[no-any-return]
 
     @property
     def loss_scale(self) -> float:
@@ -358,7 +370,7 @@ class NativeEngine:
     def optimizer_states(self) -> list[str]:
         """See `engines.base.Engine`."""
         states = [] if self.optimizer is None else list(self.optimizer.state.values())
-        return sorted({kind for state in states for kind in state} - {"step"})
+        return sorted({kind for s in states for kind, value in s.items() if value.dim()})
 
     def scales(self) -> Iterator[tuple[str, Tensor]]:
         """See `precision.fp8.Fp8.tensors`."""
@@ -384,7 +396,12 @@ class NativeEngine:
         return {
             "compute": {n: compute or master for n, (compute, _) in chunks.items()},
             "masters": {n: narrowest(p.data) for n, p in parameters.items() if updated},
-            "moments": {f"{n} {kind}": of_sum(t) for kind in kinds for n, t in self.held(kind)},
+            "moments": {
+                f"{n} {kind}": of_sum(t)
+                for kind in kinds
+                for n, t in self.held(kind)
+                if t.is_floating_point()  # codes are what they are
+            },
             "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None},
             "reductions": reductions | self._seen.get("reductions", {}),
             "logits": self._seen.get("logits", {}),

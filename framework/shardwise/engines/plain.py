@@ -7,14 +7,13 @@ its initial weights and the loss functions: what both compute alike is no accide
 - Mixed precision (Micikevicius et al. 2018): fp32 weights, a differentiable cast of them to the
   compute dtype, dynamic loss scaling for fp16.
 - Gradients are clipped by their global norm (Pascanu et al. 2013, section 3.2).
-- AdamW (Loshchilov and Hutter 2019), Adam (Kingma and Ba 2015), SGD: as PyTorch has them, a tensor
-  at a time.
+- Optimizers as PyTorch has them, a tensor at a time (`plain_groups`), or else written from the
+  papers (`plain_optimizers`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,13 +24,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shardwise.adapters.config import LowRankConfig
-from shardwise.config.optimizers import AdamWConfig, OptimizerConfig, SgdConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Scaled, Setup, Share, State
 from shardwise.engines.plain_adapters import PlainAdapter, freeze
 from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.plain_domains import PlainFp8
+from shardwise.engines.plain_groups import build_optimizer
 from shardwise.errors import CheckpointError, ConfigError, ShardwiseError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
@@ -90,7 +89,7 @@ class PlainEngine:
         self.has_dropout = setup.model != setup.model.without_dropout()
         if self.adapter is not None and self.adapter.config.dropout > 0:
             self.has_dropout = True
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Any = None  # of torch.optim, or a reference
         if setup.optimizer is not None:
             self.optimizer = build_optimizer(self.trained, setup.optimizer)
         self.scale = FIRST_SCALE if self.precision.loss_scaling else 1.0
@@ -117,6 +116,8 @@ class PlainEngine:
         metrics: dict[str, tuple[float, float]] = {}
         parts = [p for b in batches for p in self._parts(b)]
         self.terms = len(parts)
+        if hasattr(self.optimizer, "begin"):  # gradients are taken elsewhere than at the weights
+            self.optimizer.begin()
         for part in parts:
             logits_BTV = self._logits(part, training=True)
             self.logits_dtype = logits_BTV.dtype
@@ -151,6 +152,8 @@ class PlainEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
+        if hasattr(self.optimizer, "end"):
+            self.optimizer.end()
         self.optimizer.zero_grad()
         self.updates += 1
         self.skipped += not finite
@@ -250,7 +253,8 @@ class PlainEngine:
                 yield name, torch.zeros_like(parameter.data) if grad is None else grad
             else:
                 assert self.optimizer is not None
-                yield name, self.optimizer.state[parameter][kind]
+                if kind in self.optimizer.state.get(parameter, {}):
+                    yield name, self.optimizer.state[parameter][kind]
 
     full = held
 
@@ -262,7 +266,7 @@ class PlainEngine:
     def optimizer_states(self) -> list[str]:
         """See `engines.base.Engine`."""
         states = [] if self.optimizer is None else list(self.optimizer.state.values())
-        return sorted({kind for state in states for kind in state} - {"step"})
+        return sorted({kind for s in states for kind, value in s.items() if value.dim()})
 
     def scales(self) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
@@ -283,7 +287,12 @@ class PlainEngine:
         return {
             "compute": {"cast": self.precision.compute},
             "masters": {n: narrowest(p.data) for n, p in self.parameters.items() if updated},
-            "moments": {f"{n} {kind}": of_sum(t) for kind in kinds for n, t in self.held(kind)},
+            "moments": {
+                f"{n} {kind}": of_sum(t)
+                for kind in kinds
+                for n, t in self.held(kind)
+                if t.is_floating_point()  # codes are what they are
+            },
             "gradients": {n: of_sum(g) for n, g in grads.items()},
             "reductions": {},
             "logits": {"head": self.logits_dtype},
@@ -329,7 +338,7 @@ class PlainEngine:
             saved = {n: p for n, p in saved.items() if ".adapter." in n}
         tensors = {f"model.{n}": p.data for n, p in saved.items()}
         for name, parameter in self.trained.items():
-            state = {} if self.optimizer is None else self.optimizer.state[parameter]
+            state = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
             tensors |= {f"optim.{name}.{kind}": value for kind, value in sorted(state.items())}
         meta: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self.precision.loss_scaling:
@@ -378,43 +387,3 @@ class PlainEngine:
         self.parameters.clear()
         self.trained.clear()
         del self.model, self.optimizer
-
-
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    """The configured optimizer of `torch.optim`; its states are there, as zeros, from the start.
-
-    Parameters whose name matches a pattern of ``no_decay`` get no weight decay; those of a group
-    its rate, as a share of the common one, and its decay.
-    """
-    groups: list[dict[str, Any]] = []
-    for name, parameter in parameters.items():
-        scale, decay = 1.0, config.weight_decay
-        for group in config.groups[::-1]:  # so that the first that matches has the last word
-            if fnmatch.fnmatchcase(name, group.match):
-                scale = 1.0 if group.lr_scale is None else group.lr_scale
-                scale = scale if group.lr is None else group.lr / config.lr
-                decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay):
-            decay = 0.0
-        groups.append({"params": [parameter], "weight_decay": decay, "lr_scale": scale})
-    optimizer: torch.optim.Optimizer
-    if isinstance(config, SgdConfig):
-        momentum, nesterov = config.momentum, config.nesterov
-        optimizer = torch.optim.SGD(
-            groups, config.lr, momentum, nesterov=nesterov, foreach=False, fused=False
-        )
-        kinds = ["momentum_buffer"] if momentum else []
-    else:
-        assert isinstance(config, AdamWConfig)  # or Adam's
-        adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-        betas = (config.beta1, config.beta2)
-        optimizer = adam(groups, config.lr, betas, config.eps, foreach=False, fused=False)
-        kinds = ["exp_avg", "exp_avg_sq"]
-    for parameter in parameters.values():
-        state = optimizer.state[parameter]
-        state |= {kind: torch.zeros_like(parameter.data) for kind in kinds}
-        if config.kind != "sgd":
-            state["step"] = torch.zeros(())
-    return optimizer

@@ -51,3 +51,10 @@ _HERE = "shardwise.optim"
 register_optimizer("adamw", configs.AdamWConfig, f"{_HERE}.torch_kinds:build")
 register_optimizer("adam", configs.AdamConfig, f"{_HERE}.torch_kinds:build")
 register_optimizer("sgd", configs.SgdConfig, f"{_HERE}.torch_kinds:build")
+register_optimizer("lion", configs.LionConfig, f"{_HERE}.lion:Lion")
+register_optimizer("muon", configs.MuonConfig, f"{_HERE}.muon:Muon")
+register_optimizer("adafactor", configs.AdafactorConfig, f"{_HERE}.factored:Factored")
+register_optimizer("adamw8bit", configs.AdamW8bitConfig, f"{_HERE}.blockwise:AdamW8bit")
+register_optimizer(
+    "schedule_free", configs.ScheduleFreeConfig, f"{_HERE}.schedule_free:ScheduleFree"
+)

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardwise.config.optimizers import AdamConfig, AdamWConfig, OptimizerConfig
+from shardwise.config.optimizers import AdamConfig, OptimizerConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.notes import Noted, Reference
+from shardwise.verify.undecided import UPDATE, undecided
 from shardwise.verify.walk import Walked
 
 EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
@@ -124,6 +125,8 @@ def bounds(
             what = name.partition("/")[2]
             slack = undecided(what, exact, found, optimizers)
             found[name] += slack
+            if (z := f"moment/{what} z") in found:  # which the weight is an average of
+                found[z] += slack
             for moment, more in _through_decay(what, slack, exact, optimizers):
                 found[moment] += more
     return found
@@ -144,47 +147,6 @@ def _lost_of(name: str, lost: Mapping[str, float]) -> list[float]:
     return found
 
 
-_UPDATE = re.compile(r"(?:(\w+) )?update (\d+) (.*)")
-
-
-def undecided(
-    what: str,
-    exact: Mapping[str, Tensor],
-    limits: Mapping[str, float],
-    optimizers: Mapping[str, OptimizerConfig],
-) -> float:
-    """How far a weight may be apart because Adam divides by the size of its gradient.
-
-    An element moves by about the learning rate however small its gradient is. So an error d of
-    the first moment moves it by lr * d / sqrt(v), and where d is as large as the moment itself,
-    rounding decides which way it goes: at most twice the furthest move. Summed over the updates.
-    """
-    match = _UPDATE.fullmatch(what)
-    assert match is not None
-    role, last, name = match.group(1) or "", int(match.group(2)), match.group(3)
-    total: Tensor | None = None
-    label = f"{role} " if role else ""
-    for update in range(1, last + 1):
-        where = f"{label}update {update}"
-        first, second = (f"moment/{where} {name} {s}" for s in ("exp_avg", "exp_avg_sq"))
-        if first not in exact or second not in exact:
-            return 0.0
-        config, lr = optimizers[role], float(exact[f"learning rate/{where}"])
-        assert isinstance(config, AdamWConfig)  # who else has both moments
-        steps = update - sum(
-            float(exact[f"skipped/{label}update {u}"]) for u in range(1, update + 1)
-        )
-        if steps < 1 or float(exact[f"skipped/{where}"]):
-            continue
-        m, v = exact[first], exact[second]
-        error = limits[first] / math.sqrt(max(1, m.numel()))
-        root = (v / (1 - config.beta2**steps)).sqrt() + config.eps
-        moved = (error / (1 - config.beta1**steps)) / root
-        move = lr * moved.clamp(max=2.0)
-        total = move if total is None else total + move
-    return 0.0 if total is None else float(total.norm())
-
-
 def _through_decay(
     what: str, slack: float, exact: Mapping[str, Tensor], optimizers: Mapping[str, OptimizerConfig]
 ) -> Iterator[tuple[str, float]]:
@@ -193,7 +155,7 @@ def _through_decay(
     With g + d * w, w known to ``slack`` in all updates so far: the first moment is a mean of such,
     the second one of their squares (2 * g * d * slack, by Cauchy and Schwarz).
     """
-    match = _UPDATE.fullmatch(what)
+    match = UPDATE.fullmatch(what)
     assert match is not None
     role, last, name = match.group(1) or "", int(match.group(2)), match.group(3)
     config = optimizers[role]
