@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import shardwise
+from shardwise.adapters.peft import PeftAdapter, Update
+from shardwise.adapters.peft_write import write
 from shardwise.data.chat import render
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import UserError
@@ -85,3 +88,26 @@ def test_the_models_own_sampling_stands_before_ours(
         assert [[given]] == shardwise.generate(folder, "hi", sampling=expected)
     finally:
         path.unlink()
+
+
+def test_adapters_over_one_base_by_name(folder: Path, tmp_path: Path) -> None:
+    """Each completes as its merged model does; the base is read once."""
+    config, named = registry.from_hf(folder)
+    weights, width = dict(named), config.hidden_size
+    expected, folders = {}, {}
+    for seed, name in enumerate(("warm", "cold")):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(4, width, generator=g), torch.randn(width, 4, generator=g)
+        adapter = PeftAdapter({"layers.1.attn.o": Update(a, b, alpha=8.0)}, rslora=False)
+        folders[name] = tmp_path / name
+        write(folders[name], adapter, config)
+        merged = weights | {"layers.1.attn.o.weight": weights["layers.1.attn.o.weight"] + 2 * b @ a}
+        alone = tmp_path / f"{name}-merged"
+        registry.to_hf(alone, config, merged.items())
+        ByteTokenizer(chat_template=TEMPLATE).save(alone)
+        sampling = Sampling(max_new_tokens=5)
+        expected[name] = shardwise.generate(alone, ["hi", "ho"], sampling=sampling)
+    found = shardwise.generate(folder, ["hi", "ho"], sampling=sampling, adapters=folders)
+    said = [[(one.adapter, one.text) for one in group] for group in found]
+    assert said == [[(n, expected[n][i][0].text) for n in folders] for i in range(2)]
+    assert said[0][0][1] != said[0][1][1]

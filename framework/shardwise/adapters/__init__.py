@@ -5,6 +5,7 @@ targets    which modules of a model an adapter is for, and which parameters a st
 lora       LoRA and DoRA: modules that take part in a linear layer's product, cut as it is
 start      their initial values: functions of (seed, name) and of the weights that they adapt
 merge      an adapted model's weights as those of a plain one
+peft       an adapter as PEFT stores it, our names and theirs; `peft_read`, `peft_write`: its files
 
 Parameters of an adapter stand beside those of the module that they adapt, below ``adapter``:
 ``layers.0.attn.q.adapter.A`` (rank x inputs), ``.B`` (outputs x rank), ``.magnitude`` (outputs).

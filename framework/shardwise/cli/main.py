@@ -207,6 +207,10 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A PEFT folder; each completes every prompt."),
+    ] = None,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
@@ -228,10 +232,22 @@ def generate(
         system=system,
         precision=precision,  # type: ignore[arg-type]  # checked above
         seed=seed,
+        adapters=_named(adapter or []),
     )
-    texts = [completion.text for group in done for completion in group]
+    texts = [f"{c.adapter}: {c.text}" if c.adapter else c.text for group in done for c in group]
     result = [{"prompt": p, "completions": group} for p, group in zip(prompt, done)]
     emit(result, "\n---\n".join(texts), json)
+
+
+def _named(adapters: list[str]) -> dict[str, str]:
+    """Paths by name, of ``NAME=PATH``."""
+    found: dict[str, str] = {}
+    for said in adapters:
+        name, equals, path = said.partition("=")
+        if not (name and equals and path) or name in found:
+            raise UserError(f"--adapter {said}: write NAME=PATH, each name once")
+        found[name] = path
+    return found
 
 
 @app.command()

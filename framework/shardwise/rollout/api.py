@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from shardwise.adapters import peft, peft_read
 from shardwise.checkpoint.convert import OpenModel, open_model
+from shardwise.config.schema import ModelConfig
 from shardwise.data.chat import encode_chat
 from shardwise.data.conversation import Message
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import UserError
 from shardwise.models import travel
+from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
@@ -30,10 +34,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """One completion: its text without special tokens, and all of its numbers."""
+    """One completion: its text without special tokens, and all of its numbers.
+
+    ``adapter``: the name of the one that the base model had.
+    """
 
     text: str
     completion: Completion
+    adapter: str | None = None
 
 
 def generate(
@@ -48,6 +56,7 @@ def generate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     seed: int = 0,
     max_slots: int = 64,
+    adapters: Mapping[str, Path | str] | None = None,
 ) -> list[list[Generated]]:
     """``num_samples`` completions of every prompt, by prompt.
 
@@ -56,6 +65,8 @@ def generate(
     it is, special tokens in it included.
     ``sampling`` as a mapping holds what differs from the model's own generation_config.json, which
     stands before greedy completions of 128 tokens; None: the model's own before `Sampling`'s.
+    ``adapters``, by a name of your choice, are folders of PEFT's: each completes every prompt, over
+    the one base model in ``ckpt``.
     The same seed gives the same completions. Raises UserError, or CheckpointError when the
     checkpoint cannot be read.
     """
@@ -79,13 +90,28 @@ def generate(
     generator = Generator(
         config, _DTYPES[precision], device, max_slots, decode_text=tokenizer.decode
     )
-    generator.load(model.tensors, hf_names=False)
-    completions = generator.generate(requests, sampling, rng.key(seed, "generate"))
     grouped: list[list[Generated]] = [[] for _ in batch]
-    for completion in completions:
-        text = tokenizer.decode(completion.token_ids)
-        grouped[completion.prompt_id].append(Generated(text, completion))
+    for name, weights in _served(config, model.tensors, adapters or {}):
+        generator.load(weights, hf_names=False)
+        for completion in generator.generate(requests, sampling, rng.key(seed, "generate")):
+            text = tokenizer.decode(completion.token_ids)
+            grouped[completion.prompt_id].append(Generated(text, completion, name))
     return grouped
+
+
+def _served(
+    config: ModelConfig, base: Iterator[tuple[str, Tensor]], folders: Mapping[str, Path | str]
+) -> Iterator[tuple[str | None, Iterable[tuple[str, Tensor]]]]:
+    """The weights to complete with, by the adapter's name: the base's where there is none."""
+    if not folders:
+        yield None, base
+        return
+    assert isinstance(config, DecoderConfig)
+    adapters = {name: peft_read.read(folder, config) for name, folder in folders.items()}
+    weights = dict(base)  # one copy for all of them
+    for name, adapter in adapters.items():
+        peft_read.check_base(adapter, folders[name], weights)
+        yield name, peft.merge(weights.items(), adapter)
 
 
 # Of a generation_config.json, what is not done here, and the values that ask for nothing.
