@@ -34,11 +34,6 @@ class LowRankConfig(AdapterConfig):
         "off again; orthogonal: A and B random with B A = 0",
     )
     lr_ratio: Rate = Field(1.0, description="LoRA+: learning rate of B over that of A")
-    start: Literal["new", "parent"] = Field(
-        "new",
-        description="new: an adapter on all that the stage starts from; parent: go on with the "
-        "adapter of the checkpoint that the stage starts from",
-    )
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
@@ -67,7 +62,8 @@ class LowRankConfig(AdapterConfig):
         """See `AdapterConfig`; the scaling stays."""
         rank = min(self.rank, SMALL_RANK if self.init == "orthogonal" else SMALL_RANK - 1)
         factor = (rank / self.rank) ** (0.5 if self.rslora else 1.0)
-        return self.model_copy(update={"rank": rank, "alpha": self.alpha * factor})
+        fields = {"rank": rank, "alpha": self.alpha * factor, "start": "new"}
+        return self.model_copy(update=fields)
 
 
 class LoraConfig(LowRankConfig):

@@ -165,9 +165,13 @@ class LowRankRows(LowRank):
 def attach(model: Decoder, targets: list[Target], config: LowRankConfig) -> list[str]:
     """Adapt modules of a part of a model (on the meta device), in place; all else stands still.
 
+    But for a scalar head, which no pre-training made.
+
     Returns the names of the parameters whose gradients are partial sums over tp ranks.
     """
     model.requires_grad_(False)
+    if model.config.head == "scalar" and model.head is not None:
+        model.head.requires_grad_(True)  # it is new
     partial: list[str] = []
     inside, behind = Keys(), Keys()
     present = dict(model.named_modules())

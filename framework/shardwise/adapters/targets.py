@@ -81,9 +81,7 @@ def trained_names(model: DecoderConfig, freeze: FreezeConfig) -> frozenset[str]:
     Raises ConfigError for a pattern that names nothing, for more layers than there are, and if
     nothing is left.
     """
-    with torch.device("meta"):
-        whole = registry.build(_sized(model))
-    names = [name for name, _ in whole.named_parameters()]
+    names = registry.parameter_names(model)
     frozen: set[str] = set()
     for pattern in freeze.patterns:
         matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
@@ -100,18 +98,18 @@ def trained_names(model: DecoderConfig, freeze: FreezeConfig) -> frozenset[str]:
                 f"freeze.train_last: {last} layers, and the model has {model.num_layers}; give "
                 "fewer"
             )
-        frozen.update(name for name in names if _stands_before(name, whole, last))
+        frozen.update(name for name in names if _stands_before(name, model, last))
     if frozen >= set(names):
         raise ConfigError("freeze: leaves no parameter to train; name fewer")
     return frozenset(set(names) - frozen)
 
 
-def _stands_before(name: str, model: Decoder, last: int) -> bool:
+def _stands_before(name: str, model: DecoderConfig, last: int) -> bool:
     """Whether a parameter is in front of the ``last`` layers (a tied embedding is)."""
     first, _, rest = name.partition(".")
     if first == "layers":
-        return int(rest.partition(".")[0]) < model.config.num_layers - last
-    return first in model.entry
+        return int(rest.partition(".")[0]) < model.num_layers - last
+    return first not in Decoder.exit
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from shardwise.adapters.base import Adapter
 from shardwise.adapters.registry import build_adapter
 from shardwise.adapters.targets import trained_names
 from shardwise.config.adapters import AdapterConfig, FreezeConfig
+from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
+from shardwise.parallel.pipeline import split_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,19 @@ class Trained:
 
 
 EVERYTHING = Trained()
+
+
+def names_by_part(trained: Trained, model: DecoderConfig, num_parts: int) -> list[list[str]]:
+    """The parameters that are trained, by pipeline stage."""
+    model = model.model_copy(update={"vocab_size": model.vocab_size or 1 << 16})
+    part, found = TrainedPart(trained, model), []
+    for layers in split_model(model, num_parts):
+        with torch.device("meta"):
+            held = registry.build(model)
+        held.keep(layers)
+        part.apply(held)
+        found.append([n for n, p in held.named_parameters() if p.requires_grad])
+    return found
 
 
 class TrainedPart:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from shardwise import integrity
-from shardwise.checkpoint import loading, manifest, saving, steps
+from shardwise.checkpoint import adapted, loading, manifest, saving, steps
 from shardwise.config import yaml12
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.schema import ModelConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
 from shardwise.models import travel
+from shardwise.models.common.config import DecoderConfig
 
 Target = Literal["hf", "native"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
@@ -40,6 +42,7 @@ class OpenModel:
     config: ModelConfig
     tensors: Iterator[tuple[str, Tensor]]
     files: dict[str, bytes]  # what travels with it (`models.travel`)
+    adapter: AdapterConfig | None = None  # merged into ``tensors``
 
     @property
     def has_tokenizer(self) -> bool:
@@ -78,13 +81,31 @@ def _open_native(path: Path) -> OpenModel:
     if not isinstance(section, dict):
         raise CheckpointError(f"{path}: its {RUN_FILE} or {MODEL_FILE} describes no model")
     cls = models.config_class(str(section.get("family")))
+    config = cls.model_validate_json(json.dumps(section), strict=True)
+    said = adapted.read(files)
+    if said is not None:
+        adapter, base = said
+        assert isinstance(config, DecoderConfig)
+        tensors = _merged(path, config, adapter, base)
+        return OpenModel("native", config, tensors, travel.among(files), adapter)
     prefix = "model."
     tensors = (
         (name.removeprefix(prefix), tensor)
         for name, tensor in loading.read_tensors(path, lambda n: n.startswith(prefix))
     )
-    config = cls.model_validate_json(json.dumps(section), strict=True)
     return OpenModel("native", config, tensors, travel.among(files))
+
+
+def _merged(
+    path: Path, model: DecoderConfig, adapter: AdapterConfig, base: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """An adapter's checkpoint as a whole model. Its base is opened with the first tensor."""
+    place = adapted.base_of(path, base)
+    if place is None:
+        tensors = adapted.initial_tensors(model, int(base["seed"]))
+    else:
+        tensors = open_model(place).tensors
+    yield from adapted.merged(path, model, adapter, tensors)
 
 
 def _open_gguf(path: Path) -> OpenModel:
@@ -104,9 +125,15 @@ def _open_gguf(path: Path) -> OpenModel:
 
 
 def convert(
-    source: Path | str, out: Path | str, to: Target = "hf", dtype: str | None = None
+    source: Path | str,
+    out: Path | str,
+    to: Target = "hf",
+    dtype: str | None = None,
+    merge_adapter: bool = False,
 ) -> dict[str, Any]:
     """Write the model at ``source`` to the new or empty folder ``out``; returns what was written.
+
+    ``merge_adapter``: of a checkpoint that holds an adapter, the base with it merged.
 
     ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
     is always fp32, ready for ``init_from``.
@@ -119,6 +146,11 @@ def convert(
     if dtype not in (None, "fp32") and to == "native":
         raise UserError(f"--dtype {dtype}: a native checkpoint holds fp32 weights")
     model = open_model(source)
+    if model.adapter is not None and not merge_adapter:
+        raise UserError(
+            f"{source}: holds an adapter ({model.adapter.kind}), no whole model; add "
+            "--merge-adapter to write its base with the adapter in it"
+        )
     if to == "hf":
         written = _write_hf(model, out, DTYPES[dtype] if dtype else None)
     elif to == "native":

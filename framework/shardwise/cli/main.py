@@ -271,13 +271,16 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
     ] = None,
+    merge_adapter: Annotated[
+        bool, typer.Option("--merge-adapter", help="Of an adapter's checkpoint: the whole model.")
+    ] = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Convert a model, with its tokenizer and chat template."""
     from shardwise.checkpoint.convert import convert as run
 
-    done = run(source, out, to, dtype)  # type: ignore[arg-type]  # checked there
+    done = run(source, out, to, dtype, merge_adapter)  # type: ignore[arg-type]  # checked there
     emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}", json)
 
 

@@ -6,7 +6,7 @@ package registers a kind of its own by the entry-point group ``shardwise.adapter
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
@@ -22,6 +22,11 @@ class AdapterConfig(Section):
     """
 
     kind: str
+    start: Literal["new", "parent"] = Field(
+        "new",
+        description="new: an adapter on all that the stage starts from; parent: go on with the "
+        "adapter of the checkpoint that the stage starts from",
+    )
 
     def groups(self) -> list[ParameterGroup]:
         """Parameters of the adapter with a rate of their own; behind those that a recipe names."""

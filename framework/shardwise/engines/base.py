@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.adapters.trained import EVERYTHING, Trained
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.contract import Loss
@@ -30,8 +31,9 @@ class Setup:
     ``seed``: root of the initial weights and of dropout. ``stage``: the training stage's name, part
     of dropout's rng keys. ``optimizer``: None for a model that is only evaluated. ``wide_logits``:
     the head's product gives fp32 logits of bf16 or fp16 operands, for losses that compare
-    log-probabilities of two computations. ``trained``: what of the model is. ``ranks``: of the
-    world, ascending; None: all.
+    log-probabilities of two computations. ``trained``: what of the model is.
+    ``beside``: an engine of the same model and layout, at its start, on whose base this one, which
+    is not trained, may stand. ``ranks``: of the world, ascending; None: all.
     """
 
     model: ModelConfig
@@ -43,6 +45,7 @@ class Setup:
     optimizer: OptimizerConfig | None = None
     wide_logits: bool = False
     trained: Trained = EVERYTHING
+    beside: Engine | None = None
     ranks: Sequence[int] | None = None
 
 
@@ -92,6 +95,7 @@ class Engine(Protocol):
 
     data_rank: int  # which slice of a global batch this rank computes; -1: none
     data_size: int  # into how many slices a global batch is cut
+    adapter_config: AdapterConfig | None  # of what is trained beside the model
 
     def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
         """Accumulate gradients of the global batch; returns reduced metrics, with `loss`.

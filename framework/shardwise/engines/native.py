@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.assemble import assemble
 from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
-from shardwise.engines.base import Scaled, Setup, Share, State
+from shardwise.engines.base import Engine, Scaled, Setup, Share, State
 from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
+from shardwise.engines.shared_base import SharedBase
 from shardwise.errors import CheckpointError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
@@ -36,9 +37,11 @@ from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
 
 
-def build(setup: Setup) -> NativeEngine | None:
+def build(setup: Setup) -> Engine | None:
     """See `engines.registry.register_engine`."""
     assert isinstance(setup.config, NativeConfig)
+    if setup.beside is not None:
+        return cast(Engine, SharedBase(setup.beside))
     ranks = range(setup.layout.world) if setup.ranks is None else setup.ranks
     mesh = place_mesh(setup.layout, setup.device, ranks)
     if mesh is None:
@@ -79,7 +82,7 @@ class NativeEngine:
     ) -> None:
         assert isinstance(model_config, DecoderConfig)
         self.model_config, self.config, self.mesh = model_config, config, mesh
-        self.seed, self.stage = seed, stage
+        self.seed, self.stage, self.adapter_config = seed, stage, trained.adapter
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = precision_of(config.precision, mesh.device)
         assembled = assemble(model_config, config, mesh, seed, trained)
@@ -268,14 +271,18 @@ class NativeEngine:
     def state_dict(self) -> State:
         """``model.<name>`` and ``optim.<name>.<state>`` tensors, and the JSON that goes with them.
 
-        With an adapter, of the model its parameters alone.
+        With an adapter, of the model its parameters alone, and a new head.
         The tensors are the live ones: loading writes into them. Gathered copies are freed first,
         so the next forward pass sees what was written.
         """
         self._reshard()
         parameters = self.named.parameters
-        saved = is_adapter if self.adapter is not None else bool
-        tensors = {f"model.{n}": p.data for n, p in parameters.items() if saved(n)}
+        whole = self.adapter is None
+        tensors = {
+            f"model.{n}": p.data
+            for n, p in parameters.items()
+            if whole or p.requires_grad or is_adapter(n)
+        }
         if self.optimizer is not None:
             tensors |= optimizer_tensors(self.optimizer, parameters.items())
         meta: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.config.adapters import AdapterConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled, Share, State
 from shardwise.losses.contract import Loss
@@ -29,8 +30,14 @@ class PlacedEngine:
     """See `engines.base.Engine`. ``inner`` is None on ranks outside of ``ranks``."""
 
     def __init__(
-        self, inner: Engine | None, ranks: Sequence[int], data_size: int, device: torch.device
+        self,
+        inner: Engine | None,
+        ranks: Sequence[int],
+        data_size: int,
+        device: torch.device,
+        adapter_config: AdapterConfig | None = None,
     ) -> None:
+        self.adapter_config = adapter_config
         self.inner, self.source, self.device = inner, ranks[0], device
         self.data_rank = -1 if inner is None else inner.data_rank
         self.data_size = data_size

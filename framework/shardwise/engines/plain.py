@@ -72,6 +72,7 @@ class PlainEngine:
             self.model = registry.build(setup.model).to(self.precision.master)
         init_weights(self.model, setup.seed)
         self.adapter: PlainAdapter | None = None
+        self.adapter_config = setup.trained.adapter
         if setup.trained.adapter is not None:
             assert isinstance(setup.trained.adapter, LowRankConfig)
             self.adapter = PlainAdapter(setup.trained.adapter, self.model)
@@ -335,7 +336,7 @@ class PlainEngine:
         """Under the names that every engine gives them, so that a checkpoint is anybody's."""
         saved = self.parameters
         if self.adapter is not None:
-            saved = {n: p for n, p in saved.items() if ".adapter." in n}
+            saved = {n: p for n, p in saved.items() if ".adapter." in n or p.requires_grad}
         tensors = {f"model.{n}": p.data for n, p in saved.items()}
         for name, parameter in self.trained.items():
             state = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})

@@ -42,6 +42,7 @@ class PlainAdapter:
             if any(self._names(path, pattern) for pattern in config.targets):
                 self.adapted[path] = module
         model.requires_grad_(False)
+        model.head.requires_grad_(model.config.head == "scalar")
         for path, module in self.adapted.items():
             module.add_module("adapter", self._parts(module))
             module.register_forward_hook(self._hook(path, isinstance(module, nn.Embedding)))

@@ -47,7 +47,8 @@ def build_engine(setup: Setup) -> Engine:
         return inner
     from shardwise.engines.placed import PlacedEngine
 
-    return PlacedEngine(inner, setup.ranks, setup.layout.dp, setup.device)
+    adapter = setup.trained.adapter
+    return PlacedEngine(inner, setup.ranks, setup.layout.dp, setup.device, adapter)
 
 
 def check_layout(config: EngineConfig, layout: Layout) -> None:

@@ -30,6 +30,15 @@ def combine(digests: Mapping[str, str]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def first_unlike(
+    named: Iterable[tuple[str, Tensor]], served: Mapping[str, Tensor], dtype: torch.dtype
+) -> str:
+    """The first of the trainer's weights (our names) that is served otherwise; empty: none is."""
+    digests = {name: digest(tensor) for name, tensor in served.items()}
+    unlike = [n for n, t in named if digests.pop(n, None) != digest(t.to(dtype))]
+    return next(iter((*unlike, *digests)), "")
+
+
 def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> str:
     """The checksum of weights under our names, as they are served in ``dtype``."""
     return combine({name: digest(tensor.to(dtype)) for name, tensor in named})

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shardwise import checkpoint
 from shardwise.adapters.trained import EVERYTHING, Trained
+from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import open_model
 from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
@@ -72,11 +74,21 @@ class StageContext:
         """The model that this stage trains: the run's, with the stage's kind of head."""
         return self.model_of(ACTOR)
 
-    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
-        """The model of a role under its layout, on its ranks; a collective call."""
+    def engine(
+        self,
+        optimizer: OptimizerConfig | None,
+        role: str = ACTOR,
+        beside: Engine | None = None,
+    ) -> Engine:
+        """The model of a role under its layout, on its ranks; a collective call.
+
+        ``beside``: an engine on whose base it may stand.
+        """
         config = role_of(self.stage, role)
         # What is only evaluated takes merged weights.
-        trained = EVERYTHING if role == ACTOR and optimizer is None else self.trained(role)
+        trained = (
+            EVERYTHING if role == ACTOR and optimizer is None else trained_of(self.stage, role)
+        )
         if optimizer is not None and trained.adapter is not None:
             groups = [*optimizer.groups, *trained.adapter.groups()]
             optimizer = optimizer.model_copy(update={"groups": groups})
@@ -92,21 +104,29 @@ class StageContext:
                 optimizer=optimizer,
                 wide_logits=self.stage.on_policy,
                 trained=trained,
+                beside=beside,
                 ranks=config.ranks,
             )
         )
 
-    def trained(self, role: str) -> Trained:
-        """What of a role's model is trained: of the actor what the stage says, of others all.
-
-        A reference has the actor's adapter, as it starts.
+    def frozen(self, role: str, actor: Engine) -> Engine:
+        """The model of a role that stands still: also after a resume it is what it was at the
+        start. A reference shares the base of an actor with an adapter where it can.
         """
-        if role not in (ACTOR, REFERENCE):
-            return EVERYTHING
-        adapter = self.stage.adapter
-        if adapter is not None and self.stage.on_policy:
-            adapter = adapter.without_dropout()  # see `fitted`
-        return Trained(adapter, self.stage.freeze)
+        if role == REFERENCE and self._shares_base():
+            self.load_initial_weights(actor)
+            engine = self.engine(None, role, beside=actor)
+        else:
+            engine = self.engine(None, role)
+        self.load_initial_weights(engine, role)
+        return engine
+
+    def _shares_base(self) -> bool:
+        actor, reference = role_of(self.stage, ACTOR), role_of(self.stage, REFERENCE)
+        alike = actor.engine == reference.engine and actor.ranks is None and reference.ranks is None
+        return (
+            self.stage.adapter is not None and alike and self._shares_initial_checkpoint(REFERENCE)
+        )
 
     def load_initial_weights(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""
@@ -116,6 +136,16 @@ class StageContext:
             key = f"the start of stages.{self.stage.name}, {role}"
             check_trained(source, self.stage.max_skipped, key)
         load_initial_weights(engine, self.model_of(role), source, new_head=role != "reward")
+
+    def adapter_description(self) -> bytes:
+        """What the checkpoints of a stage with an adapter say of it and its base."""
+        adapter, source = self.stage.adapter, self.initial_checkpoint(ACTOR)
+        root, seed = checkpoint_root(self.directory, self.stage.name), self.run.seed
+        if adapter.start == "parent" and source is not None:
+            path = checkpoint.resolve(source)
+            if (said := adapted.read(checkpoint.read_files(path))) is not None:
+                source, seed = adapted.base_of(path, said[1]), said[1].get("seed", seed)
+        return adapted.description(adapter, source, seed, root)
 
     def external(
         self,
@@ -268,6 +298,24 @@ def evaluations_of(run: RunConfig, stage: StageConfig) -> list[EvaluationConfig]
     if stage.head != "vocabulary":
         return []
     return [e for e in run.evaluations if not e.stages or stage.name in e.stages]
+
+
+def checkpoint_root(directory: Path, stage: str) -> Path:
+    """Where a stage's checkpoints live."""
+    return directory / "stages" / stage / "checkpoints"
+
+
+def trained_of(stage: Any, role: str) -> Trained:
+    """What of a role's model is trained: of the actor what the stage says, of others all.
+
+    A reference has the actor's adapter, as it starts.
+    """
+    if role not in (ACTOR, REFERENCE):
+        return EVERYTHING
+    adapter = stage.adapter
+    if adapter is not None and stage.on_policy:
+        adapter = adapter.without_dropout()  # see `StageContext.fitted`
+    return Trained(adapter, stage.freeze)
 
 
 def role_layout(role: RoleConfig, world_size: int) -> Layout:

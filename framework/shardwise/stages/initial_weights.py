@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from shardwise import checkpoint
 from shardwise.adapters.targets import is_adapter
-from shardwise.checkpoint import manifest
+from shardwise.checkpoint import adapted, manifest
 from shardwise.checkpoint.convert import open_model
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.run import RunConfig
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
@@ -21,23 +20,48 @@ HEAD = "head.weight"
 
 
 def load_initial_weights(
-    engine: Engine, model: DecoderConfig, source: Path | None, new_head: bool = True
+    engine: Engine,
+    model: DecoderConfig,
+    source: Path | None,
+    new_head: bool = True,
 ) -> None:
     """The weights that a stage starts from: a checkpoint's or a folder's, or the initial ones.
+
+    An adapter of the engine's starts anew, or as the one that ``source`` holds.
 
     A model with a scalar head takes all but the head from one that predicts words; its head then
     keeps its (small) initial weights, unless ``new_head`` is False: a reward model's noise would
     be learnt from. Raises ConfigError for a source that holds something else.
     """
-    if source is None:
-        engine.start_adapter()
+    adapter = engine.adapter_config
+    if adapter is not None and adapter.start == "parent":
+        path, base = _adapted_base(source, adapter)
+        if (place := adapted.base_of(path, base)) is not None:
+            _load_base(engine, model, place, new_head)
+        else:
+            engine.load_weights(adapted.initial_tensors(model, int(base["seed"])))
+        stored = manifest.read(path).tensors
+        held = {f"model.{name}": value for name, value in engine.held("weights")}
+        checkpoint.load(path, {n: v for n, v in held.items() if n in stored}, partial=True)
         return
+    if source is not None:
+        _load_base(engine, model, source, new_head)
+    engine.start_adapter()
+
+
+def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: bool) -> None:
     check_initial_weights(source, model)
-    if is_native(source):
+    opened = open_model(source)
+    if opened.adapter is not None:
+        tensors = opened.tensors
+        if model.head == "scalar":
+            _check_head(source, new_head)
+            tensors = ((name, value) for name, value in tensors if name != HEAD)
+        engine.load_weights(tensors)
+    elif is_native(source):
         stored = manifest.read(checkpoint.resolve(source)).tensors
-        weights = {
-            f"model.{name}": value for name, value in engine.held("weights") if not is_adapter(name)
-        }
+        held = engine.held("weights")
+        weights = {f"model.{name}": value for name, value in held if not is_adapter(name)}
         head = f"model.{HEAD}"
         if model.head == "scalar" and (head not in stored or stored[head].shape[0] != 1):
             _check_head(source, new_head)
@@ -45,7 +69,28 @@ def load_initial_weights(
         checkpoint.load(source, weights, partial=True)
     else:
         _load_hf(source, model, engine, new_head)
-    engine.start_adapter()
+
+
+def _adapted_base(source: Path | None, adapter: AdapterConfig) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with an adapter like the one that is wanted, and what is said of its base."""
+    path, found = Path(), None
+    if source is not None and is_native(source):
+        path = checkpoint.resolve(source)
+        found = adapted.read(checkpoint.read_files(path))
+    if found is None:
+        raise ConfigError(
+            f"adapter.start: parent, but {source or 'a fresh model'} holds no adapter to go on "
+            "with; write new, or start from a checkpoint of a stage with an adapter"
+        )
+    free = {"start", "dropout", "lr_ratio"}
+    theirs, ours = (a.model_dump(exclude=free) for a in (found[0], adapter))
+    keys = [k for k in ours if theirs.get(k) != ours[k]]
+    if differ := [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in keys]:
+        raise ConfigError(
+            f"adapter.start: parent, but {source} holds another adapter ({'; '.join(differ)}); "
+            "make the adapter section agree, or write new"
+        )
+    return path, found[1]
 
 
 def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
@@ -112,15 +157,5 @@ def initial_hash(run: RunConfig) -> str:
 
 
 def folder_hash(folder: Path | None) -> str:
-    """Of the weights in a checkpoint (or the latest of a folder of them) or Hugging Face folder."""
-    if folder is None:
-        return ""
-    book = checkpoint.latest(folder) or folder
-    if (book / "manifest.json").exists():
-        return manifest.read(book).digest
-    total = xxhash.xxh3_128()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                total.update(block)
-    return total.hexdigest()
+    """See `checkpoint.adapted.weights_hash`; empty for no folder."""
+    return "" if folder is None else adapted.weights_hash(folder)

@@ -15,7 +15,7 @@ from shardwise.checkpoint.steps import step_of
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.errors import ConfigError, ShardwiseError
-from shardwise.stages.loop import checkpoint_root
+from shardwise.stages.base import checkpoint_root
 
 
 def check_lengths(run: RunConfig, named: Callable[[str], str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise import checkpoint
+from shardwise.checkpoint import adapted
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import resolved_yaml
 from shardwise.engines.base import State
@@ -22,7 +23,7 @@ from shardwise.metrics.meters import Throughput, memory_metrics
 from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
 from shardwise.resilience.gate import Gate, Point
-from shardwise.stages.base import Stage, StageContext
+from shardwise.stages.base import Stage, StageContext, checkpoint_root
 from shardwise.stages.lineage import Lineage, check_lineage
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER
 from shardwise.stages.trace import TRACED_STEP, trace_step
@@ -85,9 +86,13 @@ class Loop:
 
     def run(self) -> Path:
         """Train to the end; returns the last checkpoint."""
+        has_adapter = self.config.adapter is not None
+        if has_adapter:  # a checkpoint holds the adapter alone
+            self.ctx.load_initial_weights(self.stage.engine)
         start = self._resume()
         if start is None:
-            self.ctx.load_initial_weights(self.stage.engine)
+            if not has_adapter:
+                self.ctx.load_initial_weights(self.stage.engine)
             start = 0
         self.ctx.logger.rewind(self.config.name, start)
         self.gate.stage(start, self._point(start, durable=True, pending=self.pending))
@@ -323,11 +328,6 @@ def stage_state(stage: Stage) -> State:
     return State(tensors, meta, frozenset(nonfinite))
 
 
-def checkpoint_root(directory: Path, stage: str) -> Path:
-    """Where a stage's checkpoints live."""
-    return directory / "stages" / stage / "checkpoints"
-
-
 def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
     """What makes a checkpoint complete: recipe, stage, tokenizer, and a model of another kind."""
     folder = ctx.directory / TOKENIZER_FOLDER
@@ -335,6 +335,8 @@ def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
     files["config.yaml"] = resolved_yaml(ctx.run).encode()
     files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
+    if ctx.stage.adapter is not None:
+        files[adapted.ADAPTER_FILE] = ctx.adapter_description()
     if ctx.model != ctx.run.model:
         files["model.json"] = ctx.model.model_dump_json().encode()
     return files

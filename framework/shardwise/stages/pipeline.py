@@ -34,10 +34,10 @@ from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
 from shardwise.resilience.gate import Gate
 from shardwise.stages.arithmetic import arithmetic
-from shardwise.stages.base import StageContext, evaluations_of
+from shardwise.stages.base import StageContext, checkpoint_root, evaluations_of
 from shardwise.stages.estimate import estimate, expectation
 from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
-from shardwise.stages.loop import Loop, checkpoint_root
+from shardwise.stages.loop import Loop
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import build_stage, run_evaluation
 from shardwise.stages.results import read_result, write_result

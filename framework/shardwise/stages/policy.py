@@ -40,9 +40,7 @@ class PolicyStage(Stage):
 
     def frozen(self, role: str) -> Engine:
         """A model that stands still: also after a resume it is what it was at the start."""
-        engine = self.ctx.engine(None, role)
-        self.ctx.load_initial_weights(engine, role)
-        return engine
+        return self.ctx.frozen(role, self.engine)
 
     def initial_weights_hash(self, engines: Mapping[str, Engine | None]) -> str:
         """A hash of the problems and of the weights that the roles in use start from."""

@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from shardwise.adapters.registry import build_adapter
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
+from shardwise.errors import CheckpointError
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
 
 
@@ -126,13 +129,29 @@ class RolloutWorker:
             max_slots,
             decode_text=ctx.tokenizer.decode,
         )
+        self._adapter_arrived = False
 
     def sync(self, engine: Engine) -> None:
         """Take the engine's weights; a collective call.
 
-        The generator checks that what it serves is what it received (a checksum by tensor).
+        The generator checks that what it serves is what it received (a checksum by tensor). Of
+        weights with an adapter in them, the first ones are merged here once more, and must be
+        those that are served, bit by bit: an adapter that never arrives shows in no loss
+        (verl#7495). Raises CheckpointError.
         """
         self.generator.load(engine.weights())
+        config = engine.adapter_config
+        if config is None or self._adapter_arrived:
+            return
+        model = self.ctx.model
+        named = build_adapter(config, model).merge(engine.full("weights"))
+        unlike = first_unlike(named, self.generator.backend.served(), self.dtype)
+        if unlike:
+            raise CheckpointError(
+                f"weights: {unlike} is not served as the base with the adapter of now; what came "
+                "is the base alone, stale, another layer's or not all of it"
+            )
+        self._adapter_arrived = True
 
     def prompt_of(self, problem: Problem) -> list[int]:
         """The token ids that ask for a problem's answer."""

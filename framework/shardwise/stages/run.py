@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.registry import parameter_names
-from shardwise.optim.build import check_groups
 from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel import blocks, feasible
 from shardwise.parallel.layout import parse_layout, world_of
@@ -45,11 +43,12 @@ from shardwise.resilience.gate import Gate
 from shardwise.resilience.hang import BACKSTOP_S, watched
 from shardwise.resilience.stop import Stop
 from shardwise.stages import bits, samples
-from shardwise.stages.base import ACTOR, CACHE_FOLDER, SCORERS, role_of, roles_of
+from shardwise.stages.base import ACTOR, CACHE_FOLDER, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.lengths import check_lengths
+from shardwise.stages.parts import check_parts, check_pipeline
 from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.sizes import check_sizes
 from shardwise.stages.skipped import SkippedError, check_trained
@@ -176,7 +175,7 @@ def preflight(
         except ConfigError as error:
             where = named(f"{key}.engine.layout").removeprefix(f"{key}.engine.layout")
             raise ConfigError(f"{key}, {stage.name}{where}: {error}") from error
-        _check_groups(run, stage, key, named)
+        check_parts(run, stage, key, named)
         if stage.batch.seq_len > run.model.max_seq_len:
             raise ConfigError(
                 f"{named(f'{key}.batch.seq_len')}: {stage.batch.seq_len} exceeds "
@@ -216,23 +215,6 @@ def preflight(
             source.check()
         except DataError as error:
             raise ConfigError(f"{named(f'{key}.path')}: {error} (from {Path.cwd()})") from error
-
-
-def _check_groups(
-    run: RunConfig, stage: StageConfig, key: str, named: Callable[[str], str]
-) -> None:
-    """Refuse groups of parameters that are nobody's; see `optim.build.check_groups`."""
-    assert isinstance(run.model, DecoderConfig)
-    critics = "critic" in roles_of(stage)
-    own = role_of(stage, "critic").optimizer if critics else None
-    for optimizer, role, where in (
-        (stage.optimizer, ACTOR, f"{key}.optimizer.groups"),
-        (own, "critic", f"{key}.roles.critic.optimizer.groups"),
-    ):
-        if optimizer is not None and optimizer.groups:
-            scalar = role in SCORERS or stage.head == "scalar"
-            model = run.model.as_scalar() if scalar else run.model
-            check_groups(optimizer, parameter_names(model), named(where))
 
 
 def read_samples(run: RunConfig) -> None:
@@ -292,6 +274,8 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
         except ConfigError as error:  # of another number of ranks
             raise ConfigError(f"{error}{feasible.offer(cases, ranks)}") from None
         feasible.check(*cases)
+        if name == ACTOR:
+            check_pipeline(run, stage, wanted)
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

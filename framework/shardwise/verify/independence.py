@@ -91,8 +91,13 @@ class _Context(WatchedContext):
 
     examined: Examined = dataclasses.field(default_factory=Examined)
 
-    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
-        """See `StageContext`."""
+    def engine(
+        self,
+        optimizer: OptimizerConfig | None,
+        role: str = ACTOR,
+        beside: Engine | None = None,
+    ) -> Engine:
+        """See `StageContext`; every role has a model of its own."""
         watched: Any = super().engine(optimizer, role)
         label = role if len(roles_of(self.stage)) > 1 else ""
         words = self.model_of(role).vocab_size

@@ -34,9 +34,9 @@ from shardwise.precision.policy import PRECISIONS
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Request
-from shardwise.stages.base import ACTOR, evaluations_of, role_of, roles_of
+from shardwise.stages.base import ACTOR, checkpoint_root, evaluations_of, role_of, roles_of
 from shardwise.stages.lineage import Lineage
-from shardwise.stages.loop import Loop, checkpoint_root, stage_state
+from shardwise.stages.loop import Loop, stage_state
 from shardwise.stages.pipeline import evaluate_all, of_all_ranks
 from shardwise.stages.registry import build_stage
 from shardwise.verify.notes import Noted, Notes, Reference

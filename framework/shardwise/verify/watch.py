@@ -238,13 +238,21 @@ class WatchedContext(StageContext):
         assert isinstance(self.run.model, DecoderConfig)
         return self.fitted(self.run.model, role)
 
-    def engine(self, optimizer: OptimizerConfig | None, role: str = ACTOR) -> Engine:
+    def engine(
+        self,
+        optimizer: OptimizerConfig | None,
+        role: str = ACTOR,
+        beside: Engine | None = None,
+    ) -> Engine:
         """See `StageContext`."""
         label = role if len(roles_of(self.stage)) > 1 else ""
         precision = precision_of(role_of(self.stage, role).engine.precision, self.device)
         fresh = DtypeCheck(precision.declared(self.stage.on_policy))
         dtypes = self.notes.dtypes.setdefault(label, fresh)
-        engine = super().engine(optimizer, role)
+        if isinstance(beside, WatchedEngine):
+            beside = beside.inner
+        engine = super().engine(optimizer, role, beside)
+        engine.start_adapter()
         if precision.loss_scaling and not self.resumed:
             scale = {"scale": LOSS_SCALE, "good_steps": 0, "num_skipped": 0}
             engine.load_state_dict({"updates": 0, "skipped": 0, "loss_scale": scale})
