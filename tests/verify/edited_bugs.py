@@ -257,8 +257,8 @@ add(
     "counts_of_one_data_rank",
     "loss counts", "llama sft dp2.zero2", "dp", "loss|gradient|count",
     Edit("engines/reduction.py",
-         'totals = sum_over(local, mesh.groups["dp"]).tolist()',
-         "totals = (local * mesh.data_size).tolist()"),
+         'parts = sum_over(local, mesh.groups["dp"]).tolist()',
+         "parts = (local * mesh.data_size).tolist()"),
     seen="NVIDIA/Megatron-LM#7452, finding 3",
 )  # fmt: skip
 
@@ -320,14 +320,15 @@ add(
     "home_of_a_layer_found_by_one_digit",
     "two-digit layers", "llama grpo pp2.1f1b", "pp", "layers.1|weights|tokens|generated|sampled",
     Edit("engines/named_parameters.py",
-         "        found: dict[str, tuple[torch.Size, int]] = {}",
-         "        found: dict[str, tuple[torch.Size, int]] = {}\n"
+         "        found: dict[str, tuple[torch.Size, int, bool]] = {}",
+         "        found: dict[str, tuple[torch.Size, int, bool]] = {}\n"
          "        at: dict[str, int] = {}"),
     Edit("engines/named_parameters.py",
-         "found.setdefault(name, (parameter.shape, home[number]))",
+         "found.setdefault(name, (parameter.shape, home[number], parameter.requires_grad))",
          'stem = name[:8] if name.startswith("layers.") else name\n'
          "                found.setdefault(\n"
-         "                    name, (parameter.shape, at.setdefault(stem, home[number])))"),
+         "                    name, (parameter.shape, at.setdefault(stem, home[number]),\n"
+         "                           parameter.requires_grad))"),
     changes={"model.num_layers": 12},
 )  # fmt: skip
 add(

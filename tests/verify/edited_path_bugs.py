@@ -357,7 +357,7 @@ add(
     "layers_saved_under_a_stages_own_numbers",
     "resharding", "llama pretrain pp2.1f1b", "resume|reshard|pp", "resume|layers|weight|model",
     Edit("engines/native.py",
-         '        tensors = {f"model.{n}": p.data for n, p in parameters.items()}',
+         '        tensors = {f"model.{n}": p.data for n, p in parameters.items() if saved(n)}',
          '        import re\n\n'
          '        numbers = [int(n.split(".")[1]) for n in parameters if n.startswith("layers.")]\n'
          "        first = min(numbers, default=0)\n"
