@@ -45,9 +45,12 @@ def assemble(
     mesh: Mesh,
     seed: int,
     trained: Trained = EVERYTHING,
+    *,
+    by_block: bool = False,
 ) -> Assembled:
     """A distributed model with its initial weights, a pure function of (seed, parameter name).
 
+    ``by_block``: gradients of a block are reduced, and gone, before the next block's are there.
     Raises ConfigError for what ``trained`` asks of a model that cannot have it.
     """
     assert isinstance(model_config, DecoderConfig)
@@ -84,7 +87,7 @@ def assemble(
         checkpoint = quantised.checkpoint if quantised is not None else None
         blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint, breaks=layout.cp > 1)
         # 7. ZeRO: parameters become shards.
-        data.shard(model, mesh, precision.compute)
+        data.shard(model, mesh, precision.compute, by_block=by_block)
         # 8. Memory for this rank's shards alone, then their values.
         model.to_empty(device=mesh.device)
         init_weights(model, seed)

@@ -79,6 +79,30 @@ def test_updates_are_the_references(kind: str) -> None:
             torch.testing.assert_close(value, states[1][key], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["lomo", "adalomo"])
+def test_weights_move_in_the_backward_pass_as_the_references_do_behind_it(kind: str) -> None:
+    c = config(kind, lr=0.01, groups=GROUPS)
+    native, plain = start(), start()
+    optimizer: Any = ours(native, c)
+    optimizer.attach(lambda p: p is native["w.bias"])  # whose gradient is not whole yet
+    for step in range(4):
+        set_lr(optimizer, c.lr * (1 - 0.1 * step))
+        optimizer.arm()
+        given = grads(step)
+        torch.stack([(native[n] * g).sum() for n, g in given.items()]).sum().backward()
+        assert [n for n, p in native.items() if p.grad is not None] == ["w.bias"]
+        squares = sum(float(s) for s in optimizer.squares.values())
+        wanted = sum(float(g.square().sum()) for n, g in given.items() if n != "w.bias")
+        assert squares == pytest.approx(wanted)
+        optimizer.step()
+        native["w.bias"].grad = None
+    other = run(plain_groups.build_optimizer, c, range(4), plain)
+    for name in SHAPES:
+        torch.testing.assert_close(native[name], plain[name], rtol=1e-12, atol=1e-13)
+        for key, value in other.state[plain[name]].items():
+            torch.testing.assert_close(optimizer.state[native[name]][key], value)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_an_unbroken_one(kind: str) -> None:
     c = config(kind, lr=0.01)

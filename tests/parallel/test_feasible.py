@@ -44,7 +44,16 @@ def fp8_case(
     return Case(parse_layout(text, world), model, compiled, 8, 1, precision, section)
 
 
+def fused_case(text: str = "dp1", world: int = 1, **changes: Any) -> Case:
+    one = dataclasses.replace(case(text, world, batch=8, micro=8), fused="lomo")
+    return dataclasses.replace(one, **changes)
+
+
 ROWS = [
+    ("_fused_pipeline", fused_case("pp2", 2), "optimizer.kind: lomo.*one backward pass"),
+    ("_fused_batches", fused_case(micro_batch=2), "there are 4; set batch.micro_batch to 8"),
+    ("_fused_clipping", fused_case(max_grad_norm=1.0), "engine.max_grad_norm: 1 .*set 0"),
+    ("_fused_scaling", fused_case(precision="fp16"), "fp16 leaves updates out.*use bf16 or fp32"),
     (
         "_heads",
         Case(

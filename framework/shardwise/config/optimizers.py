@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
@@ -42,6 +42,8 @@ class ParameterGroup(Section):
 
 class OptimizerConfig(Section):
     """What every kind of optimizer has. Kinds derive from it, fix ``kind`` and register."""
+
+    fused: ClassVar[bool] = False  # whether weights move in the backward pass
 
     kind: str
     lr: Rate = 3e-4
@@ -163,6 +165,24 @@ class AdafactorConfig(FactoredConfig):
 
     kind: Literal["adafactor"]
     lr: Rate = 1e-2
+
+
+class LomoConfig(OptimizerConfig):
+    """Lv et al. 2023: SGD within the backward pass; no state, no buffer of gradients."""
+
+    fused: ClassVar[bool] = True
+
+    kind: Literal["lomo"]
+    lr: Rate = 1e-2
+
+
+class AdaLomoConfig(FactoredConfig):
+    """Lv et al. 2024: Adafactor within the backward pass; its rate is relative to tensors' size."""
+
+    fused: ClassVar[bool] = True
+
+    kind: Literal["adalomo"]
+    lr: Rate = 5e-4
 
 
 class AdamW8bitConfig(AdamWConfig):

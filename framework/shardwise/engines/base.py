@@ -97,11 +97,14 @@ class Engine(Protocol):
     data_size: int  # into how many slices a global batch is cut
     adapter_config: AdapterConfig | None  # of what is trained beside the model
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """Accumulate gradients of the global batch; returns reduced metrics, with `loss`.
 
         One call for all micro-batches of an update, then `step`; a second call before it may
-        raise RuntimeError.
+        raise RuntimeError. ``lr``: that of the step to come, for optimizers that move weights in
+        the backward pass; their gradients are gone behind it, and no kind ``grads`` is held.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -75,8 +75,17 @@ class NamedParameters:
         """This rank's memory of all gradients."""
         return [local_tensor(p.grad) for p in self.parameters.values() if p.grad is not None]
 
-    def grad_norm(self) -> float:
-        """2-norm of all gradients, each element once: squares summed in fp64 over all ranks."""
+    def summed_later(self) -> set[str]:
+        """Whose gradient is not whole, or not all there, when autograd has added to it."""
+        found = {name for name in self.parameters if name in self.partial}
+        twice = self.config.tie_embeddings and self.mesh.layout.tp > 1
+        return found | ({TIED} if twice and TIED in self.parameters else set())
+
+    def grad_norm(self, gone: Mapping[nn.Parameter, Tensor] | None = None) -> float:
+        """2-norm of all gradients, each element once: squares summed in fp64 over all ranks.
+
+        ``gone``: squares (fp64 scalars) of those that are no more.
+        """
         counted = [
             local_tensor(p.grad)
             for name, p in self.parameters.items()
@@ -85,6 +94,9 @@ class NamedParameters:
         local = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if counted:
             local = torch.stack(torch._foreach_norm(counted, 2.0)).double().square().sum()
+        for name, p in self.parameters.items():
+            if gone and p in gone and self._counts_here(name, p):
+                local = local + gone[p]
         return math.sqrt(sum_over(local, self.mesh.groups["unique"]).item())
 
     def _counts_here(self, name: str, parameter: nn.Parameter) -> bool:

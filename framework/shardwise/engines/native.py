@@ -21,7 +21,7 @@ from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.engines.shared_base import SharedBase
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
@@ -29,6 +29,7 @@ from shardwise.models.common.init import place
 from shardwise.ops import comm
 from shardwise.ops.fp8_linear import listening
 from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
+from shardwise.optim.fused import InBackward
 from shardwise.optim.local import local_step
 from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.full_tensor import full_tensor
@@ -85,7 +86,8 @@ class NativeEngine:
         self.seed, self.stage, self.adapter_config = seed, stage, trained.adapter
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = precision_of(config.precision, mesh.device)
-        assembled = assemble(model_config, config, mesh, seed, trained)
+        by_block = optimizer is not None and optimizer.fused
+        assembled = assemble(model_config, config, mesh, seed, trained, by_block=by_block)
         self.chunks, self.adapter = assembled.chunks, assembled.adapter
         if self.precision.logits(wide_logits) != self.precision.compute:
             for chunk in self.chunks.values():
@@ -101,6 +103,10 @@ class NativeEngine:
         self.optimizer = (
             build_optimizer(self.named.parameters.items(), optimizer, mesh) if optimizer else None
         )
+        self._fused = self.optimizer if isinstance(self.optimizer, InBackward) else None
+        if self._fused is not None:
+            waiting = {self.named.parameters[n] for n in self.named.summed_later()}
+            self._fused.attach(waiting.__contains__)
         # Where gradients are taken elsewhere than at the weights.
         self._moves: Any = self.optimizer if hasattr(self.optimizer, "begin") else None
         self._has_dropout = model_config != model_config.without_dropout() or (
@@ -115,7 +121,9 @@ class NativeEngine:
 
     # --- training -------------------------------------------------------------------------------
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """Accumulate the gradients of sum_i w_i * sum_i / count_i over the global batch.
 
         Counts are reduced over micro-batches and data ranks first (decision 2), so every rank may
@@ -123,6 +131,8 @@ class NativeEngine:
         samplers give equal numbers. Raises RuntimeError if no `step` came since the last call:
         what is summed over ranks behind the backward passes would be summed twice.
         """
+        if self._fused is not None:
+            self._arm(microbatches, lr)
         if self._has_gradients:
             raise RuntimeError(
                 "forward_backward was called twice without a step between them; give all "
@@ -176,6 +186,18 @@ class NativeEngine:
     def _cut(self, batch: MicroBatch) -> Cut:
         return Cut(batch, self.mesh, self.model_config)
 
+    def _arm(self, microbatches: Sequence[MicroBatch], lr: float | None) -> None:
+        """Weights are about to move in the backward pass."""
+        assert self._fused is not None
+        if lr is None or len(microbatches) != 1:
+            raise RuntimeError(
+                f"optimizer.kind moves weights in the backward pass: it needs the rate before it "
+                f"(given: {lr}) and one micro-batch (given: {len(microbatches)})"
+            )
+        self._reshard()
+        set_lr(self._fused, lr)
+        self._fused.arm()
+
     def step(self, lr: float) -> float:
         """Clip to ``max_grad_norm`` and update. Non-finite gradients leave the weights untouched.
 
@@ -183,10 +205,16 @@ class NativeEngine:
         """
         assert self.optimizer is not None, "this engine was built without an optimizer"
         self._reshard()  # an evaluation may have gathered weights since
-        norm = self.named.grad_norm()
+        norm = self.named.grad_norm(self._fused.squares if self._fused else {})
         scale = self.scale.value if self.scale else 1.0
         norm /= scale
         finite = math.isfinite(norm)
+        if self._fused is not None and not finite:
+            raise ShardwiseError(
+                f"update {self.updates + 1}: gradients were not finite, and optimizer.kind has "
+                "moved weights by them in the backward pass; lower optimizer.lr, or choose a kind "
+                "that can leave an update out, and go on from the last checkpoint"
+            )
         if finite:
             limit = self.config.max_grad_norm
             factor = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
@@ -346,6 +374,8 @@ class NativeEngine:
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
+        if kind == "grads" and self._fused is not None:
+            return
         pick, weights = functools.partial(self._pick, kind), kind == "weights"
         own_shapes = not weights and kind != "grads"
         yield from self.named.stream(pick, trained=not weights, own_shapes=own_shapes)
@@ -353,6 +383,8 @@ class NativeEngine:
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
+        if kind == "grads" and self._fused is not None:
+            return
         for name, parameter in self.named.parameters.items():
             if kind != "weights" and not parameter.requires_grad:
                 continue

@@ -42,9 +42,11 @@ class PlacedEngine:
         self.data_rank = -1 if inner is None else inner.data_rank
         self.data_size = data_size
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """Outside: nothing, and no metrics."""
-        return {} if self.inner is None else self.inner.forward_backward(microbatches, loss)
+        return {} if self.inner is None else self.inner.forward_backward(microbatches, loss, lr)
 
     def step(self, lr: float) -> float:
         """Outside: nothing, and a norm of 0."""

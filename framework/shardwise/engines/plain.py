@@ -101,7 +101,9 @@ class PlainEngine:
 
     # --- training -------------------------------------------------------------------------------
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """Gradients of sum_i w_i * sum_i / count_i over the batch, times the loss scale."""
         batches = [b.to(self.setup.device) for b in microbatches]
         if self.fp8 is None:
@@ -249,6 +251,8 @@ class PlainEngine:
         for name, parameter in (self.parameters if kind == "weights" else self.trained).items():
             if kind == "weights":
                 yield name, parameter.data
+            elif kind == "grads" and self.setup.optimizer and self.setup.optimizer.fused:
+                return  # as if weights had moved in the backward pass
             elif kind == "grads":
                 grad = parameter.grad
                 yield name, torch.zeros_like(parameter.data) if grad is None else grad

@@ -21,6 +21,8 @@ REFERENCES: dict[str, Any] = {
     "lion": references.Lion,
     "muon": references.Muon,
     "adamw8bit": references.AdamW8bit,
+    "lomo": references.Lomo,
+    "adalomo": references.AdaLomo,
     "schedule_free": references.ScheduleFree,
 }
 

@@ -136,6 +136,44 @@ class AdamW8bit(_Reference):
         return None
 
 
+class Lomo(_Reference):
+    """Lv et al. 2023, algorithm 1; that it moves weights within the pass changes no number."""
+
+    def zeros(self, name: str, w: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def rule(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float, decay: float) -> None:
+        w -= lr * (g + decay * w)
+
+
+class AdaLomo(_Reference):
+    """Lv et al. 2024, algorithm 1, with the decay of second moments of its published code."""
+
+    def zeros(self, name: str, w: Tensor) -> dict[str, Tensor]:
+        step = {"step": torch.zeros(())}
+        if w.dim() != 2:
+            return step | {"variance": torch.zeros_like(w.data)}
+        rows, columns = w.shape
+        zeros = w.data.new_zeros
+        return step | {"row_var": zeros(rows, 1), "col_var": zeros(1, columns)}
+
+    def rule(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float, decay: float) -> None:
+        c, beta = self.c, 1 - int(s["step"]) ** -self.c.decay_power
+        if w.dim() == 2:
+            r, k = s["row_var"], s["col_var"]
+            r.copy_(beta * r + (1 - beta) * (g**2).mean(1, keepdim=True))
+            k.copy_(beta * k + (1 - beta) * (g**2).mean(0, keepdim=True))
+            v = r * k / r.mean().clamp(min=c.eps1)
+        else:
+            s["variance"].copy_(beta * s["variance"] + (1 - beta) * g**2)
+            v = s["variance"]
+        u = g / v.sqrt().clamp(min=c.eps1)
+        u /= max(1.0, float(u.square().mean().sqrt()) / c.clip_threshold)
+        size = max(c.eps2, float(w.square().mean().sqrt()))
+        w *= 1 - lr * decay
+        w -= lr * size * u
+
+
 def tree(signed: bool) -> list[float]:
     """The dynamic tree of section 2.2: an exponent of tens, then a linear fraction."""
     levels = [0.0, 1.0]

@@ -58,3 +58,5 @@ register_optimizer("adamw8bit", configs.AdamW8bitConfig, f"{_HERE}.blockwise:Ada
 register_optimizer(
     "schedule_free", configs.ScheduleFreeConfig, f"{_HERE}.schedule_free:ScheduleFree"
 )
+register_optimizer("lomo", configs.LomoConfig, f"{_HERE}.fused:Lomo")
+register_optimizer("adalomo", configs.AdaLomoConfig, f"{_HERE}.fused:AdaLomo")

@@ -43,13 +43,15 @@ ZERO = {
 SHARDED_WHOLE = frozenset(("cpu",))
 
 
-def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, mesh: Mesh, param_dtype: torch.dtype, *, by_block: bool = False
+) -> None:
     """Wrap each block and the model in FSDP2, in place.
 
     A rank alone needs `mixed_precision.ComputeCopies` instead.
 
     Parameters stay fp32 (or fp64) shards; the gathered copies have ``param_dtype``; gradients are
-    reduced in fp32 (fp64 for fp64 models).
+    reduced in fp32 (fp64 for fp64 models). ``by_block``: a block's by themselves on any device.
     """
     row = ZERO[mesh.layout.zero]
     master = next(model.parameters()).dtype
@@ -64,7 +66,8 @@ def shard(model: nn.Module, mesh: Mesh, param_dtype: torch.dtype) -> None:
         cast_forward_inputs=False,
     )
     wrap = functools.partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy)
-    if row.reshard_after_forward or mesh.device.type not in SHARDED_WHOLE:
+    whole = mesh.device.type in SHARDED_WHOLE and not by_block
+    if row.reshard_after_forward or not whole:
         for block in filter(None, model.layers):  # type: ignore[arg-type]
             wrap(block, reshard_after_forward=row.reshard_after_forward)
     # The embedding and the head are needed first and last: resharding them buys nothing.

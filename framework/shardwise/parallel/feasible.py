@@ -30,6 +30,8 @@ class Case:
     micro_batch: int
     precision: str = "bf16"
     fp8: Fp8Config | None = None
+    fused: str = ""  # an optimizer's kind that moves weights in the backward pass
+    max_grad_norm: float = 0.0
 
     @property
     def num_microbatches(self) -> int:
@@ -106,6 +108,43 @@ def _compile_split(case: Case) -> str | None:
     )
 
 
+# --- optimizers that move weights in the backward pass --------------------------------------------
+
+
+def _fused_pipeline(case: Case) -> str | None:
+    if not case.fused or case.layout.pp == 1:
+        return None
+    return f"optimizer.kind: {case.fused} moves weights in one backward pass, and pp has many"
+
+
+def _fused_batches(case: Case) -> str | None:
+    if not case.fused or case.num_microbatches == 1:
+        return None
+    share = -(-case.global_batch // case.layout.dp)
+    return (
+        f"optimizer.kind: {case.fused} moves weights in the backward pass of one micro-batch, and "
+        f"there are {case.num_microbatches}; set batch.micro_batch to {share}"
+    )
+
+
+def _fused_clipping(case: Case) -> str | None:
+    if not case.fused or case.max_grad_norm == 0:
+        return None
+    return (
+        f"engine.max_grad_norm: {case.max_grad_norm:g} asks for all gradients before a weight "
+        f"moves, and optimizer.kind {case.fused} keeps none; set 0"
+    )
+
+
+def _fused_scaling(case: Case) -> str | None:
+    if not case.fused or case.precision != "fp16":
+        return None
+    return (
+        "engine.precision: fp16 leaves updates out whose scaled gradients overflow, and "
+        f"optimizer.kind {case.fused} has moved weights by then; use bf16 or fp32"
+    )
+
+
 # --- FP8 ----------------------------------------------------------------------------------------
 
 
@@ -164,7 +203,10 @@ _OF_LAYOUT: tuple[Callable[[Case], str | None], ...] = (
     _layers,
     _pipeline_batches,
     _compile_split,
+    _fused_pipeline,
+    _fused_batches,
 )
+_OF_ENGINE: tuple[Callable[[Case], str | None], ...] = (_fused_clipping, _fused_scaling)
 # Of a layout they ask what is scaled together and how many ranks there are, no more.
 _OF_FP8: tuple[Callable[[Case], str | None], ...] = (
     _fp8_precision,
@@ -172,14 +214,18 @@ _OF_FP8: tuple[Callable[[Case], str | None], ...] = (
     _fp8_modules,
     _fp8_widths,
 )
-REFUSALS = _OF_LAYOUT + _OF_FP8
+REFUSALS = _OF_LAYOUT + _OF_ENGINE + _OF_FP8
 
 
 def refusal(case: Case) -> str | None:
     """The first reason why a case cannot be computed rightly, with its key; None without one."""
     for row in REFUSALS:
         if reason := row(case):
-            key = "" if reason.startswith("engine.") else f"engine.layout: {case.layout}: "
+            key = (
+                ""
+                if reason.startswith(("engine.", "optimizer."))
+                else f"engine.layout: {case.layout}: "
+            )
             return key + reason
     return None
 
@@ -191,7 +237,8 @@ def check(*cases: Case) -> None:
     """
     for case in cases:
         if reason := refusal(case):
-            raise ConfigError(reason + ("" if reason.startswith("engine.fp8") else offer(cases)))
+            own = ("engine.fp8", "engine.max_grad_norm", "optimizer.kind")
+            raise ConfigError(reason + ("" if reason.startswith(own) else offer(cases)))
 
 
 def offer(cases: Sequence[Case], world: int | None = None) -> str:

@@ -82,6 +82,8 @@ class ComputeCopies:
             else:
                 local_tensor(master.grad).add_(local_tensor(copy.grad))
             copy.grad = None
+            for hook in (master._post_accumulate_grad_hooks or {}).values():
+                hook(master)
 
         if master.requires_grad:
             copy.register_post_accumulate_grad_hook(hand_over)

@@ -52,7 +52,7 @@ class GrpoStage(PolicyStage):
         updates = []
         for _ in range(config.epochs_per_rollout):
             for batches in chunks:
-                update = self.engine.forward_backward(batches, self.loss)
+                update = self.engine.forward_backward(batches, self.loss, lr)
                 updates.append(update | {"grad_norm": self.engine.step(lr)})
         found: dict[str, float] = self.engine.broadcast(mean_metrics(updates))
         return metrics | found

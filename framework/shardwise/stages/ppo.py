@@ -191,10 +191,11 @@ class PpoStage(PolicyStage):
         for _ in range(config.epochs_per_rollout):
             for actor_batches, critic_batches in jobs:
                 if with_actor:
-                    found = self.engine.forward_backward(actor_batches, self.loss)
+                    found = self.engine.forward_backward(actor_batches, self.loss, lr)
                     actors.append(found | {"grad_norm": self.engine.step(lr)})
-                found = self.critic.forward_backward(critic_batches, self.value_loss)
-                norm = self.critic.step(lr * self.critic_lr)
+                own_lr = lr * self.critic_lr
+                found = self.critic.forward_backward(critic_batches, self.value_loss, own_lr)
+                norm = self.critic.step(own_lr)
                 critics.append(found | {"critic_grad_norm": norm})
         last, metrics = self.engine.broadcast([actors[-1:], mean_metrics(actors)])
         if last and "approx_kl" in last[0]:

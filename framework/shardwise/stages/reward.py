@@ -95,7 +95,7 @@ class RewardStage(Stage):
         chosen = [self.train[int(i)] for i in self.order.batch(position, size)]
         rows = self._rows(chosen, position)
         batches = local_batches(rows, self.engine, batch.micro_batch)
-        metrics = self.engine.forward_backward(batches, self.loss)
+        metrics = self.engine.forward_backward(batches, self.loss, lr)
         return metrics | {
             "grad_norm": self.engine.step(lr),
             "tokens": float(sum(r.num_tokens for r in chosen)),

@@ -43,6 +43,7 @@ from shardwise.resilience.gate import Gate
 from shardwise.resilience.hang import BACKSTOP_S, watched
 from shardwise.resilience.stop import Stop
 from shardwise.stages import bits, samples
+from shardwise.stages.arithmetic import TRAINED
 from shardwise.stages.base import ACTOR, CACHE_FOLDER, role_of, roles_of
 from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
@@ -256,6 +257,8 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
         ranks = world_size if role.ranks is None else len(role.ranks)
         wanted = parse_layout(role.engine.layout, world_of(role.engine.layout, ranks))
         check_layout(role.engine, wanted)
+        optimizer = role.optimizer or stage.optimizer
+        fused = optimizer.kind if optimizer.fused and name in TRAINED else ""
         compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
         cases = [
             feasible.Case(
@@ -266,6 +269,8 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
                 stage.batch.micro_batch,
                 role.engine.precision,
                 role.engine.fp8,
+                fused,
+                role.engine.max_grad_norm,
             )
             for size in sorted(sizes)
         ]

@@ -73,7 +73,7 @@ class SupervisedStage(Stage):
             [self.train.row(int(i)) for i in indices[mine]], position + mine, self.packed
         )
         metrics = self.engine.forward_backward(
-            micro_batches(rows, real, batch.micro_batch), self.loss
+            micro_batches(rows, real, batch.micro_batch), self.loss, lr
         )
         return metrics | {
             "grad_norm": self.engine.step(lr),

@@ -130,14 +130,16 @@ class _Asked:
             self._ask_outputs(_Packed(self.inner, microbatches, self.words))
         return self.inner.forward(microbatches, fn)
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """See `Engine`."""
         if "gradients" not in self.asked:
             packed = _Packed(self.inner, microbatches, self.words)
             if "outputs" not in self.asked:
                 self._ask_outputs(packed)
             self._ask_gradients(packed, loss)
-        return self.inner.forward_backward(microbatches, loss)
+        return self.inner.forward_backward(microbatches, loss, lr)
 
     def _ask_outputs(self, packed: _Packed) -> None:
         if not packed.number:
@@ -200,7 +202,7 @@ class _Asked:
             for b, sees_BT in zip(batches, change.sees, strict=True)
         ]
         meta = engine.state_dict().meta
-        metrics = engine.forward_backward(alone, loss)
+        metrics = engine.forward_backward(alone, loss, 0.0)
         found = {
             name: [(s.region.offset, s.view.clone()) for s in local_shards(name, tensor)]
             for name, tensor in engine.held("grads")

@@ -73,7 +73,9 @@ class WatchedEngine:
         self.note_tensors("loaded", "weights")
         self.inner.load_weights(iter(own))
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
+    def forward_backward(
+        self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
+    ) -> dict[str, float]:
         """See `Engine`."""
         notes, inner = self.notes, self.inner
         notes.count(f"{self.role} updates")
@@ -87,7 +89,7 @@ class WatchedEngine:
             if notes.probe == where
             else contextlib.nullcontext(),
         ):
-            metrics = inner.forward_backward(microbatches, loss)
+            metrics = inner.forward_backward(microbatches, loss, lr)
         notes.volumes = notes.volumes or tally.rows()
         for name, value in inner.broadcast(metrics).items():
             if name == "loss":
