@@ -81,3 +81,48 @@ add(
          "        return self.ring[-1].detach()"),
     changes={"batch.global_batch": 64, "batch.micro_batch": 2, "batch.seq_len": 64},
 )  # fmt: skip
+
+# --- sums of 16 bits, which no tolerance tells --------------------------------------------------
+
+add(
+    "a_ring_sums_gradients_of_keys_in_bf16",
+    "partial sums", "llama pretrain cp2.ring", "cp|ring", "_RingAttention",
+    Edit("parallel/context.py",
+         "grads = [torch.zeros(t.shape, dtype=wide, device=q.device) for t in held]",
+         "grads = [torch.zeros_like(t) for t in held]"),
+    changes=SMALL, precision="bf16",
+)  # fmt: skip
+add(
+    "a_ring_merges_outputs_in_bf16",
+    "partial sums", "llama pretrain cp2.ring", "cp|ring", "merge",
+    Edit("parallel/context.py",
+         "out = torch.zeros(q.shape, dtype=wide, device=q.device)",
+         "out = torch.zeros_like(q)"),
+    changes=SMALL, precision="bf16",
+)  # fmt: skip
+add(
+    "a_cut_vocabularys_sums_travel_in_bf16",
+    "partial sums", "llama pretrain tp2", "tp", "_TokenLogprobs",
+    Edit("ops/cross_entropy.py",
+         "sum_N, picked_N = comm.all_reduce(both_2N, shard.group, \"tp\")",
+         "both_2N = comm.all_reduce(both_2N.to(logits_NV.dtype), shard.group, \"tp\")\n"
+         "            sum_N, picked_N = both_2N.to(wide)"),
+    changes=SMALL, precision="bf16",
+)  # fmt: skip
+add(
+    "tensor_ranks_sum_activations_in_bf16",
+    "partial sums", "gpt2 pretrain tp2", "tp", "_all_reduce",
+    Edit("ops/comm.py",
+         "wide = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor",
+         "wide = tensor"),
+    changes=SMALL, precision="bf16",
+)  # fmt: skip
+add(
+    "micro_batches_folded_into_fp32_at_the_last_one",
+    "sums over micro-batches", "llama pretrain dp2.zero1.pp2.zbv", "pp|zbv", "_add_grad",
+    Edit("parallel/data.py",
+         "    for group in _param_groups(model):\n        for param in group.fsdp_params:",
+         "    for group in _param_groups(model) if is_last or row.sync_every_microbatch else ():\n"
+         "        for param in group.fsdp_params:"),
+    changes={"batch.global_batch": 32, "batch.micro_batch": 2}, precision="bf16",
+)  # fmt: skip

@@ -16,6 +16,30 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import ConfigError
 
+# Where a layout rounds to the compute dtype, or sums in it, besides what one process does: by
+# function, at how many lines. Partial results are summed in fp32 and rounded once, before they are
+# used; whatever else sums over ranks or micro-batches does so in fp32.
+ROUNDED = {
+    # Activations and their gradients, behind their sum over tp ranks.
+    "rounds parallel/regions.py _Enter.backward": 1,
+    "rounds parallel/regions.py _Leave.forward": 1,
+    "rounds parallel/regions.py _GatherTokens.backward": 1,
+    "rounds parallel/regions.py _ScatterTokens.forward": 1,
+    # What a ring's ranks merged; probabilities, and their gradients, before a product.
+    "rounds parallel/context.py _RingAttention.forward": 1,
+    "rounds parallel/context.py _RingAttention.backward": 1,
+    "rounds ops/attention_blocks.py _explicit_forward": 1,
+    "rounds ops/attention_blocks.py _explicit_backward": 2,
+    "sums ops/attention_blocks.py _explicit_backward": 1,
+    # Weights that compute; the gradient of wide logits.
+    "rounds parallel/mixed_precision.py ComputeCopies.copies": 1,
+    "rounds ops/linear.py _Linear.backward": 1,
+    # A bias.
+    "sums ops/linear.py linear": 1,
+    "sums parallel/tensor.py RowLinear.forward": 1,
+    "sums parallel/tensor.py Swapped.multiply": 1,
+}
+
 # What an engine tells of itself: for each declared quantity, the dtype of each tensor by name.
 Found = Mapping[str, Mapping[str, torch.dtype]]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from shardwise.config.optimizers import AdamConfig, OptimizerConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.notes import Noted, Reference
+from shardwise.verify.roundings import undeclared_lines
 from shardwise.verify.undecided import UPDATE, undecided
 from shardwise.verify.walk import Walked
 
@@ -277,6 +278,15 @@ def undeclared(
             Difference("dtype", what, math.inf, math.inf, 0.0, ranks=tuple(who), why=words[key])
         )
     return found
+
+
+def rounded(single: Walked, ranks: Sequence[Walked]) -> list[Difference]:
+    """Lines of the source that round to 16 bits, or sum in them, and are not declared to."""
+    found = undeclared_lines(single.lines, [r.lines for r in ranks])
+    return [
+        Difference("dtype", "", math.inf, math.inf, 0.0, ranks=who, why=words)
+        for words, who in found.items()
+    ]
 
 
 def compare_scales(

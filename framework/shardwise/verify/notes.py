@@ -27,6 +27,7 @@ from shardwise.ops.local_shards import local_shards
 from shardwise.ops.regions import Region, full_region
 from shardwise.precision.policy import DtypeCheck
 from shardwise.rollout.weights import digest
+from shardwise.verify.roundings import Lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Notes:
         self.scales: dict[str, Tensor] = {}  # what this rank scaled by, in FP8
         self.problems: list[str] = []  # what is wrong whatever the numbers are
         self.dtypes: dict[str, DtypeCheck] = {}  # by role
+        self.lines: Lines = {}  # where 16 bits were rounded to
         self.skipped: dict[str, list[int]] = {}  # by role, updates (from 0) that changed nothing
         self.volumes: list[dict[str, Any]] = []  # communication of the first update
         self.touched: dict[str, str] = {}  # the collective before an activation

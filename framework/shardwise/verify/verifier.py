@@ -35,6 +35,7 @@ from shardwise.verify.compare import (
     misdealt,
     origin,
     problems,
+    rounded,
     undeclared,
     unknown,
 )
@@ -338,7 +339,7 @@ class Verifier:
             later = [n for n in names if n in after]
             found += _said_of(compare(exact, oracle.limits, values, later), "after a resume")
         found += unknown(exact, ranks)
-        found += undeclared(exact, oracle.limits, ranks)
+        found += undeclared(exact, oracle.limits, ranks) + rounded(single, ranks)
         if ranks[0].resumed is not None:
             found += self._judge_resumed(oracle, precision, ranks, RESUMED)
         return found + disagreements(ranks)

@@ -41,6 +41,7 @@ from shardwise.stages.pipeline import evaluate_all, of_all_ranks
 from shardwise.stages.registry import build_stage
 from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import parse, with_layouts
+from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
 from shardwise.verify.thresholds import lowered
 from shardwise.verify.watch import External, WatchedContext, WatchedLogger
@@ -102,6 +103,7 @@ class Walked:
     touched: dict[str, str]  # the collective that a value came out of last
     dtypes: dict[str, dict[tuple[str, str], str]]  # by role and quantity: what was not declared
     resumed: dict[str, list[Noted]] | None = None
+    lines: Lines = dataclasses.field(default_factory=dict)  # where 16 bits were rounded to
 
 
 class _StoppedError(Exception):
@@ -198,6 +200,7 @@ def walk(task: Task) -> Walked:
         asked,
         notes.touched,
         {role: check.problems() for role, check in notes.dtypes.items()},
+        lines=notes.lines,
     )
     if task.other is not None:
         again = notes.at_mark()

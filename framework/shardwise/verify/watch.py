@@ -35,6 +35,7 @@ from shardwise.precision.policy import DtypeCheck, precision_of
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify.notes import Notes
 from shardwise.verify.probe import probing
+from shardwise.verify.roundings import Roundings
 
 # Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
 # micro-batches do not, so which updates are skipped is no figure to compare.
@@ -51,6 +52,7 @@ class WatchedEngine:
     def __init__(self, inner: Engine, role: str, notes: Notes, dtypes: DtypeCheck) -> None:
         self.inner, self.role, self.notes, self.check = inner, role, notes, dtypes
         self.label = f"{role} " if role else ""
+        self.narrow = False  # whether to watch where 16 bits are rounded to
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -88,6 +90,7 @@ class WatchedEngine:
             probing(inner, where, microbatches, notes, tally)
             if notes.probe == where
             else contextlib.nullcontext(),
+            self._rounding(),
         ):
             metrics = inner.forward_backward(microbatches, loss, lr)
         notes.volumes = notes.volumes or tally.rows()
@@ -109,6 +112,12 @@ class WatchedEngine:
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
         return metrics
+
+    def _rounding(self) -> contextlib.AbstractContextManager[Any]:
+        """Of the first step, where 16 bits are rounded to, if the recipe's precision has them."""
+        if not self.narrow or self.notes.step > 1:
+            return contextlib.nullcontext()
+        return Roundings(self.notes.lines, self.inner.modules())
 
     def _overflow(self) -> None:
         """Make the first element of the first gradient infinite, on the ranks that have it."""
@@ -154,7 +163,8 @@ class WatchedEngine:
         self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
     ) -> list[Tensor]:
         """See `Engine`; noted row by row, since which rows go together is the layout's affair."""
-        found = self.inner.forward(microbatches, fn)
+        with self._rounding():
+            found = self.inner.forward(microbatches, fn)
         for batch, values in zip(microbatches, found, strict=True):
             for row, valid_T in enumerate(batch.loss_mask_BT):
                 if not bool(valid_T.any()):
@@ -259,6 +269,13 @@ class WatchedContext(StageContext):
             scale = {"scale": LOSS_SCALE, "good_steps": 0, "num_skipped": 0}
             engine.load_state_dict({"updates": 0, "skipped": 0, "loss_scale": scale})
         watched = WatchedEngine(engine, label, self.notes, dtypes)
+        config = role_of(self.stage, role).engine
+        plain = (
+            self.device.type == "cpu"
+            and config.fp8 is None
+            and not getattr(config, "compile", False)
+        )
+        watched.narrow = plain and precision.compute.itemsize == 2
         if not self.resumed:
             watched.note_tensors("initial", "weights")
         if self.loads:
