@@ -428,8 +428,9 @@ class NativeEngine:
         updated = self.updates > self.skipped  # initial weights may be anything
         kinds = self.optimizer_states() if updated else []
         of_sum = narrowest if self._terms > 1 else dtype_of
-        parameters = self.named.parameters
-        master = next(iter(parameters.values())).dtype
+        # What stands still may be anything, too.
+        parameters = {n: p for n, p in self.named.parameters.items() if p.requires_grad}
+        master = self.precision.master
         chunks = {f"stage {n}": data.dtypes(chunk) for n, chunk in self.chunks.items()}
         reductions = {n: reduction or master for n, (_, reduction) in chunks.items()}
         return {

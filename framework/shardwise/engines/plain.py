@@ -291,7 +291,7 @@ class PlainEngine:
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         return {
             "compute": {"cast": self.precision.compute},
-            "masters": {n: narrowest(p.data) for n, p in self.parameters.items() if updated},
+            "masters": {n: narrowest(p.data) for n, p in self.trained.items() if updated},
             "moments": {
                 f"{n} {kind}": of_sum(t)
                 for kind in kinds

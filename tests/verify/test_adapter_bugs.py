@@ -1,0 +1,90 @@
+"""Adapters by the whole path of verify, and planted bugs in them: all are caught."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.config.adapters import FreezeConfig
+from shardwise.verify import suite
+from shardwise.verify.pool import RankError
+from shardwise.verify.roles import world_of
+from shardwise.verify.verifier import Verifier
+from tests.adapters.support import adapter, plain, train, train_native, worst
+from tests.support import toy
+from tests.support.pool import RankPool
+from tests.verify.adapter_bugs import BUGS, BY_KIND, AdapterBug
+from tests.verify.edits import run_edited
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "lora": (toy.llama(), adapter(dropout=0.2)),
+    "dora": (toy.llama(), adapter("dora", init="pissa", rslora=True, dropout=0.2)),
+    "shared head": (toy.llama(num_kv_heads=1), adapter("dora", init="orthogonal", targets=["k"])),
+    "two shared heads": (toy.llama(num_layers=1), adapter("dora", targets=["k"])),
+    "last layer": (toy.llama(), FreezeConfig(train_last=1)),
+}
+
+
+@functools.cache
+def wanted(case: str) -> dict[str, torch.Tensor]:
+    return train(plain(*CASES[case]))
+
+
+def is_caught(ranks: RankPool, bug: AdapterBug, *, planted: bool = True) -> bool:
+    edits = bug.edits if planted else ()
+    args = (edits, train_native, *CASES[bug.case], bug.layout, 2)
+    try:
+        found = ranks.run(run_edited, *args, world=world_of(bug.layout))
+    except RankError as error:
+        assert error.cause != "EditError", error
+        return True
+    one = wanted(bug.case)
+    return any(f.keys() != one.keys() or worst(f, one)[0] > 1e-9 for f in found)
+
+
+@pytest.mark.parametrize("name", sorted(BY_KIND.values()))
+def test_one_bug_of_each_kind_is_caught(ranks: RankPool, name: str) -> None:
+    assert is_caught(ranks, BUGS[name])
+
+
+@pytest.mark.slow
+def test_every_bug_is_caught_and_nothing_without_one(ranks: RankPool) -> None:
+    assert [name for name, bug in BUGS.items() if not is_caught(ranks, bug)] == []
+    places = {(bug.case, bug.layout): bug for bug in BUGS.values()}
+    assert not any(is_caught(ranks, bug, planted=False) for bug in places.values())
+
+
+def check(ranks: RankPool, stage: str, asked: dict[str, Any], *layouts: str, **how: Any) -> None:
+    """Each layout of a stage of the suite with something of its own to train."""
+    recipe = suite.recipe("llama-untied-odd")
+    recipe["stages"] = [s | asked for s in recipe["stages"] if s["kind"] == stage]
+    verifier = Verifier(recipe, ranks, **how)
+    try:
+        for layout in layouts:
+            verdict = verifier.check(stage, layout)
+            if not verdict.passed:
+                pytest.fail(f"{layout}: {verdict.sentence()}", pytrace=False)
+        if how.get("whole"):
+            verdict = verifier.check_splits(stage)
+            assert verdict.passed, verdict.sentence()
+    finally:
+        verifier.close()
+
+
+LORA = {"adapter": {"kind": "lora", "rank": 8, "dropout": 0.1, "targets": ["all-linear", "head"]}}
+DORA = {"adapter": {"kind": "dora", "rank": 8, "init": "pissa"}}
+
+
+def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
+    check(ranks, "grpo", DORA, "tp2.sp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("asked", [LORA, DORA], ids=["lora", "dora"])
+def test_verify_passes_on_every_axis(ranks: RankPool, stage: str, asked: dict[str, Any]) -> None:
+    layouts = ("tp2.sp", "dp2.zero3", "pp2.1f1b", "cp2.ring", "dp2.zero3.tp2.sp")
+    check(ranks, stage, asked, *layouts, whole=True)
