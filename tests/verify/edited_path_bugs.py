@@ -253,8 +253,9 @@ add(
     "reference_is_the_trained_model_on_several_ranks",
     "roles", "llama grpo dp2.zero2", "reference|role", "ref_logprobs|reference",
     Edit("stages/policy.py",
-         "        return engine\n",
-         "        return engine if self.engine.data_size == 1 else self.engine\n"),
+         "        return self.ctx.frozen(role, self.engine)\n",
+         "        other = self.ctx.frozen(role, self.engine)\n"
+         "        return other if self.engine.data_size == 1 else self.engine\n"),
     changes=SMALL, blind=True,
 )  # fmt: skip
 add(
@@ -357,15 +358,15 @@ add(
     "layers_saved_under_a_stages_own_numbers",
     "resharding", "llama pretrain pp2.1f1b", "resume|reshard|pp", "resume|layers|weight|model",
     Edit("engines/native.py",
-         '        tensors = {f"model.{n}": p.data for n, p in parameters.items() if saved(n)}',
-         '        import re\n\n'
+         "        whole = self.adapter is None\n",
+         "        import re\n\n"
+         "        whole = self.adapter is None\n"
          '        numbers = [int(n.split(".")[1]) for n in parameters if n.startswith("layers.")]\n'
          "        first = min(numbers, default=0)\n"
-         '        local = lambda m: f"layers.{int(m[1]) - first}."\n'
-         '        tensors = {\n'
-         '            "model." + re.sub(r"^layers\\.(\\d+)\\.", local, n): p.data\n'
-         "            for n, p in parameters.items()\n"
-         "        }"),
+         '        local = lambda m: f"layers.{int(m[1]) - first}."\n'),
+    Edit("engines/native.py",
+         '            f"model.{n}": p.data\n',
+         '            "model." + re.sub(r"^layers\\.(\\d+)\\.", local, n): p.data\n'),
     changes=SMALL | SAVED, seen="NVIDIA/Megatron-LM#7452, finding 12", blind=True,
 )  # fmt: skip
 add(
