@@ -296,9 +296,8 @@ add(
     "critic_is_updated_with_the_actors_rate",
     "learning rate", "llama ppo actor=dp1.zero0@0-0,critic=dp1.zero0@1-1", "critic", "critic",
     Edit("stages/ppo.py",
-         "norm = self.critic.step(lr * self.critic_lr)",
-         "norm = self.critic.step(\n"
-         "                    lr * (self.critic_lr if self.engine.data_rank >= 0 else 1.0))"),
+         "own_lr = lr * self.critic_lr",
+         "own_lr = lr * (self.critic_lr if self.engine.data_rank >= 0 else 1.0)"),
     changes=SMALL | {"roles": {"critic": {"optimizer": {"lr": 1e-3}}}}, blind=True,
 )  # fmt: skip
 
