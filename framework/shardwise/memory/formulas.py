@@ -8,9 +8,9 @@ buffers as torch 2.13 allocates them, and `memory.activations`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from shardwise.memory import activations
+from shardwise.memory.optimizers import FUSED, fused_gradients, optimizer_states
 from shardwise.memory.parameters import (
     Matrix,
     block_matrices,
@@ -26,9 +26,7 @@ from shardwise.memory.parameters import (
 )
 from shardwise.memory.shapes import ModelShape, Part, Place, Work
 
-STATES = {"adamw": 2, "adam": 2, "sgd": 1, "plain_sgd": 0}  # fp32 numbers a parameter
 LOSS_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}  # logits that the loss treats at once
-Optimizer = Literal["adamw", "adam", "sgd", "plain_sgd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +47,16 @@ class Occupancy:
         return self.master_shards + self.gradients + self.optimizer_states
 
 
-def occupancy(
-    model: ModelShape, place: Place, work: Work, optimizer: Optimizer = "adamw"
-) -> Occupancy:
-    """All categories."""
+def occupancy(model: ModelShape, place: Place, work: Work, optimizer: str = "adamw") -> Occupancy:
+    """All categories; ``optimizer``: one of `memory.optimizers.KINDS`."""
+    fused = optimizer in FUSED
     return Occupancy(
         master_shards=master_shards(model, place, work),
         compute_copies=compute_copies(model, place, work),
-        gradients=gradients(model, place, work),
-        peak_gradients=peak_gradients(model, place, work),
+        gradients=0 if fused else gradients(model, place, work),
+        peak_gradients=fused_gradients(model, place, work)
+        if fused
+        else peak_gradients(model, place, work),
         optimizer_states=optimizer_states(model, place, work, optimizer),
         activations=activations.peak(model, place, work),
         buffers=buffers(model, place, work),
@@ -67,11 +66,6 @@ def occupancy(
 def master_shards(model: ModelShape, place: Place, work: Work) -> int:
     """Parameters in full precision: this rank's part of each."""
     return work.master_bytes * held(model, place)
-
-
-def optimizer_states(model: ModelShape, place: Place, work: Work, optimizer: Optimizer) -> int:
-    """Two moments (Adam) or one, in full precision; the counters, 4 bytes a tensor, left out."""
-    return STATES[optimizer] * work.master_bytes * trained(model, place)
 
 
 def gradients(model: ModelShape, place: Place, work: Work) -> int:

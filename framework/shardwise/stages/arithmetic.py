@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from shardwise import memory
+from shardwise.config.optimizers import SgdConfig
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import RoleConfig
+from shardwise.memory.optimizers import KINDS
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.memory_inputs import model_shape, place_of
@@ -74,7 +76,11 @@ def _bytes(
         wide_logits=True,
     )
     place = place_of(model, layout, rank, batches)
-    found = memory.occupancy(model_shape(model), place, work)
+    optimizer = config.optimizer or stage.optimizer
+    kind = optimizer.kind if optimizer.kind in KINDS else "adamw"  # of another package
+    if isinstance(optimizer, SgdConfig) and optimizer.momentum == 0:
+        kind = "plain_sgd"
+    found = memory.occupancy(model_shape(model), place, work, kind)
     if not trained:
         return found.master_shards + found.compute_copies
     at_backward = found.peak_gradients + found.activations + found.buffers
