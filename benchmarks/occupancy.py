@@ -165,12 +165,12 @@ def gradients(engine: NativeEngine) -> list[Tensor | None]:
 def measure(engine: NativeEngine, batches: Sequence[MicroBatch]) -> dict[str, int]:
     """Bytes by category of one step, after one that is not looked at."""
     loss = CausalLM()
-    engine.forward_backward(batches, loss)
+    engine.forward_backward(batches, loss, 1e-4)
     engine.step(1e-4)
     births = Births(engine)
     handles = [h for chunk in engine.chunks.values() for h in births.watch_forward(chunk)]
     with births:
-        engine.forward_backward(batches, loss)
+        engine.forward_backward(batches, loss, 1e-4)
     for handle in handles:
         handle.remove()
     parameters = engine.named.parameters.values()
@@ -209,9 +209,11 @@ def shapes_of(
     return model_shape(model), place, work
 
 
-def formula(engine: NativeEngine, batches: Sequence[MicroBatch]) -> dict[str, int]:
+def formula(
+    engine: NativeEngine, batches: Sequence[MicroBatch], optimizer: str = "adamw"
+) -> dict[str, int]:
     """The same bytes by the formulas."""
-    return dataclasses.asdict(memory.occupancy(*shapes_of(engine, batches)))
+    return dataclasses.asdict(memory.occupancy(*shapes_of(engine, batches), optimizer))
 
 
 def error(measured: int, expected: int) -> float:
