@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from shardwise.memory import Adapted
 from shardwise.models.common.decoder import Decoder
 
 
@@ -14,6 +15,10 @@ class Adapter(Protocol):
     """One kind with its settings, for one model."""
 
     has_dropout: bool
+
+    def shape(self) -> Adapted | None:
+        """What it adds to the blocks, in the numbers of `memory`; None: too little to count."""
+        ...
 
     def attach(self, model: Decoder) -> list[str]:
         """Adapt a part of a model (on the meta device), plain or cut, in place.

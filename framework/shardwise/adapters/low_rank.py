@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import Tensor
 
+from shardwise import memory
 from shardwise.adapters import lora, merge, start
 from shardwise.adapters.config import LowRankConfig
 from shardwise.adapters.targets import MARK, targets
@@ -21,6 +22,14 @@ class LowRankAdapter:
         assert isinstance(config, LowRankConfig)
         self.config, self.targets = config, targets(model, config)
         self.has_dropout = config.dropout > 0
+
+    def shape(self) -> memory.Adapted:
+        """What it adds to the blocks, in the numbers that memory is reckoned with."""
+        layers = {t.path.rpartition(".")[2] for t in self.targets if t.path.startswith("layers.")}
+        config = self.config
+        return memory.Adapted(
+            config.rank, frozenset(layers), config.magnitudes, config.init == "pissa"
+        )
 
     def attach(self, model: Decoder) -> list[str]:
         """See `lora.attach`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -73,3 +73,27 @@ def part_names(config: LowRankConfig) -> frozenset[str]:
 def _all_came(waiting: tuple[str, Tensor, Target] | None) -> None:
     if waiting is not None:
         raise CheckpointError(f"{waiting[0]}: its adapter did not come, or not all of it")
+
+
+@torch.no_grad()
+def merge_in_place(
+    parameters: Mapping[str, Tensor], targets: Iterable[Target], config: LowRankConfig
+) -> Callable[[], None]:
+    """Put an adapter into the weights that it stands beside; returns what takes it out again.
+
+    ``parameters``: whole tensors by our names, the adapter's among them. What is taken out leaves
+    the weights as they were, bit by bit, because they are kept.
+    """
+    kept: dict[str, Tensor] = {}
+    for target in targets:
+        name, prefix = f"{target.path}.weight", f"{target.path}.{MARK}."
+        parts = {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)}
+        kept[name] = parameters[name].clone()
+        parameters[name].copy_(merged(kept[name], parts, target, config))
+
+    @torch.no_grad()
+    def take_out() -> None:
+        for name, weight in kept.items():
+            parameters[name].copy_(weight)
+
+    return take_out

@@ -1,6 +1,6 @@
 """Pure formulas of what a model, its optimizer and its activations occupy on one rank."""
 
 from shardwise.memory.formulas import Occupancy, occupancy
-from shardwise.memory.shapes import ModelShape, Part, Place, Work
+from shardwise.memory.shapes import Adapted, ModelShape, Part, Place, Work
 
-__all__ = ["ModelShape", "Occupancy", "Part", "Place", "Work", "occupancy"]
+__all__ = ["Adapted", "ModelShape", "Occupancy", "Part", "Place", "Work", "occupancy"]

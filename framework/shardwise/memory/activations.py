@@ -62,6 +62,8 @@ def block(model: ModelShape, place: Place, work: Work) -> int:
     n, c = tokens(place, work), work.compute_bytes
     inputs = 2 * n * c * model.hidden_size
     ffn = 4 * n * c * -(-model.ffn_size // place.tp)
+    if model.adapted is not None:  # what A gives B
+        ffn += n * c * model.adapted.rank * len(model.adapted.layers)
     return 2 * _norm(model, place, work) + inputs + _attention(model, place, work) + ffn
 
 

@@ -18,6 +18,7 @@ from shardwise.memory.parameters import (
     gathered,
     groups,
     held,
+    learned,
     local,
     query_width,
     sharded,
@@ -105,6 +106,9 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
     """
     c, m, n = work.compute_bytes, work.master_bytes, place.holders
     again = work.micro_batches > 1
+    if place.alone and model.adapted is not None:
+        largest = max(x.elements for x in learned(block_matrices(model, place)))
+        return m * trained(model, place) + (c * largest if c != m else 0)
     if place.alone:
         first = place.parts[0]
         rows_only = first.first and place.tp == 1 and not (first.last and model.tied)
@@ -115,12 +119,15 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
             every = [*block_matrices(model, place), *ends, *(x for end in others for x in end)]
             arriving = [max(every, key=lambda x: x.elements)]
         return m * held(model, place) + (c * local(arriving) if c != m else 0)
-    by_part = [groups(model, place, work, part) for part in place.parts]
+    by_part = [
+        [learned(group) for group in groups(model, place, work, part)] for part in place.parts
+    ]
     whole = [sum(local(g) for g in of_part) for of_part in by_part]
     if place.zero < 2 and again:
         return m * sum(whole) + (c * max(whole) if c != m else 0)
     peak = 0
-    reduced = held(model, place) if again or len(by_part) > 1 else 0
+    before = held(model, place) if model.adapted is None else trained(model, place)
+    reduced = before if again or len(by_part) > 1 else 0
     for of_part in by_part:
         done = 0
         for group in of_part:
@@ -190,7 +197,8 @@ def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     ZeRO-3 the weights of the next block.
     """
     total = activations.boundary(model, place, work)
-    if part.first and part.last and model.tied and not (place.alone and place.tp > 1):
+    own = model.adapted is None and not (place.alone and place.tp > 1)
+    if part.first and part.last and model.tied and own:
         total += work.compute_bytes * local(end_matrices(model, place, part)[:1])
     if place.zero == 3 and part.layers > 1 and place.holders > 1:
         total += work.compute_bytes * gathered(groups(model, place, work, part)[0], place.holders)
@@ -230,7 +238,7 @@ def reduce_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
     def reduced(group: list[Matrix]) -> int:
         return m * (copies * gathered(group, n) + (sharded(group, n) if added else 0))
 
-    *blocks, ends = groups(model, place, work, part)
+    *blocks, ends = (learned(group) for group in groups(model, place, work, part))
     if not blocks:
         return reduced(ends)
     return max(reduced(blocks[0]) + _waiting(model, place, work, part), reduced(ends))

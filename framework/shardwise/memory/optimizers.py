@@ -9,6 +9,7 @@ from shardwise.memory.parameters import (
     Matrix,
     block_matrices,
     end_matrices,
+    learned,
     local,
     sharded,
     trained,
@@ -35,12 +36,12 @@ def optimizer_states(model: ModelShape, place: Place, work: Work, optimizer: str
     """Bytes of states, for one of `KINDS`."""
     if optimizer in NUMBERS:
         return NUMBERS[optimizer] * work.master_bytes * trained(model, place)
-    matrices = block_matrices(model, place)
+    matrices = learned(block_matrices(model, place))
     block = sum(_bytes(optimizer, m, place, work, m.columns == 1) for m in matrices)
     total, tables = 0, 0
     for part in place.parts:
         total += part.layers * block
-        for m in end_matrices(model, place, part):
+        for m in learned(end_matrices(model, place, part)):
             tables += m.columns > 1
             # A tied embedding that one rank holds at both ends has one state.
             if m.columns == 1 or tables == 1 or not model.tied:
@@ -69,10 +70,10 @@ def fused_gradients(model: ModelShape, place: Place, work: Work) -> int:
     block's, in the dtype that it came in, and as it is summed up.
     """
     c, m = work.compute_bytes, work.master_bytes
-    block = block_matrices(model, place)
+    block = learned(block_matrices(model, place))
     peak = 0
     for part in place.parts:
-        ends = end_matrices(model, place, part)
+        ends = learned(end_matrices(model, place, part))
         groups = [[x] for x in (*block, *ends)] if place.alone else [block, ends]
         for group in groups:
             arriving = 0 if place.alone and c == m else c * local(group)

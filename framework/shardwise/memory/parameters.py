@@ -13,6 +13,7 @@ class Matrix:
 
     rows: int
     columns: int = 1
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -35,15 +36,30 @@ def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
     if model.num_kv_heads >= tp:
         kv //= tp
     f = -(-model.ffn_size // tp)
-    attention = [Matrix(q, d), Matrix(kv, d), Matrix(kv, d), Matrix(d, q)]
-    return [*attention, Matrix(f, d), Matrix(f, d), Matrix(d, f), Matrix(d), Matrix(d)]
+    attention = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+    products = attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    learns = model.adapted is None
+    found = [Matrix(rows, columns, learns) for rows, columns in products.values()]
+    found += [Matrix(d, 1, learns), Matrix(d, 1, learns)]
+    if model.adapted is None:
+        return found
+    # A lies as the inputs do, B as the outputs (`adapters.lora`).
+    adapted, rank = model.adapted, model.adapted.rank
+    for name, (rows, columns) in products.items():
+        if name in adapted.layers:
+            factors = [(rank, columns), (rows, rank)]
+            found += [Matrix(*shape) for shape in factors]
+            found += [Matrix(*shape, trained=False) for shape in factors if adapted.subtracted]
+            found += [Matrix(rows)] if adapted.magnitudes else []
+    return found
 
 
 def end_matrices(model: ModelShape, place: Place, part: Part) -> list[Matrix]:
     """What stands in front of a part's blocks and behind them; a tied embedding counts once."""
-    table = Matrix(-(-model.vocab_size // place.tp), model.hidden_size)
+    learns = model.adapted is None
+    table = Matrix(-(-model.vocab_size // place.tp), model.hidden_size, learns)
     found = [table] if part.first or (part.last and model.tied) else []
-    found += [Matrix(model.hidden_size)] if part.last else []
+    found += [Matrix(model.hidden_size, 1, learns)] if part.last else []
     return found + ([table] if part.last and not model.tied else [])
 
 
@@ -85,6 +101,11 @@ def gathered(group: list[Matrix], holders: int) -> int:
     return holders * sharded(group, holders)
 
 
+def learned(group: list[Matrix]) -> list[Matrix]:
+    """Those that are trained: they alone have gradients and optimizer states."""
+    return [m for m in group if m.trained]
+
+
 def held(model: ModelShape, place: Place) -> int:
     """Elements of all parameters on this rank."""
     block = sharded(block_matrices(model, place), place.holders)
@@ -95,10 +116,14 @@ def held(model: ModelShape, place: Place) -> int:
 
 
 def trained(model: ModelShape, place: Place) -> int:
-    """`held` without the second copy of a tied embedding, where one rank holds both ends in parts.
+    """Of `held`, what is trained.
 
-    That copy has neither a gradient nor optimizer state of its own.
+    Not the second copy of a tied embedding, where one rank holds both ends in parts: it has neither
+    a gradient nor optimizer state of its own.
     """
+    if model.adapted is not None:
+        block = sharded(learned(block_matrices(model, place)), place.holders)
+        return sum(part.layers * block for part in place.parts)
     ends = [p for p in place.parts if p.first != p.last]
     twice = model.tied and any(p.first for p in ends) and any(p.last for p in ends)
     table = Matrix(-(-model.vocab_size // place.tp), model.hidden_size)

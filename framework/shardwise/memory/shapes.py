@@ -11,8 +11,25 @@ Recompute = Literal["none", "selective", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Low-rank updates of linear layers in all blocks; all else stands still.
+
+    ``layers``: by last name (q, k, v, o, gate, up, down). ``magnitudes``: a number an output more.
+    ``subtracted``: a frozen copy of both factors beside them.
+    """
+
+    rank: int
+    layers: frozenset[str]
+    magnitudes: bool = False
+    subtracted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A decoder of the Llama family; biases, under 0.1 % of any model of use, are left out."""
+    """A decoder of the Llama family; biases, under 0.1 % of any model of use, are left out.
+
+    ``adapted``: None, and everything is trained.
+    """
 
     hidden_size: int
     num_layers: int
@@ -22,6 +39,7 @@ class ModelShape:
     ffn_size: int
     vocab_size: int
     tied: bool = True
+    adapted: Adapted | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from shardwise.parallel.layout import Layout
 _LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
 
 
-def model_shape(model: DecoderConfig) -> memory.ModelShape:
+def model_shape(model: DecoderConfig, adapted: memory.Adapted | None = None) -> memory.ModelShape:
     """The sizes of a decoder. A scalar head is tied to nothing and occupies nothing to speak of."""
     return memory.ModelShape(
         hidden_size=model.hidden_size,
@@ -24,6 +24,7 @@ def model_shape(model: DecoderConfig) -> memory.ModelShape:
         ffn_size=getattr(model, "ffn_width", None) or model.ffn_size,  # type: ignore[attr-defined]
         vocab_size=max(1, model.vocab_size),
         tied=model.tie_embeddings or model.head == "scalar",
+        adapted=adapted,
     )
 
 

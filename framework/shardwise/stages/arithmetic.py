@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from shardwise import memory
+from shardwise.adapters.registry import build_adapter
 from shardwise.config.optimizers import SgdConfig
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import RoleConfig
@@ -15,7 +16,7 @@ from shardwise.parallel.layout import Layout
 from shardwise.parallel.memory_inputs import model_shape, place_of
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
-from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of
+from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of, trained_of
 
 TRAINED = (ACTOR, "critic")
 
@@ -48,8 +49,11 @@ def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int, row: in
     share = -(-prompts // layout.dp)
     batches = -(-share // stage.batch.micro_batch)
     names = "all" if config.ranks is None else ", ".join(map(str, config.ranks))
+    said = trained_of(stage, role).adapter
+    adapted = None if said is None else build_adapter(said, model).shape()
+    shape = model_shape(model, adapted)
     most = max(
-        _bytes(model, stage, config, layout, rank, (row, batches), role in TRAINED)
+        _bytes(model, shape, stage, config, layout, rank, (row, batches), role in TRAINED)
         for rank in range(layout.pp)
     )
     return RoleNumbers(role, names, str(layout), model.num_parameters(), batches, most)
@@ -57,6 +61,7 @@ def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int, row: in
 
 def _bytes(
     model: DecoderConfig,
+    shape: memory.ModelShape,
     stage: Any,
     config: RoleConfig,
     layout: Layout,
@@ -80,7 +85,7 @@ def _bytes(
     kind = optimizer.kind if optimizer.kind in KINDS else "adamw"  # of another package
     if isinstance(optimizer, SgdConfig) and optimizer.momentum == 0:
         kind = "plain_sgd"
-    found = memory.occupancy(model_shape(model), place, work, kind)
+    found = memory.occupancy(shape, place, work, kind)
     if not trained:
         return found.master_shards + found.compute_copies
     at_backward = found.peak_gradients + found.activations + found.buffers

@@ -1,0 +1,72 @@
+"""Memory of models with an adapter: what the formulas say is what the engine holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.low_rank import LowRankAdapter
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.memory import ModelShape, Part, Place, Work, occupancy
+from shardwise.parallel.full_tensor import local_tensor
+from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.memory_inputs import model_shape, place_of
+from tests.adapters.support import adapter, native
+from tests.support import toy
+from tests.support.pool import RankPool
+
+MODEL = toy.llama(vocab_size=64, qkv_bias=False)
+ASKED = adapter("dora", init="pissa", targets=["q", "o", "down"])
+WORK = Work(12, 2, master_bytes=4, compute_bytes=4)
+
+
+def held(layout: str) -> dict[str, int]:
+    """Bytes on this rank: of parameters, of gradients before an update, of moments."""
+    engine: Any = native(MODEL, ASKED, layout, precision="fp32")
+    batch = toy.batch(4).split(4 // engine.data_size)[engine.data_rank]
+    engine.forward_backward([batch], CausalLM())
+
+    def size(tensors: Any) -> int:
+        return sum(local_tensor(t).nbytes for t in tensors)
+
+    parameters: list[Tensor] = list(engine.named.parameters.values())
+    states = engine.optimizer.state.values()
+    moments = [t for s in states for n, t in s.items() if n != "step"]
+    return {
+        "masters": size(parameters),
+        "gradients": size(p.grad for p in parameters if p.grad is not None),
+        "moments": size(moments),
+    }
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2.zero3"])
+def test_formulas_are_what_ranks_hold(ranks: RankPool, layout: str) -> None:
+    assert isinstance(ASKED, LowRankConfig)
+    shape = model_shape(MODEL, LowRankAdapter(ASKED, MODEL).shape())
+    place = place_of(MODEL, parse_layout(layout, 2), 0, 1)
+    found = occupancy(shape, place, WORK)
+    for measured in ranks.run(held, layout, world=2):
+        assert measured == {
+            "masters": found.master_shards,
+            "gradients": found.gradients,
+            "moments": found.optimizer_states,
+        }
+
+
+def test_an_adapter_costs_a_tenth_of_the_states() -> None:
+    whole = ModelShape(576, 30, 9, 3, 64, 1536, 49152)
+    every = frozenset(("q", "k", "v", "o", "gate", "up", "down"))
+    adapted = dataclasses.replace(
+        whole, adapted=LowRankAdapter(adapter(rank=16), toy.llama()).shape()
+    )
+    assert adapted.adapted is not None and adapted.adapted.layers == every
+    place = Place((Part(30),))
+    full, small = (occupancy(m, place, WORK) for m in (whole, adapted))
+    assert small.optimizer_states < 0.1 * full.optimizer_states
+    assert small.peak_gradients < 0.1 * full.peak_gradients
+    assert full.master_shards < small.master_shards < 1.1 * full.master_shards
+    assert small.activations > full.activations
