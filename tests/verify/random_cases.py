@@ -50,7 +50,7 @@ def draw(index: int) -> Case:
     while True:
         layout = _layouts(rng, stage)
         for _ in range(50):
-            recipe = _recipe(rng, stage, fp8)
+            recipe = _recipe(rng, stage, precision, fp8)
             if possible(recipe, stage, layout):
                 return Case(recipe, stage, layout, precision, rng.random() < 0.2)
 
@@ -102,7 +102,7 @@ def _layouts(rng: random.Random, stage: str) -> str:
 # --- the recipe ---------------------------------------------------------------------------------
 
 
-def _recipe(rng: random.Random, stage: str, fp8: bool) -> dict[str, Any]:
+def _recipe(rng: random.Random, stage: str, precision: str, fp8: bool) -> dict[str, Any]:
     """A recipe of one stage."""
     model = _quantised(rng) if fp8 else rng.choice((_llama, _llama, _gpt2))(rng)
     engine: dict[str, Any] = {
@@ -113,14 +113,9 @@ def _recipe(rng: random.Random, stage: str, fp8: bool) -> dict[str, Any]:
     if fp8:
         kind = rng.choice(("delayed", "current", "mxfp8"))
         engine |= {"precision": "bf16", "fp8": {"recipe": kind, "amax_history_len": 2}}
-    chosen = suite.STAGES[stage] | _of_stage(rng, stage) | {"steps": 20}
+    chosen = suite.STAGES[stage] | _of_stage(rng, stage, precision) | {"steps": 20}
     chosen |= {
-        "optimizer": {
-            "kind": rng.choice(("adamw", "adamw", "adam", "sgd")),
-            "lr": rng.choice((1e-4, 1e-3)),
-            "weight_decay": rng.choice((0.0, 0.1)),
-            "nesterov": rng.random() < 0.5,
-        },
+        "optimizer": _optimizer(rng),
         "schedule": rng.choice(
             (
                 {"kind": "cosine", "warmup_steps": rng.choice((0, 3))},
@@ -138,6 +133,25 @@ def _recipe(rng: random.Random, stage: str, fp8: bool) -> dict[str, Any]:
         "engine": engine,
         "stages": [chosen],
     }
+
+
+def _optimizer(rng: random.Random) -> dict[str, Any]:
+    rare = rng.choice(("lion", "muon", "adafactor", "schedule_free"))
+    kind = rng.choice(("adamw", "adamw", "adamw", "adam", "adam", "sgd", "sgd", rare))
+    found: dict[str, Any] = {
+        "kind": kind,
+        "lr": rng.choice((1e-4, 1e-3)),
+        "weight_decay": rng.choice((0.0, 0.1)),
+    }
+    if kind == "sgd":
+        found |= {"momentum": rng.choice((0.0, 0.9))}
+        found |= {"nesterov": found["momentum"] > 0 and rng.random() < 0.5}
+    if rng.random() < 0.2:
+        found["groups"] = [
+            {"match": "*attn*", "lr_scale": rng.choice((0.0, 4.0))},
+            {"match": "*embed*", "weight_decay": 0.2},
+        ]
+    return found
 
 
 def _llama(rng: random.Random) -> dict[str, Any]:
@@ -197,7 +211,7 @@ def _quantised(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def _of_stage(rng: random.Random, stage: str) -> dict[str, Any]:
+def _of_stage(rng: random.Random, stage: str, precision: str) -> dict[str, Any]:
     """A batch that need not be shared evenly, and what a stage has of its own."""
     supervised = stage in ("pretrain", "sft", "reward")
     updates = 1 if supervised else rng.choice((1, 2))
@@ -223,19 +237,21 @@ def _of_stage(rng: random.Random, stage: str) -> dict[str, Any]:
     if not supervised:
         found |= {"updates_per_rollout": updates, "epochs_per_rollout": rng.choice((1, 2))}
         found["samples_per_prompt"] = rng.choice((2, 3))
-        found["loss"] = _ppo_loss(rng) if stage == "ppo" else _grpo_loss(rng)
+        found["loss"] = _ppo_loss(rng, precision) if stage == "ppo" else _grpo_loss(rng)
     if stage == "ppo":
         found["reward_model_weight"] = rng.choice((0.0, 0.5))
         found["critic_warmup_steps"] = rng.choice((0, 0, 1))
     return found
 
 
-def _ppo_loss(rng: random.Random) -> dict[str, Any]:
+def _ppo_loss(rng: random.Random, precision: str) -> dict[str, Any]:
+    # A clip as narrow as 16 bits are coarse has values on both sides of it, as rounding has it.
+    narrow = 0.001 if precision in ("fp64", "fp32") else 0.1
     kl = rng.choice(({"kl_coef": 0.0}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_target": 0.1}))
     return kl | {
         "kl": rng.choice(("k1", "k2", "k3")),
         "objective": rng.choice(("clip", "clip", "kl_penalty")),
-        "value_clip": rng.choice((None, 0.001, 0.2)),
+        "value_clip": rng.choice((None, narrow, 0.2)),
         "gamma": rng.choice((1.0, 0.9)),
         "whiten_advantages": rng.random() < 0.7,
         "whiten_rewards": rng.random() < 0.3,

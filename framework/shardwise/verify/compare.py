@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from shardwise.config.optimizers import AdamConfig, OptimizerConfig
+from shardwise.config.optimizers import OptimizerConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.notes import Noted, Reference
 from shardwise.verify.roundings import undeclared_lines
@@ -121,16 +122,40 @@ def bounds(
             # A single number may lose nothing by luck, however often it is drawn.
             least = EPSILON[precision] * (1.0 if exact[name].dim() else ROUNDING_FACTOR)
             found[name] = max(rounding, least * norm) + floor
-    for name in exact:
-        if kind_of(name) == "weight" and optimizers:
+    if optimizers:
+        _widen(reference, found, optimizers)
+    return found
+
+
+def _widen(
+    reference: Reference, found: dict[str, float], optimizers: Mapping[str, OptimizerConfig]
+) -> None:
+    """Add to bounds, in place, what rounding decides of the weights, see `undecided`.
+
+    Weights that went another way are in the next update's gradients and moments: by no larger a
+    share of those than the weights are apart.
+    """
+    of_update: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for name in reference.values:
+        kind, _, what = name.partition("/")
+        if match := UPDATE.fullmatch(f"{what} "):
+            kinds = of_update.setdefault((match.group(1) or "", int(match.group(2))), {})
+            kinds.setdefault(kind, []).append(name)
+    shares: dict[tuple[str, int], float] = {}
+    for (role, update), kinds in sorted(of_update.items()):
+        share = shares.get((role, update - 1), 0.0)
+        moved = (kinds.get(kind, ()) for kind in ("gradient", "clip norm", "moment"))
+        for name in itertools.chain(*moved):
+            found[name] += share * reference.norms[name]
+        apart, whole = 0.0, 0.0
+        for name in kinds.get("weight", ()):
             what = name.partition("/")[2]
-            slack = undecided(what, exact, found, optimizers)
+            slack = undecided(what, reference.values, found, optimizers)
             found[name] += slack
             if (z := f"moment/{what} z") in found:  # which the weight is an average of
                 found[z] += slack
-            for moment, more in _through_decay(what, slack, exact, optimizers):
-                found[moment] += more
-    return found
+            apart, whole = math.hypot(apart, slack), math.hypot(whole, reference.norms[name])
+        shares[role, update] = min(1.0, apart / whole) if whole else 0.0
 
 
 def _lost_of(name: str, lost: Mapping[str, float]) -> list[float]:
@@ -146,30 +171,6 @@ def _lost_of(name: str, lost: Mapping[str, float]) -> list[float]:
             or (kind_of(other) == "metric" and other.endswith(f" {figure}"))
         ]
     return found
-
-
-def _through_decay(
-    what: str, slack: float, exact: Mapping[str, Tensor], optimizers: Mapping[str, OptimizerConfig]
-) -> Iterator[tuple[str, float]]:
-    """How far the next update's moments may be apart because a decay adds a weight to its gradient.
-
-    With g + d * w, w known to ``slack`` in all updates so far: the first moment is a mean of such,
-    the second one of their squares (2 * g * d * slack, by Cauchy and Schwarz).
-    """
-    match = UPDATE.fullmatch(what)
-    assert match is not None
-    role, last, name = match.group(1) or "", int(match.group(2)), match.group(3)
-    config = optimizers[role]
-    label = f"{role} " if role else ""
-    first, second = (
-        f"moment/{label}update {last + 1} {name} {s}" for s in ("exp_avg", "exp_avg_sq")
-    )
-    if not isinstance(config, AdamConfig) or not slack or second not in exact:
-        return  # AdamW's decay is no part of it
-    off = config.weight_decay * slack
-    yield first, (1 - config.beta1**last) * off
-    root = float(exact[second].max()) ** 0.5
-    yield second, 2 * root * math.sqrt(1 - config.beta2**last) * off + off**2
 
 
 def compare(
@@ -252,8 +253,9 @@ def undeclared(
     """Dtypes that are not the policy's: of a tensor, on every rank that has of it.
 
     A rank's part may hold few digits by right: rows of an embedding that no token meets. So may
-    rounding noise: where terms cancel out, the sum lies on the grid of the largest. It is noise
-    where one process may lose more than there is.
+    rounding noise: where terms cancel out, the sum lies on the grid of the largest (a bias's is a
+    long one). It is noise where one process may lose as much as there is. And a weight that stands
+    still is as it was drawn.
     """
     told: dict[tuple[str, str, str], list[int]] = {}
     words: dict[tuple[str, str, str], str] = {}
@@ -270,7 +272,10 @@ def undeclared(
         own = f"gradient/{label}update 1 {parameter}"
         holders = [r for r, walked in enumerate(ranks) if walked.found.get(own)]
         if own in reference.values and (
-            who != holders or limits[own] > ROUNDING_FACTOR * reference.norms[own]
+            who != holders
+            or limits[own]
+            > (ROUNDING_FACTOR if reference.values[own].dim() > 1 else 0.5) * reference.norms[own]
+            or (kind == "masters" and _stands_still(label, name, reference))
         ):
             continue
         what = f"{label}{kind} {name}"
@@ -287,6 +292,14 @@ def rounded(single: Walked, ranks: Sequence[Walked]) -> list[Difference]:
         Difference("dtype", "", math.inf, math.inf, 0.0, ranks=who, why=words)
         for words, who in found.items()
     ]
+
+
+def _stands_still(label: str, name: str, reference: Reference) -> bool:
+    """Whether no update moves a weight: its rate, or its gradients, are zero."""
+    before, behind = f"weight/{label}update ", f" {name}"
+    initial = reference.values[f"initial/{label}{name}"]
+    later = (n for n in reference.values if n.startswith(before) and n.endswith(behind))
+    return all(torch.equal(reference.values[n], initial) for n in later)
 
 
 def compare_scales(

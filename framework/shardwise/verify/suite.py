@@ -123,18 +123,6 @@ def recipe(model: str) -> dict[str, Any]:
     }
 
 
-# Of the stages with roles, each layout once: they stand on what the others prove of every model.
-_WHOLE = ("pretrain", "sft", "grpo")
-
-
-def product() -> list[tuple[str, str, str]]:
-    """(model, stage, layout): all of three stages, and the others on every layout."""
-    whole = [(m, s, x) for m, s in PAIRS if s in _WHOLE for x in LAYOUTS]
-    others = [s for s in STAGES if s not in _WHOLE]
-    turns = [zip(itertools.cycle(MODELS), itertools.repeat(s), LAYOUTS) for s in others]
-    return sorted([*whole, *itertools.chain(*turns)], key=lambda case: case[:2])
-
-
 # The layouts that CI gives to the stages which cost many times what a supervised one does.
 _DEAR = {
     "ppo": (
