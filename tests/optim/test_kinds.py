@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardwise.config.schema import StageConfig
 from shardwise.engines import plain_groups
@@ -127,6 +128,28 @@ def test_an_update_left_out_leaves_the_average_where_it_was() -> None:
     optimizer.end()
     for name, value in before.items():
         torch.testing.assert_close(named[name].data, value, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["schedule_free", "lomo"])
+def test_whoever_hooks_into_steps_hears_before_weights_move(kind: str) -> None:
+    """A save on a signal takes the weights as they are between updates, or waits."""
+    named, heard = start(), []
+    optimizer: Any = ours(named, config(kind))
+    before = named["w.weight"].detach().clone()
+    hook = register_optimizer_step_pre_hook(
+        lambda *_: heard.append(torch.equal(before, named["w.weight"]))
+    )
+    try:
+        if kind == "lomo":
+            optimizer.attach(lambda _: False)
+            optimizer.arm()
+            named["w.weight"].sum().backward()
+        else:
+            optimizer.state[named["w.weight"]]["step"] += 1
+            optimizer.begin()
+    finally:
+        hook.remove()
+    assert heard == [True] and not torch.equal(before, named["w.weight"])
 
 
 def test_code_maps_are_those_of_bitsandbytes() -> None:

@@ -40,15 +40,16 @@ class InBackward(RuleOptimizer):
 
     def arm(self) -> None:
         """An update begins; groups have its rate."""
-        self._armed = True
-        self.step()  # there is no gradient: this is for whoever hooks into optimizers' steps
+        self.announce()
         self._armed = True
         self.squares.clear()
 
     def _hook(self, group: dict[str, Any]) -> Callable[[Parameter], None]:
         @torch.no_grad()
         def move(param: Parameter) -> None:
-            assert self._armed and param not in self.squares and param.grad is not None
+            if param.grad is None:  # its product was left for later
+                return
+            assert self._armed and param not in self.squares
             self.squares[param] = local_tensor(param.grad).double().square().sum()
             self.update_one(param, param.grad, group)
             param.grad = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from shardwise.config.optimizers import OptimizerConfig
 from shardwise.parallel.full_tensor import local_tensor
@@ -44,6 +45,11 @@ class RuleOptimizer(torch.optim.Optimizer, abc.ABC):
             for param in group["params"]:
                 if param.grad is not None:
                     self.update_one(param, param.grad, group)
+
+    def announce(self) -> None:
+        """Tell whoever hooks into optimizers' steps that weights are about to move before one."""
+        for hook in _global_optimizer_pre_hooks.values():
+            hook(self, (), {})
 
     def update_one(self, param: Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         """One parameter's update by a gradient of its own placement."""

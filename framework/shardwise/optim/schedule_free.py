@@ -38,6 +38,7 @@ class ScheduleFree(RuleOptimizer):
     def begin(self) -> None:
         """Parameters become y, where gradients are to be taken."""
         assert not self._at_y
+        self.announce()
         self._at_y = True
         for param, state in self.state.items():
             weight, z = (parts.local_tensor(t.detach()) for t in (param, state["z"]))
