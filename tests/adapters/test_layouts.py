@@ -41,6 +41,25 @@ def test_shared_heads_and_position_tables_are_adapted(ranks: RankPool) -> None:
             assert error < 1e-9, (name, layout)
 
 
+def test_three_axes_together(ranks: RankPool) -> None:
+    model = toy.llama(**UNTIED)
+    wanted = train(plain(model, LORA))
+    for found in ranks.run(train_native, model, LORA, "dp2.zero3.tp2.sp", 1, world=4):
+        error, name = worst(found, wanted)
+        assert error < 1e-9, name
+
+
+def test_products_with_the_base_may_be_quantised(ranks: RankPool) -> None:
+    sentinel = {"enabled": False}
+    ends = {"first_layers": 0, "last_layers": 0}
+    keys: dict[str, Any] = {"fp8": {"recipe": "current", "sentinel": sentinel, **ends}}
+    model = toy.llama(**UNTIED)
+    wanted = train(plain(model, LORA, **keys))
+    [found] = ranks.run(train_native, model, LORA, "dp1", world=1, **keys)
+    error, name = worst(found, wanted)
+    assert error < 1e-9, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["dp4.hsdp2.zero3", "dp2.zero1.tp2", "tp2.sp.pp2.zbv", "dp2.zero3.tp2.sp", "tp4.sp"]
