@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 
+from shardwise.adapters import quantise
 from shardwise.adapters.base import Adapter
 from shardwise.adapters.trained import EVERYTHING, Trained, TrainedPart
 from shardwise.config.schema import ModelConfig, NativeConfig
@@ -58,6 +59,12 @@ def assemble(
     precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
     table = registry.sharding(model_config.family)
+    few_bits = None if trained.adapter is None else trained.adapter.quantise
+    if few_bits is not None and engine.fp8 is not None:
+        raise ConfigError(
+            "adapter.quantise: engine.fp8 keeps weights in full for its backward pass; leave out "
+            "one of them"
+        )
     quantised = None if engine.fp8 is None else Fp8(engine, model_config, mesh)
     part = TrainedPart(trained, model_config)
     if part.adapter is not None and quantised is not None and quantised.library is not None:
@@ -83,14 +90,18 @@ def assemble(
             quantised.attach(model)
         # 5. What is trained: an adapter, which takes part in those products, or parts of the model.
         partial.update(part.apply(model))
+        if few_bits is not None:
+            quantise.attach(model, few_bits, mesh, precision.compute)
         # 6. Recompute and compile, per block.
         checkpoint = quantised.checkpoint if quantised is not None else None
-        blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint, breaks=layout.cp > 1)
+        breaks = layout.cp > 1 or few_bits is not None
+        blocks.wrap_blocks(model, engine.recompute, compiled, checkpoint, breaks=breaks)
         # 7. ZeRO: parameters become shards.
         data.shard(model, mesh, precision.compute, by_block=by_block)
         # 8. Memory for this rank's shards alone, then their values.
         model.to_empty(device=mesh.device)
         init_weights(model, seed)
+        quantise.init_weights(model, seed)
         chunks[number] = model
     return Assembled(chunks, frozenset(partial), quantised, part.adapter)
 

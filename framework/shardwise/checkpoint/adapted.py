@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from shardwise.adapters.quantise import read_back
 from shardwise.adapters.registry import build_adapter
 from shardwise.adapters.targets import MARK, is_adapter
 from shardwise.checkpoint import loading, manifest, steps
@@ -97,6 +98,8 @@ def merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the whole model: those of ``base`` with the adapter of ``path`` in them."""
     adapter = build_adapter(config, model)
+    if config.quantise is not None:
+        base = read_back(base, config.quantise, model)
     yield from adapter.merge(beside(base, own_tensors(path)))
 
 

@@ -27,6 +27,11 @@ class AdapterConfig(Section):
         description="new: an adapter on all that the stage starts from; parent: go on with the "
         "adapter of the checkpoint that the stage starts from",
     )
+    quantise: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="keep the linear layers of all blocks, which stand still, in 4 bits (QLoRA) or "
+        "8 bits a weight; None: as they are",
+    )
 
     def groups(self) -> list[ParameterGroup]:
         """Parameters of the adapter with a rate of their own; behind those that a recipe names."""

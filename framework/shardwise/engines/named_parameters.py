@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.adapters.quantise import QuantisedWeight, quantised
+from shardwise.adapters.targets import is_adapter
 from shardwise.adapters.trained import EVERYTHING, Trained, TrainedPart
 from shardwise.assemble import Assembled
+from shardwise.errors import CheckpointError
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.common.init import plain_name
+from shardwise.models.common.init import place, plain_name
 from shardwise.ops import comm
 from shardwise.parallel import tensor
 from shardwise.parallel.collectives import broadcast_bytes, sum_over
@@ -45,8 +48,10 @@ class NamedParameters:
         self.mesh, self.config, self.partial = mesh, config, assembled.partial
         self.trained = trained
         self.parameters: dict[str, nn.Parameter] = {}
+        self.quantised: dict[str, QuantisedWeight] = {}  # what stands where parameters stood
         self.mirror: nn.Parameter | None = None
         for model in assembled.chunks.values():
+            self.quantised |= dict(quantised(model))
             for raw_name, parameter in model.named_parameters():
                 name = plain_name(raw_name)
                 if name in self.parameters:
@@ -133,6 +138,8 @@ class NamedParameters:
                 continue
             value = pick(self.parameters[name]) if name in self.parameters else None
             value = None if value is None else full_tensor(value, self.mesh)
+            if name in self.quantised:
+                value = self.quantised[name].whole()
             if self.mesh.layout.pp > 1:
                 some = local_tensor(next(iter(self.parameters.values())).data)
                 head = str(some.dtype)[6:], list(shape)
@@ -145,6 +152,33 @@ class NamedParameters:
                     value = self._from_stage(value, head, home, some.device)
             if value is not None:
                 yield name, value
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """See `engines.base.Engine.load_weights`."""
+        held: dict[str, nn.Parameter | QuantisedWeight]
+        held = {**self.parameters, **self.quantised}
+        missing = {name for name in held if not is_adapter(name)}
+        for name, value in stream:
+            parameter = held.get(name)
+            if parameter is None:
+                continue
+            if parameter.shape != value.shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {tuple(value.shape)}, but the model's parameter "
+                    f"has {tuple(parameter.shape)}"
+                )
+            if isinstance(parameter, QuantisedWeight):
+                parameter.load(value)
+            else:
+                place(parameter.data, lambda rows, v=value: v[rows])  # type: ignore[misc]
+            missing.discard(name)
+        return list(missing)
+
+    def weight(self, name: str) -> Tensor:
+        """The whole weight of a name held here; a collective call of its pipeline stage."""
+        if name in self.quantised:
+            return self.quantised[name].whole()
+        return full_tensor(self.parameters[name].data, self.mesh)
 
     def _from_stage(
         self, value: Tensor | None, head: tuple[str, list[int]], home: int, device: torch.device

@@ -21,7 +21,7 @@ from shardwise.engines.inputs import Cut
 from shardwise.engines.named_parameters import NamedParameters
 from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.engines.shared_base import SharedBase
-from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.errors import ShardwiseError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
@@ -32,7 +32,6 @@ from shardwise.optim.build import build_optimizer, optimizer_tensors, set_lr
 from shardwise.optim.fused import InBackward
 from shardwise.optim.local import local_step
 from shardwise.parallel import data, pipeline, tensor
-from shardwise.parallel.full_tensor import full_tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
@@ -346,19 +345,7 @@ class NativeEngine:
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
         """See `engines.base.Engine`; of a full tensor, a rank copies its own part."""
         self._reshard()
-        missing = {n: p for n, p in self.named.parameters.items() if not is_adapter(n)}
-        for name, value in stream:
-            parameter = self.named.parameters.get(name)
-            if parameter is None:
-                continue
-            if parameter.shape != value.shape:
-                raise CheckpointError(
-                    f"tensor {name!r} has shape {tuple(value.shape)}, but the model's parameter "
-                    f"has {tuple(parameter.shape)}"
-                )
-            place(parameter.data, lambda rows, v=value: v[rows])  # type: ignore[misc]
-            missing.pop(name, None)
-        return list(missing)
+        return self.named.load(stream)
 
     @torch.no_grad()
     def start_adapter(self) -> None:
@@ -366,8 +353,9 @@ class NativeEngine:
         if self.adapter is None:
             return
         self._reshard()
-        held, mesh = self.named.parameters, self.mesh
-        started = self.adapter.start(self.seed, held, lambda n: full_tensor(held[n].data, mesh))
+        held = self.named.parameters
+        names = {*held, *self.named.quantised}
+        started = self.adapter.start(self.seed, names, self.named.weight)
         for name, value in started:
             place(held[name].data, lambda rows, v=value: v[rows])  # type: ignore[misc]
 
@@ -391,6 +379,8 @@ class NativeEngine:
             value = self._pick(kind, parameter)
             if value is not None:
                 yield name, value
+        if kind == "weights":
+            yield from ((name, kept.part()) for name, kept in self.named.quantised.items())
 
     def _pick(self, kind: str, parameter: nn.Parameter) -> Tensor | None:
         """None: the optimizer keeps nothing of the kind for it."""
@@ -462,6 +452,7 @@ class NativeEngine:
         """Weights, gradients, optimizer states and compute copies."""
         self.chunks.clear()
         self.named.parameters.clear()
+        self.named.quantised.clear()
         self.named.mirror = self.optimizer = self.fp8 = None
 
 

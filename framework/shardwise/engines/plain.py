@@ -31,6 +31,7 @@ from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.plain_domains import PlainFp8
 from shardwise.engines.plain_groups import build_optimizer
+from shardwise.engines.plain_quantised import as_quantised, is_quantised
 from shardwise.errors import CheckpointError, ConfigError, ShardwiseError
 from shardwise.losses.contract import Loss
 from shardwise.models import registry
@@ -73,13 +74,17 @@ class PlainEngine:
         init_weights(self.model, setup.seed)
         self.adapter: PlainAdapter | None = None
         self.adapter_config = setup.trained.adapter
+        self.few_bits: str | None = None
         if setup.trained.adapter is not None:
             assert isinstance(setup.trained.adapter, LowRankConfig)
             self.adapter = PlainAdapter(setup.trained.adapter, self.model)
+            self.few_bits = setup.trained.adapter.quantise
         if setup.trained.freeze is not None:
             freeze(self.model, setup.trained.freeze)
         self.parameters = dict(self.model.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        if self.few_bits is not None:
+            self.load_weights([(n, p.data.clone()) for n, p in self.parameters.items()])
         if self.precision.logits(setup.wide_logits) != self.precision.compute:
             head: Any = self.model.head
             head.forward = lambda x: F.linear(x.float(), head.weight.float())
@@ -333,6 +338,9 @@ class PlainEngine:
                 if self.parameters[name].shape != value.shape:
                     raise CheckpointError(f"tensor {name!r} has the shape {tuple(value.shape)}")
                 self.parameters[name].copy_(value)
+                if self.few_bits is not None and is_quantised(name):
+                    left = as_quantised(self.parameters[name].data, self.few_bits)
+                    self.parameters[name].copy_(left)
                 missing.pop(name, None)
         return list(missing)
 

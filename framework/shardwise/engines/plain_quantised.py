@@ -24,6 +24,13 @@ _NORMAL = torch.tensor(
 )  # fmt: skip
 
 
+def is_quantised(name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer in a block."""
+    parts = name.split(".")
+    linear = ("q", "k", "v", "o", "gate", "up", "down")
+    return parts[0] == "layers" and parts[-2] in linear and parts[-1] == "weight"
+
+
 def as_quantised(weight: Tensor, kind: str) -> Tensor:
     """What is left of a weight, in its own shape and dtype."""
     return (_nf4 if kind == "nf4" else _int8)(weight).to(weight.dtype)

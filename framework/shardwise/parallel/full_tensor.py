@@ -41,9 +41,9 @@ def full_tensor(tensor: Tensor, mesh: Mesh) -> Tensor:
     if cut is not None:
         part[cut] = chunk_size(shape[cut], mesh.layout.tp, mesh.place["tp"])
     if part:
-        value = _join(value, part[0], 0, mesh.groups["shard"])
+        value = join(value, part[0], 0, mesh.groups["shard"])
     if cut is not None:
-        value = _join(value, shape[cut], cut, mesh.groups["tp"])
+        value = join(value, shape[cut], cut, mesh.groups["tp"])
     return value
 
 
@@ -53,7 +53,8 @@ def chunk_size(total: int, parts: int, index: int) -> int:
     return max(0, min(each, total - index * each))
 
 
-def _join(value: Tensor, total: int, dim: int, group: dist.ProcessGroup) -> Tensor:
+def join(value: Tensor, total: int, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The parts that a group's ranks hold of a dimension of ``total``, cut as torch.chunk cuts."""
     world = group.size()
     if world == 1:
         return value

@@ -51,8 +51,10 @@ def load_initial_weights(
 
 def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: bool) -> None:
     check_initial_weights(source, model)
-    opened = open_model(source)
-    if opened.adapter is not None:
+    opened, adapter = open_model(source), engine.adapter_config
+    # A quantised weight is made of a whole one.
+    whole = adapter is not None and adapter.quantise is not None and is_native(source)
+    if opened.adapter is not None or whole:
         tensors = opened.tensors
         if model.head == "scalar":
             _check_head(source, new_head)
