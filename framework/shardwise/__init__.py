@@ -4,7 +4,7 @@ The commands as functions, imported when first used:
 
 train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(checkpoint)
 convert(source, out, to)           load_config(recipe, overrides)   doctor()
-verify(recipe, layouts)
+verify(recipe, layouts)            config_diff(a, b)
 
 and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
 `shardwise.report.api.report`.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardwise.checkpoint.convert import convert as convert
     from shardwise.config.load import load_config as load_config
+    from shardwise.launch.config_diff import config_diff as config_diff
     from shardwise.launch.doctor import doctor as doctor
     from shardwise.launch.train import train as train
     from shardwise.rollout.api import generate as generate
@@ -32,6 +33,7 @@ _PUBLIC = {
     "generate": "shardwise.rollout.api",
     "convert": "shardwise.checkpoint.convert",
     "load_config": "shardwise.config.load",
+    "config_diff": "shardwise.launch.config_diff",
     "doctor": "shardwise.launch.doctor",
 }
 _CALLABLE_ROOMS = ("verify",)

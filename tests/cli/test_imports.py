@@ -48,6 +48,8 @@ def test_commands_without_tensors_import_no_torch(tmp_path: Path) -> None:
         (["train", recipe, "--print-config"], {}, {"numpy"}),
         (["train", recipe, "stages.0.steps=3", "--print-config", "--json", "-"], {}, {"numpy"}),
         (["schema"], {}, {"numpy"}),
+        (["config", "diff", recipe, recipe], {}, {"numpy"}),
+        (["config", "diff", "dpo_paper", "dpo:trl_default"], {}, {"numpy"}),
         (["report", str(run)], {}, set()),
     ]
     told = subprocess.run(

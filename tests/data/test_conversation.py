@@ -12,7 +12,7 @@ import pytest
 from shardwise.data.chat import CHATML
 from shardwise.data.conversation import read_conversation
 from shardwise.data.datasets import build_chat_examples
-from shardwise.data.preferences import read_rankings
+from shardwise.data.preferences import Reading, read_rankings
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import DataError
@@ -160,7 +160,8 @@ def test_labels_are_named_once_or_refused(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def rankings(tmp_path: Path, row: Any, **how: Any) -> Any:
-    return list(read_rankings([source(tmp_path, row, kind="preference-jsonl")], PLAIN, **how))
+    data = source(tmp_path, row, kind="preference-jsonl")
+    return list(read_rankings([data], PLAIN, Reading(**how)))
 
 
 def test_forms_of_preferences_say_the_same(tmp_path: Path) -> None:
@@ -171,8 +172,66 @@ def test_forms_of_preferences_say_the_same(tmp_path: Path) -> None:
         {"prompt": "hi", "chosen": CHAT, "rejected": [ASK, {**SAY, "content": "no"}],
          "messages": CHAT},
         {"prompt": "hi", "answers": ["ho", "no"], "ratings": [1, 0]},
+        {"messages": [ASK], "chosen": SAY, "rejected": {**SAY, "content": "no"}},
+        {"question": "hi", "chosen": "ho", "rejected": "no"},
+        {"instruction": "hi", "chosen_response": "ho", "rejected_response": "no"},
     ]  # fmt: skip
     assert len({str(rankings(tmp_path, form)) for form in forms}) == 1
+    told = {"system": "be", "question": "hi", "chosen": "ho", "rejected": "no"}
+    [system] = [{"role": "system", "content": "be"}]
+    whole = {"prompt": [system, ASK], "chosen": "ho", "rejected": "no"}
+    assert rankings(tmp_path, told) == rankings(tmp_path, whole)
+
+
+def test_unpaired_rows_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    row = {"prompt": "hi", "completion": "ho", "label": True}
+    [pair] = rankings(tmp_path, {"prompt": "hi", "chosen": "ho", "rejected": "no"})
+    for label in (True, False):
+        [one] = rankings(tmp_path, {**row, "label": label}, unpaired=True)
+        assert one.prompt == pair.prompt and one.answers == pair.answers[:1]
+        assert one.ratings == [float(label)]
+    assert rankings(tmp_path, {"prompt": [ASK], "completion": [SAY], "label": True}, unpaired=True)
+    for more, how, words in (
+        ({}, False, "loss.kind kto"),
+        ({"label": 1}, True, "must be true or false, not 1"),
+        ({"label": None}, True, "must be true or false"),
+        ({"chosen": "ho", "rejected": "no"}, True, "unpaired rows are for"),
+        ({"rejected": "no"}, True, "keep one form"),
+    ):
+        with pytest.raises(DataError, match=rf"line 1, byte 0: .*{words}"):
+            rankings(tmp_path, {**row, **more}, unpaired=how)
+
+
+def test_raw_texts_stand_as_they_are(tmp_path: Path) -> None:
+    forms = [
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},  # an implicit prompt
+    ]
+    for form in forms:
+        [found] = rankings(tmp_path, form, raw=True)
+        assert PLAIN.decode(found.prompt) == "The sky is"
+        assert [PLAIN.decode(a) for a in found.answers] == [" blue.", " green."]
+        assert {a[-1] for a in found.answers} == {PLAIN.eos_id}
+    with pytest.raises(DataError, match="no template"):
+        rankings(tmp_path, {**forms[0], "system": "x"}, raw=True)
+    with pytest.raises(DataError, match="prompt is empty"):
+        rankings(tmp_path, {"chosen": "a", "rejected": "b"}, raw=True)
+    chat = {"prompt": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "no"}]}
+    assert rankings(tmp_path, chat, raw=True) == rankings(tmp_path, chat)
+
+
+def test_prompts_are_cut_from_the_left_and_answers_never(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": "0123456789", "chosen": "yes", "rejected": "no"}
+    with caplog.at_level(logging.WARNING):
+        [found] = rankings(tmp_path, row, raw=True, max_prompt=4, max_tokens=8)
+        assert PLAIN.decode(found.prompt) == "6789" and PLAIN.decode(found.answers[0]) == "yes"
+        assert rankings(tmp_path, row, raw=True, max_tokens=8, drop=True) == []
+    assert "1 prompts cut from the left to 4 tokens" in caplog.text
+    assert "1 rows of over 8 tokens left out" in caplog.text
+    with pytest.raises(DataError, match=r"line 1, byte 0: .*has 14 tokens, batch.seq_len is 8"):
+        rankings(tmp_path, row, raw=True, max_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +242,8 @@ def test_forms_of_preferences_say_the_same(tmp_path: Path) -> None:
         ({"tools": TOOLS}, "does not use 'tools'"),
         ({"ratings": [1, 0]}, "'ratings' goes with answers"),
         ({"answers": ["a", "b"]}, "'chosen' goes with chosen and rejected"),
+        ({"chosen": "no"}, "the same tokens; nothing is preferred"),
+        ({"question": "hi"}, "says the same twice"),
         ({"chosen": [ASK]}, "must end with the assistant's"),
         ({"chosen": "long " * 40}, "has [0-9]+ tokens, batch.seq_len is 99"),
         ({"chosen": "cut \ud83d"}, "a lone surrogate is no text"),

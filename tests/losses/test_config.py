@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from shardwise.launch.config_diff import config_diff
 from shardwise.losses.config import PolicyLossConfig
-from shardwise.losses.presets import PRESETS, preset_diff
+from shardwise.losses.presets import PRESETS
 
 
 def test_the_schema_knows_every_preset_and_each_is_whole() -> None:
@@ -33,8 +34,8 @@ def test_a_dumped_config_loads_to_itself() -> None:
 
 
 def test_differences_between_presets() -> None:
-    assert preset_diff("dapo_paper", "dapo_paper") == {}
-    assert preset_diff("trl_default", "verl_default") == {
+    assert config_diff("dapo_paper", "dapo_paper").values == {}
+    assert config_diff("grpo:trl_default", "verl_default").values == {
         "advantage_eps": (1e-4, 1e-6),
         "dual_clip": (None, 3.0),
     }

@@ -229,3 +229,21 @@ def test_a_loss_of_zero_has_no_percentages(n: int) -> None:
     assert d.oscillates(series(values)).status == "clear"
     values[-5] = 2.0
     assert d.spikes(series(values)).status == "found"
+
+
+def test_both_log_probabilities_falling_is_named() -> None:
+    rng = np.random.default_rng(0)
+    noise = 0.5 * rng.standard_normal((2, 100))
+    down, up = -12.0 * np.linspace(0, 1, 100), 6.0 * np.linspace(0, 1, 100)
+    found = d.both_fall(series(0.5 * down + noise[0]), series(down + noise[1]))
+    assert found.status == "found" and "less likely" in found.message and found.advice
+    for chosen in (up, 0.0 * up):
+        assert d.both_fall(series(chosen + noise[0]), series(down + noise[1])).status == "clear"
+    assert d.both_fall(series(down[:9]), series(down[:9])).status == "too_short"
+    logged = {"loss": healthy_loss(1, 100), "logps_chosen": 0.5 * down, "logps_rejected": down}
+
+    def get(*names: str) -> Series:
+        return next((series(logged[n]) for n in names if n in logged), EMPTY)
+
+    said = {check.rule: check.status for check in d.diagnose(get)}
+    assert said["both log-probabilities fall"] == "found"

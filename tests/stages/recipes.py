@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +20,27 @@ from shardwise.stages.loop import Loop
 from shardwise.stages.run import run_rank
 
 TASK = {"kind": "count_letters", "min_length": 2, "max_length": 4}
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "dpo": {
+        "steps": 4,
+        "batch": {"global_batch": 4, "micro_batch": 2, "seq_len": 96},
+        "task": TASK,
+        "num_problems": 16,
+        "num_held_out": 5,
+        "answers_per_problem": 2,
+        "validation": {"every": 2},
+    },
+    "online_dpo": {
+        "steps": 4,
+        "batch": {"global_batch": 4, "micro_batch": 2, "seq_len": 96},
+        "task": TASK,
+        "num_problems": 20,
+        "samples_per_prompt": 3,
+        "sampling": {"max_new_tokens": 4},
+        "reward": {"parts": [{"kind": "language"}]},
+        "keep_rollouts_every": 1,
+    },
+}
 TIMES = ("time", "seconds", "tokens_per_second", "tflops", "gemm", "_gb", "step_seconds")
 
 
@@ -29,6 +51,7 @@ def recipe(folder: Path, *kinds: str, **top: Any) -> dict[str, Any]:
     for i in range(6):
         (corpus / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox. " * (3 + i))
     stages: dict[str, dict[str, Any]] = {
+        **copy.deepcopy(PREFERENCES),
         "pretrain": {
             "steps": 4,
             "batch": {"global_batch": 6, "micro_batch": 2, "seq_len": 16},

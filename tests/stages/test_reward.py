@@ -16,7 +16,7 @@ from shardwise.data.tokenizer import load_tokenizer
 from shardwise.models import registry
 from shardwise.models.common.init import load_weights
 from shardwise.ops.logits import selected_values
-from shardwise.stages.reward import made_rankings
+from shardwise.stages.rankings import made_rankings
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import TASK, metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from shardwise import __version__, terminal
 from shardwise.cli import checkpoint, data, launch
+from shardwise.cli import config as configs
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
@@ -59,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(configs.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(launch.app, name="launch")
 

@@ -342,12 +342,14 @@ class StageConfig(Section):
     """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
 
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
-    ``on_policy``: from its own completions, whose log-probabilities must be exact.
+    ``on_policy``: from its own completions. ``exact_logprobs``: log-probabilities of two
+    computations are compared, so logits are wide and there is no dropout.
     ``small_seq_len``: tokens (bytes) that a row of little data needs.
     """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
     on_policy: ClassVar[bool] = False
+    exact_logprobs: ClassVar[bool] = False
     small_seq_len: ClassVar[int] = 160
 
     kind: str

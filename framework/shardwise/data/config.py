@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import DataSection, Fraction
+from shardwise.config.schema import DataSection, Fraction, PositiveInt
 from shardwise.data.source import DataSource
 from shardwise.data.stand_ins import small_sources
 
 TooLong = Literal["truncate", "drop", "error"]
 Turns = Literal["together", "apart"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows of preferences are read.
+
+    ``strict``: fields that nothing reads are refused, instead of named once. ``unpaired``: rows of
+    a completion and its label are read, too. ``raw``: texts stand as they are, without a
+    template. ``max_prompt``: longer
+    prompts lose their first tokens, and that is counted. ``max_tokens``: of a prompt with its
+    longest answer; a row beyond is an error, or with ``drop`` left out and counted.
+    """
+
+    strict: bool = False
+    unpaired: bool = False
+    raw: bool = False
+    max_prompt: int | None = None
+    max_tokens: int | None = None
+    drop: bool = False
 
 
 class DataConfig(DataSection):
@@ -112,12 +132,43 @@ class PreferenceDataConfig(DataSection):
     def _only_preferences(self) -> PreferenceDataConfig:
         for source in (*self.sources, *self.validation):
             if source.kind != "preference-jsonl":
-                raise ValueError(f"reward models read preference-jsonl sources, not {source.kind}")
+                raise ValueError(f"preferences are read of preference-jsonl, not of {source.kind}")
         return self
+
+    def reading(self, seq_len: int) -> Reading:
+        """How the rows of its sources are read, for rows of ``seq_len`` tokens."""
+        return Reading(strict=self.strict_fields, max_tokens=seq_len)
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:
         """See `DataSection.shrunk`."""
         return self.model_copy(update=_small(self, folder, seq_len))
+
+
+class PairDataConfig(PreferenceDataConfig):
+    """Preferences of which the policy itself learns."""
+
+    texts: Literal["chat", "raw"] = Field(
+        "chat", description="a plain text is a turn of a chat, or stands as it is"
+    )
+    max_prompt_length: PositiveInt | None = Field(
+        None, description="longer prompts lose their first tokens, and are counted"
+    )
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="rows over batch.seq_len; answers are never cut"
+    )
+
+    def reading(self, seq_len: int) -> Reading:
+        """See `PreferenceDataConfig.reading`."""
+        return dataclasses.replace(
+            super().reading(seq_len),
+            raw=self.texts == "raw",
+            max_prompt=self.max_prompt_length,
+            drop=self.too_long == "drop",
+        )
+
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """See `DataSection.shrunk`; in bytes, more is too long than in the user's tokens."""
+        return super().shrunk(folder, seq_len).model_copy(update={"too_long": "drop"})
 
 
 def _small(data: Any, folder: Path, longest: int | None = None) -> dict[str, list[DataSource]]:

@@ -1,40 +1,50 @@
-"""Rankings of answers to one prompt: what reward models learn from.
+"""Rankings of answers to one prompt: what reward models and preference losses learn from.
 
 A line of a preference-jsonl source is one of
 
     {"prompt": P, "chosen": A, "rejected": A, "margin": 1.5}
     {"prompt": P, "answers": [A, A, A], "ratings": [2, 1, 0.5]}
+    {"prompt": P, "completion": A, "label": true}    unpaired (KTO), where the reader asks for it
 
-where P is a text or a list of chat messages and A a text, or a list of messages that ends with the
-assistant's. A list may begin with the prompt's own messages; without a prompt it is what ``chosen``
-and ``rejected`` begin with alike (TRL's implicit prompt). Answers without ratings stand best first.
-``margin`` (default 1) is by how much the chosen one is better. ``tools``, ``documents`` and
-``chat_template_kwargs`` reach the template. Other fields that mean something in formats of
-preferences are refused.
+where P is a text or a list of chat messages and A a text, a message, or a list of messages that
+ends with the assistant's. A list may begin with the prompt's own messages; without a prompt it is
+what ``chosen`` and ``rejected`` begin with alike (TRL's implicit prompt). The prompt may be called
+``messages``, ``question``, ``instruction`` or ``input``, the answers ``chosen_response`` and
+``rejected_response``, and a ``system`` text may stand beside it (axolotl's formats). Answers
+without ratings stand best first. ``margin`` (default 1) is by how much the chosen one is better.
+``tools``, ``documents`` and ``chat_template_kwargs`` reach the template. Other fields that mean
+something in formats of preferences are refused.
+
+A text is what a turn of a chat says; read as ``raw`` (`Reading`) it stands as it is, without a
+template, as TRL's standard format has it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from shardwise.data.batch import MicroBatch
 from shardwise.data.chat import check_use, encode_chat
+from shardwise.data.config import Reading
 from shardwise.data.conversation import MEDIA, Message, check_messages, take_variables
 from shardwise.data.groups import collate_groups
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
-from shardwise.data.unused import Unused
+from shardwise.data.unused import Unused, warn_once
 from shardwise.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """Answers to one prompt as token ids, each with its end token; a higher rating is better."""
+    """Answers to one prompt as token ids, each with its end token; a higher rating is better.
+
+    An unpaired answer stands alone: rated 1 if it is desirable, else 0.
+    """
 
     prompt: list[int]
     answers: list[list[int]]
@@ -53,6 +63,14 @@ class Ranking:
 
 Answer = str | Sequence[Message]
 
+AS_THEY_ARE = Reading()
+
+# Names that others give to what we call otherwise.
+_ALIASES = {
+    **dict.fromkeys(("messages", "question", "instruction", "input"), "prompt"),
+    "chosen_response": "chosen",
+    "rejected_response": "rejected",
+}
 _REFUSED = {
     **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), MEDIA),
     **dict.fromkeys(
@@ -61,8 +79,11 @@ _REFUSED = {
         "write margin (the difference), or answers and ratings",
     ),
     **dict.fromkeys(("weight", "train"), "rankings have no weight; repeat the row"),
-    **dict.fromkeys(("completion", "label"), "write a pair of chosen and rejected"),
-    "messages": "write prompt, chosen and rejected",
+    **dict.fromkeys(
+        ("completion", "label"),
+        "unpaired rows are for a stage dpo with loss.kind kto; write chosen and rejected",
+    ),
+    **dict.fromkeys(_ALIASES, "the row says the same twice under two names; keep one"),
     "system": "write it as the prompt's first message, with the role system",
     "functions": "write them as tools",
 }  # fmt: skip
@@ -90,6 +111,21 @@ def encode_ranking(
     return Ranking(head[:shared], [row[shared:] for row in rows], [float(r) for r in ratings])
 
 
+def encode_raw(
+    tokenizer: Tokenizer, prompt: str, answers: Sequence[str], ratings: Sequence[float]
+) -> Ranking:
+    """Texts as they stand, each answer with EOS behind it; what begins a document is no part.
+
+    A token that reaches from the prompt into the answer is the answer's.
+    """
+    head = tokenizer.encode(prompt)
+    rows = [[*tokenizer.encode(prompt + a), tokenizer.eos_id] for a in answers]
+    shared = sum(1 for _ in itertools.takewhile(lambda s: len(set(s)) == 1, zip(head, *rows)))
+    if not shared:
+        raise DataError("the prompt is empty; an answer needs at least a token before it")
+    return Ranking(head[:shared], [row[shared:] for row in rows], [float(r) for r in ratings])
+
+
 def _whole(prompt: Sequence[Message], answer: Answer) -> list[Message]:
     """The conversation that ends with an answer."""
     if isinstance(answer, str):
@@ -99,64 +135,89 @@ def _whole(prompt: Sequence[Message], answer: Answer) -> list[Message]:
 
 
 def read_rankings(
-    sources: Sequence[DataSource],
-    tokenizer: Tokenizer,
-    *,
-    strict: bool = False,
-    max_tokens: int | None = None,
+    sources: Sequence[DataSource], tokenizer: Tokenizer, how: Reading = AS_THEY_ARE
 ) -> Iterator[Ranking]:
     """The rankings of preference-jsonl sources.
 
-    Every DataError names file and line, that of a prompt which with its longest answer has more
-    than ``max_tokens``, too. Fields that nothing reads are named once, or with ``strict`` refused.
+    Every DataError names file and line: of a row that is too long, too, and of one whose answers
+    are of different worth and the same tokens.
     """
     for source in sources:
-        unused = Unused(source.label, strict, source.ignore)
+        unused, cut, dropped = Unused(source.label, how.strict, source.ignore), 0, 0
         for where, row in source.rows():
             try:
-                prompt, answers, ratings, variables, rest = _parse(row, source.ignore)
-                redundant = check_use(tokenizer, _whole(prompt, answers[0]), variables)
-                ranking = encode_ranking(tokenizer, prompt, answers, ratings, **variables)
+                ranking, rest = _encoded(row, source.ignore, tokenizer, how)
+                _check_difference(ranking)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-            unused.add(where, [*rest, *redundant])
-            if max_tokens is not None and ranking.longest > max_tokens:
+            unused.add(where, rest)
+            if how.max_prompt is not None and len(ranking.prompt) > how.max_prompt:
+                ranking = dataclasses.replace(ranking, prompt=ranking.prompt[-how.max_prompt :])
+                cut += 1
+            if how.max_tokens is not None and ranking.longest > how.max_tokens:
+                dropped += 1
+                if how.drop:
+                    continue
                 raise DataError(
                     f"{where}: the prompt with its longest answer has {ranking.longest} tokens, "
-                    f"batch.seq_len is {max_tokens}; raise it, or drop the line"
+                    f"batch.seq_len is {how.max_tokens}; raise it, or drop the line"
                 )
             yield ranking
         unused.say()
+        if cut:
+            warn_once(f"{source.label}: {cut} prompts cut from the left to {how.max_prompt} tokens")
+        if dropped:
+            warn_once(f"{source.label}: {dropped} rows of over {how.max_tokens} tokens left out")
+
+
+def _encoded(
+    row: dict[str, Any], ignore: Sequence[str], tokenizer: Tokenizer, how: Reading
+) -> tuple[Ranking, list[str]]:
+    """A row's ranking, and the fields that nothing reads."""
+    prompt, answers, ratings, variables, rest = _parse(row, ignore, how)
+    if isinstance(prompt, str):
+        texts = [a for a in answers if isinstance(a, str)]
+        return encode_raw(tokenizer, prompt, texts, ratings), rest
+    redundant = check_use(tokenizer, _whole(prompt, answers[0]), variables)
+    ranking = encode_ranking(tokenizer, prompt, answers, ratings, **variables)
+    return ranking, [*rest, *redundant]
+
+
+def _check_difference(ranking: Ranking) -> None:
+    by_tokens: dict[tuple[int, ...], float] = {}
+    for answer, rating in zip(ranking.answers, ranking.ratings, strict=True):
+        if by_tokens.setdefault(tuple(answer), rating) != rating:
+            raise DataError(
+                "a better and a worse answer are the same tokens; nothing is preferred. Drop the "
+                "line, or mend its answers"
+            )
 
 
 def _parse(
-    row: dict[str, Any], ignore: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[Answer], list[float], dict[str, Any], list[str]]:
-    """(prompt, answers, ratings, variables of the template, fields that nothing reads)."""
+    row: dict[str, Any], ignore: Sequence[str], how: Reading
+) -> tuple[Any, list[Answer], list[float], dict[str, Any], list[str]]:
+    """(prompt, answers, ratings, variables of the template, fields that nothing reads).
+
+    The prompt is a text where all of the row is to be read as it stands.
+    """
     said = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in ignore}
-    variables = take_variables(said)
-    listed = "answers" in said
-    for name in ("chosen", "rejected", "margin") if listed else ("ratings",):
-        if name in said:
-            goes = "with chosen and rejected" if listed else "with answers"
-            raise DataError(f"field {name!r} goes {goes}, and the row has the other form")
-    answers = said.pop("answers") if listed else [said.pop(k, None) for k in ("chosen", "rejected")]
-    if not isinstance(answers, list) or len(answers) < 2:
-        raise DataError("give 'chosen' and 'rejected', or at least two 'answers'")
-    answers = [a if isinstance(a, str) else _spoken(a) for a in answers]
-    prompt = said.pop("prompt", None)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif prompt is None and not any(isinstance(a, str) for a in answers):
-        alike = itertools.takewhile(lambda turns: all(t == turns[0] for t in turns), zip(*answers))
-        prompt = [turns[0] for turns in alike]
-    if not isinstance(prompt, list) or not prompt:
-        raise DataError("field 'prompt' is neither a text nor a list of messages")
-    prompt = check_messages(prompt)
     if said.get("messages") == row.get("chosen"):  # UltraFeedback says it twice
         said.pop("messages", None)
-    default = list(range(len(answers), 0, -1))
-    ratings = said.pop("ratings", default) if listed else [said.pop("margin", 1.0), 0.0]
+    for name, ours in _ALIASES.items():
+        if name in said and ours not in said:
+            said[ours] = said.pop(name)
+    variables = take_variables(said)
+    answers, ratings = _rated(said, how)
+    answers = [a if isinstance(a, str) else _spoken(a) for a in answers]
+    prompt = said.pop("prompt", None)
+    plain = all(isinstance(a, str) for a in answers) and isinstance(prompt, str | None)
+    if how.raw and plain:
+        if variables or "system" in said:
+            raise DataError("texts that stand as they are have no template to take more than them")
+        if prompt is None:
+            prompt, answers = _implicit(answers)
+    else:
+        prompt = _asked(prompt, said, answers)
     for name in said:
         if name in _REFUSED:
             raise DataError(
@@ -167,7 +228,55 @@ def _parse(
     return prompt, answers, ratings, variables, sorted(said)
 
 
+def _rated(said: dict[str, Any], how: Reading) -> tuple[list[Any], Any]:
+    """The answers of a row and their ratings, in whichever form it has; taken out of ``said``."""
+    if "completion" in said and "chosen" not in said:
+        if not how.unpaired:
+            raise DataError(f"field 'completion' cannot be used: {_REFUSED['completion']}")
+        label = said.pop("label", None)
+        if not isinstance(label, bool):
+            raise DataError(f"field 'label' must be true or false, not {label!r}")
+        for name in ("rejected", "answers"):
+            if name in said:
+                raise DataError(f"field {name!r} beside a completion with its label: keep one form")
+        return [said.pop("completion")], [float(label)]
+    listed = "answers" in said
+    for name in ("chosen", "rejected", "margin") if listed else ("ratings",):
+        if name in said:
+            goes = "with chosen and rejected" if listed else "with answers"
+            raise DataError(f"field {name!r} goes {goes}, and the row has the other form")
+    answers = said.pop("answers") if listed else [said.pop(k, None) for k in ("chosen", "rejected")]
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise DataError("give 'chosen' and 'rejected', or at least two 'answers'")
+    default = list(range(len(answers), 0, -1))
+    return answers, said.pop("ratings", default) if listed else [said.pop("margin", 1.0), 0.0]
+
+
+def _asked(prompt: Any, said: dict[str, Any], answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The prompt's messages; a system text beside a text is taken out of ``said``."""
+    if isinstance(prompt, str):
+        system = said.pop("system", None)
+        prompt = [{"role": "user", "content": prompt}]
+        if system is not None:
+            prompt.insert(0, {"role": "system", "content": system})
+    elif prompt is None and not any(isinstance(a, str) for a in answers):
+        alike = itertools.takewhile(lambda turns: all(t == turns[0] for t in turns), zip(*answers))
+        prompt = [turns[0] for turns in alike]
+    if not isinstance(prompt, list) or not prompt:
+        raise DataError("field 'prompt' is neither a text nor a list of messages")
+    return check_messages(prompt)
+
+
+def _implicit(answers: Sequence[Any]) -> tuple[str, list[Any]]:
+    """What texts begin with alike, as TRL parts it: a space before the difference is theirs."""
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*answers))
+    prompt = "".join(letters[0] for letters in same).removesuffix(" ")
+    return prompt, [a[len(prompt) :] for a in answers]
+
+
 def _spoken(answer: Any) -> list[dict[str, Any]]:
+    if isinstance(answer, dict):  # axolotl's: one message
+        answer = [answer]
     if not isinstance(answer, list) or not answer:
         raise DataError("an answer is not a text, nor a list of messages")
     messages = check_messages(answer)
@@ -182,7 +291,7 @@ def _check_ratings(ratings: Any, number: int) -> None:
     )
     if not numbers or len(ratings) != number:
         raise DataError("'ratings' needs one finite number for each answer ('margin': a number)")
-    if max(ratings) == min(ratings):
+    if number > 1 and max(ratings) == min(ratings):
         raise DataError("all answers have one rating; nothing is preferred")
 
 
@@ -193,20 +302,25 @@ def collate_rankings(
     *,
     num_real: int,
     pad_multiple: int = 16,
+    scored: bool = True,
+    per_token: Mapping[str, Sequence[Sequence[Any]]] | None = None,
 ) -> MicroBatch:
-    """One row a ranking; the mask marks where each answer's end token is the *input*.
+    """One row a ranking, with ``rating_BT`` and what ``per_token`` names in its extras (float64).
 
-    That is where a score is read. Rows from ``num_real`` on carry no loss.
+    ``scored``: the mask marks where each answer's end token is the *input*; that is where a score
+    is read. Else it marks every token of the answers as a target, their end tokens too. Rows from
+    ``num_real`` on carry no loss.
     """
+    # One more target, so that the end token is read too. Nobody predicts it.
+    end = [pad_id] if scored else []
     return collate_groups(
         [r.prompt for r in rankings],
-        # One more target, so that the end token is read too. Nobody predicts it.
-        [[[*a, pad_id] for a in r.answers] for r in rankings],
+        [[[*a, *end] for a in r.answers] for r in rankings],
         np.asarray(row_ids),
         pad_id,
         pad_multiple=pad_multiple,
-        per_token={"rating_BT": [r.ratings for r in rankings]},
+        per_token={"rating_BT": [r.ratings for r in rankings], **(per_token or {})},
         keep=[[b < num_real] * len(r.answers) for b, r in enumerate(rankings)],
-        last_only=True,
+        last_only=scored,
         dtype=np.float64,
     )

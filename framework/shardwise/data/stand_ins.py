@@ -76,8 +76,10 @@ def _chats(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 def _preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
     while True:
-        answers = [_text(rng, "wxyz ", 1, 9) for _ in range(rng.randint(2, 4))]
-        yield {"prompt": _text(rng, "abcd ", 2, 9), "answers": answers}
+        answers: dict[str, None] = {}  # of different words, or nothing would be preferred
+        for number in range(rng.randint(2, 4), 0, -1):
+            answers["wxyz"[number - 1] + _text(rng, "wxyz ", 0, 8)] = None
+        yield {"prompt": _text(rng, "abcd ", 2, 9), "answers": list(answers)}
 
 
 STAND_INS: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {

@@ -37,7 +37,12 @@ class Unused:
     def say(self) -> None:
         """Name them in one warning, once a process."""
         named = ", ".join(f"{field} ({n} rows)" for field, n in sorted(self.counts.items()))
-        message = f"{self.label}: fields that nothing reads: {named}"
-        if named and message not in _said:
-            _said.add(message)
-            log.warning("%s", message)
+        if named:
+            warn_once(f"{self.label}: fields that nothing reads: {named}")
+
+
+def warn_once(message: str) -> None:
+    """Log a warning about a source, once a process."""
+    if message not in _said:
+        _said.add(message)
+        log.warning("%s", message)

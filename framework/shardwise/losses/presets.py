@@ -1,4 +1,4 @@
-"""Published settings of the GRPO family, as data: what each source says, and where.
+"""Published settings of losses, as data: what each source says, and where.
 
 Only what the loss and the advantage decide is here. Sampling (group size, dynamic sampling,
 overlong penalties) belongs to the stage, and ``length_constant`` to the user's response length.
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings of `PolicyLossConfig`, with their source."""
+    """Settings of a loss's config, with their source."""
 
     source: str
     settings: Mapping[str, Any]
@@ -105,13 +105,6 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_diff(a: str, b: str) -> dict[str, tuple[Any, Any]]:
-    """Settings in which two presets differ, as ``{key: (value in a, value in b)}``."""
-    left, right = PRESETS[a].settings, PRESETS[b].settings
-    keys = sorted(set(left) | set(right))
-    return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
-
-
 PPO_PRESETS: dict[str, Preset] = {
     "ziegler_2019": Preset(
         "Ziegler et al. 2019, arXiv:1909.08593, section 2.2 (adaptive KL, gain 0.1), with the "
@@ -180,4 +173,54 @@ PPO_PRESETS: dict[str, Preset] = {
             "kl_target": None,
         },
     ),
+}
+
+
+PREFERENCE_PRESETS: dict[str, Preset] = {
+    "dpo_paper": Preset(
+        "Rafailov et al. 2023, arXiv:2305.18290, equation 7, appendix B (beta 0.1)",
+        {"kind": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "divergence": "reverse_kl"},
+    ),
+    "trl_default": Preset(
+        "TRL 1.16 DPOConfig: loss_type sigmoid, beta 0.1, label_smoothing 0, reverse_kl",
+        {"kind": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "divergence": "reverse_kl"},
+    ),
+    "iterative_rpo": Preset(
+        "Pang et al. 2024, arXiv:2404.19733, equations 1 and 2, section 3.1 (beta 0.1, alpha 1); "
+        "here the NLL is a mean over the answer's tokens, there over the prompt's, too",
+        {
+            "kind": "sigmoid",
+            "beta": 0.1,
+            "sft_weight": 1.0,
+            "sft_aggregation": "seq_mean_token_mean",
+        },
+    ),
+    "discopop": Preset(
+        "Lu et al. 2024, arXiv:2406.08414, equation 5 (LRML); tau 0.05 and beta 0.1 as TRL 1.16",
+        {"kind": "discopop", "beta": 0.1, "tau": 0.05},
+    ),
+    "simpo_llama3": Preset(
+        "Meng et al. 2024, arXiv:2405.14734, equation 6; beta 2, gamma 1 as their repository's "
+        "llama-3-8b-base-simpo.yaml",
+        {"kind": "simpo", "beta": 2.0, "margin": 1.0, "label_smoothing": 0.0},
+    ),
+    "orpo_paper": Preset(
+        "Hong et al. 2024, arXiv:2403.07691, equations 6 and 7 (lambda 0.1 for Mistral)",
+        {"kind": "orpo", "beta": 0.1, "sft_weight": 1.0, "sft_aggregation": "token_mean"},
+    ),
+    "cpo_paper": Preset(
+        "Xu et al. 2024, arXiv:2401.08417, equations 3 and 5 (beta 0.1)",
+        {"kind": "cpo", "beta": 0.1, "sft_weight": 1.0, "sft_aggregation": "seq_mean_token_sum"},
+    ),
+    "kto_paper": Preset(
+        "Ethayarajh et al. 2024, arXiv:2402.01306, equations 7 and 8 (beta 0.1, both weights 1)",
+        {"kind": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    ),
+}
+
+# By the kind of stage whose loss they fill.
+FAMILIES: dict[str, Mapping[str, Preset]] = {
+    "grpo": PRESETS,
+    "ppo": PPO_PRESETS,
+    "dpo": PREFERENCE_PRESETS,
 }

@@ -52,6 +52,12 @@ def _wins(rating_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
     return wins_NN, torch.where(same_NN, per_answer_N, 0.0).sum(dim=1)
 
 
+def num_rankings(rating_N: Tensor, key_N: Tensor) -> Tensor:
+    """How many rankings hold a pair (float64 scalar)."""
+    wins_NN, in_ranking_N = _wins(rating_N, key_N)
+    return (wins_NN.sum(dim=1) / in_ranking_N.clamp(min=1.0)).sum()
+
+
 def pair_loss(
     score_N: Tensor, rating_N: Tensor, pairs: Pairs, margin: float = 0.0, smoothing: float = 0.0
 ) -> Tensor:
@@ -62,6 +68,11 @@ def pair_loss(
     """
     rating_P = rating_N[pairs.better_P] - rating_N[pairs.worse_P]
     d_P = score_N[pairs.better_P] - score_N[pairs.worse_P] - margin * rating_P.to(score_N.dtype)
+    return smoothed_logistic(d_P, smoothing)
+
+
+def smoothed_logistic(d_P: Tensor, smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(d) - e log sigmoid(-d): a preference that is false with chance e."""
     return -(1.0 - smoothing) * F.logsigmoid(d_P) - smoothing * F.logsigmoid(-d_P)
 
 
@@ -121,16 +132,14 @@ class RankingLoss:
 
     def counts(self, batch: MicroBatch) -> Mapping[str, Tensor]:
         """Rankings with a pair; the same for every term."""
-        wins_NN, in_ranking_N = _wins(*_answers(batch))
-        weight_N = wins_NN.sum(dim=1) / in_ranking_N.clamp(min=1.0)
-        return dict.fromkeys(self.weights, weight_N.sum())
+        return dict.fromkeys(self.weights, num_rankings(*ratings_and_keys(batch)))
 
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch; metrics over its pairs and answers."""
         config = self.config
         score_BT = selected_values(logits_BTV, batch.loss_mask_BT)
         score_N = score_BT.flatten().index_select(0, batch.valid())
-        rating_N, key_N = _answers(batch)
+        rating_N, key_N = ratings_and_keys(batch)
         pairs = all_pairs(rating_N, key_N)
         weight_P = pairs.weight_P.to(score_N.dtype)
         sums = {}
@@ -144,8 +153,8 @@ class RankingLoss:
         return LossOutput(sums, _metrics(score_N.detach(), pairs))
 
 
-def _answers(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Ratings, and keys of rankings: a row and a document in it."""
+def ratings_and_keys(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Ratings, and keys of rankings (a row and a document in it), of every valid token."""
     mask_BT = batch.loss_mask_BT
     row_BT = torch.arange(mask_BT.shape[0], device=mask_BT.device)[:, None].expand_as(mask_BT)
     key_BT = row_BT << BRANCH_SHIFT

@@ -29,6 +29,7 @@ REWARD_RISE, ACCURACY_DROP, LENGTH_FACTOR, STOPPED_RISE = 0.10, 0.02, 1.5, 0.05
 SATURATED_REWARD = 0.9
 ENTROPY_SHARE = 0.1
 DEGENERATE_SHARE = 0.8
+BOTH_FALL = 1.0  # nats an answer
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,39 @@ def degenerate_groups(degenerate: Series, reward: Series) -> Check:
     )
 
 
+def both_fall(chosen: Series, rejected: Series) -> Check:
+    """Do the log-probabilities of chosen and rejected answers both end lower than they began?
+
+    By a nat an answer and three standard errors, each. ``chosen``, ``rejected``: the drift from the
+    reference, or where there is none the log-probabilities themselves.
+    """
+    rule = "both log-probabilities fall"
+    if min(len(chosen), len(rejected)) < MIN_POINTS:
+        return _too_short(rule, min(len(chosen), len(rejected)))
+    numbers: dict[str, float] = {}
+    falls = []
+    for name, series in (("chosen", chosen), ("rejected", rejected)):
+        first, last, error = ends(series.values)
+        numbers |= {f"{name}_first": first, f"{name}_last": last}
+        falls.append(first - last > max(BOTH_FALL, 3 * error))
+    told = ", ".join(
+        f"{n} {numbers[f'{n}_first']:+.3g} to {numbers[f'{n}_last']:+.3g}"
+        for n in ("chosen", "rejected")
+    )
+    if not all(falls):
+        return Check(rule, "clear", f"nats an answer: {told}", numbers)
+    return Check(
+        rule,
+        "found",
+        f"chosen and rejected answers both became less likely (nats an answer: {told}): the margin "
+        "grows by unlearning, and what gains is neither",
+        numbers,
+        "Look at samples. Then a term on the chosen answers (loss.sft_weight), a larger beta, a "
+        "lower learning rate, or answers nearer to what the model writes itself (stage online_dpo, "
+        "loss.kind apo_zero).",
+    )
+
+
 def fp8_sound(error: Series, underflow: Series, overflow: Series, fallbacks: Series) -> Check:
     """Did every FP8 layer that the sentinel looked at stay close to its unquantised shadow?"""
     rule = "FP8 layers"
@@ -406,6 +440,8 @@ DEGENERATE = ("degenerate_fraction", "fraction_degenerate", "degenerate_groups")
 LENGTH = ("completion_length", "completion_tokens", "completion_length_mean")
 STOPPED = ("stopped_fraction",)
 ACCURACY = ("accuracy", "val_accuracy")
+LOGPS_CHOSEN = ("drift_chosen", "logps_chosen")
+LOGPS_REJECTED = ("drift_rejected", "logps_rejected")
 
 
 def diagnose(get: Callable[..., Series]) -> list[Check]:
@@ -431,6 +467,8 @@ def diagnose(get: Callable[..., Series]) -> list[Check]:
         if len(degenerate := get(*DEGENERATE)):
             checks.append(degenerate_groups(degenerate, reward))
     elif len(loss):
+        if len(rejected := get(*LOGPS_REJECTED)):
+            checks.append(both_fall(get(*LOGPS_CHOSEN), rejected))
         checks += [never_falls(loss), spikes(loss), oscillates(loss), stalls(loss, get("lr"))]
         if len(validation := get("val_loss", "val_bits_per_byte")):
             checks.append(overfits(loss, validation))

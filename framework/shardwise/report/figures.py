@@ -143,7 +143,8 @@ def loss_charts(run: RunData) -> list[Chart]:
             continue
         policy, kind = is_reinforcement(run, stage), run.stage_config(stage).get("kind")
         chart = Chart(f"{'Policy loss' if policy else 'Loss'}, {stage}", "Loss")
-        unit = "nats per comparison" if kind == "reward" else "nats per token"
+        comparison = kind in ("reward", "dpo")
+        unit = "nats per comparison" if comparison else "nats per token"
         chart.layout = _axes("step", "surrogate loss" if policy else unit)
         if len(train):
             chart.add("training", "--c1", curve(train, "--c1"))
@@ -320,10 +321,34 @@ def policy_charts(run: RunData) -> list[Chart]:
     return charts
 
 
+_SIDES = (("chosen", "--c1"), ("rejected", "--c2"))
+_PREFERENCE = (
+    ("Log-probability of answers", "logps", "nats per answer"),
+    ("Drift from the reference", "drift", "nats per answer"),
+    ("Implicit rewards", "rewards", "beta times the log-ratio"),
+)
+
+
+def preference_charts(run: RunData) -> list[Chart]:
+    """Where chosen and rejected answers go, for each stage that is held against both."""
+    charts = []
+    for stage in run.stages:
+        for title, name, unit in _PREFERENCE:
+            sides = [(s, c, run.get(stage, f"{name}_{s}")) for s, c in _SIDES]
+            if all(len(series) > 1 for _, _, series in sides):
+                chart = Chart(f"{title}, {stage}", "Preferences", layout=_axes("step", unit))
+                for side, color, series in sides:
+                    chart.add(side, color, curve(series, color, marks=len(series) < SMOOTH_FROM))
+                chart.caption = _how_drawn([series for _, _, series in sides])
+                charts.append(chart)
+    return charts
+
+
 def all_charts(run: RunData) -> list[Chart]:
     """Every chart that the run has data for, in the order of the page."""
     found = [compression_chart(run), accuracy_chart(run)]
     found += policy_charts(run)
+    found += preference_charts(run)
     found += loss_charts(run)
     found += [
         over_all_stages(run, "Gradient norm", ["grad_norm"], "L2 norm", "Optimizer", log=True),

@@ -102,7 +102,7 @@ class StageContext:
                 # Part of dropout's rng keys.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,
-                wide_logits=self.stage.on_policy,
+                wide_logits=self.stage.exact_logprobs,
                 trained=trained,
                 beside=beside,
                 ranks=config.ranks,
@@ -242,7 +242,7 @@ class StageContext:
 
     def fitted(self, model: DecoderConfig, role: str) -> DecoderConfig:
         """A model with the head that a role has, and the dropout that the stage can bear."""
-        if self.stage.on_policy:
+        if self.stage.exact_logprobs:
             # Its noise would be in the ratio to the log-probabilities that were taken without.
             model = model.without_dropout()
         scalar = role in SCORERS or self.stage.head == "scalar"
@@ -313,7 +313,7 @@ def trained_of(stage: Any, role: str) -> Trained:
     if role not in (ACTOR, REFERENCE):
         return EVERYTHING
     adapter = stage.adapter
-    if adapter is not None and stage.on_policy:
+    if adapter is not None and stage.exact_logprobs:
         adapter = adapter.without_dropout()  # see `StageContext.fitted`
     return Trained(adapter, stage.freeze)
 

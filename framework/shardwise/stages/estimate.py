@@ -33,9 +33,11 @@ from shardwise.rewards.tasks import candidates, messages, prompt_messages
 from shardwise.stages.arithmetic import TRAINED, roles_in_use
 from shardwise.stages.base import ACTOR, SCORERS, evaluations_of, role_layout, role_of
 from shardwise.stages.bits import data_of
+from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.loop import flops_per_token
+from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.pretrain_config import PretrainConfig
 from shardwise.stages.reward_config import RewardModelConfig
@@ -120,14 +122,30 @@ def _rankings(stage: RewardModelConfig, case: Case) -> Work | None:
     return Work(rows=case.train(rankings * row, int(row), "scalar"))
 
 
+@work_of.register
+def _preferences(stage: DpoConfig, case: Case) -> Work | None:
+    """Of unpaired answers, a forward pass more of each role: the baseline's."""
+    if stage.data.sources or stage.task is None:
+        return None
+    prompt, answer = lengths(stage.task, case.tokenizer)
+    row = prompt + stage.answers_per_problem * answer
+    flops = case.train(row, int(row))
+    rows = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
+    if stage.reference_in_use == "precomputed":
+        return Work(rows=flops * (rows + (stage.num_problems + stage.num_held_out) / 3))
+    reads = (1 + (not stage.loss.paired)) * (stage.reference_in_use == "model")
+    return Work(rows=flops * rows * (1 + (reads + (not stage.loss.paired)) / 3))
+
+
 @work_of.register(GrpoConfig)
+@work_of.register(OnlineDpoConfig)
 @work_of.register(PpoConfig)
-def _rollouts(stage: GrpoConfig | PpoConfig, case: Case) -> Work:
+def _rollouts(stage: GrpoConfig | OnlineDpoConfig | PpoConfig, case: Case) -> Work:
     """Decoding, a forward pass of every role that is read, epochs of those that are trained."""
     prompt, answer = lengths(stage.task, case.tokenizer)
     answer = min(answer, stage.sampling.max_new_tokens)
     row = prompt + stage.samples_per_prompt * answer
-    read_first = isinstance(stage, PpoConfig) or stage.needs_old_logprobs
+    read_first = getattr(stage, "needs_old_logprobs", isinstance(stage, PpoConfig))
     work = Work(decode=case.train(row, int(row)) / 3)
     for role in roles_in_use(stage):
         passes = (role not in TRAINED or read_first) / 3 + stage.epochs_per_rollout * (

@@ -15,6 +15,7 @@ from shardwise.config.schema import (
     Section,
     SmallSizes,
     StageConfig,
+    Weight,
 )
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
@@ -47,7 +48,7 @@ class PolicyConfig(StageConfig):
     ``batch.micro_batch`` counts prompts, each with all its completions.
     """
 
-    on_policy = True
+    on_policy = exact_logprobs = True
 
     task: TaskConfig = Field(default_factory=TaskConfig)
     num_problems: Rows = Field(4096, description="problems of the task's train_rl split")
@@ -98,3 +99,22 @@ class PolicyConfig(StageConfig):
             "keep_rollouts_every": 0,
         }
         return super().shrunk(small, folder).model_copy(update=updates)
+
+
+class ScoredConfig(PolicyConfig):
+    """Completions are scored by a verifier, a reward model, or both."""
+
+    verifier_weight: Weight = Field(1.0, description="of the verifier's reward in the score")
+    reward_model_weight: Weight = Field(0.0, description="of the reward model's; 0: no such role")
+
+    @model_validator(mode="after")
+    def _rewards(self) -> Self:
+        if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
+            raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+        return self
+
+
+class ScoredRoles(PolicyRoles):
+    """See `PolicyRoles`."""
+
+    reward: RoleConfig | None = None

@@ -41,6 +41,7 @@ from shardwise.stages.rollouts import (
     rollout_metrics,
     run_forward_passes,
     values_of,
+    weigh_scores,
 )
 
 # Shape suffixes: C completions of a step, T tokens of the longest.
@@ -150,23 +151,10 @@ class PpoStage(PolicyStage):
         return metrics
 
     def _score(self, group: Group) -> None:
-        """The weighted sum of verifier and reward model; unscorable where the verifier was."""
+        """See `weigh_scores`."""
         config: PpoConfig = self.config
-        group.per_token["verifier"] = list(group.rewards)
-        group.reasons = group.unscored()
-        for i, verdict in enumerate(group.rewards):
-            score = 0.0
-            if config.verifier_weight:
-                if verdict is None:  # with its reason
-                    continue
-                score += config.verifier_weight * verdict
-            if config.reward_model_weight:
-                score += config.reward_model_weight * group.per_token["model_score"][i]
-            if not group.stopped[i]:
-                score -= config.loss.missing_eos_penalty
-            # What is no number is unscorable, like a verdict that is missing.
-            group.rewards[i] = score if is_usable(score) else None
-            group.reasons[i] = "" if is_usable(score) else f"score: {score:g}"
+        weights = config.verifier_weight, config.reward_model_weight
+        weigh_scores(group, *weights, config.loss.missing_eos_penalty)
 
     def _update(
         self, groups: list[Group], ids: Sequence[int], lr: float, with_actor: bool

@@ -7,33 +7,28 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, SmallSizes, Weight
+from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, SmallSizes
 from shardwise.losses.config import PpoLossConfig
-from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
+from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 
 
-class PpoRoles(PolicyRoles):
+class PpoRoles(ScoredRoles):
     """See `PolicyRoles`."""
 
     critic: RoleConfig | None = None
-    reward: RoleConfig | None = None
 
 
-class PpoConfig(PolicyConfig):
+class PpoConfig(ScoredConfig):
     """See `PolicyConfig`."""
 
     kind: Literal["ppo"]
-    verifier_weight: Weight = Field(1.0, description="of the verifier's reward in the score")
-    reward_model_weight: Weight = Field(0.0, description="of the reward model's; 0: no such role")
     loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
     roles: PpoRoles = Field(default_factory=PpoRoles)
     epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
     critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
 
     @model_validator(mode="after")
-    def _trains_and_rewards(self) -> PpoConfig:
-        if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
-            raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+    def _trains(self) -> PpoConfig:
         if self.critic_warmup_steps >= self.steps:
             self.refuse(
                 ("critic_warmup_steps",),

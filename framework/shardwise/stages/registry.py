@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
 from shardwise.config.schema import EvaluationConfig, StageConfig
+from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
 from shardwise.stages.grpo_config import GrpoConfig
+from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.pretrain_config import PretrainConfig
 from shardwise.stages.reward_config import RewardModelConfig
@@ -69,7 +71,9 @@ _HERE = "shardwise.stages"
 register_stage("pretrain", PretrainConfig, f"{_HERE}.pretrain:PretrainStage")
 register_stage("sft", SftConfig, f"{_HERE}.sft:SftStage")
 register_stage("reward", RewardModelConfig, f"{_HERE}.reward:RewardStage")
+register_stage("dpo", DpoConfig, f"{_HERE}.dpo:DpoStage")
 register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
+register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStage")
 register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
 register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
 register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")

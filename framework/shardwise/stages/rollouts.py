@@ -17,6 +17,7 @@ from shardwise.losses.advantages import rewards_tensor
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
+from shardwise.rewards import is_usable
 from shardwise.stages.data_shards import exchange, forward_shard, local_batches
 from shardwise.stages.rollout_worker import Group
 from shardwise.storage.durable import write_durably
@@ -124,6 +125,30 @@ class Logprobs:
 def values_of(outputs: Any, batch: MicroBatch) -> Tensor:
     """A scalar head's numbers at the valid tokens."""
     return selected_values(outputs, batch.loss_mask_BT)
+
+
+def weigh_scores(
+    group: Group, verifier_weight: float, model_weight: float, missing_eos_penalty: float = 0.0
+) -> None:
+    """Rewards become the weighted sum of verifier and reward model, less what a cut-off costs.
+
+    Unscorable where the verifier was. ``per_token`` has ``model_score`` where that has a weight.
+    """
+    group.per_token["verifier"] = list(group.rewards)
+    group.reasons = group.unscored()
+    for i, verdict in enumerate(group.rewards):
+        score = 0.0
+        if verifier_weight:
+            if verdict is None:  # with its reason
+                continue
+            score += verifier_weight * verdict
+        if model_weight:
+            score += model_weight * group.per_token["model_score"][i]
+        if not group.stopped[i]:
+            score -= missing_eos_penalty
+        # What is no number is unscorable, like a verdict that is missing.
+        group.rewards[i] = score if is_usable(score) else None
+        group.reasons[i] = "" if is_usable(score) else f"score: {score:g}"
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

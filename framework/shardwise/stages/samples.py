@@ -12,11 +12,12 @@ from pathlib import Path
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.data.chat import CHATML
-from shardwise.data.config import ChatDataConfig, DataConfig, PreferenceDataConfig
+from shardwise.data.config import ChatDataConfig, DataConfig
 from shardwise.data.datasets import build_chat_examples, build_pretrain_dataset, pack_examples
 from shardwise.data.preferences import read_rankings
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.stages.pipeline import RESULT_FILE
+from shardwise.stages.ranking_config import RankingStageConfig
 
 
 def pending_stages(run: RunConfig) -> Iterator[tuple[int, StageConfig]]:
@@ -45,11 +46,9 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
                     how = data.turns, data.strict_fields
                     examples = build_chat_examples(sources, tokenizer, *how)
                     pack_examples(examples, data, seq_len, tokenizer.pad_id)
-        elif isinstance(data, PreferenceDataConfig):
-            sources = [*data.sources, *data.validation]
-            for _ in read_rankings(
-                sources, tokenizer, strict=data.strict_fields, max_tokens=seq_len
-            ):
+        elif isinstance(stage, RankingStageConfig):
+            sources = [*stage.data.sources, *stage.data.validation]
+            for _ in read_rankings(sources, tokenizer, stage.reading()):
                 pass
 
 

@@ -83,6 +83,23 @@ STAGES: dict[str, dict[str, Any]] = {
         "answers_per_problem": 3,
         "loss": {"margin": 0.2, "label_smoothing": 0.1, "centring": 0.1},
     },
+    "dpo": {
+        "kind": "dpo",
+        "steps": 3,
+        "batch": _BATCH,
+        "task": {"kind": "count_letters"},
+        "answers_per_problem": 2,
+        "loss": {"label_smoothing": 0.1, "length_normalised": True, "sft_weight": 0.2},
+    },
+    "kto": {
+        "kind": "dpo",
+        "name": "kto",
+        "steps": 3,
+        "batch": _BATCH,
+        "task": {"kind": "count_letters"},
+        "answers_per_problem": 2,
+        "loss": {"kind": "kto", "beta": 1.0, "undesirable_weight": 0.5},
+    },
     "ppo": {
         "kind": "ppo",
         "steps": 3,

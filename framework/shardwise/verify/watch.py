@@ -259,7 +259,7 @@ class WatchedContext(StageContext):
         """See `StageContext`."""
         label = role if len(roles_of(self.stage)) > 1 else ""
         precision = precision_of(role_of(self.stage, role).engine.precision, self.device)
-        fresh = DtypeCheck(precision.declared(self.stage.on_policy))
+        fresh = DtypeCheck(precision.declared(self.stage.exact_logprobs))
         dtypes = self.notes.dtypes.setdefault(label, fresh)
         if isinstance(beside, WatchedEngine):
             beside = beside.inner

@@ -1,0 +1,41 @@
+"""What configs of stages share that learn from preferences: files, a task's problems, or both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from shardwise.config.schema import NonNegativeInt, Rows, SmallSizes, StageConfig
+from shardwise.data.config import PreferenceDataConfig, Reading
+from shardwise.rewards import TaskConfig
+
+
+class RankingStageConfig(StageConfig):
+    """``batch`` counts rankings; all answers to a prompt stand in one row, the prompt once."""
+
+    data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
+    task: TaskConfig | None = Field(None, description="also make preferences of these problems")
+    num_problems: Rows = Field(4096, description="problems of the task's train_sft split")
+    num_held_out: NonNegativeInt = Field(256, description="validation: of its held_out split")
+    answers_per_problem: int = Field(4, ge=2, le=1024, description="one right, the others wrong")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Self:
+        if not self.data.sources and self.task is None:
+            raise ValueError("give data.sources, or a task, to learn preferences from")
+        return self
+
+    def reading(self) -> Reading:
+        """How rows of its sources are read."""
+        return self.data.reading(self.batch.seq_len)
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`."""
+        updates = {
+            "num_problems": min(self.num_problems, 64),
+            "num_held_out": min(self.num_held_out, 24),
+            "answers_per_problem": min(self.answers_per_problem, 3),
+        }
+        return super().shrunk(small, folder).model_copy(update=updates)
