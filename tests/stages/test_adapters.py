@@ -21,6 +21,7 @@ from shardwise.engines.shared_base import SharedBase
 from shardwise.errors import CheckpointError, ConfigError, UserError
 from shardwise.models import registry as models
 from shardwise.rollout.generator import Generator
+from shardwise.stages.loop import flops_per_token
 from shardwise.stages.rollout_worker import RolloutWorker
 from shardwise.stages.run import preflight
 from tests.adapters.support import adapter, plain, update
@@ -101,6 +102,12 @@ def test_a_checkpoint_holds_the_adapter_and_says_on_what(ranks: RankPool, tmp_pa
     shutil.rmtree(folder / "stages" / "pretrain")
     with pytest.raises(UserError, match=r"its base .* is gone; put it there again"):
         list(open_model(folder / "stages" / "sft" / "checkpoints").tensors)
+
+
+def test_weights_that_stand_still_have_no_gradients_to_count() -> None:
+    model = toy.llama()
+    saved = flops_per_token(model, 16) - flops_per_token(model, 16, adapts=True)
+    assert saved == 2 * model.matmul_parameters()
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,6 @@ def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
     check(ranks, "grpo", DORA, "tp2.sp")
 
 
-def test_verify_resumes_and_serves_an_adapter(ranks: RankPool) -> None:
-    check(ranks, "sft", LORA, "tp2.sp", whole=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
 @pytest.mark.parametrize("asked", [LORA, DORA], ids=["lora", "dora"])
