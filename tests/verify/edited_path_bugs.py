@@ -28,7 +28,7 @@ add(
 )  # fmt: skip
 add(
     "rows_between_the_shares_left_out",
-    "dealing", "llama pretrain dp2.zero1", "dp", "dealing|sample",
+    "dealing", "llama pretrain dp2.zero1", "dp", "dealing|sample|data_shard",
     Edit("stages/base.py",
          "share = -(-size // engine.data_size)",
          "share = size // engine.data_size"),
@@ -72,7 +72,7 @@ add(
 )  # fmt: skip
 add(
     "dropout_keys_by_local_row",
-    "dropout keys", "gpt2 pretrain dp2.zero1", "dp|dropout", "drop|embed",
+    "dropout keys", "gpt2 pretrain dp2.zero1", "alone|accumulation", "drop|embed",
     Edit("engines/inputs.py",
          "seed, step, stage, batch.sample_ids_B, index_t",
          "seed, step, stage, torch.arange(batch.num_rows), index_t"),
@@ -80,7 +80,7 @@ add(
 )  # fmt: skip
 add(
     "sample_id_of_a_micro_batch_of_one_lost",
-    "micro-batch of one", "gpt2 pretrain dp2.zero2", "dp|dropout", "drop|embed",
+    "micro-batch of one", "gpt2 pretrain dp2.zero2", "accumulation|dp", "drop|embed",
     Edit("engines/inputs.py",
          "seed, step, stage, batch.sample_ids_B, index_t",
          "seed,\n                step,\n                stage,\n"
@@ -187,7 +187,7 @@ add(
 )  # fmt: skip
 add(
     "validation_with_dropout_on",
-    "validation", "gpt2 pretrain dp2.zero1", "validation|dp", "val_loss|validation|forward",
+    "validation", "gpt2 pretrain dp2.zero1", "validation|alone", "val_loss|validation|forward",
     Edit("engines/native.py",
          "        self._train(False)\n",
          "        self._train(True)\n"),

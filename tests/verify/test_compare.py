@@ -206,3 +206,28 @@ def test_a_scale_of_a_whole_tensor_is_compared() -> None:
     rank = walked(Notes(), scales={"scale/x": torch.tensor([1.0])})
     [found] = compare_scales({"scale/x": torch.tensor([2e-6])}, [rank])
     assert found.is_bug
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"), [(0.5, 0.5), (4.0, 4.0), (0.0, 0.0), (1.5, None), (-1.0, -1.0)]
+)
+def test_a_plain_factor_is_told(tmp_path: Path, factor: float, told: float | None) -> None:
+    true = vector(1.0, 2.0, 3.0)
+    exact = reference(tmp_path, {"gradient/w": true, "loss/l": vector(2.0)[0]})
+    notes = noted(exact, {"gradient/w": factor * true, "loss/l": factor * vector(2.0)[0]})
+    found = compare(exact, dict.fromkeys(exact.order, 1e-9), [notes.found], exact.order)
+    assert [d.times for d in found] == [told, told]
+
+
+def test_an_error_of_another_direction_is_no_factor(tmp_path: Path) -> None:
+    exact = reference(tmp_path, {"gradient/w": vector(1.0, 2.0)})
+    notes = noted(exact, {"gradient/w": vector(2.0, 4.001)})
+    [found] = compare(exact, {"gradient/w": 1e-9}, [notes.found], exact.order)
+    assert found.is_bug and found.times is None
+
+
+def test_of_those_that_hold_a_value_the_wrong_ones_are_named(tmp_path: Path) -> None:
+    exact = reference(tmp_path, {"learning rate/update 1": vector(1.0)[0]})
+    ranks = [noted(exact, {exact.order[0]: torch.tensor(v)}).found for v in (1.0, 2.0, 1.0)]
+    [found] = compare(exact, {exact.order[0]: 0.0}, ranks, exact.order)
+    assert found.is_bug and found.ranks == (1,)

@@ -181,4 +181,4 @@ def test_a_bug_of_its_own_is_caught(installed: Path, tmp_path: Path) -> None:
     assert code == 1 and not report["passed"], said
     wrong = [v["sentence"] for v in report["verdicts"] if not v["passed"]]
     assert wrong and all(s.startswith("first to differ: rating mean step 0") for s in wrong), wrong
-    assert wrong[0].endswith("suspect: dp2.zero2")
+    assert wrong[0].endswith("suspect: dp2.zero0")

@@ -26,7 +26,6 @@ from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of, own_layouts, with_layouts
 from shardwise.verify.shrink import STEPS, Sizes, shrink, sizes
 from shardwise.verify.structure import lost, structure
-from shardwise.verify.verifier import sub_layouts
 from tests.parallel.test_feasible import layouts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -334,18 +333,3 @@ def test_the_recipes_own_layouts() -> None:
         own("auto")
     with pytest.raises(UserError, match="gaps"):
         own(critic={"ranks": [0, 2]})
-
-
-@pytest.mark.parametrize(
-    "layout,first,parts",
-    [
-        ("pp2.zbv", "pp2.1f1b", 1),
-        ("tp2.sp", "tp2", 1),
-        ("dp2.zero2", None, 0),
-        ("tp2.sp.pp2.zbv", "tp2", 7),
-    ],
-)
-def test_parts_of_a_layout_are_never_itself(layout: str, first: str | None, parts: int) -> None:
-    found = sub_layouts(layout)
-    assert layout not in found and len(found) == parts
-    assert not found or found[0] == first

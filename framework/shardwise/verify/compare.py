@@ -37,7 +37,18 @@ EXACT = frozenset(("rollout", "sample", "learning rate", "skipped", "event"))
 # Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
 # less that underflows, and another of two equally likely tokens: those are for fp64 to compare.
 ROUNDED_AWAY = frozenset(
-    ("sentinel", "event", "external", "generated tokens", "generated logprobs", "evaluation")
+    (
+        "sentinel",
+        "event",
+        "external",
+        "sent weights",
+        "resumed weight",
+        "resumed moment",
+        "resumed number",
+        "generated tokens",
+        "generated logprobs",
+        "evaluation",
+    )
 )
 
 # Figures that count elements beyond a threshold, which rounding moves one across.
@@ -61,6 +72,7 @@ class Difference:
     worst: tuple[int, ...] = ()  # index of the element that is furthest off
     ranks: tuple[int, ...] = ()  # who holds that element
     why: str = ""  # where it is no matter of numbers
+    times: float | None = None  # what it is of what it should be, where that is one plain factor
 
     @property
     def is_bug(self) -> bool:
@@ -184,30 +196,46 @@ def compare(
     for name in names:
         kind, _, what = name.partition("/")
         exact = reference.values[name]
-        regions: dict[Region, tuple[float, tuple[int, ...]]] = {}
-        held: dict[Region, list[int]] = {}
+        regions: dict[Region, Noted] = {}  # what is furthest off, of those who hold the same
+        held: dict[Region, dict[int, float]] = {}
         for rank, values in enumerate(ranks):
             for part in values.get(name, ()):
-                held.setdefault(part.region, []).append(rank)
-                square, worst = regions.get(part.region, (0.0, ()))
-                if part.region not in regions or not part.square <= square:
-                    regions[part.region] = (part.square, part.worst)
+                held.setdefault(part.region, {})[rank] = _sortable(part.square)
+                if part.region not in regions or not part.square <= regions[part.region].square:
+                    regions[part.region] = part
         if sum(region.volume for region in regions) < exact.numel() or (
             not regions and exact.numel() == 0
         ):
             why = "no rank has it" if not regions else "some of it is on no rank"
             found.append(Difference(kind, what, math.inf, math.inf, limits[name], why=why))
             continue
-        error = math.sqrt(sum(square for square, _ in regions.values()))
+        error = math.sqrt(sum(part.square for part in regions.values()))
         limit = limits[name]
         ratio = 0.0 if error == 0.0 else error / limit if limit else math.inf
-        worst, who = (), tuple[int, ...]()
-        if not ratio <= 1.0:
-            region = max(regions, key=lambda r: _sortable(regions[r][0]))
-            worst = regions[region][1]
-            who = tuple(held[region])
-        found.append(Difference(kind, what, ratio, error, limit, worst, who))
+        if ratio <= 1.0:
+            found.append(Difference(kind, what, ratio, error, limit))
+            continue
+        region = max(regions, key=lambda r: _sortable(regions[r].square))
+        off = held[region]
+        who = tuple(r for r in off if off[r] > limit**2) or tuple(off)
+        times = _factor(exact, regions.values())
+        worst = regions[region].worst
+        found.append(Difference(kind, what, ratio, error, limit, worst, who, times=times))
     return found
+
+
+def _factor(exact: Tensor, parts: Iterable[Noted]) -> float | None:
+    """By what a value is multiplied, if that is all and a whole number, its inverse, or zero."""
+    norm2 = float(exact.norm()) ** 2
+    square, along = (math.fsum(x) for x in zip(*((p.square, p.along) for p in parts), strict=True))
+    # An error that is parallel to the value itself: Cauchy and Schwarz become equal.
+    if not norm2 or not abs(square * norm2 - along**2) <= 1e-9 * square * norm2:
+        return None
+    factor = 1.0 + along / norm2
+    for number in (factor, 1.0 / factor if factor else 0.0):
+        if abs(number - round(number)) <= 1e-6 and abs(number) <= 1024:
+            return 1.0 / round(number) if number != factor else float(round(number))
+    return None
 
 
 def _sortable(value: float) -> float:
@@ -362,6 +390,24 @@ def disagreements(ranks: Sequence[Walked]) -> list[Difference]:
                     why = f"not bitwise what rank {other} holds"
                     found.append(Difference(kind, what, math.inf, 0.0, 0.0, ranks=(rank,), why=why))
     return found
+
+
+def said_of(found: list[Difference], words: str) -> list[Difference]:
+    """Differences with words about when they came about."""
+    return [dataclasses.replace(d, name=f"{d.name}, {words}") for d in found]
+
+
+def since_resume(found: list[Difference], exact: Reference) -> list[Difference]:
+    """Of what came about after the run was broken off, differences say so."""
+    later = set(exact.order[exact.marked["values"] : exact.marked["ended"]])
+    updates = {name.partition("/")[2] for name in later if kind_of(name) == "learning rate"}
+
+    def is_later(d: Difference) -> bool:
+        update = re.match(r"(?:\w+ )?update \d+", d.name)
+        return f"{d.kind}/{d.name}" in later or (update is not None and update.group() in updates)
+
+    words = "after a resume"
+    return [dataclasses.replace(d, name=f"{d.name}, {words}") if is_later(d) else d for d in found]
 
 
 def origin(reference: Reference, ranks: Sequence[Walked]) -> str:

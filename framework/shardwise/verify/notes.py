@@ -35,13 +35,15 @@ class Noted:
     """What one rank has of a value: a region, and how far it is from the reference there.
 
     ``square``: of the 2-norm of the error; inf where nothing is to be compared with. ``worst``: the
-    global index of the element that is furthest off.
+    global index of the element that is furthest off. ``along``: the error's inner product with the
+    reference, which tells a wrong factor.
     """
 
     region: Region
     square: float
     worst: tuple[int, ...]
     digest: str
+    along: float = 0.0
 
 
 class Reference:
@@ -152,14 +154,16 @@ class Notes:
             or exact.dim() != value.dim()
         ):
             return Noted(region, float("inf"), (), digest(value))
-        gap = (value - exact[region.relative_to((0,) * exact.dim())]).reshape(-1)
+        wanted = exact[region.relative_to((0,) * exact.dim())]
+        gap = (value - wanted).reshape(-1)
         square = float(gap.dot(gap))
         worst: tuple[int, ...] = ()
         if square and value.dim():
             flat = int(gap.abs().nan_to_num(torch.inf).argmax())
             inside = np.unravel_index(flat, value.shape)
             worst = tuple(int(i) + o for i, o in zip(inside, region.offset, strict=True))
-        return Noted(region, square, worst, digest(value))
+        along = float(gap.dot(wanted.reshape(-1))) if square else 0.0
+        return Noted(region, square, worst, digest(value), along)
 
     def mark(self) -> None:
         """A run is saved here, to go on from on other layouts."""

@@ -1,4 +1,4 @@
-"""Where a difference begins: what every module computes in one update, forward and backward.
+"""Where a difference begins: what every module computes in an update, or in a forward pass.
 
 Modules keep the plain model's paths under every layout, and a rank knows which rows, tokens and
 features of an output it holds. So each output, and the gradient that reaches it, is a value like
@@ -61,11 +61,13 @@ class _Probe:
         self.notes, self.tally = notes, tally
         self.first = self.next = 0  # rows of the forward pass that runs, and of the one after it
         self.seen: set[tuple[int, str]] = set()
+        self.evaluates = False
 
     def begin(self, module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         """A forward pass of the part begins."""
         ids_BT = keywords["input_ids_BT"] if "input_ids_BT" in keywords else inputs[0]
         self.first, self.next = self.next, self.next + ids_BT.shape[0]
+        self.evaluates = not torch.is_grad_enabled()
 
     def hook(self, path: str) -> Any:
         """Of a module's forward pass."""
@@ -98,6 +100,8 @@ class _Probe:
                 continue
             length = int(valid_T.nonzero()[-1]) + 1  # behind, nothing is learnt from
             name = f"{kind}/{self.where} {path} sample {int(batch.sample_ids_B[row])}"
+            if self.evaluates:  # a stage may ask for a sample's several times in a step
+                name += f" time {self.notes.count(name)}"
             parts = [
                 (token, value_tD[place : place + size])
                 for token, place, size in _runs(index_t, length)

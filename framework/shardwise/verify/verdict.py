@@ -13,8 +13,7 @@ class Verdict:
     """One layout of one stage in one precision.
 
     ``worst``: for each kind of value, the largest error over its bound. ``first``: the first value
-    of a training step that rounding does not explain; ``suspect`` is the smallest part of the
-    layout that fails too.
+    of a training step that rounding does not explain; ``suspect``: see `suspects`.
     """
 
     stage: str
@@ -38,19 +37,23 @@ class Verdict:
 
     def sentence(self) -> str:
         """What failed, where, and whom to suspect."""
+        blamed = f"; suspect: {self.suspect}" if self.suspect else ""
         if self.problem:
-            return self.problem
+            return self.problem + blamed
         if self.first is None:
             return ""
         d = self.first
         error = d.why or f"error {d.error:.2e} against {d.bound:.2e}"
-        text = f"first to differ: {d.kind} {d.name}, {error}"
+        named = f"{d.kind} {d.name}, " if d.name else ""
+        text = f"first to differ: {named}{error}"
+        if d.times is not None:
+            text += f", {d.times:.4g} times what it should be" if d.times else ", all of it zero"
         if d.worst:
             text += f", worst at {list(d.worst)}"
         if d.ranks:
             text += f" held by rank {', '.join(map(str, d.ranks))}"
         text += f"; {self.where}" if self.where else ""
-        return text + (f"; suspect: {self.suspect}" if self.suspect else "")
+        return text + blamed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import OptimizerConfig, StageConfig
 from shardwise.errors import UserError
-from shardwise.parallel.layout import parse_layout
 from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
 from shardwise.verify.compare import (
@@ -36,21 +35,24 @@ from shardwise.verify.compare import (
     origin,
     problems,
     rounded,
+    said_of,
+    since_resume,
     undeclared,
     unknown,
 )
-from shardwise.verify.independence import Examined, examine, leaks_of
+from shardwise.verify.independence import examine, leaks_of
 from shardwise.verify.notes import Reference
 from shardwise.verify.pool import RankError, RankPool
-from shardwise.verify.roles import Placing, layouts_of, parse, parts_of, with_layouts, world_of
+from shardwise.verify.roles import Placing, layouts_of, parse, with_layouts, world_of
 from shardwise.verify.shrink import shrink
+from shardwise.verify.suspects import BEFORE, SINGLE, Outcome, suspect
 from shardwise.verify.verdict import Verdict
 from shardwise.verify.walk import RESUMED, Task, Walked, walk
 from shardwise.verify.watch import External
 
-SINGLE = "dp1.zero0"
 TIMEOUT_S = 180.0
 SPLITS = ("rows", "padded", "documents")
+OF_PASSES = ("loss", "metric", "gradient")  # what forward and backward passes make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Verifier:
         self._numbers = itertools.count()
         self._prepared: dict[str, RunConfig] = {}
         self._oracles: dict[tuple[str, str, str | None], Oracle] = {}
+        self._probed: dict[tuple[str, str], Path] = {}  # what modules compute in an update
 
     def close(self) -> None:
         """Remove what oracles and layouts wrote."""
@@ -217,44 +220,44 @@ class Verifier:
         small = self.small(stage, layout)
         if self.fp8(small):
             raise UserError("products are quantised, with scales that documents share")
-        problem, found, counts = "", [], Counter[str]()
-        try:
-            ranks = self._examine(small, layout, precision)
-            found, counts = leaks_of(ranks), sum((r.counts for r in ranks), counts)
-            if not counts:
-                raise UserError("no row of its micro-batches holds several documents")
-        except (RankError, TimeoutError) as error:
-            problem = str(error).splitlines()[0]
-        suspect = ""
-        if found:
+        outcome, counts = self._leaks(small, layout, precision)
+        if not outcome.error and not counts:
+            raise UserError("no row of its micro-batches holds several documents")
+        blamed = ""
+        if outcome.found:
 
             def leaks(part: str) -> bool:
-                return bool(leaks_of(self._examine(small, part, precision)))
+                return self._can(small, part) and self._leaks(small, part, precision)[0].failed
 
-            suspect = self._suspect(small, [SINGLE, *sub_layouts(layout)], leaks) or layout
-        worst = dict.fromkeys(counts, 0.0) | {d.kind: inf for d in found}
+            blamed = suspect(layout, leaks, lambda part: False)
+        worst = dict.fromkeys(counts, 0.0) | {d.kind: inf for d in outcome.found}
         return Verdict(
             stage,
             f"{layout}, independence",
             precision,
             worst,
             time.perf_counter() - began,
-            next(iter(found), None),
-            suspect,
-            problem,
+            next(iter(outcome.found), None),
+            blamed,
+            outcome.problem,
             shape=small.shape,
             given_up=small.given_up,
             counts=dict(counts),
         )
 
+    def _leaks(self, small: Small, layout: str, precision: str) -> tuple[Outcome, Counter[str]]:
+        """What leaks between documents, and what was asked, by kind."""
+        task = self.independence_task(small, layout, precision)
+        try:
+            ranks = self.pool.run(examine, task, world=world_of(layout), timeout=TIMEOUT_S)
+        except (RankError, TimeoutError) as error:
+            return Outcome(error=error), Counter()
+        return Outcome(found=leaks_of(ranks)), sum((r.counts for r in ranks), Counter[str]())
+
     def independence_task(self, small: Small, layout: str, precision: str) -> Task:
         """What the ranks of a layout are asked to `examine`."""
         task = self._task(small, layout, precision, device=self.device)
         return dataclasses.replace(task, whole=False)
-
-    def _examine(self, small: Small, layout: str, precision: str) -> list[Examined]:
-        task = self.independence_task(small, layout, precision)
-        return self.pool.run(examine, task, world=world_of(layout), timeout=TIMEOUT_S)
 
     def check(
         self,
@@ -266,32 +269,32 @@ class Verifier:
         """Compare one layout; on failure, find the part of it to suspect."""
         began = time.perf_counter()
         small = self.small(stage, layout)
+        outcome = self._outcome(small, layout, precision, compiled)
         worst: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        first, problem, volumes = None, "", []
-        try:
-            task = self.task(small, layout, precision, compiled)
-            if self.whole and world_of(layout) > 1:
-                task = dataclasses.replace(task, saved=task.directory.with_suffix(".saved"))
-            ranks = self._walk(task)
-            found = self.judge(small, layout, precision, ranks)
-            found += self._resume_alone(small, task)
-            for d in found:
-                ratio = inf if isnan(d.ratio) else d.ratio
-                worst[d.kind] = max(worst.get(d.kind, 0.0), ratio)
-                counts[d.kind] = counts.get(d.kind, 0) + 1
-            first, volumes = next((d for d in found if d.is_bug), None), ranks[0].volumes
-        except (RankError, TimeoutError) as error:
-            problem = str(error).splitlines()[0]
-        suspect, where = "", ""
+        for d in outcome.found:
+            worst[d.kind] = max(worst.get(d.kind, 0.0), inf if isnan(d.ratio) else d.ratio)
+        first = next(iter(outcome.bugs), None)
+        blamed, where = "", ""
         if first is not None:
-            where = self._origin(small, layout, precision, first, ranks)
+            where = self._origin(small, layout, precision, first, outcome.ranks)
+        if outcome.failed:
 
-            def differs(part: str) -> bool:
-                ranks = self._walk(self.task(small, part, precision, compiled))
-                return any(d.is_bug for d in self.judge(small, part, precision, ranks))
+            def attempt(tried: Small, part: str) -> Outcome | None:
+                if not self._can(tried, part):
+                    return None
+                return self._outcome(tried, part, precision, compiled)
 
-            suspect = self._suspect(small, sub_layouts(layout), differs) or layout
+            def fails(part: str) -> bool:
+                again = attempt(small, part)
+                return again is not None and again.fails_as(outcome)
+
+            def is_sound_at_once(part: str) -> bool:
+                if self.fp8(small) or first is None or first.kind not in OF_PASSES:
+                    return False
+                again = attempt(_at_once(small), part)
+                return again is not None and not again.failed
+
+            blamed = suspect(layout, fails, is_sound_at_once)
         seconds = time.perf_counter() - began
         return Verdict(
             stage,
@@ -300,14 +303,26 @@ class Verifier:
             worst,
             seconds,
             first,
-            suspect,
-            problem,
-            volumes,
+            blamed,
+            outcome.problem,
+            outcome.ranks[0].volumes if outcome.ranks else [],
             shape=small.shape,
             given_up=small.given_up,
-            counts=counts,
+            counts=dict(Counter(d.kind for d in outcome.found)),
             where=where,
         )
+
+    def _outcome(self, small: Small, layout: str, precision: str, compiled: bool) -> Outcome:
+        """What a layout computes, compared with the oracle; and what it saved, taken up."""
+        task = self.task(small, layout, precision, compiled)
+        if self.whole and world_of(layout) > 1:
+            task = dataclasses.replace(task, saved=task.directory.with_suffix(".saved"))
+        try:
+            ranks = self._walk(task)
+            found = self.judge(small, layout, precision, ranks)
+            return Outcome(ranks, found + self._resume_alone(small, task))
+        except (RankError, TimeoutError) as error:
+            return Outcome(error=error)
 
     def task(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Task:
         """What the ranks of a layout are asked to run, and to compare with."""
@@ -328,27 +343,23 @@ class Verifier:
         names = exact.order
         if precision != "fp64":  # what is served and evaluated at the end is compared in fp64
             names = [n for n in names[: exact.marked["ended"]] if not is_rounded_away(n)]
-        found = [*misdealt(single, ranks), *problems(ranks)]
+        resumed = [p for p in problems(ranks) if p.why.startswith(RESUMED)]
+        found = [*misdealt(single, ranks), *(p for p in problems(ranks) if p not in resumed)]
         found += compare_scales(single.scales, ranks, "" if precision == "fp64" else "loss scale")
-        values = [r.found for r in ranks]
+        found += compare(exact, oracle.limits, [r.found for r in ranks], names)
+        found += [*unknown(exact, ranks), *undeclared(exact, oracle.limits, ranks)]
+        found += rounded(single, ranks)
         if ranks[0].resumed is None:
-            found += compare(exact, oracle.limits, values, names)
-        else:
-            after = set(exact.order[exact.marked["values"] : exact.marked["ended"]])
-            found += compare(exact, oracle.limits, values, [n for n in names if n not in after])
-            later = [n for n in names if n in after]
-            found += _said_of(compare(exact, oracle.limits, values, later), "after a resume")
-        found += unknown(exact, ranks)
-        found += undeclared(exact, oracle.limits, ranks) + rounded(single, ranks)
-        if ranks[0].resumed is not None:
-            found += self._judge_resumed(oracle, precision, ranks, RESUMED)
-        return found + disagreements(ranks)
+            return found + disagreements(ranks)
+        found = since_resume(found, exact)
+        found += resumed + self._judge_resumed(oracle, precision, ranks, RESUMED)
+        return found + since_resume(disagreements(ranks), exact)
 
     def _resume_alone(self, small: Small, task: Task) -> list[Difference]:
         """What a layout saved, taken up by one process."""
         if task.saved is None or self.fp8(small):  # histories of cut products are a layout's own
             return []
-        precision, words = task.precision, "resumed on one process"
+        precision, words = task.precision, "in a resume on one process"
         alone = dataclasses.replace(
             self.task(small, SINGLE, precision), other=task.saved, resumes_alone=True
         )
@@ -369,7 +380,7 @@ class Verifier:
         later = exact.order[exact.marked["values"] : exact.marked["ended"]]
         names = [n for n in later if precision == "fp64" or not is_rounded_away(n)]
         again = [r.resumed or {} for r in ranks]
-        return _said_of(compare(exact, oracle.limits, again, names), words)
+        return said_of(compare(exact, oracle.limits, again, names), words)
 
     def _task(self, small: Small, layout: str, precision: str, **options: Any) -> Task:
         folder = self.folder / small.stage
@@ -391,14 +402,21 @@ class Verifier:
 
         Runs the update again, in fp64, where there is no rounding to mistake for it.
         """
-        update = re.match(r"(?:\w+ )?update \d+", first.name)
-        if update is None or precision != "fp64" or self.fp8(small):
+        if first.kind in BEFORE:
+            return BEFORE[first.kind]
+        where = "step" if first.kind == "forward pass" else "update"
+        update = re.match(rf"(?:\w+ )?{where} \d+", first.name)
+        made_by_modules = first.kind in (*OF_PASSES, "forward pass") and "resume" not in first.name
+        if update is None or not made_by_modules or precision != "fp64" or self.fp8(small):
             return ""
         oracle = self.oracle(small, precision)
-        record = self.folder / f"probe-{next(self._numbers)}.safetensors"
         probe: dict[str, Any] = {"given": oracle.given, "probe": update.group()}
-        task = self._task(small, SINGLE, precision, oracle=True)
-        self._walk(dataclasses.replace(task, record=record, whole=False, **probe))
+        key = (small.key, update.group())
+        if key not in self._probed:
+            self._probed[key] = self.folder / f"probe-{next(self._numbers)}.safetensors"
+            task = self._task(small, SINGLE, precision, oracle=True)
+            self._walk(dataclasses.replace(task, record=self._probed[key], whole=False, **probe))
+        record = self._probed[key]
         task = self._task(small, layout, precision)
         try:
             again = self._walk(dataclasses.replace(task, reference=record, whole=False, **probe))
@@ -414,27 +432,24 @@ class Verifier:
         """Whether products of the stage are quantised."""
         return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
 
-    def _suspect(
-        self, small: Small, parts: Iterable[str], fails: Callable[[str], bool]
-    ) -> str | None:
-        """The first of some layouts that fails; None if none does."""
+    def _can(self, small: Small, layout: str) -> bool:
+        """Whether what was made small for a layout can have this part of it."""
         [stage] = [s for s in small.run.stages if s.name == small.stage]
-        for part in parts:
-            changed = with_layouts(stage, part, compile=False, precision="bf16")
-            try:
-                check_stage(small.run, changed, world_of(part))
-            except UserError:  # what was made small for the whole cannot have this part
-                continue
-            try:
-                if fails(part):
-                    return part
-            except (RankError, TimeoutError):
-                return part
-        return None
+        changed = with_layouts(stage, layout, compile=False, precision="bf16")
+        try:
+            check_stage(small.run, changed, world_of(layout))
+        except UserError:
+            return False
+        return True
 
 
-def _said_of(found: list[Difference], words: str) -> list[Difference]:
-    return [dataclasses.replace(d, name=f"{d.name}, {words}") for d in found]
+def _at_once(small: Small) -> Small:
+    """All rows of a rank in one micro-batch; what one process computes stays the same."""
+    stages = []
+    for stage in small.run.stages:
+        whole = {"micro_batch": stage.batch.global_batch}
+        stages.append(stage.model_copy(update={"batch": stage.batch.model_copy(update=whole)}))
+    return dataclasses.replace(small, run=small.run.model_copy(update={"stages": stages}))
 
 
 def prepare(recipe: dict[str, Any], folder: Path) -> RunConfig:
@@ -463,30 +478,3 @@ def domains_of(layout: str) -> str | None:
         context = f".cp{whole.cp}.{whole.cp_kind}" if whole.cp > 1 else ""
         found.append(str(Placing(placing.role, f"dp1.zero0.tp{whole.tp}{context}")))
     return ",".join(found) or None
-
-
-def sub_layouts(layout: str) -> list[str]:
-    """Layouts with some of this one's axes, the fewest first; never the layout itself.
-
-    Of layouts by role: each role's alone.
-    """
-    if "=" in layout:
-        return parts_of(layout)
-    axes: list[list[str]] = []
-    whole = parse_layout(layout, world_of(layout))
-    if whole.dp > 1:
-        hybrid = f".hsdp{whole.shard}" if whole.zero and whole.shard != whole.dp else ""
-        axes.append([f"dp{whole.dp}.zero{whole.zero}{hybrid}"])
-    if whole.tp > 1:
-        axes.append([f"tp{whole.tp}"] + ([f"tp{whole.tp}.sp"] if whole.sp else []))
-    if whole.pp > 1:
-        chunks = f".v{whole.virtual}" if whole.schedule.startswith("interleaved") else ""
-        named = f"pp{whole.pp}.{whole.schedule}{chunks}"
-        axes.append(([f"pp{whole.pp}.1f1b"] if whole.schedule != "1f1b" else []) + [named])
-    if whole.cp > 1:
-        axes.append([f"cp{whole.cp}.{whole.cp_kind}"])
-    found: list[str] = [""]
-    for choices in axes:
-        found += [f"{a}.{b}" if a else b for a in found for b in choices]
-    own = found[-1]  # all axes, each as it is
-    return sorted((f for f in found if f and f != own), key=lambda f: (f.count("."), len(f)))

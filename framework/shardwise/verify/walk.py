@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from shardwise.config.schema import EngineConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.engines.base import Engine
 from shardwise.engines.plain_config import PlainConfig
-from shardwise.errors import CheckFailed, UserError
+from shardwise.errors import CheckFailed, CheckpointError, UserError
 from shardwise.metrics.progress import Progress
 from shardwise.ops import rng
 from shardwise.ops.local_shards import local_shards
@@ -44,7 +44,7 @@ from shardwise.verify.roles import parse, with_layouts
 from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
 from shardwise.verify.thresholds import lowered
-from shardwise.verify.watch import External, WatchedContext, WatchedLogger
+from shardwise.verify.watch import External, WatchedContext, WatchedEngine, WatchedLogger
 
 SAVED_AFTER = 2  # steps; `STEPS` follow
 NEW_TOKENS = 6
@@ -53,7 +53,7 @@ SAMPLINGS = {
     "greedy": Sampling(greedy=True, max_new_tokens=NEW_TOKENS),
     "sampled": Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS),
 }
-RESUMED = "resumed from another layout's checkpoint"
+RESUMED = "in a resume from another layout's checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +138,29 @@ class _WatchedLoop(Loop):
         super().__init__(ctx, live, lineage, Progress([], rank=1), gemm)
         self.meter.keep(1)  # what a resume forgets is in no window
         self.notes, self.stop_after, self.saves, self.kept = ctx.notes, stop_after, saves, kept
+        self.resumed = ctx.resumed
         if self.saver and stop_after < STEPS:
             self.saver.writer = self.held = _HeldWriter()
+
+    def _resume(self) -> int | None:
+        start = super()._resume()
+        if start is not None:
+            self._note_state()
+        return start
+
+    def _note_state(self) -> None:
+        """What a checkpoint brings back, as it is behind a resume, or goes on without one."""
+        for engine in (self.stage.engine, *self.stage.others().values()):
+            assert isinstance(engine, WatchedEngine)
+            engine.note_tensors("resumed weight", "weights")
+            for kind in engine.optimizer_states():
+                engine.note_tensors("resumed moment", kind, f" {kind}")
+        state = stage_state(self.stage)
+        for name, tensor in state.tensors.items():
+            if name.endswith(".step"):
+                self.notes.note_tensor("resumed number", name, tensor)
+        for name, number in _numbers(state.meta):
+            self.notes.note("resumed number", name, number)
 
     def _train_step(self, step: int) -> dict[str, float]:
         self.notes.step = step + 1
@@ -152,10 +173,12 @@ class _WatchedLoop(Loop):
         totals = {"tokens": self.tokens, "seconds": self.seconds} | self.meter.total()
         for name, value in totals.items():
             self.notes.note("logged", f"step {done} in all {name}", value)
-        if done == SAVED_AFTER and self.kept is not None:
+        if done == SAVED_AFTER and self.kept is not None and not self.resumed:
             if self.saver:
                 self.saver.wait()
             self.notes.mark()
+            if self.stop_after > SAVED_AFTER:
+                self._note_state()
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.copytree(self.ctx.directory, self.kept)
@@ -174,6 +197,16 @@ class _WatchedLoop(Loop):
                 for shard in local_shards(name, tensor):
                     shard.view.add_(1)
             self.held.may.set()
+
+
+def _numbers(meta: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a checkpoint's JSON that a precision does not add: scales are compared."""
+    if isinstance(meta, dict):
+        for key, value in meta.items():
+            if key not in ("fp8", "loss_scale"):
+                yield from _numbers(value, f"{name} {key}".strip())
+    elif isinstance(meta, (int, float)):
+        yield name, float(meta)
 
 
 def walk(task: Task) -> Walked:
@@ -208,8 +241,11 @@ def walk(task: Task) -> Walked:
         if dist.get_rank() == 0:
             shutil.copytree(task.other, directory)
         dist.barrier()
-        with lowered(updates=True) if not task.oracle else contextlib.nullcontext():
-            run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
+        try:
+            with lowered(updates=True) if not task.oracle else contextlib.nullcontext():
+                run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
+        except CheckpointError as error:  # all ranks agree on that; the rest is worth comparing
+            again.problems.append(" ".join(str(error).splitlines()[:2]))
         walked.resumed = again.found
         walked.problems += [f"{RESUMED}: {p}" for p in again.problems]
     return walked
@@ -222,7 +258,9 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
     loop = run_stage(task, stage, notes, asked, task.directory, first)
     if first < STEPS:
         del loop
+        before = len(notes.problems)
         loop = run_stage(task, stage, notes, asked, task.directory, STEPS, resumed=True)
+        notes.problems[before:] = [f"after a resume, {p}" for p in notes.problems[before:]]
     notes.marked["ended"] = len(notes.values)
     if stage.on_policy or (task.whole and stage.head == "vocabulary"):
         _generate(task, loop.stage.engine, notes)

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,7 @@ class WatchedEngine:
         with (
             comm.tally() as tally,
             inner.watch_scales(self._scales_of(where, first)),
-            probing(inner, where, microbatches, notes, tally)
-            if notes.probe == where
-            else contextlib.nullcontext(),
+            self._probing(where, microbatches, tally),
             self._rounding(),
         ):
             metrics = inner.forward_backward(microbatches, loss, lr)
@@ -118,6 +116,13 @@ class WatchedEngine:
         if not self.narrow or self.notes.step > 1:
             return contextlib.nullcontext()
         return Roundings(self.notes.lines, self.inner.modules())
+
+    def _probing(
+        self, where: str, microbatches: Sequence[MicroBatch], tally: comm.Tally
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.notes.probe != where:
+            return contextlib.nullcontext()
+        return probing(self.inner, where, microbatches, self.notes, tally)
 
     def _overflow(self) -> None:
         """Make the first element of the first gradient infinite, on the ranks that have it."""
@@ -163,7 +168,8 @@ class WatchedEngine:
         self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
     ) -> list[Tensor]:
         """See `Engine`; noted row by row, since which rows go together is the layout's affair."""
-        with self._rounding():
+        step = f"{self.label}step {self.notes.step}"
+        with comm.tally() as tally, self._probing(step, microbatches, tally), self._rounding():
             found = self.inner.forward(microbatches, fn)
         for batch, values in zip(microbatches, found, strict=True):
             for row, valid_T in enumerate(batch.loss_mask_BT):
@@ -171,10 +177,18 @@ class WatchedEngine:
                     continue
                 whole = values.shape[:2] == batch.loss_mask_BT.shape
                 value = values[row][valid_T.to(values.device)] if whole else values[row]
-                what = f"{self.label}step {self.notes.step} sample {int(batch.sample_ids_B[row])}"
+                what = f"{step} sample {int(batch.sample_ids_B[row])}"
                 time = self.notes.count(f"pass {what}")
                 self.notes.note("forward pass", f"{what} time {time}", value)
         return found
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        what = f"{self.label}step {self.notes.step}"
+        time = self.notes.count(f"weights of {what}")
+        for name, value in self.inner.weights():
+            self.notes.note("sent weights", f"{what} time {time} {name}", value)
+            yield name, value
 
     def _note_samples(self, where: str, microbatches: Sequence[MicroBatch]) -> None:
         """Which samples this rank learns from, and what they are."""
