@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from shardwise.adapters.peft import (
     Update,
     join,
     places,
+    rules,
 )
 from shardwise.errors import CheckpointError
 from shardwise.models import travel
@@ -70,6 +71,8 @@ def to_peft(
         tensors |= _tensors(place, update)
     if len(dora) > 1:
         raise CheckpointError("an adapter with magnitudes for some modules: PEFT has all or none")
+    saved = dict(_saved(adapter, config))
+    tensors |= {f"{PREFIX}{name}": value for name, value in saved.items()}
     ranks = {p.name: u.rank for p, u in found.items()}
     alphas = {p.name: u.alpha for p, u in found.items()}
     rank, alpha = _most(ranks), _most(alphas)
@@ -79,7 +82,7 @@ def to_peft(
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": _number(alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.raw.get("lora_dropout", 0.0),
         "target_modules": _targets(list(found), known),
         "rank_pattern": {_pattern(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {_pattern(n): _number(a) for n, a in alphas.items() if a != alpha},
@@ -87,7 +90,7 @@ def to_peft(
         "use_dora": dora == {True},
         "fan_in_fan_out": any(p.turned for p in found),
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": sorted({n.split(".")[-2] for n in saved}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -105,8 +108,25 @@ def _tensors(place: Place, update: Update) -> Mapping[str, Tensor]:
     found = dict(zip((f"{stem}.{n}" for n in names), (update.A_RI, update.B_OR), strict=True))
     if update.magnitude_O is not None:
         found[f"{stem}.lora_magnitude_vector"] = update.magnitude_O
-    # A tensor of its own each: safetensors refuses memory that two names share.
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+    return {name: _alone(value) for name, value in found.items()}
+
+
+def _saved(adapter: PeftAdapter, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    """What was trained whole, under Hugging Face's names."""
+    named = {name: rule for rule in rules(config) for name in rule.ours}
+    for name, value in adapter.saved.items():
+        rule = named[name]
+        if len(rule.ours) > 1 or not name.endswith(".weight"):
+            raise CheckpointError(
+                f"{name}: trained whole beside an adapter; of those, only whole modules without a "
+                "bias are written in PEFT's form"
+            )
+        yield rule.hf, _alone(rule.join([value]))
+
+
+def _alone(value: Tensor) -> Tensor:
+    """In memory of its own: safetensors refuses what two names share."""
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _targets(found: list[Place], known: list[Place]) -> list[str]:

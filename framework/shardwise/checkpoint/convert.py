@@ -1,11 +1,13 @@
 """`shardwise convert`: a model from one of the formats we read into one of those we write.
 
-Reads a native checkpoint, a Hugging Face folder or a GGUF file; writes a Hugging Face folder or a
-native checkpoint (fp32 masters, step 0), with all that travels with a model (`models.travel`).
+Reads a native checkpoint, a Hugging Face folder, an adapter of PEFT's or a GGUF file; writes a
+Hugging Face folder or a native checkpoint (fp32 masters, step 0), with all that travels with a
+model (`models.travel`), or the adapter of a checkpoint in PEFT's form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor
 
 from shardwise import integrity
+from shardwise.adapters import peft, peft_own, peft_read, peft_write
+from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.peft import PeftAdapter
 from shardwise.checkpoint import adapted, loading, manifest, saving, steps
 from shardwise.config import yaml12
 from shardwise.config.adapters import AdapterConfig
@@ -27,8 +32,9 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
+from shardwise.models.weight_files import read_json
 
-Target = Literal["hf", "native"]
+Target = Literal["hf", "native", "peft"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class OpenModel:
     """A model on disk. ``tensors`` (full, under our names, CPU) can be iterated once."""
 
-    format: Literal["native", "hf", "gguf"]
+    format: Literal["native", "hf", "gguf", "peft"]
     config: ModelConfig
     tensors: Iterator[tuple[str, Tensor]]
     files: dict[str, bytes]  # what travels with it (`models.travel`)
@@ -50,9 +56,10 @@ class OpenModel:
         return bool(self.files.keys() & {travel.TOKENIZER, travel.SENTENCEPIECE})
 
 
-def open_model(path: Path | str) -> OpenModel:
+def open_model(path: Path | str, base: Path | None = None) -> OpenModel:
     """Open a native checkpoint (or a folder of them), a Hugging Face folder or a GGUF file.
 
+    Or an adapter's folder as PEFT writes it, over ``base`` or the base model that it names.
     Raises CheckpointError when it is damaged, UserError when it is none of these.
     """
     path = Path(path)
@@ -65,8 +72,52 @@ def open_model(path: Path | str) -> OpenModel:
         )
     if (path / manifest.NAME).exists() or steps.latest(path) is not None:
         return _open_native(steps.resolve(path))
+    if peft_read.is_adapter_folder(path):
+        return _open_peft(path, _peft_base(path, base))
     config, tensors = models.from_hf(path)
     return OpenModel("hf", config, tensors, travel.read(path))
+
+
+def _peft_base(folder: Path, base: Path | None) -> Path:
+    """The base model of an adapter in PEFT's form."""
+    if base is not None:
+        return base
+    said = read_json(folder / peft.CONFIG).get("base_model_name_or_path")
+    if not isinstance(said, str) or not Path(said).exists():
+        raise UserError(
+            f"{folder / peft.CONFIG}: base_model_name_or_path is {said!r}, which is no file and no "
+            "folder here; give the base model (convert --base), or write its path there"
+        )
+    return Path(said)
+
+
+def _open_peft(folder: Path, base: Path) -> OpenModel:
+    """The base with the adapter in it."""
+    model = open_model(base)
+    adapter = _read_peft(folder, base, model)
+    checked = _of_base(adapter, folder, model.tensors)
+    tensors = peft.merge(checked, adapter)
+    return OpenModel("peft", model.config, tensors, model.files | travel.read(folder))
+
+
+def _read_peft(folder: Path, base: Path, model: OpenModel) -> PeftAdapter:
+    """Raises UserError if the folder says that it belongs to other weights."""
+    assert isinstance(model.config, DecoderConfig)
+    adapter = peft_read.read(folder, model.config)
+    if adapter.base_hash not in (None, found := adapted.weights_hash(base)):
+        raise UserError(
+            f"{folder / peft.WEIGHTS}: belongs to other weights than those in {base} (hash "
+            f"{found}, trained on {adapter.base_hash}); give the base that it was trained on"
+        )
+    return adapter
+
+
+def _of_base(
+    adapter: PeftAdapter, folder: Path, named: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, value in named:
+        peft_read.check_base(adapter, folder, {name: value})
+        yield name, value
 
 
 def _open_native(path: Path) -> OpenModel:
@@ -130,10 +181,13 @@ def convert(
     to: Target = "hf",
     dtype: str | None = None,
     merge_adapter: bool = False,
+    base: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write the model at ``source`` to the new or empty folder ``out``; returns what was written.
 
-    ``merge_adapter``: of a checkpoint that holds an adapter, the base with it merged.
+    ``merge_adapter``: of a source that holds an adapter, the base with it merged. Without it, a
+    checkpoint with an adapter becomes a folder of PEFT's (``to`` peft), and such a folder a
+    checkpoint to go on with (``to`` native). ``base``: of a folder of PEFT's that names none.
 
     ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
     is always fp32, ready for ``init_from``.
@@ -145,18 +199,26 @@ def convert(
         raise UserError(f"--dtype {dtype}: allowed: {', '.join(DTYPES)}")
     if dtype not in (None, "fp32") and to == "native":
         raise UserError(f"--dtype {dtype}: a native checkpoint holds fp32 weights")
-    model = open_model(source)
-    if model.adapter is not None and not merge_adapter:
+    model = open_model(source, None if base is None else Path(base))
+    holds_adapter = model.adapter is not None or model.format == "peft"
+    forms = {"native": "peft", "peft": "native"}  # of an adapter by itself
+    if to == "peft" and model.adapter is None:
+        raise UserError(f"{source}: holds no adapter of a stage's, and PEFT's form is for those")
+    if holds_adapter and not merge_adapter and forms[model.format] != to:
         raise UserError(
-            f"{source}: holds an adapter ({model.adapter.kind}), no whole model; add "
-            "--merge-adapter to write its base with the adapter in it"
+            f"{source}: holds an adapter, no whole model; add --merge-adapter to write its base "
+            f"with the adapter in it, or write the adapter by itself (--to {forms[model.format]})"
         )
-    if to == "hf":
+    if to == "peft":
+        written = _write_peft(model, steps.resolve(Path(source)), out)
+    elif to == "native" and holds_adapter and not merge_adapter:
+        written = _write_adapter(Path(source), None if base is None else Path(base), out)
+    elif to == "hf":
         written = _write_hf(model, out, DTYPES[dtype] if dtype else None)
     elif to == "native":
         written = _write_native(model, out, str(source))
     else:
-        raise UserError(f"--to {to}: allowed: hf, native")
+        raise UserError(f"--to {to}: allowed: hf, native, peft")
     return {
         "source": str(source),
         "source_format": model.format,
@@ -169,17 +231,58 @@ def convert(
 
 
 def _write_hf(model: OpenModel, out: Path, dtype: torch.dtype | None) -> Path:
-    """Write beside ``out`` and rename, so that ``out`` is complete or as it was."""
+    with _staged(out) as folder:
+        _fill_hf(model, folder, dtype)
+    return out
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` at the end, so that it is complete or as it was."""
     final = out.resolve()
     staged = final.with_name(f".{final.name}.tmp-{secrets.token_hex(6)}")
     try:
         staged.mkdir(parents=True)
-        _fill_hf(model, staged, dtype)
+        yield staged
         staged.rename(final)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _write_peft(model: OpenModel, checkpoint: Path, out: Path) -> Path:
+    """The adapter of a checkpoint by itself; the base is named, not read."""
+    said = adapted.read(loading.read_files(checkpoint))
+    assert said is not None and isinstance(model.config, DecoderConfig)
+    config, base = said
+    if not isinstance(config, LowRankConfig):
+        raise UserError(f"{checkpoint}: PEFT has no form for adapters of kind {config.kind}")
+    place = adapted.base_of(checkpoint, base)
+    # Others find the base exported, which has another hash than a checkpoint.
+    known = None if place is None or (place / manifest.NAME).exists() else str(base["hash"])
+    adapter = peft_own.to_peft(adapted.own_tensors(checkpoint), config, known)
+    with _staged(out) as folder:
+        tokenizer = {n: d for n, d in model.files.items() if n not in travel.MODEL}
+        travel.write(folder, tokenizer)
+        peft_write.write(folder, adapter, model.config, "" if place is None else str(place))
     return out
+
+
+def _write_adapter(folder: Path, base: Path | None, out: Path) -> Path:
+    """A folder of PEFT's as a checkpoint with an adapter, for ``adapter.start: parent``."""
+    base = _peft_base(folder, base)
+    model = open_model(base)
+    config, own = peft_own.to_own(_read_peft(folder, base, model), f"{folder / peft.CONFIG}")
+    section = model.config.model_dump_json().encode()
+    files = {
+        MODEL_FILE: section,
+        adapted.ADAPTER_FILE: adapted.description(config, base, 0, out),
+        **model.files,
+        **travel.read(folder),
+    }
+    meta = {"converted_from": folder.name, "model": json.loads(section)}
+    tensors = {f"model.{name}": tensor.float() for name, tensor in own.items()}
+    return saving.save(out, 0, tensors, meta, files)
 
 
 def _fill_hf(model: OpenModel, folder: Path, dtype: torch.dtype | None) -> None:

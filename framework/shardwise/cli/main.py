@@ -269,20 +269,23 @@ def convert(
         Path, typer.Argument(metavar="IN", help="A checkpoint, a Hugging Face folder or a .gguf.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    to: Annotated[str, typer.Option(help="hf or native.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, native or peft.")] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
     ] = None,
     merge_adapter: Annotated[
         bool, typer.Option("--merge-adapter", help="Of an adapter's checkpoint: the whole model.")
     ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="The base of a PEFT folder; default: what it names.")
+    ] = None,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Convert a model, with its tokenizer and chat template."""
     from shardwise.checkpoint.convert import convert as run
 
-    done = run(source, out, to, dtype, merge_adapter)  # type: ignore[arg-type]  # checked there
+    done = run(source, out, to, dtype, merge_adapter, base)  # type: ignore[arg-type]  # checked there
     emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}", json)
 
 

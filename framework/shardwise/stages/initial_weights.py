@@ -54,7 +54,7 @@ def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: boo
     opened, adapter = open_model(source), engine.adapter_config
     # A quantised weight is made of a whole one.
     whole = adapter is not None and adapter.quantise is not None and is_native(source)
-    if opened.adapter is not None or whole:
+    if opened.adapter is not None or opened.format == "peft" or whole:
         tensors = opened.tensors
         if model.head == "scalar":
             _check_head(source, new_head)
