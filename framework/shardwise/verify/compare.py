@@ -118,6 +118,8 @@ def bounds(
     scale: dict[str, float] = {}
     for name, norm in norms.items():
         scale[kind_of(name)] = math.hypot(scale.get(kind_of(name), 0.0), norm)
+    # Terms of about one may cancel out: a policy's loss where no ratio has moved.
+    scale["loss"] = max(1.0, scale.get("loss", 0.0))
     found = {}
     for name, norm in norms.items():
         kind, floor = kind_of(name), NOISE * scale[kind_of(name)]
@@ -144,8 +146,8 @@ def _widen(
 ) -> None:
     """Add to bounds, in place, what rounding decides of the weights, see `undecided`.
 
-    Weights that went another way are in the next update's gradients and moments: by no larger a
-    share of those than the weights are apart.
+    Weights that went another way are in the next update's figures, gradients and moments: by no
+    larger a share of those than the weights are apart.
     """
     of_update: dict[tuple[str, int], dict[str, list[str]]] = {}
     for name in reference.values:
@@ -156,7 +158,7 @@ def _widen(
     shares: dict[tuple[str, int], float] = {}
     for (role, update), kinds in sorted(of_update.items()):
         share = shares.get((role, update - 1), 0.0)
-        moved = (kinds.get(kind, ()) for kind in ("gradient", "clip norm", "moment"))
+        moved = (kinds.get(kind, ()) for kind in ("metric", "gradient", "clip norm", "moment"))
         for name in itertools.chain(*moved):
             found[name] += share * reference.norms[name]
         apart, whole = 0.0, 0.0
