@@ -131,19 +131,21 @@ def test_parts_of_a_value_are_put_together(tmp_path: Path) -> None:
     ("norm", "limit", "who", "told"),
     [
         (1.0, 0.05, (0, 1), True),
-        (1.0, 0.6, (0, 1), False),  # noise: one process loses too much of it
+        (1.0, 9.0, (0, 1), False),  # noise: one process loses more than there is
         (1.0, 0.05, (0,), False),  # a part with few digits
     ],
 )
 def test_a_dtype_is_judged_of_a_whole_tensor_that_is_no_noise(
     tmp_path: Path, norm: float, limit: float, who: tuple[int, ...], told: bool
 ) -> None:
-    name = "gradient/update 1 w"
-    exact = reference(tmp_path, {name: vector(norm)})
-    found = {"": {("gradients", "w"): "it is bfloat16, declared float32"}}
-    notes = noted(exact, {name: vector(norm)})
+    name, bias = "gradient/update 1 w", "gradient/update 1 bias"
+    values = {name: vector(norm)[None], bias: vector(norm)}
+    exact = reference(tmp_path, values)
+    found = {"": {("gradients", n): "it is bfloat16, declared float32" for n in ("w", "bias")}}
+    notes = noted(exact, values)
     ranks = [walked(notes, dtypes=found if rank in who else {}) for rank in (0, 1)]
-    problems = [(d.name, d.ranks) for d in undeclared(exact, {name: limit}, ranks)]
+    limits = {name: limit, bias: limit}
+    problems = [(d.name, d.ranks) for d in undeclared(exact, limits, ranks)]
     assert problems == ([("gradients w", who)] if told else [])
 
 

@@ -32,6 +32,8 @@ EPSILON = {
     "bf16": 2.0**-7,
     "fp16": 2.0**-10,
 }
+# What weights that went another way move.
+MOVED = ("gradient", "clip norm", "moment")
 # Equal to the last bit in every precision: nothing is computed on the way.
 EXACT = frozenset(("rollout", "sample", "learning rate", "skipped", "event"))
 # Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
@@ -158,9 +160,13 @@ def _widen(
     shares: dict[tuple[str, int], float] = {}
     for (role, update), kinds in sorted(of_update.items()):
         share = shares.get((role, update - 1), 0.0)
-        moved = (kinds.get(kind, ()) for kind in ("metric", "gradient", "clip norm", "moment"))
-        for name in itertools.chain(*moved):
+        for name in itertools.chain(*(kinds.get(k, ()) for k in MOVED)):
             found[name] += share * reference.norms[name]
+        # A figure may cancel out: that of all scores, to which a ranking is blind.
+        figures = kinds.get("metric", ())
+        whole = math.hypot(*(reference.norms[name] for name in figures))
+        for name in figures:
+            found[name] += share * whole
         apart, whole = 0.0, 0.0
         for name in kinds.get("weight", ()):
             what = name.partition("/")[2]
@@ -283,9 +289,9 @@ def undeclared(
     """Dtypes that are not the policy's: of a tensor, on every rank that has of it.
 
     A rank's part may hold few digits by right: rows of an embedding that no token meets. So may
-    rounding noise: where terms cancel out, the sum lies on the grid of the largest (a bias's is a
-    long one). It is noise where one process may lose as much as there is. And a weight that stands
-    still is as it was drawn.
+    rounding noise: where terms cancel out, the sum lies on the grid of the largest. It is noise
+    where one process may lose more than there is; a vector's gradient, a sum over tokens that were
+    rounded one by one, is not judged. And a weight that stands still is as it was drawn.
     """
     told: dict[tuple[str, str, str], list[int]] = {}
     words: dict[tuple[str, str, str], str] = {}
@@ -303,8 +309,8 @@ def undeclared(
         holders = [r for r, walked in enumerate(ranks) if walked.found.get(own)]
         if own in reference.values and (
             who != holders
-            or limits[own]
-            > (ROUNDING_FACTOR if reference.values[own].dim() > 1 else 0.5) * reference.norms[own]
+            or limits[own] > ROUNDING_FACTOR * reference.norms[own]
+            or (kind != "masters" and reference.values[own].dim() < 2)
             or (kind == "masters" and _stands_still(label, name, reference))
         ):
             continue
