@@ -47,6 +47,8 @@ def draw(index: int) -> Case:
     stage = STAGES[index % len(STAGES)]
     precision = PRECISIONS[index // len(STAGES) % len(PRECISIONS)]
     fp8 = precision in ("fp64", "bf16") and rng.random() < 0.08
+    # 8-bit products in bf16 scatter so far that a policy's clip has tokens on both sides of it.
+    fp8 = fp8 and (precision == "fp64" or stage not in ("ppo", "grpo"))
     while True:
         layout = _layouts(rng, stage)
         for _ in range(50):

@@ -134,12 +134,15 @@ def bounds(
             served = kind in ("external", "generated logprobs")
             found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
         else:
-            rounding = ROUNDING_FACTOR * max(_lost_of(name, lost))
+            rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
             # A single number may lose nothing by luck, however often it is drawn.
             least = EPSILON[precision] * (1.0 if exact[name].dim() else ROUNDING_FACTOR)
             found[name] = max(rounding, least * norm) + floor
     if optimizers:
         _widen(reference, found, optimizers)
+    for name in found:
+        if kind_of(name) == "logged" and lost is not None:
+            found[name] = max(found[name], *_parts_of(name, found), 0.0)
     return found
 
 
@@ -178,19 +181,15 @@ def _widen(
         shares[role, update] = min(1.0, apart / whole) if whole else 0.0
 
 
-def _lost_of(name: str, lost: Mapping[str, float]) -> list[float]:
-    """What is lost of a value's like; of a logged figure, of those too that it is a mean of."""
-    found = [lost.get(like(name), 0.0)]
-    if kind_of(name) == "logged":
-        figure = name.rpartition(" ")[2]
-        kind = {"loss": "loss", "grad_norm": "clip norm"}.get(figure)
-        found += [
-            gap
-            for other, gap in lost.items()
-            if kind_of(other) == kind
-            or (kind_of(other) == "metric" and other.endswith(f" {figure}"))
-        ]
-    return found
+def _parts_of(name: str, found: Mapping[str, float]) -> list[float]:
+    """Bounds of the figures of updates that a logged one is a mean of."""
+    figure = name.rpartition(" ")[2]
+    kind = {"loss": "loss", "grad_norm": "clip norm"}.get(figure)
+    return [
+        bound
+        for other, bound in found.items()
+        if kind_of(other) == kind or (kind_of(other) == "metric" and other.endswith(f" {figure}"))
+    ]
 
 
 def compare(
