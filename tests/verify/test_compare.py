@@ -103,12 +103,14 @@ def test_weights_that_may_be_elsewhere_are_in_the_next_gradient(tmp_path: Path) 
             f"moment/update {update} w exp_avg": vector(0.1, 0.0),
             f"moment/update {update} w exp_avg_sq": vector(0.05, 0.0),
         }
+        exact[f"forward pass/step {update} sample 0"] = vector(3.0, 4.0)
     known, lost = reference(tmp_path, exact), dict.fromkeys(map(like, exact), 1e-7)
     narrow, wide = bounds(known, lost, "fp32"), bounds(known, lost, "fp32", {"": AdamWConfig()})
     more = {name: wide[name] - narrow[name] for name in exact}
     slack = more["weight/update 1 w"]
     assert slack == pytest.approx(2 * 3e-4, rel=1e-2)
     assert more["gradient/update 1 w"] == more["moment/update 1 w exp_avg"] == 0.0
+    assert more["forward pass/step 1 sample 0"] == 0.0 < more["forward pass/step 2 sample 0"]
     assert more["gradient/update 2 w"] == pytest.approx(5.0 * slack / 0.5)
     assert more["moment/update 2 w exp_avg"] == pytest.approx(0.1 * slack / 0.5)
 

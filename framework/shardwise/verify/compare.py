@@ -120,7 +120,6 @@ def bounds(
     scale: dict[str, float] = {}
     for name, norm in norms.items():
         scale[kind_of(name)] = math.hypot(scale.get(kind_of(name), 0.0), norm)
-    # Terms of about one may cancel out: a policy's loss where no ratio has moved.
     scale["loss"] = max(1.0, scale.get("loss", 0.0))
     found = {}
     for name, norm in norms.items():
@@ -137,13 +136,18 @@ def bounds(
             rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
             # A single number may lose nothing by luck, however often it is drawn.
             least = EPSILON[precision] * (1.0 if exact[name].dim() else ROUNDING_FACTOR)
-            found[name] = max(rounding, least * norm) + floor
+            # Terms of about one may cancel out: a policy's loss where no ratio has moved.
+            whole = max(norm, 1.0 / ROUNDING_FACTOR) if kind == "loss" else norm
+            found[name] = max(rounding, least * whole) + floor
     if optimizers:
         _widen(reference, found, optimizers)
     for name in found:
         if kind_of(name) == "logged" and lost is not None:
             found[name] = max(found[name], *_parts_of(name, found), 0.0)
     return found
+
+
+_LATER = re.compile(r"forward pass/(?:(\w+) )?step (?!1 )")
 
 
 def _widen(
@@ -179,6 +183,10 @@ def _widen(
                 found[z] += slack
             apart, whole = math.hypot(apart, slack), math.hypot(whole, reference.norms[name])
         shares[role, update] = min(1.0, apart / whole) if whole else 0.0
+    for name in reference.values:
+        if match := _LATER.match(name):
+            of_role = (share for (role, _), share in shares.items() if role == (match[1] or ""))
+            found[name] += max(of_role, default=0.0) * reference.norms[name]
 
 
 def _parts_of(name: str, found: Mapping[str, float]) -> list[float]:
