@@ -8,11 +8,10 @@ import pytest
 
 from shardwise.models.families import FAMILIES
 from shardwise.parallel.layout import CP_KINDS, SCHEDULES
-from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of
 from shardwise.verify.verifier import Verifier
 from tests.support.pool import RankPool
-from tests.verify.random_cases import PRECISIONS, draw
+from tests.verify.random_cases import PRECISIONS, STAGES, draw
 
 COUNT = 300
 
@@ -37,7 +36,7 @@ def test_what_is_drawn_holds_all_that_there_is() -> None:
     layouts = [layout for case in cases for layout in layouts_of(case.layout)]
     assert {case.recipe["model"]["family"] for case in cases} == set(FAMILIES)
     found = Counter((case.stage, case.precision) for case in cases)
-    assert len(found) == len(suite.STAGES) * len(PRECISIONS) and min(found.values()) >= 9
+    assert len(found) == len(set(STAGES)) * len(PRECISIONS) and min(found.values()) >= 9
     assert {x.schedule for x in layouts if x.pp > 1} == set(SCHEDULES)
     assert {x.cp_kind for x in layouts if x.cp > 1} == set(CP_KINDS)
     assert {x.zero for x in layouts if x.dp > 1} == {0, 1, 2, 3}

@@ -147,7 +147,7 @@ def bounds(
     return found
 
 
-_LATER = re.compile(r"forward pass/(?:(\w+) )?step (?!1 )")
+_LATER = re.compile(r"(?:forward pass|logged)/(?:(\w+) )?step (?!1 )")
 
 
 def _widen(
