@@ -48,7 +48,7 @@ def test_stopped_anywhere_and_gone_on_as_if_nothing_had_been(
     for place, call, number, hangs, said in (
         # Of two ranks one may be a step ahead: which step is saved is the ranks' to agree on.
         ("step", 1, signal.SIGTERM, False, "step"),
-        ("validation", 1, signal.SIGUSR1, True, "saved pretrain step"),
+        ("validation", 1, signal.SIGUSR1, True, "pretrain"),
         ("save", 1, signal.SIGTERM, False, "pretrain"),
         ("rollout", 2, signal.SIGHUP, True, "saved grpo step 1"),
         ("evaluation", 1, signal.SIGTERM, True, "saved"),

@@ -26,7 +26,7 @@ def test_numbers_of_ppo(tmp_path: Any) -> None:
     assert "4 prompts x 3 samples = 12 completions of at most 4 tokens (48)" in text
     assert "2 mini-batches of 2 prompts (6 completions) x 3 epochs = 6" in text
     assert "48 completions, 24 updates, 0.80 times through 20 problems" in text
-    assert roles_in_use(stage) == ["actor", "reference", "critic", "reward"]
+    assert roles_in_use(stage) == ["actor", "reference", "reward", "critic"]
     actor, critic = (role_numbers(run, stage, r, 4, 100) for r in ("actor", "critic"))
     assert (actor.ranks, actor.layout, actor.micro_batches) == ("0, 1", "dp2.zero1", 1)
     assert (critic.ranks, critic.layout, critic.micro_batches) == ("2, 3", "tp2", 1)

@@ -126,3 +126,24 @@ add(
          "        for param in group.fsdp_params:"),
     changes={"batch.global_batch": 32, "batch.micro_batch": 2}, precision="bf16",
 )  # fmt: skip
+add(
+    "completions_scored_as_answers_to_other_problems",
+    "rollouts", "llama grpo dp2.zero2", "dp", "question scores",
+    Edit("stages/rollout_worker.py",
+         "        self._score(groups)\n        if world == 1:",
+         "        self._problems = problems\n        self._score(groups)\n        if world == 1:"),
+    Edit("stages/rollout_worker.py",
+         "RewardItem(g.problem.question, text, g.problem.answer, g.problem.meta, len(tokens))\n"
+         "            for g in groups\n",
+         "RewardItem(p.question, text, p.answer, p.meta, len(tokens))\n"
+         "            for g, p in zip(groups, self._problems)\n"),
+    blind=True,
+)  # fmt: skip
+add(
+    "micro_batches_summed_in_bf16_until_the_last",
+    "dtypes", "llama pretrain dp2.zero1.pp2.zbv", "pp|dp", "between micro-batches",
+    Edit("parallel/data.py",
+         'if hasattr(param, "_unsharded_param"):\n                param.accumulate',
+         'if is_last and hasattr(param, "_unsharded_param"):\n                param.accumulate'),
+    precision="bf16", blind=True,
+)  # fmt: skip

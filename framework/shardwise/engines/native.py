@@ -160,8 +160,11 @@ class NativeEngine:
 
     def _run_in_turn(self, cuts: Sequence[Cut], sums: LossSums) -> None:
         for i, cut in enumerate(cuts):
-            data.before_microbatch(self.model, self.mesh, is_last=i == len(cuts) - 1)
+            is_last = i == len(cuts) - 1
+            data.before_microbatch(self.model, self.mesh, is_last=is_last)
             self._objective(cut, self._call(self.model, cut), sums).backward()
+            if not is_last:
+                self._note_waiting(self.model, "between micro-batches")
 
     def _run_pipeline(self, cuts: Sequence[Cut], sums: LossSums) -> None:
         layout, mesh = self.mesh.layout, self.mesh
@@ -170,6 +173,13 @@ class NativeEngine:
         work = _PipelineWork(self, cuts, lambda i, out: self._objective(cuts[i], out, sums))
         executor = pipeline.Executor(layout, mesh.groups["pp"], work)
         executor.run(pipeline.program(layout, len(cuts)))
+
+    def _note_waiting(self, chunk: nn.Module, name: str) -> None:
+        """In which dtype micro-batches' gradients are summed: once, it is the same each time."""
+        seen = self._seen.setdefault("gradients", {})
+        if not any(key.startswith(name) for key in seen):
+            seen[name] = self.precision.gradients
+            seen |= {f"{name} {str(d)[6:]}": d for d in data.waiting_dtypes(chunk)}
 
     def _objective(self, cut: Cut, output: Tensor, sums: LossSums) -> Tensor:
         scale = self.scale.value if self.scale else 1.0
@@ -432,7 +442,8 @@ class NativeEngine:
                 for n, t in self.held(kind)
                 if t.is_floating_point()  # codes are what they are
             },
-            "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None},
+            "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None}
+            | self._seen.get("gradients", {}),
             "reductions": reductions | self._seen.get("reductions", {}),
             "logits": self._seen.get("logits", {}),
         }
@@ -483,4 +494,7 @@ class _PipelineWork(pipeline.Work):
         """See `pipeline.Work`."""
         self.open[chunk] -= 1
         done = self.open[chunk] == 0
-        data.after_backward(self.engine.chunks[chunk], self.engine.mesh, is_last=done)
+        model = self.engine.chunks[chunk]
+        data.after_backward(model, self.engine.mesh, is_last=done)
+        if not done:
+            self.engine._note_waiting(model, f"stage {chunk} between micro-batches")

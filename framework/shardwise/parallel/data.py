@@ -110,6 +110,16 @@ def dtypes(model: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     return policy.param_dtype, policy.reduce_dtype or policy.param_dtype
 
 
+def waiting_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Of gradients whole on this rank that the next micro-batch's will be added to."""
+    if not isinstance(model, FSDPModule):
+        return set()
+    params = [param for group in _param_groups(model) for param in group.fsdp_params]
+    whole = [param._unsharded_param.grad for param in params if hasattr(param, "_unsharded_param")]
+    found = [*whole, *(param.unsharded_accumulated_grad for param in params)]
+    return {grad.dtype for grad in found if grad is not None}
+
+
 def before_microbatch(model: nn.Module, mesh: Mesh, *, is_last: bool) -> None:
     """Say what the coming backward pass does with gradients and gathered weights."""
     if mesh.alone:

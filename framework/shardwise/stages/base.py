@@ -153,13 +153,16 @@ class StageContext:
         keys: Sequence[str],
         compute: Callable[[], Sequence[Any]],
         *,
+        questions: Sequence[Any] | None = None,
         repeatable: bool = False,
     ) -> Sequence[Any]:
         """What comes from outside of the engines (completions, scores), an answer a key.
 
         A stage asks for it here, so that whoever verifies a layout can give it what one process
         was given. A key says what is asked for, whatever rank asks, and in whatever company.
-        ``repeatable``: the same weights always give the same answers, so they may be compared.
+        ``questions``: what is asked of each, plain data: two layouts that are given the same answer
+        may have asked for different things. ``repeatable``: the same weights always give the same
+        answers, so they may be compared.
         """
         return compute()
 

@@ -184,8 +184,9 @@ class RolloutWorker:
                 found[completion.prompt_id].append(completion)
             return [found[i] for i in ids]
 
+        keys = [f"prompt {i}" for i in ids]
         completions = self.ctx.external(
-            "completions", [f"prompt {i}" for i in ids], written, repeatable=True
+            "completions", keys, written, questions=prompts, repeatable=True
         )
         groups = [
             self._group(problems[i], id_, prompt, found)
@@ -224,7 +225,11 @@ class RolloutWorker:
             for text, tokens in zip(g.texts, g.tokens, strict=True)
         ]
         keys = [f"prompt {g.prompt_id} sample {i}" for g in groups for i in range(len(g.texts))]
-        results = iter(self.ctx.external("scores", keys, lambda: self.scorer.score(items)))
+        asked = [dataclasses.asdict(item) for item in items]
+        answers = self.ctx.external(
+            "scores", keys, lambda: self.scorer.score(items), questions=asked
+        )
+        results = iter(answers)
         for group in groups:
             found = [next(results) for _ in group.texts]
             group.rewards = [r.value for r in found]

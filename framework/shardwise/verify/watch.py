@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
 from shardwise.config.optimizers import OptimizerConfig
@@ -233,6 +235,13 @@ def _numbers(answer: Any) -> list[float]:
     return [float(answer)] if isinstance(answer, (int, float)) else []
 
 
+def _digest(question: Any) -> list[float]:
+    """Of plain data, as numbers that fp64 holds."""
+    text = json.dumps(question, sort_keys=True, default=repr)
+    whole = xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
+    return [float(whole >> 32), float(whole & 0xFFFFFFFF)]
+
+
 @dataclasses.dataclass(frozen=True)
 class WatchedContext(StageContext):
     """A stage of which all models start from their initial weights, and all is noted.
@@ -302,10 +311,13 @@ class WatchedContext(StageContext):
         keys: Sequence[str],
         compute: Callable[[], Sequence[Any]],
         *,
+        questions: Sequence[Any] | None = None,
         repeatable: bool = False,
     ) -> Sequence[Any]:
         """See `StageContext`."""
         keys = [self._asked(name, f"step {self.notes.step} {key}") for key in keys]
+        for key, question in zip(keys, questions or (), strict=questions is not None):
+            self.notes.note("question", f"{name} {key}", _digest(question))
         again = repeatable and self.asks_again
         answers = list(compute()) if self.given is None or again else []
         if again:
