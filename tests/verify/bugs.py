@@ -391,10 +391,12 @@ def gathered_logprobs_gradient_counted_by_every_rank() -> Iterator[Any]:
 def reference_that_is_another_model() -> Iterator[Any]:
     real = native.assemble
 
-    def other(config: Any, engine: Any, where: Any, seed: int, *others: Any) -> assemble.Assembled:
+    def other(
+        config: Any, engine: Any, where: Any, seed: int, *others: Any, **options: Any
+    ) -> assemble.Assembled:
         other.calls += 1  # type: ignore[attr-defined]
         again = seed + (other.calls == 2)  # type: ignore[attr-defined]
-        return real(config, engine, where, again, *others)
+        return real(config, engine, where, again, *others, **options)
 
     other.calls = 0  # type: ignore[attr-defined]
     yield _patch(native, "assemble", other)

@@ -31,7 +31,7 @@ FIRST = {
     "clipping_by_a_local_norm": "clip norm",
     "reference_that_is_another_model": "initial",
     "loss_counted_on_every_tensor_rank": "loss",
-    "generator_with_stale_weights": "generated",
+    "generator_with_stale_weights": "sent weights",
 }
 
 

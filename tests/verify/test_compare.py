@@ -213,7 +213,8 @@ def test_a_scale_of_a_whole_tensor_is_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "told"), [(0.5, 0.5), (4.0, 4.0), (0.0, 0.0), (1.5, None), (-1.0, -1.0)]
+    ("factor", "told"),
+    [(0.5, 0.5), (4.0, 4.0), (0.0, 0.0), (1.5, None), (-1.0, -1.0), (1e9, None), (1e200, None)],
 )
 def test_a_plain_factor_is_told(tmp_path: Path, factor: float, told: float | None) -> None:
     true = vector(1.0, 2.0, 3.0)

@@ -328,7 +328,7 @@ def test_the_recipes_own_layouts() -> None:
     assert own() == "dp2.zero2"
     assert own(critic={"optimizer": {"lr": 1e-3}}) == "dp2.zero2"
     placed = own(actor={"ranks": [0, 1], "engine": {"layout": "tp2"}}, critic={"ranks": [2, 3]})
-    assert placed == "actor=tp2@0-1,reference=dp2.zero2,critic=dp2.zero2@2-3,reward=dp2.zero2"
+    assert placed == "actor=tp2@0-1,reference=dp2.zero2,reward=dp2.zero2,critic=dp2.zero2@2-3"
     with pytest.raises(UserError, match="layout auto"):
         own("auto")
     with pytest.raises(UserError, match="gaps"):

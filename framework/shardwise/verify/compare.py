@@ -241,15 +241,18 @@ def compare(
 
 def _factor(exact: Tensor, parts: Iterable[Noted]) -> float | None:
     """By what a value is multiplied, if that is all and a whole number, its inverse, or zero."""
-    norm2 = float(exact.norm()) ** 2
-    square, along = (math.fsum(x) for x in zip(*((p.square, p.along) for p in parts), strict=True))
-    # An error that is parallel to the value itself: Cauchy and Schwarz become equal.
-    if not norm2 or not abs(square * norm2 - along**2) <= 1e-9 * square * norm2:
+    norm2 = float(exact.square().sum())
+    square, along = (sum(x) for x in zip(*((p.square, p.along) for p in parts), strict=True))
+    # An error that is parallel to the value itself: Cauchy and Schwarz become equal. Products of
+    # floats overflow to infinity, where powers raise.
+    if not norm2 or not abs(square * norm2 - along * along) <= 1e-9 * square * norm2 < math.inf:
         return None
     factor = 1.0 + along / norm2
-    for number in (factor, 1.0 / factor if factor else 0.0):
-        if abs(number - round(number)) <= 1e-6 and abs(number) <= 1024:
-            return 1.0 / round(number) if number != factor else float(round(number))
+    if abs(factor) <= 1024 and abs(factor - round(factor)) <= 1e-6:
+        return float(round(factor))
+    parts_of = round(1.0 / factor)
+    if 1 <= abs(parts_of) <= 1024 and abs(1.0 / factor - parts_of) <= 1e-6:
+        return 1.0 / parts_of
     return None
 
 
