@@ -247,7 +247,7 @@ def _factor(exact: Tensor, parts: Iterable[Noted]) -> float | None:
     # floats overflow to infinity, where powers raise.
     if not norm2 or not abs(square * norm2 - along * along) <= 1e-9 * square * norm2 < math.inf:
         return None
-    factor = 1.0 + along / norm2
+    factor = float(1.0 + along / norm2)
     if abs(factor) <= 1024 and abs(factor - round(factor)) <= 1e-6:
         return float(round(factor))
     parts_of = round(1.0 / factor)
