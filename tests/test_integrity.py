@@ -115,7 +115,7 @@ def test_every_damage_to_a_tokenizer_is_found(prefix: Path, name: str) -> None:
 
 
 def test_an_exported_folder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "open_model", lambda path: stand_in(breaks=False))
+    monkeypatch.setattr(convert, "open_model", lambda path, *_: stand_in(breaks=False))
     convert.convert("somewhere", tmp_path / "hf")
     models.from_hf(tmp_path / "hf")
     weights = tmp_path / "hf" / "model.safetensors"

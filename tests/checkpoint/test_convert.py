@@ -33,11 +33,11 @@ def test_nothing_half_written_stays(
     out = tmp_path / "deep" / "hf" if not exists else tmp_path / "hf"
     if exists:
         out.mkdir()
-    monkeypatch.setattr(convert, "open_model", lambda path: stand_in(breaks=True))
+    monkeypatch.setattr(convert, "open_model", lambda path, *_: stand_in(breaks=True))
     with pytest.raises(OSError, match="gone"):
         convert.convert("somewhere", out)
     assert out.exists() == exists and list(out.parent.iterdir()) == [out] * exists
-    monkeypatch.setattr(convert, "open_model", lambda path: stand_in(breaks=False))
+    monkeypatch.setattr(convert, "open_model", lambda path, *_: stand_in(breaks=False))
     convert.convert("somewhere", out)
     assert {p.name for p in out.iterdir()} == {"config.json", "hashes.json", "model.safetensors"}
     assert list(out.parent.iterdir()) == [out]
