@@ -205,7 +205,7 @@ add(
     "last_micro_batch_never_reduced",
     "accumulation", "llama pretrain dp2.zero1", "zero", "gradient",
     Edit("engines/native.py",
-         "data.before_microbatch(self.model, self.mesh, is_last=i == len(cuts) - 1)",
+         "data.before_microbatch(self.model, self.mesh, is_last=is_last)",
          "data.before_microbatch(self.model, self.mesh, is_last=i == max(0, len(cuts) - 2))"),
     changes={"batch.micro_batch": 1, "batch.global_batch": 8},
 )  # fmt: skip
