@@ -180,7 +180,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow  # ranks of a killed parent have been seen to outlive it under load
+@pytest.mark.slow  # two ranks may write into one line
 def test_a_users_script(tmp_path: Path) -> None:
     """Ranks run it only where a function of it is called, and end with it, waiting or not."""
     file = tmp_path / "script.py"
