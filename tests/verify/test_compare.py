@@ -20,6 +20,7 @@ from shardwise.verify.compare import (
     like,
     losses,
     misdealt,
+    origin,
     undeclared,
     unknown,
 )
@@ -236,3 +237,13 @@ def test_of_those_that_hold_a_value_the_wrong_ones_are_named(tmp_path: Path) -> 
     ranks = [noted(exact, {exact.order[0]: torch.tensor(v)}).found for v in (1.0, 2.0, 1.0)]
     [found] = compare(exact, {exact.order[0]: 0.0}, ranks, exact.order)
     assert found.is_bug and found.ranks == (1,)
+
+
+def test_what_lies_behind_the_first_wrong_gradient_and_is_in_parts_is_told(tmp_path: Path) -> None:
+    names = ["output/update 1 layers.0 sample 0", "output/update 1 head sample 0"]
+    gradient = "output gradient/update 1 layers.0 sample 0"
+    right, wrong = vector(1.0, 2.0)[None], vector(1.0, 3.0)[None]
+    exact = reference(tmp_path, {name: right for name in (*names, gradient)})
+    said = origin(exact, [walked(noted(exact, {names[0]: right, gradient: wrong}))])
+    assert said.startswith("it begins at the output gradient of update 1 layers.0 sample 0")
+    assert said.endswith("; behind it, head cannot be compared")

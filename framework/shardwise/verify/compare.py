@@ -448,5 +448,21 @@ def origin(reference: Reference, ranks: Sequence[Walked]) -> str:
                 return (
                     f"it begins at the {what}, token {token}, feature {feature}, on rank {rank}"
                     + (f", after {after}" if after else "")
+                    + _unseen(name, names, ranks)
                 )
     return ""
+
+
+def _unseen(gradient: str, names: Sequence[str], ranks: Sequence[Walked]) -> str:
+    """Modules that make a gradient, and whose output is on no rank as one process has it."""
+    output = gradient.replace("output gradient/", "output/")
+    if output == gradient or output not in names:
+        return ""
+    of_sample = gradient[gradient.rindex(" sample ") :]
+    later = [n for n in names[names.index(output) + 1 :] if n.startswith("output/")]
+    unseen = [
+        n.removesuffix(of_sample).split()[-1]
+        for n in later
+        if n.endswith(of_sample) and not any(n in walked.found for walked in ranks)
+    ]
+    return f"; behind it, {' and '.join(unseen)} cannot be compared" if unseen else ""
