@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.presets import ADAPTER_PRESETS
+from shardwise.config import registry
 from shardwise.config.adapters import FreezeConfig
 from shardwise.config.optimizers import AdamWConfig
+from shardwise.config.registry import discover
 from tests.adapters.support import adapter
 
 
@@ -43,3 +46,21 @@ def test_what_says_nothing_is_refused() -> None:
         low_rank(init="orthogonal", rank=3)
     with pytest.raises(ValidationError, match="targets"):
         low_rank(targets=[])
+
+
+def test_presets_fill_what_is_not_said() -> None:
+    discover()
+    literal = next(a for a in get_args(LowRankConfig.model_fields["preset"].annotation) if a)
+    assert set(get_args(literal)) == set(ADAPTER_PRESETS)
+    for name, preset in ADAPTER_PRESETS.items():
+        kind = registry.ADAPTER_CONFIGS[preset.settings["kind"]]
+        found = kind.model_validate({"kind": preset.settings["kind"], "preset": name}).model_dump()
+        assert {key: found[key] for key in preset.settings} == dict(preset.settings), name
+    assert low_rank(preset="peft_default", rank=32).rank == 32
+
+
+def test_a_preset_of_another_kind_is_refused() -> None:
+    with pytest.raises(
+        ValidationError, match="preset dora_paper is of kind dora, and kind is lora"
+    ):
+        adapter(kind="lora", preset="dora_paper")

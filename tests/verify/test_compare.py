@@ -243,7 +243,7 @@ def test_what_lies_behind_the_first_wrong_gradient_and_is_in_parts_is_told(tmp_p
     names = ["output/update 1 layers.0 sample 0", "output/update 1 head sample 0"]
     gradient = "output gradient/update 1 layers.0 sample 0"
     right, wrong = vector(1.0, 2.0)[None], vector(1.0, 3.0)[None]
-    exact = reference(tmp_path, {name: right for name in (*names, gradient)})
+    exact = reference(tmp_path, dict.fromkeys((*names, gradient), right))
     said = origin(exact, [walked(noted(exact, {names[0]: right, gradient: wrong}))])
     assert said.startswith("it begins at the output gradient of update 1 layers.0 sample 0")
     assert said.endswith("; behind it, head cannot be compared")

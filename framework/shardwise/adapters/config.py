@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shardwise.adapters.presets import ADAPTER_PRESETS, ALL_LINEAR
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.optimizers import ParameterGroup
 from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate
 
 SMALL_RANK = 4
-ALL_LINEAR = "all-linear"
 
 
 class LowRankConfig(AdapterConfig):
@@ -19,6 +19,13 @@ class LowRankConfig(AdapterConfig):
 
     magnitudes: ClassVar[bool]  # whether the norms of the rows are trained as well
 
+    preset: (
+        Literal[
+            "lora_gpt2", "qlora_paper", "dora_paper", "pissa_paper", "lora_without_regret",
+            "peft_default", "trl_default",
+        ]
+        | None
+    ) = Field(None, description="published settings, see shardwise.adapters.presets")  # fmt: skip
     rank: PositiveInt = 16
     alpha: PositiveFloat = Field(32.0, description="scaling = alpha / rank")
     rslora: bool = Field(False, description="scaling = alpha / sqrt(rank)")
@@ -34,6 +41,19 @@ class LowRankConfig(AdapterConfig):
         "off again; orthogonal: A and B random with B A = 0",
     )
     lr_ratio: Rate = Field(1.0, description="LoRA+: learning rate of B over that of A")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        preset = ADAPTER_PRESETS.get(str(data.get("preset"))) if isinstance(data, dict) else None
+        if preset is None:
+            return data
+        if data.get("kind") != preset.settings["kind"]:
+            raise ValueError(
+                f"preset {data['preset']} is of kind {preset.settings['kind']}, and kind is "
+                f"{data.get('kind')}; write the preset's kind, or leave the preset out"
+            )
+        return {**preset.settings, **data}
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:

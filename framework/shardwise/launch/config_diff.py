@@ -1,4 +1,4 @@
-"""In what two recipes, runs or presets of losses differ, value by value. No torch."""
+"""In what two recipes, runs or presets differ, value by value. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardwise.adapters.presets import ADAPTER_PRESETS
 from shardwise.config.load import load_config
+from shardwise.config.presets import Preset
 from shardwise.config.redact import redact_data
 from shardwise.errors import UserError
 from shardwise.losses.presets import FAMILIES
 
+TABLES: Mapping[str, Mapping[str, Preset]] = {**FAMILIES, "adapter": ADAPTER_PRESETS}
 RUN_FILE = "config.yaml"  # a run's recipe, with every default
 
 
@@ -69,7 +72,7 @@ def _presets(a: str, b: str) -> ConfigDiff:
         raise UserError(
             f"{a} and {b}: not presets of one family ({known}); write FAMILY:NAME for one of them"
         )
-    table = FAMILIES[families[0]]
+    table = TABLES[families[0]]
     left, right = (table[text.rpartition(":")[2]] for text in (a, b))
     told = tuple(f"{text}: {p.source}" for text, p in ((a, left), (b, right)))
     return ConfigDiff(_differences(left.settings, right.settings), told)
@@ -78,9 +81,9 @@ def _presets(a: str, b: str) -> ConfigDiff:
 def _family_of(text: str) -> list[str]:
     """The families that have a preset of this name; UserError if none has."""
     family, _, name = text.rpartition(":")
-    found = [f for f, table in FAMILIES.items() if name in table and family in ("", f)]
+    found = [f for f, table in TABLES.items() if name in table and family in ("", f)]
     if not found:
-        known = ", ".join(f"{f}:{name}" for f, table in FAMILIES.items() for name in table)
+        known = ", ".join(f"{f}:{name}" for f, table in TABLES.items() for name in table)
         raise UserError(f"{text}: no recipe, no run and no preset; presets: {known}")
     return found
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from shardwise.config.presets import Preset
 from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
-from shardwise.losses.presets import PPO_PRESETS, PRESETS, Preset
+from shardwise.losses.presets import PPO_PRESETS, PRESETS
 
 AdvantageKind = Literal["group_std", "group", "rloo", "reinforce_pp"]
 Aggregation = Literal[

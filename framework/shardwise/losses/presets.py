@@ -6,18 +6,9 @@ overlong penalties) belongs to the stage, and ``length_constant`` to the user's 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """Settings of a loss's config, with their source."""
-
-    source: str
-    settings: Mapping[str, Any]
-
+from shardwise.config.presets import Preset
 
 PRESETS: dict[str, Preset] = {
     "grpo_deepseekmath": Preset(
