@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from shardwise.adapters.config import ALL_LINEAR, LowRankConfig
+from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.presets import ALL_LINEAR
 from shardwise.config.adapters import FreezeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import registry
