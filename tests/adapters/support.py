@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.registry import build_engine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel.layout import parse_layout
+from shardwise.verify.roles import world_of
 from tests.support import toy
+from tests.support.pool import RankPool
 
 LR, ROWS, UPDATES = 1e-2, 4, 2
 CPU = torch.device("cpu")
 
 
 def adapter(kind: str = "lora", **keys: Any) -> AdapterConfig:
-    """Of rank 4 unless ``keys`` say otherwise."""
+    """Small, unless ``keys`` say otherwise."""
     discover()
-    fields = {"kind": kind, "rank": 4} | keys
+    fields = {"kind": kind} | ({"size": 6} if kind == "bottleneck" else {"rank": 4}) | keys
     found: AdapterConfig = registry.ADAPTER_CONFIGS[kind].model_validate(fields)
     return found
 
@@ -89,6 +92,24 @@ def train_native(
 ) -> dict[str, torch.Tensor]:
     """`train` of a native engine; for `RankPool.run`."""
     return train(native(model, asked, layout, **keys), micro)
+
+
+def assert_alike(
+    ranks: RankPool,
+    model: Any,
+    asked: Any,
+    layout: str,
+    micro: int = ROWS,
+    *,
+    both: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> None:
+    """A layout comes to what the plain engine comes to; ``both``: keys that its config has, too."""
+    wanted = train(plain(model, asked, **(both or {})))
+    world, keys = world_of(layout), {**keys, **(both or {})}
+    for found in ranks.run(train_native, model, asked, layout, micro, world=world, **keys):
+        error, name = worst(found, wanted)
+        assert error < 1e-9, (name, layout)
 
 
 def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:

@@ -12,7 +12,16 @@ from shardwise.engines.native import NativeEngine
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
 from shardwise.verify.pool import RankError
-from tests.adapters.support import adapter, native, plain, train, train_native, update, worst
+from tests.adapters.support import (
+    adapter,
+    assert_alike,
+    native,
+    plain,
+    train,
+    train_native,
+    update,
+    worst,
+)
 from tests.support import toy
 from tests.support.pool import RankPool
 
@@ -24,21 +33,14 @@ UNTIED: dict[str, Any] = {"tie_embeddings": False}
 @pytest.mark.parametrize("layout", ["dp2.zero3", "tp2.sp", "pp2"])
 def test_a_layout_changes_nothing(ranks: RankPool, layout: str) -> None:
     """Of rows that are not whole blocks, which tp cuts within."""
-    model = toy.llama(**UNTIED)
     for asked in (NF4, INT8):
-        wanted = train(plain(model, asked))
-        for found in ranks.run(train_native, model, asked, layout, 1, world=2):
-            error, name = worst(found, wanted)
-            assert error < 1e-9, name
+        assert_alike(ranks, toy.llama(**UNTIED), asked, layout, 1)
 
 
 def test_shared_heads_and_working_precision(ranks: RankPool) -> None:
     dora = adapter("dora", quantise="nf4")
     model = toy.llama(num_kv_heads=1, qkv_bias=True)
-    wanted = train(plain(model, dora))
-    for found in ranks.run(train_native, model, dora, "tp2", world=2):
-        error, name = worst(found, wanted)
-        assert error < 1e-9, name
+    assert_alike(ranks, model, dora, "tp2")
     wanted = train(plain(model, dora, "bf16"))
     found = ranks.run(train_native, model, dora, "dp2.zero2", world=2, precision="bf16")[0]
     first = {n: v for n, v in wanted.items() if n.startswith(("initial", "0 "))}
@@ -51,12 +53,8 @@ def test_shared_heads_and_working_precision(ranks: RankPool) -> None:
     "layout", ["dp2.zero3.tp2.sp", "tp2.sp.pp2.zbv", "dp4.hsdp2.zero3", "tp4", "cp2.pp2"]
 )
 def test_axes_together(ranks: RankPool, layout: str) -> None:
-    model = toy.llama(**UNTIED, num_layers=4)
     for asked in (NF4, INT8):
-        wanted = train(plain(model, asked))
-        for found in ranks.run(train_native, model, asked, layout, 1, world=4):
-            error, name = worst(found, wanted)
-            assert error < 1e-9, name
+        assert_alike(ranks, toy.llama(**UNTIED, num_layers=4), asked, layout, 1)
 
 
 def held(model: Any, asked: Any, layout: str) -> tuple[int, int, bool]:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from shardwise.adapters.config import LowRankConfig
 from shardwise.adapters.low_rank import LowRankAdapter
+from shardwise.adapters.registry import build_adapter
+from shardwise.config.adapters import AdapterConfig
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.memory import ModelShape, Part, Place, Work, occupancy
 from shardwise.parallel.full_tensor import local_tensor
@@ -20,13 +21,17 @@ from tests.support import toy
 from tests.support.pool import RankPool
 
 MODEL = toy.llama(vocab_size=64, qkv_bias=False)
-ASKED = adapter("dora", init="pissa", targets=["q", "o", "down"])
+ASKED = {
+    "dora": adapter("dora", init="pissa", targets=["q", "o", "down"]),
+    "sequential": adapter("bottleneck"),
+    "parallel": adapter("bottleneck", placement="parallel"),
+}
 WORK = Work(12, 2, master_bytes=4, compute_bytes=4)
 
 
-def held(layout: str) -> dict[str, int]:
+def held(layout: str, asked: AdapterConfig) -> dict[str, int]:
     """Bytes on this rank: of parameters, of gradients before an update, of moments."""
-    engine: Any = native(MODEL, ASKED, layout, precision="fp32")
+    engine: Any = native(MODEL, asked, layout, precision="fp32")
     batch = toy.batch(4).split(4 // engine.data_size)[engine.data_rank]
     engine.forward_backward([batch], CausalLM())
 
@@ -43,13 +48,14 @@ def held(layout: str) -> dict[str, int]:
     }
 
 
+@pytest.mark.parametrize("kind", ASKED)
 @pytest.mark.parametrize("layout", ["tp2", "dp2.zero3"])
-def test_formulas_are_what_ranks_hold(ranks: RankPool, layout: str) -> None:
-    assert isinstance(ASKED, LowRankConfig)
-    shape = model_shape(MODEL, LowRankAdapter(ASKED, MODEL).shape())
+def test_formulas_are_what_ranks_hold(ranks: RankPool, layout: str, kind: str) -> None:
+    asked = ASKED[kind]
+    shape = model_shape(MODEL, build_adapter(asked, MODEL).shape())
     place = place_of(MODEL, parse_layout(layout, 2), 0, 1)
     found = occupancy(shape, place, WORK)
-    for measured in ranks.run(held, layout, world=2):
+    for measured in ranks.run(held, layout, asked, world=2):
         assert measured == {
             "masters": found.master_shards,
             "gradients": found.gradients,

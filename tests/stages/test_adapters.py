@@ -175,8 +175,10 @@ class Faulty:
         yield from now.items()
 
 
-def test_weights_without_the_adapter_of_now_are_caught_at_the_first_sync() -> None:
-    engine = plain(toy.llama(), adapter(), precision="fp32")
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_weights_without_the_adapter_of_now_are_caught_at_the_first_sync(kind: str) -> None:
+    asked = adapter(kind)
+    engine = plain(toy.llama(), asked, precision="fp32")
     base = {n: w.clone() for n, w in engine.weights()}
     update(engine, 0)
     stale = {n: w.clone() for n, w in engine.weights()}
@@ -184,7 +186,8 @@ def test_weights_without_the_adapter_of_now_are_caught_at_the_first_sync() -> No
     worker = object.__new__(RolloutWorker)
     worker.ctx = SimpleNamespace(model=toy.llama())  # type: ignore[assignment]
     worker.dtype = torch.bfloat16
-    worker.generator = Generator(toy.llama(), worker.dtype, accelerate=False)
+    beside = None if asked.merges else asked
+    worker.generator = Generator(toy.llama(), worker.dtype, accelerate=False, adapter=beside)
     worker._adapter_arrived = False
     caught = 0
     for draw in range(25):
@@ -196,5 +199,7 @@ def test_weights_without_the_adapter_of_now_are_caught_at_the_first_sync() -> No
     assert caught == 100
     worker.sync(engine)
     assert worker._adapter_arrived
-    named = build_adapter(adapter(), toy.llama()).merge(engine.full("weights"))
+    named = engine.full("weights")
+    if asked.merges:
+        named = build_adapter(asked, toy.llama()).merge(named)
     assert worker.generator.checksum == worker.generator.load(named, hf_names=False)

@@ -9,7 +9,9 @@ import dataclasses
 
 from tests.verify.edits import Edit
 
-LORA, START, MERGE = (f"adapters/{name}.py" for name in ("lora", "start", "merge"))
+LORA, START, MERGE, BOTTLENECK = (
+    f"adapters/{name}.py" for name in ("lora", "start", "merge", "bottleneck")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ BUGS: dict[str, AdapterBug] = {
         "partial sums", LORA, 'None: Cut(_WHOLE, _WHOLE, ("A", "B", "magnitude")),',
         'None: Cut(_WHOLE, _WHOLE, ("A",)),', case="shared head"),
     "frozen_base_is_updated": _bug(
-        "frozen", LORA, "    model.requires_grad_(False)\n    if",
+        "frozen", "adapters/targets.py", "    model.requires_grad_(False)\n    if",
         "    model.requires_grad_(True)\n    if", case="lora", layout="dp2.zero2"),
     "frozen_by_the_layer_behind": _bug(
         "frozen", "adapters/targets.py", "< model.num_layers - last", "<= model.num_layers - last",
@@ -88,5 +90,22 @@ BUGS: dict[str, AdapterBug] = {
         "torch.linalg.vector_norm(result, dim=0, keepdim=True)[:, :1]"),
     "served_without_what_was_taken_off": _bug(
         "merging", MERGE, 'if "A0" in parts:', 'if "A1" in parts:'),
+    "bottleneck_not_scaled": _bug(
+        "bottleneck", BOTTLENECK, "return self.scaling * F.linear(hidden_BTM,",
+        "return F.linear(hidden_BTM,", case="parallel"),
+    "bottleneck_partial_bias_missing": _bug(
+        "bottleneck", BOTTLENECK, '        ("up_bias",),\n', "        (),\n", case="parallel"),
+    "bottleneck_of_each_ranks_tokens_not_summed": _bug(
+        "bottleneck", BOTTLENECK, '("down", "down_bias", "up", "up_bias"),\n    ),',
+        '("down_bias", "up", "up_bias"),\n    ),', case="sequential"),
+    "bottleneck_bias_of_every_rank": _bug(
+        "bottleneck", BOTTLENECK, "return out_BTD + self.product(self.given_BTD)",
+        "return out_BTD + self.product(self.given_BTD) + self.bias()", case="parallel"),
+    "bottleneck_of_what_stands_before_attention": _bug(
+        "bottleneck", BOTTLENECK, "return out_BTD + adapter.product(out_BTD) + adapter.bias()",
+        "return out_BTD + adapter.product(x_BTD) + adapter.bias()", case="sequential",
+        layout="dp2.zero3"),
+    "bottleneck_far_from_nothing_at_the_start": _bug(
+        "bottleneck", BOTTLENECK, 'InitSpec("normal", self.config.init_std)',
+        'InitSpec("normal")', case="sequential", layout="dp2.zero3"),
 }  # fmt: skip
-BY_KIND = {bug.kind: name for name, bug in reversed(BUGS.items())}

@@ -234,10 +234,10 @@ add(
     "stale weights", "llama grpo tp2", "weights|rollout|tp",
     "weights|tokens|sampled|generated|rollout",
     Edit("engines/native.py",
-         "        yield from registry.to_hf_tensors(self.model_config, named)",
+         "        yield from to_hf_tensors(self.model_config, named)",
          "        if not hasattr(self, \"_sent\"):\n"
          "            copies = ((n, t.clone()) for n, t in named)\n"
-         "            self._sent = list(registry.to_hf_tensors(self.model_config, copies))\n"
+         "            self._sent = list(to_hf_tensors(self.model_config, copies))\n"
          "        yield from self._sent"),
     changes=SMALL,
 )  # fmt: skip

@@ -49,4 +49,3 @@ BUGS: dict[str, AdapterBug] = {
         "product", HOST, "return Operand(self.kept, rows)",
         "return Operand(self.kept, slice(0, rows.stop - rows.start))", case="int8", layout="tp4"),
 }  # fmt: skip
-BY_KIND = {bug.kind: name for name, bug in reversed(BUGS.items())}

@@ -1,4 +1,5 @@
-"""Adapters by the whole path of verify, and planted bugs in them: all are caught."""
+"""Adapters, and a base in few bits below them, by the whole path of verify; planted bugs in both:
+all are caught."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from shardwise.verify.verifier import Verifier
 from tests.adapters.support import adapter, plain, train, train_native, worst
 from tests.support import toy
 from tests.support.pool import RankPool
-from tests.verify.adapter_bugs import BUGS, BY_KIND, AdapterBug
-from tests.verify.edits import run_edited
+from tests.verify import adapter_bugs, quant_bugs
+from tests.verify.adapter_bugs import AdapterBug
+from tests.verify.edits import applied, run_edited
 
 CASES: dict[str, tuple[Any, Any]] = {
     "lora": (toy.llama(), adapter(dropout=0.2)),
@@ -25,7 +27,14 @@ CASES: dict[str, tuple[Any, Any]] = {
     "shared head": (toy.llama(num_kv_heads=1), adapter("dora", init="orthogonal", targets=["k"])),
     "two shared heads": (toy.llama(num_layers=1), adapter("dora", targets=["k"])),
     "last layer": (toy.llama(), FreezeConfig(train_last=1)),
+    "sequential": (toy.llama(), adapter("bottleneck", size=6)),
+    "parallel": (toy.llama(), adapter("bottleneck", placement="parallel", size=6)),
+    "nf4": (toy.llama(), adapter(quantise="nf4")),
+    "int8": (toy.llama(), adapter("dora", quantise="int8")),
+    "wide": (toy.llama(hidden_size=128, ffn_size=192, num_layers=1), adapter(quantise="nf4")),
 }
+BUGS = {**adapter_bugs.BUGS, **quant_bugs.BUGS}
+BY_KIND = {bug.kind: name for name, bug in reversed(BUGS.items())}
 
 
 @functools.cache
@@ -43,6 +52,12 @@ def is_caught(ranks: RankPool, bug: AdapterBug, *, planted: bool = True) -> bool
         return True
     one = wanted(bug.case)
     return any(f.keys() != one.keys() or worst(f, one)[0] > 1e-9 for f in found)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_every_edit_fits_the_source(name: str) -> None:
+    with applied(BUGS[name].edits) as changed:
+        assert changed
 
 
 @pytest.mark.parametrize("name", sorted(BY_KIND.values()))
@@ -76,6 +91,9 @@ def check(ranks: RankPool, stage: str, asked: dict[str, Any], *layouts: str, **h
 
 LORA = {"adapter": {"kind": "lora", "rank": 8, "dropout": 0.1, "targets": ["all-linear", "head"]}}
 DORA = {"adapter": {"kind": "dora", "rank": 8, "init": "pissa"}}
+SERIES = {"adapter": {"kind": "bottleneck"}}
+BESIDE = {"adapter": {"kind": "bottleneck", "placement": "parallel", "activation": "gelu"}}
+NAMES = ["lora", "dora", "sequential", "parallel"]
 
 
 def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
@@ -84,7 +102,7 @@ def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
-@pytest.mark.parametrize("asked", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize("asked", [LORA, DORA, SERIES, BESIDE], ids=NAMES)
 def test_verify_passes_on_every_axis(ranks: RankPool, stage: str, asked: dict[str, Any]) -> None:
     layouts = ("tp2.sp", "dp2.zero3", "pp2.1f1b", "cp2.ring", "dp2.zero3.tp2.sp")
     check(ranks, stage, asked, *layouts, whole=True)

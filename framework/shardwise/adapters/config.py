@@ -11,7 +11,7 @@ from shardwise.config.adapters import AdapterConfig
 from shardwise.config.optimizers import ParameterGroup
 from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate
 
-SMALL_RANK = 4
+SMALL_RANK, SMALL_SIZE = 4, 6
 
 
 class LowRankConfig(AdapterConfig):
@@ -103,3 +103,35 @@ class DoraConfig(LowRankConfig):
     magnitudes: ClassVar[bool] = True
 
     kind: Literal["dora"]
+
+
+class BottleneckConfig(AdapterConfig):
+    """A small network in each block: ``s (up act(down x + b) + c)``, near zero at the start.
+
+    Houlsby et al. 2019 (sequential; section 2.1, near-identity by weights of deviation 0.01),
+    He et al. 2022 (parallel; section 3.3, scaled by 4).
+    """
+
+    merges: ClassVar[bool] = False
+
+    kind: Literal["bottleneck"]
+    placement: Literal["sequential", "parallel"] = Field(
+        "sequential",
+        description="sequential: behind attention and behind the MLP, of what they give; parallel: "
+        "beside the MLP, of what it is given",
+    )
+    size: PositiveInt = Field(64, description="features between the two products")
+    activation: Literal["relu", "gelu"] = "relu"
+    scale: PositiveFloat | None = Field(None, description="None: 1 if sequential, 4 if parallel")
+    init_std: PositiveFloat = Field(0.01, description="of both products' initial weights")
+
+    @property
+    def scaling(self) -> float:
+        """What the network's result is multiplied by."""
+        if self.scale is not None:
+            return self.scale
+        return 1.0 if self.placement == "sequential" else 4.0
+
+    def shrunk(self) -> Self:
+        """See `AdapterConfig`."""
+        return self.model_copy(update={"size": min(self.size, SMALL_SIZE), "start": "new"})

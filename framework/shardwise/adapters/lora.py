@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from shardwise.adapters.config import LowRankConfig
-from shardwise.adapters.targets import MARK, Target
+from shardwise.adapters.targets import MARK, Target, stand_still
 from shardwise.models.common.decoder import Decoder
 from shardwise.ops import rng
 from shardwise.ops.dropout import dropout
@@ -165,13 +165,9 @@ class LowRankRows(LowRank):
 def attach(model: Decoder, targets: list[Target], config: LowRankConfig) -> list[str]:
     """Adapt modules of a part of a model (on the meta device), in place; all else stands still.
 
-    But for a scalar head, which no pre-training made.
-
     Returns the names of the parameters whose gradients are partial sums over tp ranks.
     """
-    model.requires_grad_(False)
-    if model.config.head == "scalar" and model.head is not None:
-        model.head.requires_grad_(True)  # it is new
+    stand_still(model)
     partial: list[str] = []
     inside, behind = Keys(), Keys()
     present = dict(model.named_modules())

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shardwise.adapters.config import DoraConfig, LoraConfig
+from shardwise.adapters.config import BottleneckConfig, DoraConfig, LoraConfig
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.registry import register_adapter_config
 
@@ -38,3 +38,4 @@ def build_adapter(config: AdapterConfig, model: DecoderConfig) -> Adapter:
 
 for _kind, _config in (("lora", LoraConfig), ("dora", DoraConfig)):
     register_adapter(_kind, _config, "shardwise.adapters.low_rank:LowRankAdapter")
+register_adapter("bottleneck", BottleneckConfig, "shardwise.adapters.bottleneck:BottleneckAdapter")

@@ -35,6 +35,13 @@ def is_adapter(name: str) -> bool:
     return f".{MARK}." in name
 
 
+def stand_still(model: Decoder) -> None:
+    """Train nothing of a part of a model but a scalar head, which no pre-training made."""
+    model.requires_grad_(False)
+    if model.config.head == "scalar" and model.head is not None:
+        model.head.requires_grad_(True)
+
+
 def targets(model: DecoderConfig, config: LowRankConfig) -> list[Target]:
     """The modules that the patterns of ``targets`` name, in the model's order.
 

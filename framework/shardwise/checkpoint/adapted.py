@@ -96,11 +96,18 @@ def base_of(path: Path, base: Mapping[str, Any]) -> Path | None:
 def merged(
     path: Path, model: DecoderConfig, config: AdapterConfig, base: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the whole model: those of ``base`` with the adapter of ``path`` in them."""
-    adapter = build_adapter(config, model)
+    """The tensors of the whole model: those of ``base`` with the adapter of ``path`` in them.
+
+    Of one that cannot be merged, base and adapter, one behind the other.
+    """
+    own, adapter = own_tensors(path), build_adapter(config, model)
     if config.quantise is not None:
         base = read_back(base, config.quantise, model)
-    yield from adapter.merge(beside(base, own_tensors(path)))
+    if config.merges:
+        yield from adapter.merge(beside(base, own))
+        return
+    yield from ((name, own.get(name, tensor)) for name, tensor in base)
+    yield from ((name, tensor) for name, tensor in own.items() if is_adapter(name))
 
 
 def own_tensors(path: Path) -> dict[str, Tensor]:

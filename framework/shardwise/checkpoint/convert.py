@@ -42,13 +42,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    """A model on disk. ``tensors`` (full, under our names, CPU) can be iterated once."""
+    """A model on disk. ``parts`` (full tensors, under our names, CPU) can be iterated once."""
 
     format: Literal["native", "hf", "gguf", "peft"]
     config: ModelConfig
-    tensors: Iterator[tuple[str, Tensor]]
+    parts: Iterator[tuple[str, Tensor]]  # of the model, and of an adapter that stands beside it
     files: dict[str, bytes]  # what travels with it (`models.travel`)
-    adapter: AdapterConfig | None = None  # merged into ``tensors``
+    adapter: AdapterConfig | None = None  # merged into ``parts``, or among them
+    path: Path = Path()
+
+    @property
+    def beside(self) -> AdapterConfig | None:
+        """The adapter, if it cannot be merged."""
+        return None if self.adapter is None or self.adapter.merges else self.adapter
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``parts``, of a plain model. Raises UserError for one with an adapter beside it."""
+        if self.beside is not None:
+            raise UserError(
+                f"{self.path}: its adapter of kind {self.beside.kind} is no change of weights and "
+                "cannot be merged; serve it as it is (generate, evaluate), go on with it "
+                "(adapter.start: parent), or train lora or dora for a plain model"
+            )
+        return self.parts
 
     @property
     def has_tokenizer(self) -> bool:
@@ -138,7 +155,7 @@ def _open_native(path: Path) -> OpenModel:
         adapter, base = said
         assert isinstance(config, DecoderConfig)
         tensors = _merged(path, config, adapter, base)
-        return OpenModel("native", config, tensors, travel.among(files), adapter)
+        return OpenModel("native", config, tensors, travel.among(files), adapter, path)
     prefix = "model."
     tensors = (
         (name.removeprefix(prefix), tensor)
@@ -150,7 +167,7 @@ def _open_native(path: Path) -> OpenModel:
 def _merged(
     path: Path, model: DecoderConfig, adapter: AdapterConfig, base: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """An adapter's checkpoint as a whole model. Its base is opened with the first tensor."""
+    """An adapter's checkpoint with its base. The latter is opened with the first tensor."""
     place = adapted.base_of(path, base)
     if place is None:
         tensors = adapted.initial_tensors(model, int(base["seed"]))
@@ -202,6 +219,8 @@ def convert(
     model = open_model(source, None if base is None else Path(base))
     holds_adapter = model.adapter is not None or model.format == "peft"
     forms = {"native": "peft", "peft": "native"}  # of an adapter by itself
+    if model.beside is not None:
+        _ = model.tensors  # says why not
     if to == "peft" and model.adapter is None:
         raise UserError(f"{source}: holds no adapter of a stage's, and PEFT's form is for those")
     if holds_adapter and not merge_adapter and forms[model.format] != to:

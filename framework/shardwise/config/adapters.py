@@ -6,7 +6,7 @@ package registers a kind of its own by the entry-point group ``shardwise.adapter
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
@@ -18,8 +18,11 @@ from shardwise.config.section import PositiveInt, Section
 class AdapterConfig(Section):
     """What every kind has: small trained parts beside a model that stands still.
 
-    Kinds derive from it, fix ``kind`` and register themselves.
+    Kinds derive from it, fix ``kind`` and register themselves. ``merges``: whether a plain model's
+    weights can say the same; else base and adapter are served side by side.
     """
+
+    merges: ClassVar[bool] = True
 
     kind: str
     start: Literal["new", "parent"] = Field(

@@ -144,7 +144,8 @@ class Engine(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, one at a time; a collective call.
 
-        Those of a plain model: an adapter is merged.
+        Those of a plain model: an adapter is merged. One that cannot be comes behind them, under
+        our names.
         """
         ...
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from shardwise.adapters.served import to_hf_tensors
 from shardwise.adapters.targets import is_adapter
 from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.assemble import assemble
@@ -23,7 +24,6 @@ from shardwise.engines.reduction import LossSums, broadcast_from_last, sum_over
 from shardwise.engines.shared_base import SharedBase
 from shardwise.errors import ShardwiseError
 from shardwise.losses.contract import Loss
-from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import place
 from shardwise.ops import comm
@@ -346,11 +346,11 @@ class NativeEngine:
         """Full tensors under Hugging Face names, one at a time; every rank must iterate."""
         self._reshard()
         named = self.named.stream(lambda p: p.data)
-        if self.adapter is not None:
+        if self.adapter and self.adapter_config and self.adapter_config.merges:
             named = self.adapter.merge(named)
         if dtype is not None:
             named = ((name, value.to(dtype)) for name, value in named)
-        yield from registry.to_hf_tensors(self.model_config, named)
+        yield from to_hf_tensors(self.model_config, named)
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
         """See `engines.base.Engine`; of a full tensor, a rank copies its own part."""

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.served import to_hf_tensors
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Scaled, Setup, Share, State
-from shardwise.engines.plain_adapters import PlainAdapter, freeze
+from shardwise.engines.plain_adapters import PlainBottleneck, PlainLowRank, freeze, plain_adapter
 from shardwise.engines.plain_batch import documents, join, pad
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.engines.plain_domains import PlainFp8
@@ -72,12 +72,11 @@ class PlainEngine:
         with setup.device:
             self.model = registry.build(setup.model).to(self.precision.master)
         init_weights(self.model, setup.seed)
-        self.adapter: PlainAdapter | None = None
+        self.adapter: PlainLowRank | PlainBottleneck | None = None
         self.adapter_config = setup.trained.adapter
         self.few_bits: str | None = None
         if setup.trained.adapter is not None:
-            assert isinstance(setup.trained.adapter, LowRankConfig)
-            self.adapter = PlainAdapter(setup.trained.adapter, self.model)
+            self.adapter = plain_adapter(setup.trained.adapter, self.model)
             self.few_bits = setup.trained.adapter.quantise
         if setup.trained.freeze is not None:
             freeze(self.model, setup.trained.freeze)
@@ -92,9 +91,9 @@ class PlainEngine:
         if setup.config.fp8 is not None:
             domains = setup.config.domains
             self.fp8 = PlainFp8(setup.config.fp8, domains, self.model, setup.device)
-        self.has_dropout = setup.model != setup.model.without_dropout()
-        if self.adapter is not None and self.adapter.config.dropout > 0:
-            self.has_dropout = True
+        self.has_dropout = setup.model != setup.model.without_dropout() or (
+            self.adapter is not None and self.adapter.has_dropout
+        )
         self.optimizer: Any = None  # of torch.optim, or a reference
         if setup.optimizer is not None:
             self.optimizer = build_optimizer(self.trained, setup.optimizer)
@@ -320,9 +319,9 @@ class PlainEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         named = self.held("weights")
-        if self.adapter is not None:
+        if self.adapter is not None and self.adapter.config.merges:
             named = self.adapter.merged(named)
-        yield from registry.to_hf_tensors(self.model_config, named)
+        yield from to_hf_tensors(self.model_config, named)
 
     def start_adapter(self) -> None:
         """See `engines.base.Engine`."""

@@ -7,6 +7,9 @@
   2024, equations 2 to 4).
 - DoRA: ``m (W + B A) / |W + B A|``, the norm of each output's weights a constant in the backward
   pass (Liu et al. 2024, equations 5 and 11).
+- Bottleneck adapters: ``h + s (W_up f(W_down h + b) + c)`` of what attention and the MLP give
+  (Houlsby et al. 2019, figure 2), or of the MLP's input, added to its output (He et al. 2022,
+  table 1: "scaled parallel adapter"); both weights normal, close to zero, and biases zero.
 
 The native engine never imports this, nor this what it adapts with.
 """
@@ -21,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.adapters.config import LowRankConfig
-from shardwise.config.adapters import FreezeConfig
+from shardwise.adapters.config import BottleneckConfig, LowRankConfig
+from shardwise.config.adapters import AdapterConfig, FreezeConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.init import InitSpec, init_tensor
 from shardwise.ops import rng
@@ -31,7 +34,17 @@ from shardwise.ops.dropout import dropout
 # Shape suffixes: B sequences, T tokens, I input and O output features.
 
 
-class PlainAdapter:
+def plain_adapter(config: AdapterConfig, model: Decoder) -> PlainLowRank | PlainBottleneck:
+    """The adapter of a kind on a model, which stands still from then on, but for a scalar head."""
+    model.requires_grad_(False)
+    model.head.requires_grad_(model.config.head == "scalar")
+    if isinstance(config, BottleneckConfig):
+        return PlainBottleneck(config, model)
+    assert isinstance(config, LowRankConfig)
+    return PlainLowRank(config, model)
+
+
+class PlainLowRank:
     """LoRA or DoRA on a model of plain modules, as hooks behind them."""
 
     def __init__(self, config: LowRankConfig, model: Decoder) -> None:
@@ -41,8 +54,7 @@ class PlainAdapter:
         for path, module in model.named_modules():
             if any(self._names(path, pattern) for pattern in config.targets):
                 self.adapted[path] = module
-        model.requires_grad_(False)
-        model.head.requires_grad_(model.config.head == "scalar")
+        self.has_dropout = config.dropout > 0
         for path, module in self.adapted.items():
             module.add_module("adapter", self._parts(module))
             module.register_forward_hook(self._hook(path, isinstance(module, nn.Embedding)))
@@ -172,6 +184,58 @@ class PlainAdapter:
                     result = magnitude / result.norm(dim=1, keepdim=True) * result
                 value = result.to(value.dtype)
             yield name, value
+
+
+class PlainBottleneck:
+    """Small networks in every block, as hooks behind attention and MLP."""
+
+    has_dropout = False
+
+    def __init__(self, config: BottleneckConfig, model: Decoder) -> None:
+        self.config, width = config, model.config.hidden_size
+        self.scale = config.scale or {"sequential": 1.0, "parallel": 4.0}[config.placement]
+        self.own: dict[str, nn.Module] = {}
+        for i, block in enumerate(model.layers):
+            hosts: dict[str, Any] = {f"layers.{i}.mlp": block.mlp}
+            if config.placement == "sequential":
+                hosts[f"layers.{i}.attn"] = block.attn
+            for path, module in hosts.items():
+                self.own[f"{path}.adapter"] = own = nn.Module()
+                weight = module.down.weight if path.endswith("mlp") else module.o.weight
+                shapes = {
+                    "down": (config.size, width),
+                    "down_bias": (config.size,),
+                    "up": (width, config.size),
+                    "up_bias": (width,),
+                }
+                for name, shape in shapes.items():
+                    own.register_parameter(name, nn.Parameter(weight.new_zeros(shape)))
+                module.add_module("adapter", own)
+                module.register_forward_hook(self._added)
+
+    def _added(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        own = module.adapter
+        x = output if self.config.placement == "sequential" else args[0]
+        hidden = x @ own.down.T + own.down_bias
+        if self.config.activation == "relu":
+            hidden = hidden.clamp(min=0)
+        else:
+            hidden = torch.nn.functional.gelu(hidden)
+        return output + self.scale * (hidden @ own.up.T + own.up_bias)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def start(self, seed: int) -> None:
+        """Weights close to zero, and no biases."""
+        for path, own in self.own.items():
+            for name, value in own.named_parameters():
+                value.zero_()
+                if value.dim() == 2:
+                    spec = InitSpec("normal", self.config.init_std)
+                    value.copy_(init_tensor(f"{path}.{name}", tuple(value.shape), spec, seed))
+
+    def merged(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """No plain model computes the same."""
+        raise NotImplementedError
 
 
 def freeze(model: Decoder, config: FreezeConfig) -> None:

@@ -62,8 +62,15 @@ def block(model: ModelShape, place: Place, work: Work) -> int:
     n, c = tokens(place, work), work.compute_bytes
     inputs = 2 * n * c * model.hidden_size
     ffn = 4 * n * c * -(-model.ffn_size // place.tp)
-    if model.adapted is not None:  # what A gives B
-        ffn += n * c * model.adapted.rank * len(model.adapted.layers)
+    if (adapted := model.adapted) is not None:
+        ffn += n * c * adapted.rank * len(adapted.layers)  # what A gives B
+        # Of a network between two products: what is given to the first, before and behind its
+        # activation; one beside the MLP is given what the MLP keeps already.
+        seen, between = stream_tokens(place, work), adapted.bottleneck
+        if adapted.cut:
+            seen, between = n, -(-between // place.tp)
+        kept = 2 * between + (0 if adapted.cut else model.hidden_size)
+        ffn += seen * c * kept * adapted.per_block
     return 2 * _norm(model, place, work) + inputs + _attention(model, place, work) + ffn
 
 

@@ -51,7 +51,9 @@ def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
             found += [Matrix(*shape) for shape in factors]
             found += [Matrix(*shape, trained=False) for shape in factors if adapted.subtracted]
             found += [Matrix(rows)] if adapted.magnitudes else []
-    return found
+    between = -(-adapted.bottleneck // tp) if adapted.cut else adapted.bottleneck
+    network = [Matrix(between, d), Matrix(between), Matrix(d, between), Matrix(d)]
+    return found + network * adapted.per_block
 
 
 def end_matrices(model: ModelShape, place: Place, part: Part) -> list[Matrix]:

@@ -12,16 +12,21 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """Low-rank updates of linear layers in all blocks; all else stands still.
+    """What is trained in all blocks; all else stands still.
 
-    ``layers``: by last name (q, k, v, o, gate, up, down). ``magnitudes``: a number an output more.
-    ``subtracted``: a frozen copy of both factors beside them.
+    Low-rank updates of linear layers: ``layers`` by last name (q, k, v, o, gate, up, down).
+    ``magnitudes``: a number an output more. ``subtracted``: a frozen copy of both factors beside
+    them. Or networks of two products with ``bottleneck`` features between, so many ``per_block``,
+    cut by tensor parallelism or whole.
     """
 
-    rank: int
-    layers: frozenset[str]
+    rank: int = 0
+    layers: frozenset[str] = frozenset()
     magnitudes: bool = False
     subtracted: bool = False
+    bottleneck: int = 0
+    per_block: int = 0
+    cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Swapped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter: nn.Module | None = None
+        self.adapter: Callable[..., Any] | None = None
 
     def product(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
@@ -138,7 +138,7 @@ class Swapped(nn.Module):
     def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of a table in hand, adapted."""
         out = F.embedding(ids, table)
-        return out if self.adapter is None else self.adapter(ids, out, table, self.rows)  # type: ignore[no-any-return]
+        return out if self.adapter is None else self.adapter(ids, out, table, self.rows)
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:

@@ -88,10 +88,15 @@ def generate(
     if config.vocab_size == 0:  # a recipe's "the tokenizer's size"
         config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
     generator = Generator(
-        config, _DTYPES[precision], device, max_slots, decode_text=tokenizer.decode
+        config,
+        _DTYPES[precision],
+        device,
+        max_slots,
+        decode_text=tokenizer.decode,
+        adapter=None if adapters else model.beside,
     )
     grouped: list[list[Generated]] = [[] for _ in batch]
-    for name, weights in _served(config, model.tensors, adapters or {}):
+    for name, weights in _served(config, model, adapters or {}):
         generator.load(weights, hf_names=False)
         for completion in generator.generate(requests, sampling, rng.key(seed, "generate")):
             text = tokenizer.decode(completion.token_ids)
@@ -100,15 +105,15 @@ def generate(
 
 
 def _served(
-    config: ModelConfig, base: Iterator[tuple[str, Tensor]], folders: Mapping[str, Path | str]
+    config: ModelConfig, model: OpenModel, folders: Mapping[str, Path | str]
 ) -> Iterator[tuple[str | None, Iterable[tuple[str, Tensor]]]]:
     """The weights to complete with, by the adapter's name: the base's where there is none."""
     if not folders:
-        yield None, base
+        yield None, model.parts
         return
     assert isinstance(config, DecoderConfig)
     adapters = {name: peft_read.read(folder, config) for name, folder in folders.items()}
-    weights = dict(base)  # one copy for all of them
+    weights = dict(model.tensors)  # one copy for all of them
     for name, adapter in adapters.items():
         peft_read.check_base(adapter, folders[name], weights)
         yield name, peft.merge(weights.items(), adapter)

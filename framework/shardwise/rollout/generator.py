@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from shardwise.adapters.registry import build_adapter
+from shardwise.adapters.served import from_hf_tensors
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry
@@ -29,7 +32,8 @@ class Generator:
 
     ``max_slots`` bounds the sequences in flight. ``decode_text`` (ids to text) is needed for stop
     strings alone. ``accelerate`` lets a CPU use the compiled step of `native.py`;
-    ``backend_note`` says what is used, and why.
+    ``backend_note`` says what is used, and why. ``adapter``: one that cannot be merged; its
+    parameters come with the weights.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Generator:
         *,
         decode_text: Callable[[list[int]], str] | None = None,
         accelerate: bool = True,
+        adapter: AdapterConfig | None = None,
     ) -> None:
         if max_slots < 1:
             raise UserError("max_slots must be at least 1")
@@ -49,6 +54,8 @@ class Generator:
         self.decode_text = decode_text
         with torch.device("meta"):
             model = registry.build(model_config)
+        if adapter is not None:
+            build_adapter(adapter, model.config).attach(model)
         model = model.to(dtype).to_empty(device=self.device).eval().requires_grad_(False)
         why_not = native.unavailable(model, dtype, self.device)
         if not accelerate:
@@ -68,7 +75,7 @@ class Generator:
         when a tensor is missing, unknown or of another shape, or when what is served is not what
         was received.
         """
-        named = registry.from_hf_tensors(self.config, weights) if hf_names else weights
+        named = from_hf_tensors(self.config, weights) if hf_names else weights
         parameters = dict(self.backend.model.named_parameters())
         received: dict[str, str] = {}
         for name, tensor in named:

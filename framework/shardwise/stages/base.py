@@ -85,10 +85,10 @@ class StageContext:
         ``beside``: an engine on whose base it may stand.
         """
         config = role_of(self.stage, role)
-        # What is only evaluated takes merged weights.
-        trained = (
-            EVERYTHING if role == ACTOR and optimizer is None else trained_of(self.stage, role)
-        )
+        trained = trained_of(self.stage, role)
+        merges = trained.adapter is None or trained.adapter.merges
+        if role == ACTOR and optimizer is None and merges:
+            trained = EVERYTHING  # what is only evaluated takes merged weights
         if optimizer is not None and trained.adapter is not None:
             groups = [*optimizer.groups, *trained.adapter.groups()]
             optimizer = optimizer.model_copy(update={"groups": groups})

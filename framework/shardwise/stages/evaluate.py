@@ -46,6 +46,9 @@ def evaluate(ckpt: str | Path) -> dict[str, Any]:
         stage = next(s for s in run.stages if s.name == name)
         engine_config = stage.engine.model_copy(update={"layout": "auto"})
         stage = stage.model_copy(update={"engine": engine_config})
+        if stage.adapter is not None:
+            adapter = stage.adapter.model_copy(update={"start": "parent"})
+            stage = stage.model_copy(update={"adapter": adapter})
         if hasattr(stage, "roles"):
             stage = stage.model_copy(update={"roles": type(stage.roles)()})
         init_distributed(pick_device(stage.engine.device), stage.engine.timeout_s)

@@ -114,6 +114,8 @@ class Pipeline:
         if (stored := read_result(path)) is not None:
             return stored
         stage = writers[0].model_copy(update={"name": "start"})
+        if stage.adapter is not None and stage.adapter.start == "new":
+            stage = stage.model_copy(update={"adapter": None})
         ctx = StageContext(
             self.run, stage, self.tokenizer, self.run.directory, self.logger, None, {}
         )

@@ -122,12 +122,14 @@ class RolloutWorker:
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
         self.dtype = dtype or precision_of(ctx.precision, ctx.device).compute
+        adapter = ctx.stage.adapter
         self.generator = Generator(
             ctx.run.model,
             self.dtype,
             ctx.device,
             max_slots,
             decode_text=ctx.tokenizer.decode,
+            adapter=None if adapter is None or adapter.merges else adapter,
         )
         self._adapter_arrived = False
 
@@ -135,16 +137,17 @@ class RolloutWorker:
         """Take the engine's weights; a collective call.
 
         The generator checks that what it serves is what it received (a checksum by tensor). Of
-        weights with an adapter in them, the first ones are merged here once more, and must be
-        those that are served, bit by bit: an adapter that never arrives shows in no loss
-        (verl#7495). Raises CheckpointError.
+        weights with an adapter in them (or beside them), the first ones are merged here once more,
+        and must be those that are served, bit by bit: an adapter that never arrives shows in no
+        loss (verl#7495). Raises CheckpointError.
         """
         self.generator.load(engine.weights())
         config = engine.adapter_config
         if config is None or self._adapter_arrived:
             return
-        model = self.ctx.model
-        named = build_adapter(config, model).merge(engine.full("weights"))
+        named = engine.full("weights")
+        if config.merges:
+            named = build_adapter(config, self.ctx.model).merge(named)
         unlike = first_unlike(named, self.generator.backend.served(), self.dtype)
         if unlike:
             raise CheckpointError(
