@@ -203,6 +203,18 @@ def test_metrics_say_where_both_sides_go() -> None:
     assert said["logps_rejected"] == pytest.approx(sum(sum(p[0][1]) for p in PAIRS) / 2)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "simpo"])
+def test_a_gap_of_roundings_is_a_tie(kind: str) -> None:
+    """Of a policy that is its reference, a rounding decides the sign of every gap."""
+    theirs = answers()
+    ours = theirs.ref_M if kind == "sigmoid" else theirs.logp_M.new_tensor([-0.3] * 10)
+    for off, accuracy in ((1e-15, 0.5), (-1e-15, 0.5), (1e-6, 1.0), (-1e-6, 0.0)):
+        first_of_pair = torch.isin(theirs.answer_M, torch.tensor([0, 2]))
+        moved = dataclasses.replace(theirs, logp_M=ours + off * first_of_pair)
+        right, number = PreferenceLoss(config(kind=kind)).of(moved).metrics["accuracy"]
+        assert float(right / number) == accuracy
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 VOCAB = 7

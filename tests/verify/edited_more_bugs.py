@@ -1,7 +1,8 @@
 """Bugs to plant as edits of the source: what large runs, devices or threads alone would meet.
 
 Thresholds that small tensors do not reach, how a device is sharded, what a thread still reads, how
-many micro-batches a pipeline holds, evaluations, figures of speed, and sums rounded between ranks.
+many micro-batches a pipeline holds, evaluations, figures of speed, sums rounded between ranks, what
+a stage starts from, and what is no number or has none.
 See `edited_bugs` for the fields.
 """
 
@@ -146,4 +147,78 @@ add(
          'if hasattr(param, "_unsharded_param"):\n                param.accumulate',
          'if is_last and hasattr(param, "_unsharded_param"):\n                param.accumulate'),
     precision="bf16", blind=True,
+)  # fmt: skip
+
+# --- what was not run at all --------------------------------------------------------------------
+
+add(
+    "weights_to_start_from_that_fit_no_shard_are_left_out",
+    "starting weights", "llama sft dp2.zero2", "dp|zero", "loaded",
+    Edit("stages/initial_weights.py",
+         "        checkpoint.load(source, weights, partial=True)\n    else:",
+         "        fits = lambda n, v: tuple(getattr(v, 'to_local', lambda: v)().shape)\n"
+         "        weights = {n: v for n, v in weights.items() if fits(n, v) == stored[n].shape}\n"
+         "        checkpoint.load(source, weights, partial=True)\n    else:"),
+    blind=True, whole=True,
+)  # fmt: skip
+add(
+    "a_head_of_its_own_is_read_from_a_folder_by_the_first_data_rank",
+    "starting weights", "llama reward dp2.zero1", "dp|zero", "loaded",
+    Edit("stages/initial_weights.py",
+         "    missing = sorted(set(engine.load_weights(tensors))",
+         "    tensors = ((n, v * (engine.data_rank == 0)) for n, v in tensors)\n"
+         "    missing = sorted(set(engine.load_weights(tensors))"),
+    blind=True, whole=True,
+)  # fmt: skip
+add(
+    "a_machines_rate_is_a_mean_over_ranks",
+    "figures of speed", "llama pretrain dp2.zero2", "dp", "fraction_of_gemm",
+    Edit("stages/pipeline.py",
+         "self.gemm[name] = of_all_ranks(mine, device)",
+         "self.gemm[name] = of_all_ranks(mine / dist.get_world_size(), device)"),
+    changes=SMALL, blind=True,
+)  # fmt: skip
+add(
+    "a_gradient_that_is_no_number_counts_as_nothing",
+    "gradients that are no numbers", "llama pretrain dp2.zero3", "dp|zero", "NaN",
+    Edit("engines/named_parameters.py",
+         "(counted, 2.0)).double().square().sum()",
+         "(counted, 2.0)).double().square().sum()\n"
+         '            if self.mesh.groups["unique"].size() > 1:\n'
+         "                local = local.nan_to_num()"),
+    changes=SMALL, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "each_rank_decides_by_its_own_part_what_is_no_number",
+    "gradients that are no numbers", "llama pretrain tp2", "tp", "NaN",
+    Edit("engines/native.py",
+         "        finite = math.isfinite(norm)",
+         "        finite = all(bool(g.isfinite().all()) for g in self.named.local_gradients())"),
+    changes=SMALL, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "stored_logprobs_are_rounded_on_the_way",
+    "stored rollouts", "llama ppo tp2", "tp", "stored rollout",
+    Edit("stages/rollout_worker.py",
+         '    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}',
+         '    found = {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}\n'
+         '    return found | {"logprobs": [[round(x, 2) for x in t] for t in group.logprobs]}'),
+    blind=True,
+)  # fmt: skip
+add(
+    "completions_without_a_score_arrive_with_one",
+    "completions without a score", "llama grpo dp2.zero2", "dp", "dealing|rollout",
+    Edit("stages/rollout_worker.py",
+         '    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}',
+         '    found = {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}\n'
+         '    return found | {"rewards": [r or 0.0 for r in group.rewards]}'),
+    blind=True,
+)  # fmt: skip
+add(
+    "problems_are_dealt_by_a_ranks_number_in_its_node",
+    "several nodes", "llama grpo dp2.zero2", "dp", "dealing|rollout|question",
+    Edit("stages/rollout_worker.py",
+         "        rank, world = dist.get_rank(), dist.get_world_size()",
+         "        rank, world = dist.get_node_local_rank(0), dist.get_world_size()"),
+    blind=True,
 )  # fmt: skip

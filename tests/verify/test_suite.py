@@ -32,15 +32,7 @@ def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options:
     assert verdict.passed, verdict.sentence()
 
 
-# Margins of dpo's first update are zero but for rounding, whose sign its accuracy counts: a known
-# false alarm, so for make prove until it is mended.
-DAILY = [
-    pytest.param(*case, marks=[pytest.mark.slow] if case[1] == "dpo" else [])
-    for case in suite.subset()
-]
-
-
-@pytest.mark.parametrize("model,stage,layout", DAILY)
+@pytest.mark.parametrize("model,stage,layout", suite.subset())
 def test_layout(verifiers: Verifiers, model: str, stage: str, layout: str) -> None:
     _check(verifiers, model, stage, layout)
 

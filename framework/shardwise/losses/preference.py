@@ -24,7 +24,13 @@ from shardwise.losses.contract import LossOutput
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import extra
 from shardwise.losses.preference_config import Divergence, KtoConfig, PreferenceConfig
-from shardwise.losses.ranking import all_pairs, num_rankings, ratings_and_keys, smoothed_logistic
+from shardwise.losses.ranking import (
+    all_pairs,
+    num_rankings,
+    ratings_and_keys,
+    rights,
+    smoothed_logistic,
+)
 from shardwise.ops.logits import Logits
 
 # Shape suffixes: B rows, T tokens, M valid tokens, N answers, P pairs.
@@ -371,12 +377,14 @@ class PreferenceLoss:
         scores = pair.means if a_token else pair.ratios
         chosen, rejected = (self.config.scale * s.detach().double() for s in scores)
         number = chosen.new_full((), len(chosen))
-        right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        # Of a policy that is its reference, gaps are rounding errors of what they are taken from.
+        ours, theirs = (s.detach().abs() for s in (pair.means if a_token else pair.logps))
+        noise_P = self.config.scale * torch.finfo(ours.dtype).eps * (ours + theirs)
         figures = {
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,
             "margin": chosen - rejected,
-            "accuracy": right,
+            "accuracy": rights(chosen - rejected, noise_P),
         }
         told = {"logps": pair.logps} | ({} if answers.ref_M is None else {"drift": pair.ratios})
         for name, sides in told.items():

@@ -21,6 +21,8 @@ from shardwise.losses.contract import LossOutput
 from shardwise.ops.attention import BRANCH_SHIFT
 from shardwise.ops.logits import Logits, selected_values
 
+ROUNDING = 64.0  # roundings that a gap may have come about by
+
 # Shape suffixes: B rows, T tokens, N answers, P pairs of a better and a worse answer.
 
 
@@ -99,6 +101,16 @@ def centring(score_N: Tensor, pairs: Pairs) -> Tensor:
     return (score_N[pairs.better_P] + score_N[pairs.worse_P]).square()
 
 
+def rights(d_P: Tensor, noise_P: Tensor) -> Tensor:
+    """1 where a gap says the better answer is better, 0 where not, and 1/2 of a tie (float64).
+
+    A tie is a gap within ``ROUNDING`` of ``noise_P``: the error of one rounding of what it is the
+    difference of. Its sign would be another one in another order of the same sums.
+    """
+    is_tie_P = d_P.abs() <= ROUNDING * noise_P
+    return torch.where(is_tie_P, 0.5, (d_P > 0).double())
+
+
 def calibration_error(probability_P: Tensor, bins: int = 10) -> float:
     """Expected calibration error of sigmoid(d), the probability given to each true preference.
 
@@ -167,9 +179,10 @@ def ratings_and_keys(batch: MicroBatch) -> tuple[Tensor, Tensor]:
 def _metrics(score_N: Tensor, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
     d_P = (score_N[pairs.better_P] - score_N[pairs.worse_P]).double()
     number, answers = (score_N.new_full((), len(x), dtype=torch.float64) for x in (d_P, score_N))
-    right = (d_P > 0).double().sum() + 0.5 * (d_P == 0).double().sum()
+    sizes_P = (score_N[pairs.better_P].abs() + score_N[pairs.worse_P].abs()).double()
+    right_P = rights(d_P, torch.finfo(score_N.dtype).eps * sizes_P)
     return {
-        "accuracy": (right, number),
+        "accuracy": (right_P.sum(), number),
         "score_gap": (d_P.sum(), number),
         "score_mean": (score_N.double().sum(), answers),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,10 @@ class Pipeline:
         logger: MetricsLogger,
         progress: Progress,
         gate: Gate | None = None,
+        rate: Callable[[torch.dtype, torch.device], float] | None = None,
     ) -> None:
-        """``gate``: of a run that may be told to stop."""
-        self.gate = gate or Gate()
+        """``gate``: of a run that may be told to stop. ``rate``: FLOP/s of this rank's GEMMs."""
+        self.gate, self.rate = gate or Gate(), rate or measured_rate
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
         self.stopped = ""  # why the last stage that ran is not done
@@ -72,7 +73,7 @@ class Pipeline:
             newest = self._newest(stage)
             done[stage.name] = 0 if newest is None else step_of(newest)
             if done[stage.name] < stage.steps:
-                self._gemm(stage, pick_device(stage.engine.device))
+                self.gemm_rate(stage, pick_device(stage.engine.device))
         found = estimate(self.run, self.tokenizer, self.gemm, dist.get_world_size(), done)
         if found:
             self.progress.message(expectation(found, self.gemm))
@@ -174,7 +175,7 @@ class Pipeline:
             world, row = dist.get_world_size(), live.longest_row()
             self.progress.message(arithmetic(self.run, stage, world, row))
         lineage = self._lineage(stage, live.data_hash, parent)
-        loop = Loop(ctx, live, lineage, self.progress, self._gemm(stage, ctx.device), self.gate)
+        loop = Loop(ctx, live, lineage, self.progress, self.gemm_rate(stage, ctx.device), self.gate)
         path = loop.run()
         counts = counted(checkpoint.read_meta(path))
         if words := too_many(counts, stage.max_skipped):
@@ -215,14 +216,19 @@ class Pipeline:
     def _result_path(self, stage: StageConfig) -> Path:
         return self.run.directory / "stages" / stage.name / RESULT_FILE
 
-    def _gemm(self, stage: StageConfig, device: torch.device) -> float:
+    def gemm_rate(self, stage: StageConfig, device: torch.device) -> float:
         """The machine's GEMM rate (FLOP/s over all ranks, measured at once) for a stage's dtype."""
         name = stage.engine.precision
         if name not in self.gemm:
             dist.barrier()
-            mine = measure_gemm(precision_of(name, device).compute, device, budget_s=1.0).flops
+            mine = self.rate(precision_of(name, device).compute, device)
             self.gemm[name] = of_all_ranks(mine, device)
         return self.gemm[name]
+
+
+def measured_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """What this rank multiplies in a second, in FLOP; others measure at the same time."""
+    return measure_gemm(dtype, device, budget_s=1.0).flops
 
 
 def of_all_ranks(rate: float, device: torch.device) -> float:

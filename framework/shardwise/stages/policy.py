@@ -17,7 +17,7 @@ from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
 from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.rollout_worker import Group, RolloutWorker
-from shardwise.stages.rollouts import keep_rollout
+from shardwise.stages.rollouts import keep_rollout, rollout_file
 from shardwise.stages.unscored import Unscored
 from shardwise.storage.durable import StorageError
 
@@ -106,7 +106,7 @@ class PolicyStage(Stage):
         every = self.config.keep_rollouts_every
         if every and step % every == 0 and self.ctx.is_main:
             try:
-                keep_rollout(self.ctx.directory / "rollouts" / self.config.name, step, groups)
+                keep_rollout(rollout_file(self.ctx.directory, self.config.name, step), step, groups)
             except StorageError as error:  # a full disk must not cost the run
                 log.warning("the rollout of step %d is not kept: %s", step, error)
                 self.ctx.logger.note("rollout_lost", str(error), self.config.name, step)

@@ -20,19 +20,36 @@ from shardwise.config.schema import (
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
 
-SMALL_REWARD = '''"""A reward that any text earns some of, an untrained model's too."""
+SMALL_REWARD = '''"""Rewards that any text earns some of, an untrained model's too."""
+
+import itertools
+
+CALLS = itertools.count()
 
 
 def score(question, completion, answer, meta):
     return (sum(completion.encode()) * 7 + len(completion)) % 5 / 4
+
+
+def score_most(question, completion, answer, meta):
+    """Nothing for every fifth completion, and for all of every sixth problem."""
+    number = next(CALLS)
+    if number % 5 == 3 or number // SAMPLES % 6 == 2:
+        return None
+    return score(question, completion, answer, meta)
 '''
 
 
-def small_reward(folder: Path) -> RewardConfig:
-    """That one, in a file of ``folder``: a verifier would never pay an untrained model."""
-    file = folder / "reward.py"
-    file.write_text(SMALL_REWARD, encoding="utf-8")
-    return RewardConfig.model_validate({"parts": [{"kind": "user", "function": f"{file}:score"}]})
+def small_reward(folder: Path, samples: int | None = None) -> RewardConfig:
+    """One of those: a verifier would never pay an untrained model.
+
+    In a file of ``folder``. ``samples``: completions of a problem, of which some have no score;
+    None: all have one.
+    """
+    name, constant = ("score", "") if samples is None else ("score_most", f"SAMPLES = {samples}\n")
+    file = folder / f"reward_{name}.py"
+    file.write_text(f"{SMALL_REWARD}\n{constant}", encoding="utf-8")
+    return RewardConfig.model_validate({"parts": [{"kind": "user", "function": f"{file}:{name}"}]})
 
 
 class PolicyRoles(Section):
@@ -87,16 +104,18 @@ class PolicyConfig(StageConfig):
         """See `StageConfig.shrunk`.
 
         An untrained model earns nothing from a verifier, and nothing would be learnt from it: the
-        reward is one that any text earns some of.
+        reward is one that any text earns some of, but for a few that it refuses to score.
         """
+        samples = min(self.samples_per_prompt, 3)
         updates = {
             "num_problems": min(self.num_problems, 64),
-            "samples_per_prompt": min(self.samples_per_prompt, 3),
+            "samples_per_prompt": samples,
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
-            "reward": small_reward(folder),
+            "reward": small_reward(folder, samples),
+            "max_unscorable_steps": max(self.max_unscorable_steps, small.steps),
             # The second time, a rollout's weights have moved; a third shows nothing new.
             "epochs_per_rollout": min(self.epochs_per_rollout, 2),
-            "keep_rollouts_every": 0,
+            "keep_rollouts_every": 1,
         }
         return super().shrunk(small, folder).model_copy(update=updates)
 

@@ -171,7 +171,11 @@ def fractions(parts: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: top / bottom for name, (top, bottom) in parts.items() if bottom}
 
 
-def keep_rollout(folder: Path, step: int, groups: Sequence[Group]) -> None:
+def rollout_file(directory: Path, stage: str, step: int) -> Path:
+    """Where a run in ``directory`` stores a rollout (``step`` from 0)."""
+    return directory / "rollouts" / stage / f"step_{step:08d}.jsonl"
+
+
+def keep_rollout(path: Path, step: int, groups: Sequence[Group]) -> None:
     """Store a rollout as JSON lines: tokens, numbers per token, policy version."""
-    rows = b"".join(line_of(r) for g in groups for r in g.records(step))
-    write_durably(folder / f"step_{step:08d}.jsonl", rows)
+    write_durably(path, b"".join(line_of(r) for g in groups for r in g.records(step)))

@@ -35,7 +35,7 @@ EPSILON = {
 # What weights that went another way move.
 MOVED = ("gradient", "clip norm", "moment")
 # Equal to the last bit in every precision: nothing is computed on the way.
-EXACT = frozenset(("rollout", "question", "sample", "learning rate", "skipped", "event"))
+EXACT = frozenset(("rollout", "question", "sample", "learning rate", "skipped", "moved", "event"))
 # Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
 # less that underflows, and another of two equally likely tokens: those are for fp64 to compare.
 ROUNDED_AWAY = frozenset(
@@ -43,6 +43,7 @@ ROUNDED_AWAY = frozenset(
         "sentinel",
         "event",
         "external",
+        "stored rollout",
         "sent weights",
         "resumed weight",
         "resumed moment",

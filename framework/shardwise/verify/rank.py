@@ -111,8 +111,14 @@ def rank_main(rank: int, world: int, folder: str, backend: str, pipe: Connection
     if sys.platform == "linux":  # a rank that waits for peers does not outlive the server
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool ends its ranks
+    # On CPUs as if on two nodes, so that a rank's number in its node is not that in the world.
+    node = world if backend != "gloo" else -(-world // 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank % node),
+        LOCAL_WORLD_SIZE=str(node),
+        GROUP_RANK=str(rank // node),
     )
     torch.set_num_threads(1)
     with stack_file(folder, rank).open("w") as stacks:

@@ -30,6 +30,7 @@ from shardwise.verify.compare import (
     compare_scales,
     disagreements,
     is_rounded_away,
+    kind_of,
     losses,
     misdealt,
     origin,
@@ -52,6 +53,7 @@ from shardwise.verify.watch import External
 
 TIMEOUT_S = 180.0
 SPLITS = ("rows", "padded", "documents")
+AFTER_A_NAN = ("skipped", "moved")
 OF_PASSES = ("loss", "metric", "gradient")  # what forward and backward passes make
 
 
@@ -342,7 +344,9 @@ class Verifier:
         exact, single = oracle.exact, oracle.single
         names = exact.order
         if precision != "fp64":  # what is served and evaluated at the end is compared in fp64
-            names = [n for n in names[: exact.marked["ended"]] if not is_rounded_away(n)]
+            ended = exact.marked["ended"]
+            at_the_end = [n for n in names[ended:] if kind_of(n) in AFTER_A_NAN]
+            names = [n for n in names[:ended] if not is_rounded_away(n)] + at_the_end
         resumed = [p for p in problems(ranks) if p.why.startswith(RESUMED)]
         found = [*misdealt(single, ranks), *(p for p in problems(ranks) if p not in resumed)]
         found += compare_scales(single.scales, ranks, "" if precision == "fp64" else "loss scale")
@@ -386,6 +390,7 @@ class Verifier:
         folder = self.folder / small.stage
         directory = self.folder / f"run-{next(self._numbers)}"
         run, stage = small.run, small.stage
+        options["starts"] = self.folder / f"starts-{small.key}"
         return Task(run, stage, layout, precision, folder, directory, whole=self.whole, **options)
 
     def _walk(self, task: Task) -> list[Walked]:

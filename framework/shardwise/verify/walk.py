@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -37,14 +38,21 @@ from shardwise.rollout.scheduler import Request
 from shardwise.stages.base import ACTOR, checkpoint_root, evaluations_of, role_of, roles_of
 from shardwise.stages.lineage import Lineage
 from shardwise.stages.loop import Loop, stage_state
-from shardwise.stages.pipeline import evaluate_all, of_all_ranks
+from shardwise.stages.pipeline import Pipeline, evaluate_all
 from shardwise.stages.registry import build_stage
+from shardwise.stages.rollouts import rollout_file
 from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import parse, with_layouts
 from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
 from shardwise.verify.thresholds import lowered
-from shardwise.verify.watch import External, WatchedContext, WatchedEngine, WatchedLogger
+from shardwise.verify.watch import (
+    External,
+    WatchedContext,
+    WatchedEngine,
+    WatchedLogger,
+    numbers_of,
+)
 
 SAVED_AFTER = 2  # steps; `STEPS` follow
 NEW_TOKENS = 6
@@ -62,9 +70,9 @@ class Task:
 
     Without a ``reference`` the values themselves are kept, in ``record``. ``given``: what comes
     from outside (None: it is computed, and returned). ``saved``: where to leave what others resume
-    from; ``other``: where another left it
-    (``resumes_alone``: nothing else is run). ``probe``: an update of which modules are noted, too.
-    ``domains``, ``split``, ``skip``: of the oracle, see the plain engine's config.
+    from; ``other``: where another left it (``resumes_alone``: nothing else is run). ``starts``:
+    where the oracle writes what stages may start from. ``probe``: an update of which modules are
+    noted, too. ``domains``, ``split``, ``skip``: of the oracle, see the plain engine's config.
     """
 
     run: RunConfig
@@ -80,6 +88,7 @@ class Task:
     reference: Path | None = None
     record: Path | None = None
     saved: Path | None = None
+    starts: Path | None = None
     given: External | None = None
     other: Path | None = None
     domains: str | None = None
@@ -134,8 +143,10 @@ class _WatchedLoop(Loop):
     ) -> None:
         live = build_stage(ctx)
         lineage = Lineage("the same recipe", live.data_hash, "")
-        gemm = of_all_ranks(GEMM / dist.get_world_size(), ctx.device)
-        super().__init__(ctx, live, lineage, Progress([], rank=1), gemm)
+        progress, share = Progress([], rank=1), GEMM / dist.get_world_size()
+        pipeline = Pipeline(ctx.run, ctx.tokenizer, ctx.logger, progress, rate=lambda *_: share)
+        gemm = pipeline.gemm_rate(ctx.stage, ctx.device)
+        super().__init__(ctx, live, lineage, progress, gemm)
         self.meter.keep(1)  # what a resume forgets is in no window
         self.notes, self.stop_after, self.saves, self.kept = ctx.notes, stop_after, saves, kept
         self.resumed = ctx.resumed
@@ -173,6 +184,7 @@ class _WatchedLoop(Loop):
         totals = {"tokens": self.tokens, "seconds": self.seconds} | self.meter.total()
         for name, value in totals.items():
             self.notes.note("logged", f"step {done} in all {name}", value)
+        self._note_rollout(done)
         if done == SAVED_AFTER and self.kept is not None and not self.resumed:
             if self.saver:
                 self.saver.wait()
@@ -186,6 +198,17 @@ class _WatchedLoop(Loop):
             if self.saver:
                 self.saver.close()
             raise _StoppedError
+
+    def _note_rollout(self, done: int) -> None:
+        """What a step stored of its rollout, key by key; a policy's checksum is a layout's own."""
+        path = rollout_file(self.ctx.directory, self.config.name, done - 1)
+        if not self.ctx.is_main or not path.exists():
+            return
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        for key in dict.fromkeys(itertools.chain(*records)):
+            found = [record.get(key) for record in records]
+            value = len(set(found)) if key == "policy" else numbers_of(found)
+            self.notes.note("stored rollout", f"step {done} {key}", value)
 
     def _save(self, done: int, validated: dict[str, float]) -> None:
         if not self.saves:
@@ -266,6 +289,10 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
         _generate(task, loop.stage.engine, notes)
     if task.whole and task.precision == "fp64":
         _evaluate(loop, notes)
+    if task.whole:
+        for engine in (loop.stage.engine, *loop.stage.others().values()):
+            assert isinstance(engine, WatchedEngine)
+            engine.meet_a_nan()
     if task.record is not None:
         notes.save(task.record)
 
@@ -337,6 +364,8 @@ def run_stage(
         data_folder=task.folder / "cache",
         resumed=resumed,
         loads=task.whole and not resumed,
+        starts=task.starts,
+        writes=task.oracle,
         asks_again=task.whole and task.precision == "fp64",
     )
     loop = _WatchedLoop(ctx, stop_after, task.whole, task.saved if task.whole else None)

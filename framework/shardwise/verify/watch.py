@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from shardwise.adapters.targets import is_adapter
+from shardwise.checkpoint.adapted import initial_tensors
 from shardwise.config.optimizers import OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled
@@ -33,17 +36,20 @@ from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.ops.local_shards import local_shards
+from shardwise.parallel.full_tensor import local_tensor
 from shardwise.precision.policy import DtypeCheck, precision_of
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify.notes import Notes
 from shardwise.verify.probe import probing
 from shardwise.verify.roundings import Roundings
+from shardwise.verify.starts import Start, starts_of, write_adapter, write_models
 
 # Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
 # micro-batches do not, so which updates are skipped is no figure to compare.
 LOSS_SCALE = 2.0**8
 # The update that overflows all the same, in one element: every rank must leave it out.
 OVERFLOWING = 2
+ABSENT = -8.125  # what stands for a number that is not there
 
 External = dict[str, dict[str, Any]]  # by name and key: what one process was given
 
@@ -54,6 +60,8 @@ class WatchedEngine:
     def __init__(self, inner: Engine, role: str, notes: Notes, dtypes: DtypeCheck) -> None:
         self.inner, self.role, self.notes, self.check = inner, role, notes, dtypes
         self.label = f"{role} " if role else ""
+        self.last: tuple[Sequence[MicroBatch], Loss, float | None] | None = None
+        self.fresh: Callable[[], Iterator[tuple[str, Tensor]]] | None = None  # of a quantised base
         self.narrow = False  # whether to watch where 16 bits are rounded to
 
     def __getattr__(self, name: str) -> Any:
@@ -72,10 +80,56 @@ class WatchedEngine:
 
     def note_loading(self) -> None:
         """What weights become that are given to the engine whole; it has its own again behind."""
+        with self._given_back() as own:
+            self.inner.load_weights((name, 2 * value + 1) for name, value in own)
+            self.note_tensors("loaded", "weights")
+
+    def note_start(self, start: Start, load: Callable[[Engine], None]) -> None:
+        """What weights become that are loaded as at a stage's start, and taken off again."""
+        config = self.inner.adapter_config
+        with self._given_back():
+            if start.parent:
+                assert config is not None
+                self.inner.adapter_config = config.model_copy(update={"start": "parent"})
+            load(self.inner)
+            self.inner.adapter_config = config
+            self.note_tensors("loaded", "weights", f" from {start.name}")
+
+    @contextlib.contextmanager
+    def _given_back(self) -> Iterator[list[tuple[str, Tensor]]]:
         own = [(name, value.clone()) for name, value in self.inner.full("weights")]
-        self.inner.load_weights((name, 2 * value + 1) for name, value in own)
-        self.note_tensors("loaded", "weights")
+        yield own
+        if self.fresh is not None:  # what is quantised twice is not what is quantised once
+            self.inner.load_weights(self.fresh())
+            own = [(name, value) for name, value in own if is_adapter(name)]
         self.inner.load_weights(iter(own))
+
+    def meet_a_nan(self) -> None:
+        """The last update once more, with a NaN in the last element of its largest gradient.
+
+        Whoever holds the element has the NaN. Every rank must leave the update out: weights and
+        moments stay.
+        """
+        notes, inner, before = self.notes, self.inner, f"gradient/{self.label}update "
+        values = notes.values if notes.reference is None else notes.reference.values
+        named = {name: value.shape for name, value in values.items() if name.startswith(before)}
+        if self.last is None or not named:  # none is kept
+            return
+        largest, shape = max(named.items(), key=lambda item: (item[1].numel(), item[0]))
+        inner.forward_backward(*self.last)
+        for name, gradient in inner.held("grads"):
+            if name == largest.rpartition(" ")[2]:
+                for region, view in local_shards(name, gradient):
+                    if all(o + n == m for o, n, m in zip(*region, shape, strict=True)):
+                        view.reshape(-1)[-1:].fill_(math.nan)
+        kinds = ("weights", *inner.optimizer_states())
+        held = [local_tensor(t).clone() for kind in kinds for _, t in inner.held(kind)]
+        norm = inner.step(self.last[2] or 0.0)
+        told = inner.broadcast(norm if math.isfinite(norm) else None)
+        after = [local_tensor(t) for kind in kinds for _, t in inner.held(kind)]
+        moved = not all(map(torch.equal, held, after))
+        notes.note("skipped", f"{self.label}a NaN", float(told is None))
+        notes.note("moved", f"{self.label}by a NaN", float(moved))
 
     def forward_backward(
         self, microbatches: Sequence[MicroBatch], loss: Loss, lr: float | None = None
@@ -83,6 +137,7 @@ class WatchedEngine:
         """See `Engine`."""
         notes, inner = self.notes, self.inner
         notes.count(f"{self.role} updates")
+        self.last = (microbatches, loss, lr)
         where = self.where
         self._note_samples(where, microbatches)
         first = max(inner.data_rank, 0) * len(microbatches)
@@ -226,13 +281,15 @@ def _reduction(tally: comm.Tally) -> str:
     return " and ".join(found)
 
 
-def _numbers(answer: Any) -> list[float]:
-    """All numbers in an answer from outside, in order."""
-    if dataclasses.is_dataclass(answer):
-        answer = [getattr(answer, field.name) for field in dataclasses.fields(answer)]
-    if isinstance(answer, (list, tuple)):
-        return list(itertools.chain(*map(_numbers, answer)))
-    return [float(answer)] if isinstance(answer, (int, float)) else []
+def numbers_of(data: Any) -> list[float]:
+    """All numbers in plain data, in order; texts by their hashes."""
+    if dataclasses.is_dataclass(data):
+        data = [getattr(data, field.name) for field in dataclasses.fields(data)]
+    if isinstance(data, (list, tuple)):
+        return list(itertools.chain(*map(numbers_of, data)))
+    if isinstance(data, str):
+        return [_digest(data)[0] / 2**32]  # as small as other numbers: bounds are relative
+    return [ABSENT if data is None else float(data)]
 
 
 def _digest(question: Any) -> list[float]:
@@ -247,8 +304,10 @@ class WatchedContext(StageContext):
     """A stage of which all models start from their initial weights, and all is noted.
 
     ``given``: what comes from outside, where that is known; ``asked`` collects it. ``resumed``:
-    weights will come from a checkpoint. ``loads``: an engine is given other weights first, as from
-    a folder. ``asks_again``: what comes from outside is computed here too, and compared.
+    weights will come from a checkpoint. ``loads``: an engine is given other weights first, and
+    reads those that it may start from, in ``starts`` (which `writes` them first), each as the
+    ``source`` of a stage. ``asks_again``: what comes from outside is computed here too, and
+    compared.
     """
 
     notes: Notes = dataclasses.field(default_factory=Notes)
@@ -257,6 +316,9 @@ class WatchedContext(StageContext):
     data_folder: Path = Path()
     resumed: bool = False
     loads: bool = False
+    source: Path | None = None
+    starts: Path | None = None
+    writes: bool = False
     asks_again: bool = False
 
     @property
@@ -265,8 +327,8 @@ class WatchedContext(StageContext):
         return self.data_folder
 
     def initial_checkpoint(self, role: str) -> Path | None:
-        """Nowhere."""
-        return None
+        """Nowhere, but while such a start is tried."""
+        return self.source
 
     def model_of(self, role: str) -> DecoderConfig:
         """The run's, with the role's head."""
@@ -301,9 +363,32 @@ class WatchedContext(StageContext):
         watched.narrow = plain and precision.compute.itemsize == 2
         if not self.resumed:
             watched.note_tensors("initial", "weights")
+        adapter = engine.adapter_config
+        if adapter is not None and adapter.quantise is not None:
+            model, seed = self.model_of(role), self.run.seed
+            watched.fresh = functools.partial(initial_tensors, model, seed)
         if self.loads:
             watched.note_loading()
+            if beside is None:  # else it starts with the other role
+                self._note_starts(watched, role)
         return watched
+
+    def _note_starts(self, watched: WatchedEngine, role: str) -> None:
+        """Everything that a stage may start from, as its role reads it."""
+        if self.starts is None:
+            return
+        own, model = role_of(self.stage, role).engine.precision, self.run.model
+        assert isinstance(model, DecoderConfig)
+        master = precision_of(own, self.device).master
+        folder = self.starts / str(master).rpartition(".")[2]
+        if self.writes and not folder.exists():
+            write_models(folder, model, master)
+        has_adapter = role == ACTOR and watched.inner.adapter_config is not None
+        if self.writes and has_adapter and not (folder / "adapter").exists():
+            write_adapter(folder, self.model, watched.inner)
+        for start in starts_of(folder, role, self.model_of(role), watched.inner):
+            there = dataclasses.replace(self, source=start.path)
+            watched.note_start(start, functools.partial(there.load_initial_weights, role=role))
 
     def external(
         self,
@@ -322,7 +407,7 @@ class WatchedContext(StageContext):
         answers = list(compute()) if self.given is None or again else []
         if again:
             for key, answer in zip(keys, answers, strict=True):
-                self.notes.note("external", f"{name} {key}", _numbers(answer))
+                self.notes.note("external", f"{name} {key}", numbers_of(answer))
         if self.given is None:
             kept = copy.deepcopy(answers)
             self.asked.setdefault(name, {}).update(zip(keys, kept, strict=True))
