@@ -96,10 +96,24 @@ def test_zero_moves_two_parameter_volumes_and_zero3_three(ranks: RankPool, micro
     assert three["shard", "reduce_scatter"][1] == times * P
 
 
-def test_hybrid_sharding_all_reduces_a_shard(ranks: RankPool) -> None:
-    found = _one(ranks, "dp4.hsdp2.zero1", 4)
-    assert found["shard", "reduce_scatter"][1] == P
-    assert found["replicate", "all_reduce"][1] == P / 2
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_hybrid_sharding_all_reduces_a_shard(ranks: RankPool, zero: int) -> None:
+    """Zhao et al. 2023, "PyTorch FSDP", section 3.2.2: what a shard group's reduction leaves.
+
+    ZeRO-2 and 3 reduce each micro-batch; without ZeRO, a rank's shard is everything.
+    """
+    layout = f"dp4.hsdp2.zero{zero}" if zero else "dp2.zero0"
+    found = _one(ranks, layout, 4 if zero else 2, ROWS // 2)
+    times = 2 if zero >= 2 else 1
+    assert found["replicate", "all_reduce"][1] == times * P / (2 if zero else 1)
+    if zero:
+        assert found["shard", "reduce_scatter"][1] == times * P
+
+
+def test_a_pipelines_replicas_are_counted(ranks: RankPool) -> None:
+    found = ranks.run(_count, "dp2.zero0.pp2.1f1b", ROWS // 2, world=4)
+    of_stages = [f["replicate", "all_reduce"][1] for f in found]
+    assert sum(of_stages) == 2 * P
 
 
 def test_ring_sends_keys_and_values_round(ranks: RankPool) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from shardwise.ops import comm
 from shardwise.parallel.collectives import CountedAllGather, CountedReduceScatter
@@ -178,8 +177,14 @@ def _param_groups(model: nn.Module) -> list[Any]:
 
 
 def count_replicas(model: nn.Module, mesh: Mesh) -> None:
-    """Tell the tally of the all-reduce that FSDP2 makes itself, over the replicas of a shard."""
-    if mesh.groups["replicate"].size() > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad and isinstance(parameter, DTensor):
+    """Tell the tally of the all-reduce that FSDP2 makes itself, over the replicas of a shard.
+
+    By the shards: the module's own parameters are gathered ones while micro-batches share them.
+    """
+    if mesh.groups["replicate"].size() == 1:
+        return
+    for module in fsdp_modules(model):
+        groups = fully_shard.state(module)._fsdp_param_groups  # type: ignore[attr-defined]
+        for parameter in (param.sharded_param for group in groups for param in group.fsdp_params):
+            if parameter.requires_grad:
                 comm.count("replicate", "all_reduce", parameter.to_local())
