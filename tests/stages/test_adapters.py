@@ -15,15 +15,18 @@ from torch import Tensor
 
 from shardwise import checkpoint
 from shardwise.adapters.registry import build_adapter
+from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import convert, open_model
 from shardwise.config.load import load_config
 from shardwise.engines.shared_base import SharedBase
 from shardwise.errors import CheckpointError, ConfigError, UserError
 from shardwise.models import registry as models
 from shardwise.rollout.generator import Generator
+from shardwise.stages.lineage import LineageError
 from shardwise.stages.loop import flops_per_token
 from shardwise.stages.rollout_worker import RolloutWorker
 from shardwise.stages.run import preflight
+from shardwise.verify.pool import RankError
 from tests.adapters.support import adapter, plain, update
 from tests.stages.recipes import KilledError, killed_at, metrics, recipe, run
 from tests.support import toy
@@ -102,6 +105,35 @@ def test_a_checkpoint_holds_the_adapter_and_says_on_what(ranks: RankPool, tmp_pa
     shutil.rmtree(folder / "stages" / "pretrain")
     with pytest.raises(UserError, match=r"its base .* is gone; put it there again"):
         list(open_model(folder / "stages" / "sft" / "checkpoints").tensors)
+
+
+def test_a_resume_on_another_base_is_bad_usage(ranks: RankPool, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "sft")
+    config["model"]["vocab_size"] = 300
+    config["stages"][0]["adapter"] = {"kind": "lora", "rank": 4}
+    config["init_from"] = str(base := tmp_path / "base")
+    model = load_config(config | {"init_from": None}).config.model
+    models.to_hf(base, model, adapted.initial_tensors(model, 1))
+    with pytest.raises(RankError):
+        ranks.run(dies_at_two, config, world=1)
+    shutil.rmtree(base)
+    models.to_hf(base, model, adapted.initial_tensors(model, 2))
+    [error] = ranks.run(refused, config, world=1)
+    code, words = error
+    assert code == 2
+    assert f"made with another parent checkpoint (now init_from: {base}" in words
+    assert "put back the weights that it started from" in words
+
+
+def dies_at_two(config: dict[str, Any]) -> None:
+    with killed_at("sft", 2):
+        run(config)
+
+
+def refused(config: dict[str, Any]) -> tuple[int, str]:
+    with pytest.raises(LineageError) as found:
+        run(config)
+    return int(found.value.exit_code), str(found.value)
 
 
 def test_weights_that_stand_still_have_no_gradients_to_count() -> None:

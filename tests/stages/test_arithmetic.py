@@ -38,6 +38,18 @@ def test_numbers_of_ppo(tmp_path: Any) -> None:
     assert 4 * frozen.parameters <= frozen.bytes_a_rank < 9 * frozen.parameters
 
 
+def test_a_reference_on_the_actors_base_costs_its_adapter(tmp_path: Any) -> None:
+    loss = {"kl": "k3", "kl_coef": 0.1}
+    adapter = {"kind": "lora", "rank": 2, "targets": ["q"]}
+    run, stage = stage_of(tmp_path, "grpo", loss=loss, adapter=adapter)
+    found = role_numbers(run, stage, "reference", 1, 100)
+    assert found.bytes_a_rank == 4 * 2 * 2 * (32 + 32)  # fp32, A and B of two layers
+    apart = {"reference": {"engine": {"layout": "dp1.zero0"}}}
+    run, stage = stage_of(tmp_path, "grpo", loss=loss, adapter=adapter, roles=apart)
+    found = role_numbers(run, stage, "reference", 1, 100)
+    assert found.bytes_a_rank >= 4 * found.parameters
+
+
 @pytest.mark.parametrize("kl,roles", [("none", ["actor"]), ("k3", ["actor", "reference"])])
 def test_roles_of_grpo(tmp_path: Any, kl: str, roles: list[str]) -> None:
     loss = {"kl": kl, "kl_coef": 0.0 if kl == "none" else 0.1}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from shardwise.adapters.peft import WEIGHTS
+from shardwise.checkpoint.convert import convert
 from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.stages.evaluate import evaluate
@@ -37,6 +41,24 @@ def test_figures_are_reproduced(ranks: RankPool, tmp_path: Path, world: int) -> 
         assert again["gzip_bits_per_byte"] == figures["gzip_bits_per_byte"]
         assert again["majority_baseline"] == figures["majority_baseline"]
         assert again["num_problems"] == 9
+
+
+def test_adapters_over_one_base_by_name(ranks: RankPool, tmp_path: Path) -> None:
+    config = with_evaluations(tmp_path / "run")
+    config["stages"][1]["adapter"] = {"kind": "lora", "rank": 4}
+    [summary] = ranks.run(run, config, world=1)
+    base, tuned = (tmp_path / "run" / s["checkpoint"] for s in summary["stages"])
+    convert(tuned, tmp_path / "peft", "peft")
+    none = tmp_path / "none"  # with an update of nothing
+    shutil.copytree(tmp_path / "peft", none)
+    weights = load_file(none / WEIGHTS)
+    save_file({n: 0 * w if "lora_B" in n else w for n, w in weights.items()}, none / WEIGHTS)
+    adapters = {"tuned": tmp_path / "peft", "none": none}
+    [found] = ranks.run(evaluate, base, adapters, world=1)
+    figures = [s["metrics"]["val_bits_per_byte"] for s in summary["stages"]]
+    assert found["none"]["val_bits_per_byte"] == pytest.approx(figures[0], rel=1e-6)
+    assert found["tuned"]["val_bits_per_byte"] == pytest.approx(figures[1], rel=1e-6)
+    assert abs(figures[0] - figures[1]) > 1e-4
 
 
 def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes(ranks: RankPool, tmp_path: Path) -> None:

@@ -215,5 +215,7 @@ def test_a_hash_of_another_schema_is_no_other_recipe(ranks: RankPool, tmp_path: 
     with pytest.raises(RankError, match=r"batch\.seq_len: 16 there"):
         ranks.run(run, config, "stages.pretrain.batch.seq_len=8", world=1)
     write_result(path, result | {"parent_hash": "0" * 32})
-    with pytest.raises(RankError, match="another parent checkpoint\\. Continue"):
+    with pytest.raises(
+        RankError, match=r"another parent checkpoint \(now the weights of a seed; .*\. Continue"
+    ):
         ranks.run(run, config, world=1)

@@ -13,10 +13,13 @@ import torch
 
 from shardwise import checkpoint
 from shardwise.checkpoint.convert import open_model
+from shardwise.config.load import load_config
+from shardwise.errors import ConfigError
 from shardwise.rewards import Problem
 from shardwise.stages.ppo import PpoStage
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.rollout_worker import Group, RolloutWorker
+from shardwise.stages.run import preflight
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool
@@ -129,6 +132,31 @@ def test_a_run_goes_on_under_other_layouts_of_its_roles(ranks: RankPool, tmp_pat
     changes = [FP64, "engine.layout=tp2.sp", "stages.ppo.batch.micro_batch=1"]
     ranks.run(run, moved, *changes, world=2)
     assert_same(clean, broken)
+
+
+def test_actor_and_critic_learn_by_adapters_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
+    """On one rank, and on two that die and go on; a critic's head, which is new, is trained."""
+
+    def config(folder: Path) -> dict[str, Any]:
+        found = ppo(folder, critic={"adapter": {"kind": "dora", "rank": 4}})
+        found["stages"][-1]["adapter"] = {"kind": "lora", "rank": 4}
+        return found
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks.run(run, config(one), FP64, world=1)
+    cut = [FP64, "engine.layout=tp2.sp"]
+    ranks.run(run_and_die, config(two), "ppo", 3, *cut, world=2)
+    ranks.run(run, config(two), *cut, world=2)
+    assert_same(one, two)
+    held = {n.removeprefix("critic.model.") for n in weights(one, "ppo") if "critic.model" in n}
+    assert {n for n in held if ".adapter." not in n} == {"head.weight"}
+    with pytest.raises(ConfigError, match=r"roles\.reference\.adapter: a critic alone has one"):
+        bad = ppo(one, reference={"adapter": {"kind": "lora"}})
+        preflight(load_config(bad).config, 1)
+    beyond = r"stages\.0\.roles\.critic\.adapter\.rank: 64 is beyond"
+    with pytest.raises(ConfigError, match=beyond):
+        bad = ppo(one, critic={"adapter": {"kind": "lora", "rank": 64}})
+        preflight(load_config(bad).config, 1)
 
 
 def test_dropout_is_off_and_the_first_ratio_is_one(ranks: RankPool, tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a folder of them.")
 ]
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="A PEFT folder; each over the one base, by its name."),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -209,10 +214,7 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A PEFT folder; each completes every prompt."),
-    ] = None,
+    adapter: Adapters = None,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
@@ -253,13 +255,23 @@ def _named(adapters: list[str]) -> dict[str, str]:
 
 
 @app.command()
-def evaluate(ckpt: Checkpoint, no_verify: NoVerify = False, json: JsonOption = None) -> None:
+def evaluate(
+    ckpt: Checkpoint,
+    adapter: Adapters = None,
+    no_verify: NoVerify = False,
+    json: JsonOption = None,
+) -> None:
     """Measure a checkpoint again: the figures its run reported, from the checkpoint alone."""
     from shardwise.stages.evaluate import evaluate as run
 
     with json_alone(json):
-        found = run(checkpoint.located(ckpt))
-    text = "\n".join(f"{key}: {value}" for key, value in found.items())
+        found = run(checkpoint.located(ckpt), _named(adapter or []))
+    by_name = found if adapter else {"": found}
+    text = "\n".join(
+        f"{name} {key}: {value}".lstrip()
+        for name, figures in by_name.items()
+        for key, value in figures.items()
+    )
     emit(found, text, json)
 
 

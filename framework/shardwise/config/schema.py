@@ -453,6 +453,9 @@ class RoleConfig(Section):
         None, description="an earlier stage, a shardwise checkpoint or a Hugging Face folder"
     )
     optimizer: AnyOptimizer | None = Field(None, description="critic; default: the stage's")
+    adapter: AnyAdapter | None = Field(
+        None, description="critic: trained in place of its model; default: the model is"
+    )
 
     @model_validator(mode="after")
     def _ranks_ascend(self) -> RoleConfig:

@@ -96,7 +96,7 @@ def generate(
         adapter=None if adapters else model.beside,
     )
     grouped: list[list[Generated]] = [[] for _ in batch]
-    for name, weights in _served(config, model, adapters or {}):
+    for name, weights in served(config, model, adapters or {}):
         generator.load(weights, hf_names=False)
         for completion in generator.generate(requests, sampling, rng.key(seed, "generate")):
             text = tokenizer.decode(completion.token_ids)
@@ -104,10 +104,13 @@ def generate(
     return grouped
 
 
-def _served(
+def served(
     config: ModelConfig, model: OpenModel, folders: Mapping[str, Path | str]
 ) -> Iterator[tuple[str | None, Iterable[tuple[str, Tensor]]]]:
-    """The weights to complete with, by the adapter's name: the base's where there is none."""
+    """The weights to compute with, by the adapter's name: the base's where there is none.
+
+    ``folders``: adapters of PEFT's by name. Raises CheckpointError for one of another base.
+    """
     if not folders:
         yield None, model.parts
         return

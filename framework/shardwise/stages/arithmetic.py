@@ -9,14 +9,23 @@ from shardwise import memory
 from shardwise.adapters.registry import build_adapter
 from shardwise.config.optimizers import SgdConfig
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import RoleConfig
+from shardwise.memory.formulas import gradients
 from shardwise.memory.optimizers import KINDS
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.memory_inputs import model_shape, place_of
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
-from shardwise.stages.base import ACTOR, SCORERS, role_layout, role_of, roles_of, trained_of
+from shardwise.stages.base import (
+    ACTOR,
+    REFERENCE,
+    SCORERS,
+    role_layout,
+    role_of,
+    roles_of,
+    shares_base,
+    trained_of,
+)
 
 TRAINED = (ACTOR, "critic")
 
@@ -53,8 +62,7 @@ def role_numbers(run: RunConfig, stage: Any, role: str, world_size: int, row: in
     adapted = None if said is None else build_adapter(said, model).shape()
     shape = model_shape(model, adapted)
     most = max(
-        _bytes(model, shape, stage, config, layout, rank, (row, batches), role in TRAINED)
-        for rank in range(layout.pp)
+        _bytes(model, shape, stage, role, layout, rank, (row, batches)) for rank in range(layout.pp)
     )
     return RoleNumbers(role, names, str(layout), model.num_parameters(), batches, most)
 
@@ -63,13 +71,12 @@ def _bytes(
     model: DecoderConfig,
     shape: memory.ModelShape,
     stage: Any,
-    config: RoleConfig,
+    role: str,
     layout: Layout,
     rank: int,
     rows: tuple[int, int],  # tokens of one, and micro-batches of them
-    trained: bool,
 ) -> int:
-    row, batches = rows
+    (row, batches), config = rows, role_of(stage, role)
     precision = precision_of(config.engine.precision, pick_device(config.engine.device))
     work = memory.Work(
         seq_len=row,
@@ -86,7 +93,9 @@ def _bytes(
     if isinstance(optimizer, SgdConfig) and optimizer.momentum == 0:
         kind = "plain_sgd"
     found = memory.occupancy(shape, place, work, kind)
-    if not trained:
+    if role == REFERENCE and shares_base(stage):
+        return gradients(shape, place, work)  # as much as is trained: its copy of the adapter
+    if role not in TRAINED:
         return found.master_shards + found.compute_copies
     at_backward = found.peak_gradients + found.activations + found.buffers
     steady = found.master_shards + found.compute_copies + found.optimizer_states

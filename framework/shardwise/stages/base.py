@@ -113,20 +113,13 @@ class StageContext:
         """The model of a role that stands still: also after a resume it is what it was at the
         start. A reference shares the base of an actor with an adapter where it can.
         """
-        if role == REFERENCE and self._shares_base():
+        if role == REFERENCE and shares_base(self.stage):
             self.load_initial_weights(actor)
             engine = self.engine(None, role, beside=actor)
         else:
             engine = self.engine(None, role)
         self.load_initial_weights(engine, role)
         return engine
-
-    def _shares_base(self) -> bool:
-        actor, reference = role_of(self.stage, ACTOR), role_of(self.stage, REFERENCE)
-        alike = actor.engine == reference.engine and actor.ranks is None and reference.ranks is None
-        return (
-            self.stage.adapter is not None and alike and self._shares_initial_checkpoint(REFERENCE)
-        )
 
     def load_initial_weights(self, engine: Engine, role: str = ACTOR) -> None:
         """Fill the weights that a role starts from; a collective call, on all ranks."""
@@ -309,16 +302,23 @@ def checkpoint_root(directory: Path, stage: str) -> Path:
 
 
 def trained_of(stage: Any, role: str) -> Trained:
-    """What of a role's model is trained: of the actor what the stage says, of others all.
+    """What of a role's model is trained: of the actor what the stage says, of a critic what its
+    role does, of others all.
 
     A reference has the actor's adapter, as it starts.
     """
-    if role not in (ACTOR, REFERENCE):
-        return EVERYTHING
-    adapter = stage.adapter
+    own = role in (ACTOR, REFERENCE)
+    adapter = stage.adapter if own else role_of(stage, role).adapter
     if adapter is not None and stage.exact_logprobs:
         adapter = adapter.without_dropout()  # see `StageContext.fitted`
-    return Trained(adapter, stage.freeze)
+    return Trained(adapter, stage.freeze if own else None)
+
+
+def shares_base(stage: Any) -> bool:
+    """Whether a reference stands on the base of the actor, which has an adapter."""
+    actor, reference = role_of(stage, ACTOR), role_of(stage, REFERENCE)
+    alike = actor.engine == reference.engine and actor.ranks is None and reference.ranks is None
+    return stage.adapter is not None and alike and reference.init_from is None
 
 
 def role_layout(role: RoleConfig, world_size: int) -> Layout:

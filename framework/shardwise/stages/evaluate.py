@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from shardwise import checkpoint
+from shardwise.checkpoint.convert import open_model
 from shardwise.config.load import load_config
 from shardwise.config.yaml12 import parse
 from shardwise.data.tokenizer import load_tokenizer
@@ -18,13 +20,17 @@ from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.models import travel
 from shardwise.parallel.mesh import init_distributed, pick_device
+from shardwise.rollout.api import served
 from shardwise.stages.base import StageContext
 from shardwise.stages.pipeline import evaluate_all
 from shardwise.stages.run import with_vocabulary
 
 
-def evaluate(ckpt: str | Path) -> dict[str, Any]:
+def evaluate(ckpt: str | Path, adapters: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
     """Run every evaluation of the recipe that a checkpoint carries, on its weights.
+
+    ``adapters``, by a name of your choice, are folders of PEFT's: each is measured over the one
+    base in ``ckpt``, and the figures come by name.
 
     ``ckpt``: a checkpoint, or a folder of them (its latest). Recipe and tokenizer come from the
     checkpoint; documents and problems from where the recipe says. The layout is data parallel
@@ -57,5 +63,11 @@ def evaluate(ckpt: str | Path) -> dict[str, Any]:
             logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
             ctx = StageContext(run, stage, tokenizer, Path(folder), logger, path)
             engine = ctx.engine(None)
-            ctx.load_initial_weights(engine)
-            return evaluate_all(ctx, engine, progress)
+            if not adapters:
+                ctx.load_initial_weights(engine)
+                return evaluate_all(ctx, engine, progress)
+            found = {}
+            for own, weights in served(run.model, open_model(path), adapters):
+                engine.load_weights(weights)
+                found[str(own)] = evaluate_all(ctx, engine, progress)
+            return found

@@ -22,12 +22,18 @@ from shardwise.config.redact import redact_data
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.data.tokenizer import load_tokenizer
-from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
 from shardwise.stages.initial_weights import initial_hash
 
 # Keys of a stage that may change without making it another computation.
 FREE_KEYS = ("steps", "checkpoint", "validation", "keep_rollouts_every", "max_skipped")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
+
+
+class LineageError(CheckpointError):
+    """A stage's checkpoints are another recipe's, other data's or another parent's."""
+
+    exit_code = ExitCode.USAGE
 
 
 @dataclasses.dataclass
@@ -74,7 +80,7 @@ def check_lineage(
 ) -> None:
     """Refuse to go on from a checkpoint (``path``) of another config, other data, another parent.
 
-    Raises CheckpointError that names what differs.
+    Raises LineageError that names what differs.
     """
     names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
     changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
@@ -84,8 +90,11 @@ def check_lineage(
         if not differences:
             changed.remove("config")
         told = f" ({'; '.join(differences[:3])})"
+    if "parent checkpoint" in changed:
+        source = f"init_from: {run.init_from}" if run.init_from else "the weights of a seed"
+        told += f" (now {wanted.parent or source}; put back the weights that it started from)"
     if changed:
-        raise CheckpointError(
+        raise LineageError(
             f"stage {stage.name}: its checkpoints were made with another {' and '.join(changed)}"
             f"{told}. Continue with the old recipe, or start afresh with another run_dir or stage "
             "name"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from shardwise.adapters.trained import EVERYTHING, names_by_part
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import OptimizerConfig, StageConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.build import check_groups
@@ -20,19 +20,23 @@ def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[s
 
     ``key``: of the stage; ``named`` adds its source to a key. Raises ConfigError.
     """
-    critics = "critic" in roles_of(stage)
-    own = role_of(stage, "critic").optimizer if critics else None
-    for optimizer, role, where in (
-        (stage.optimizer, ACTOR, "optimizer.groups"),
-        (own, "critic", "roles.critic.optimizer.groups"),
-    ):
+    for role in roles_of(stage):
+        if role != "critic" and role_of(stage, role).adapter is not None:
+            raise ConfigError(
+                f"{named(f'{key}.roles.{role}.adapter')}: a critic alone has one of its own; the "
+                f"actor's is {key}.adapter, and a reference starts with it"
+            )
+    trained: list[tuple[str, OptimizerConfig | None, str]] = [(ACTOR, stage.optimizer, "")]
+    if "critic" in roles_of(stage):
+        trained.append(("critic", role_of(stage, "critic").optimizer, "roles.critic."))
+    for role, optimizer, before in trained:
         try:
             [names] = names_by_part(trained_of(stage, role), _model(run, stage, role), 1)
         except ConfigError as error:
             wrong, _, what = str(error).partition(": ")
-            raise ConfigError(f"{named(f'{key}.{wrong}')}: {what}") from error
+            raise ConfigError(f"{named(f'{key}.{before}{wrong}')}: {what}") from error
         if optimizer is not None and optimizer.groups:
-            check_groups(optimizer, names, named(f"{key}.{where}"))
+            check_groups(optimizer, names, named(f"{key}.{before}optimizer.groups"))
 
 
 def _model(run: RunConfig, stage: StageConfig, role: str) -> DecoderConfig:

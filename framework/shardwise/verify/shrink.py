@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import BatchConfig, Fp8Config, SmallSizes, StageConfig
+from shardwise.config.schema import BatchConfig, Fp8Config, RoleConfig, SmallSizes, StageConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops.fp8 import WIDTHS
@@ -111,8 +111,8 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     # Every model starts afresh, laid out as verify says.
     stage.pop("start_from")
     if "roles" in stage:
-        said = {name: (role or {}).get("optimizer") for name, role in stage["roles"].items()}
-        stage["roles"] = {n: {"optimizer": o} for n, o in said.items() if o is not None}
+        roles = dict(made.roles)  # type: ignore[attr-defined]
+        stage["roles"] = {n: said for n, role in roles.items() if (said := _shrunk_role(role))}
     stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
     if config.engine.fp8 is not None:
         stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
@@ -123,6 +123,13 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
         "evaluations": [e.model_dump(mode="json") for e in evaluations],
     }
     return Small(recipe, small.shape, small.given_up)
+
+
+def _shrunk_role(role: RoleConfig | None) -> dict[str, Any]:
+    """What a role of a small recipe says."""
+    adapter = role.adapter.shrunk() if role and role.adapter else None
+    said = {"optimizer": role and role.optimizer, "adapter": adapter}
+    return {name: part.model_dump(mode="json") for name, part in said.items() if part}
 
 
 def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Sizes:
