@@ -111,8 +111,12 @@ class BottleneckAdapter:
 
     def shape(self) -> memory.Adapted:
         """See `Adapter`."""
-        cut = self.config.placement == "parallel"
-        return memory.Adapted(bottleneck=self.config.size, per_block=len(self.parts), cut=cut)
+        return memory.Adapted(
+            bottleneck=self.config.size,
+            per_block=len(self.parts),
+            cut=self.config.placement == "parallel",
+            quantised=self.config.quantise,
+        )
 
     def attach(self, model: Decoder) -> list[str]:
         """See `Adapter`."""

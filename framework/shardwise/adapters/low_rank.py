@@ -28,7 +28,11 @@ class LowRankAdapter:
         layers = {t.path.rpartition(".")[2] for t in self.targets if t.path.startswith("layers.")}
         config = self.config
         return memory.Adapted(
-            config.rank, frozenset(layers), config.magnitudes, config.init == "pissa"
+            config.rank,
+            frozenset(layers),
+            config.magnitudes,
+            config.init == "pissa",
+            quantised=config.quantise,
         )
 
     def attach(self, model: Decoder) -> list[str]:

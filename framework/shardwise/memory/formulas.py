@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from shardwise.memory import activations
+from shardwise.memory import activations, quantised
 from shardwise.memory.optimizers import FUSED, fused_gradients, optimizer_states
 from shardwise.memory.parameters import (
     Matrix,
@@ -65,8 +65,8 @@ def occupancy(model: ModelShape, place: Place, work: Work, optimizer: str = "ada
 
 
 def master_shards(model: ModelShape, place: Place, work: Work) -> int:
-    """Parameters in full precision: this rank's part of each."""
-    return work.master_bytes * held(model, place)
+    """Parameters in full precision, and weights in few bits: this rank's part of each."""
+    return work.master_bytes * held(model, place) + quantised.kept(model, place)
 
 
 def gradients(model: ModelShape, place: Place, work: Work) -> int:
@@ -188,7 +188,8 @@ def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) ->
     norm = 5 * work.wide_bytes * activations.stream_tokens(place, work) * model.hidden_size
     width = -(-model.ffn_size // place.tp)
     ffn = 3 * work.compute_bytes * activations.tokens(place, work) * width
-    return max(norm, ffn) + _waiting(model, place, work, part)
+    made = quantised.in_full(model, place, work)
+    return max(norm, ffn) + made + _waiting(model, place, work, part)
 
 
 def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:

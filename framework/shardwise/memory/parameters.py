@@ -25,11 +25,12 @@ class Matrix:
         return -(-self.rows // holders) * self.columns
 
 
-def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
-    """One block's parameters: Llama's, cut as by Shoeybi et al. 2019, section 3.
+def products(model: ModelShape, place: Place) -> dict[str, tuple[int, int]]:
+    """Rows and columns of one block's linear layers: Llama's, cut as by Shoeybi et al. 2019,
+    section 3.
 
-    Queries, gate and up by outputs, the two projections back by inputs, norms not. Key/value
-    projections with fewer heads than ranks are whole on each.
+    Queries, gate and up by outputs, the two projections back by inputs. Key/value projections with
+    fewer heads than ranks are whole on each.
     """
     d, tp = model.hidden_size, place.tp
     q, kv = query_width(model, place), model.head_width * model.num_kv_heads
@@ -37,15 +38,24 @@ def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
         kv //= tp
     f = -(-model.ffn_size // tp)
     attention = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-    products = attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
-    learns = model.adapted is None
-    found = [Matrix(rows, columns, learns) for rows, columns in products.values()]
-    found += [Matrix(d, 1, learns), Matrix(d, 1, learns)]
-    if model.adapted is None:
+    return attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
+
+
+def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
+    """One block's parameters: `products` and two norms, which are whole, and what is beside them.
+
+    A quantised weight is no parameter (`memory.quantised`).
+    """
+    d, tp, linear = model.hidden_size, place.tp, products(model, place)
+    adapted, learns = model.adapted, model.adapted is None
+    found = [Matrix(d, 1, learns), Matrix(d, 1, learns)]
+    if adapted is None or adapted.quantised is None:
+        found = [Matrix(rows, columns, learns) for rows, columns in linear.values()] + found
+    if adapted is None:
         return found
     # A lies as the inputs do, B as the outputs (`adapters.lora`).
-    adapted, rank = model.adapted, model.adapted.rank
-    for name, (rows, columns) in products.items():
+    rank = adapted.rank
+    for name, (rows, columns) in linear.items():
         if name in adapted.layers:
             factors = [(rank, columns), (rows, rank)]
             found += [Matrix(*shape) for shape in factors]

@@ -17,7 +17,7 @@ class Adapted:
     Low-rank updates of linear layers: ``layers`` by last name (q, k, v, o, gate, up, down).
     ``magnitudes``: a number an output more. ``subtracted``: a frozen copy of both factors beside
     them. Or networks of two products with ``bottleneck`` features between, so many ``per_block``,
-    cut by tensor parallelism or whole.
+    cut by tensor parallelism or whole. ``quantised``: how the linear layers of the blocks are kept.
     """
 
     rank: int = 0
@@ -27,6 +27,7 @@ class Adapted:
     bottleneck: int = 0
     per_block: int = 0
     cut: bool = False
+    quantised: Literal["nf4", "int8"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
