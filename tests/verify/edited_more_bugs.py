@@ -120,7 +120,7 @@ add(
 )  # fmt: skip
 add(
     "micro_batches_folded_into_fp32_at_the_last_one",
-    "sums over micro-batches", "llama pretrain dp2.zero1.pp2.zbv", "pp|zbv", "_add_grad",
+    "sums over micro-batches", "llama pretrain dp2.zero1.pp2.zbv", "pp|zbv", "_add_grad|gradients",
     Edit("parallel/data.py",
          "    for group in _param_groups(model):\n        for param in group.fsdp_params:",
          "    for group in _param_groups(model) if is_last or row.sync_every_microbatch else ():\n"

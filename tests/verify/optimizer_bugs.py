@@ -86,7 +86,7 @@ add(
 )  # fmt: skip
 add(
     "partial_gradients_moved_by_before_they_are_summed",
-    PARTS, "llama pretrain tp2.sp", "sp|tp", "weight",
+    PARTS, "llama pretrain tp2.sp", "sp|tp", "weight|optim/fused",
     Edit("optim/fused.py", "if not waits(param):", "if waits is not None:"),
     changes={"batch.global_batch": 8, "batch.micro_batch": 8, "optimizer.kind": "lomo",
              "engine.max_grad_norm": 0.0},

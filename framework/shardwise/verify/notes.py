@@ -4,7 +4,7 @@ A name is ``kind/what``. Every rank notes what it has: a value that all ranks kn
 regions of a tensor. Where a reference is given, a rank compares its regions with it and keeps
 figures alone, so that a world of many ranks sends little. Kinds, in the order in which they come
 about: initial, rollout, forward pass, what a stage computes of its rollouts (advantages, returns),
-sample, learning rate, loss, metric, sentinel, gradient, clip norm, weight, moment, logged, event,
+sample, learning rate, loss, metric, sentinel, gradient, clip norm, moment, weight, logged, event,
 generated tokens, generated logprobs, evaluation.
 """
 

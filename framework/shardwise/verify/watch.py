@@ -216,9 +216,9 @@ class WatchedEngine:
             notes.forget("gradient", where)
         else:
             notes.note("clip norm", where, told)
-        self.note_tensors("weight", "weights", where=where)
-        for state in self.inner.optimizer_states():
+        for state in self.inner.optimizer_states():  # weights are made from them
             self.note_tensors("moment", state, f" {state}", where)
+        self.note_tensors("weight", "weights", where=where)
         return norm
 
     def forward(
