@@ -33,6 +33,10 @@ def test_a_layout_changes_nothing(ranks: RankPool, layout: str) -> None:
 def test_other_models_and_parts(ranks: RankPool) -> None:
     shared = toy.llama(num_kv_heads=1, qkv_bias=True)
     assert_alike(ranks, shared, adapter("dora", init="orthogonal"), "tp2")
+    own = adapter(
+        "dora", rslora=True, rank_pattern={"q": 2, "layers.1.*": 3}, alpha_pattern={"down": 5.0}
+    )
+    assert_alike(ranks, toy.llama(), own, "tp2")
     gpt2 = toy.gpt2(tie_embeddings=False)
     assert_alike(ranks, gpt2, adapter(targets=["pos_embed", "o"]), "tp2.sp")
     for placement in ("sequential", "parallel"):

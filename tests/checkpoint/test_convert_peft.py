@@ -18,7 +18,7 @@ from shardwise.adapters.peft_write import write
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import MODEL_FILE, convert, open_model
 from shardwise.config.adapters import AdapterConfig
-from shardwise.errors import CheckpointError, UserError
+from shardwise.errors import UserError
 from shardwise.models import registry
 from tests.adapters.support import adapter, native, update
 from tests.models.families import inputs
@@ -122,7 +122,7 @@ def test_what_is_refused(ranks: RankPool, tmp_path: Path) -> None:
         convert(tmp_path / "native", tmp_path / "y", "peft")
 
 
-def test_ranks_that_differ_are_merged_or_refused(tmp_path: Path) -> None:
+def test_ranks_that_differ_go_on_or_are_merged(tmp_path: Path) -> None:
     base = tmp_path / "base"
     registry.to_hf(base, MODEL, adapted.initial_tensors(MODEL, SEED))
     updates = {
@@ -130,7 +130,7 @@ def test_ranks_that_differ_are_merged_or_refused(tmp_path: Path) -> None:
         for i in range(2)
     }
     write(tmp_path / "a", PeftAdapter(updates, False), MODEL, str(base))
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: rank_pattern"):
-        convert(tmp_path / "a", tmp_path / "n", "native")
+    convert(tmp_path / "a", tmp_path / "n", "native")
+    torch.testing.assert_close(logits(tmp_path / "n"), logits(tmp_path / "a"))
     convert(tmp_path / "a", tmp_path / "h", "hf", merge_adapter=True)
     assert torch.equal(logits(tmp_path / "h"), logits(tmp_path / "a"))

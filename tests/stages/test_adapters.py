@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from shardwise import checkpoint
+from shardwise.adapters import peft
+from shardwise.adapters.peft import PeftAdapter, Update
+from shardwise.adapters.peft_write import write
+from shardwise.adapters.quantise import read_back
 from shardwise.adapters.registry import build_adapter
+from shardwise.adapters.targets import targets
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import convert, open_model
 from shardwise.config.load import load_config
@@ -123,6 +128,51 @@ def test_a_resume_on_another_base_is_bad_usage(ranks: RankPool, tmp_path: Path) 
     assert code == 2
     assert f"made with another parent checkpoint (now init_from: {base}" in words
     assert "put back the weights that it started from" in words
+
+
+OWN = {"rank": 2, "alpha": 4.0, "targets": ["q", "down"], "rank_pattern": {"layers.1.attn.q": 3}}
+
+
+@pytest.mark.parametrize("quantise", ["nf4", None])
+def test_training_goes_on_from_a_folder_of_pefts(
+    ranks: RankPool, tmp_path: Path, quantise: str | None
+) -> None:
+    """And so it does from its base, with a new adapter (QLoRA)."""
+    base, folder = tmp_path / "base", tmp_path / "peft"
+    config = recipe(tmp_path / "run", "sft")
+    config["model"]["vocab_size"] = 300
+    model: Any = load_config(config).config.model
+    models.to_hf(base, model, adapted.initial_tensors(model, 1))
+    asked = {"kind": "lora", "quantise": quantise} | OWN
+    shapes = {t.path: (t.rows, t.columns) for t in targets(model, adapter(**OWN))}
+    ranks_of = {path: 3 if path == "layers.1.attn.q" else 2 for path in shapes}
+    updates = {
+        path: Update(torch.randn(ranks_of[path], i) / 9, torch.randn(o, ranks_of[path]) / 9, 4.0)
+        for path, (o, i) in shapes.items()
+    }
+    write(folder, PeftAdapter(updates, False), model, str(base))
+    config["stages"][0] |= {"adapter": asked | {"start": "parent"}, "steps": 1}
+    config["stages"][0]["optimizer"] = {"lr": 1e-9}
+    ranks.run(run, config | {"init_from": str(folder)}, world=2)
+    own = adapted.own_tensors(checkpoint.resolve(tmp_path / "run/stages/sft/checkpoints"))
+    for path, found in updates.items():
+        torch.testing.assert_close(own[f"{path}.adapter.A"], found.A_RI, atol=1e-6, rtol=0)
+        torch.testing.assert_close(own[f"{path}.adapter.B"], found.B_OR, atol=1e-6, rtol=0)
+    weights = dict(open_model(base).tensors)
+    left = dict(read_back(weights.items(), "nf4", model)) if quantise else weights
+    wanted = dict(peft.merge(left.items(), PeftAdapter(updates, False)))
+    for name, value in open_model(tmp_path / "run/stages/sft/checkpoints").tensors:
+        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-5)
+
+    config["stages"][0]["adapter"] = asked | {"start": "parent", "rank_pattern": {}}
+    config["run_dir"] = str(tmp_path / "other")
+    with pytest.raises(RankError, match=r"layers\.1\.attn\.q: rank 3, alpha 4 there, rank 2"):
+        ranks.run(run, config | {"init_from": str(folder)}, world=1)
+    config["stages"][0]["adapter"] = asked
+    config["run_dir"] = str(tmp_path / "new")
+    ranks.run(run, config | {"init_from": str(base)}, world=1)
+    for name, value in open_model(tmp_path / "new/stages/sft/checkpoints").tensors:
+        torch.testing.assert_close(value, left[name], atol=1e-4, rtol=1e-4)
 
 
 def dies_at_two(config: dict[str, Any]) -> None:

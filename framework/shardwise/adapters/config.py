@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +14,16 @@ from shardwise.config.optimizers import ParameterGroup
 from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate
 
 SMALL_RANK, SMALL_SIZE = 4, 6
+
+
+def names_module(pattern: str, path: str) -> bool:
+    """Whether a pattern of module paths, or a last name, is one of ``path``."""
+    last = path.rpartition(".")[2]
+    return fnmatch.fnmatchcase(path, pattern) or ("." not in pattern and last == pattern)
+
+
+def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((v for pattern, v in patterns.items() if names_module(pattern, path)), default)
 
 
 class LowRankConfig(AdapterConfig):
@@ -39,6 +51,12 @@ class LowRankConfig(AdapterConfig):
         "default",
         description="default: A random, B zero; pissa: the largest singular vectors of W, taken "
         "off again; orthogonal: A and B random with B A = 0",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={}, description="ranks of their own, by patterns as in targets"
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={}, description="alphas of their own, by patterns as in targets"
     )
     lr_ratio: Rate = Field(1.0, description="LoRA+: learning rate of B over that of A")
 
@@ -68,6 +86,14 @@ class LowRankConfig(AdapterConfig):
         """What ``B A`` is multiplied by (rsLoRA: Kalajdzievski 2023, section 3)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
+    def of(self, path: str) -> Self:
+        """For one module: with its rank and its alpha."""
+        found = {
+            "rank": _first(self.rank_pattern, path, self.rank),
+            "alpha": _first(self.alpha_pattern, path, self.alpha),
+        }
+        return self.model_copy(update=found)
+
     def groups(self) -> list[ParameterGroup]:
         """LoRA+ (Hayou et al. 2024): B learns faster than A."""
         if self.lr_ratio == 1.0:
@@ -82,7 +108,9 @@ class LowRankConfig(AdapterConfig):
         """See `AdapterConfig`; the scaling stays."""
         rank = min(self.rank, SMALL_RANK if self.init == "orthogonal" else SMALL_RANK - 1)
         factor = (rank / self.rank) ** (0.5 if self.rslora else 1.0)
+        ranks = {pattern: min(own, SMALL_RANK) for pattern, own in self.rank_pattern.items()}
         fields = {"rank": rank, "alpha": self.alpha * factor, "start": "new"}
+        fields["rank_pattern"] = ranks
         return self.model_copy(update=fields)
 
 

@@ -90,6 +90,7 @@ class LowRank(nn.Module):
         self, host: tensor.Swapped, target: Target, config: LowRankConfig, keys: Keys
     ) -> None:
         super().__init__()
+        config = config.of(target.path)
         self.scaling, self.p, self.keys = config.scaling, config.dropout, keys
         self.salt = rng.key(0, MARK, target.path) & 0x7FFFFFFF
         rows, columns = target.rows, target.columns

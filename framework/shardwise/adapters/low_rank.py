@@ -28,7 +28,7 @@ class LowRankAdapter:
         layers = {t.path.rpartition(".")[2] for t in self.targets if t.path.startswith("layers.")}
         config = self.config
         return memory.Adapted(
-            config.rank,
+            max(config.of(t.path).rank for t in self.targets),
             frozenset(layers),
             config.magnitudes,
             config.init == "pissa",

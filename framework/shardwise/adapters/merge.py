@@ -26,7 +26,7 @@ def merged(
     update = b @ a
     if "A0" in parts:
         update = update - parts["B0"].to(wide) @ parts["A0"].to(wide)
-    update = config.scaling * update
+    update = config.of(target.path).scaling * update
     result = weight.to(wide) + (update.T if target.embeds else update)
     if "magnitude" in parts:
         norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)

@@ -6,6 +6,7 @@ rank, ``[B, -B0] [A; A0]``, of the unchanged base, as its own conversion makes i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +28,7 @@ def to_peft(
             path, _, part = name.rpartition(f".{MARK}.")
             parts.setdefault(path, {})[part] = value
     saved = {name: value for name, value in own.items() if not is_adapter(name)}
-    updates = {path: _update(found, config) for path, found in parts.items()}
+    updates = {path: _update(found, config.of(path)) for path, found in parts.items()}
     raw = {"lora_dropout": config.dropout}
     return PeftAdapter(updates, config.rslora, saved, raw=raw, base_hash=base_hash)
 
@@ -51,18 +52,17 @@ def to_own(adapter: PeftAdapter, where: str) -> tuple[LowRankConfig, dict[str, T
             f"{where}: modules_to_save, bias: {', '.join(sorted(adapter.saved)[:3])} were trained "
             f"whole, and beside an adapter all stands still here; {merge}"
         )
-    alike = {(u.rank, u.alpha) for u in adapter.updates.values()}
-    if len(alike) > 1:
-        raise CheckpointError(
-            f"{where}: rank_pattern, alpha_pattern: modules of different ranks or alphas "
-            f"({', '.join(f'{r}, {a:g}' for r, a in sorted(alike))}) are not trained here; {merge}"
-        )
-    [(rank, alpha)] = alike
+    rank = Counter(u.rank for u in adapter.updates.values()).most_common(1)[0][0]
+    alpha = Counter(u.alpha for u in adapter.updates.values()).most_common(1)[0][0]
     dora = any(u.magnitude_O is not None for u in adapter.updates.values())
     fields = {
         "kind": "dora" if dora else "lora",
         "rank": rank,
         "alpha": float(alpha),
+        "rank_pattern": {p: u.rank for p, u in adapter.updates.items() if u.rank != rank},
+        "alpha_pattern": {
+            p: float(u.alpha) for p, u in adapter.updates.items() if u.alpha != alpha
+        },
         "rslora": adapter.rslora,
         "targets": sorted(adapter.updates),
         "dropout": float(adapter.raw.get("lora_dropout") or 0.0),

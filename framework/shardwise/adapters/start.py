@@ -35,6 +35,7 @@ def start(
     ``weight``: rows x columns, fp32 or fp64, where `needs_weights`; singular vectors and norms are
     taken in its dtype.
     """
+    config = config.of(target.path)
     rank = config.rank
     inputs, outputs = target.columns, target.rows
     if target.embeds:

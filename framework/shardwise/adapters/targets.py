@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.config import LowRankConfig, names_module
 from shardwise.adapters.presets import ALL_LINEAR
 from shardwise.config.adapters import FreezeConfig
 from shardwise.errors import ConfigError
@@ -59,13 +59,20 @@ def targets(model: DecoderConfig, config: LowRankConfig) -> list[Target]:
             )
         for path in named:
             found[path] = modules[path]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(names_module(pattern, path) for path in found):
+                raise ConfigError(
+                    f"adapter.{key}: {pattern!r} names no module of adapter.targets; there are "
+                    f"{', '.join(_shapes(found))}"
+                )
     for target in found.values():
         _check(target, model, config)
     return [modules[path] for path in modules if path in found]
 
 
 def _check(target: Target, model: DecoderConfig, config: LowRankConfig) -> None:
-    least = min(target.rows, target.columns)
+    least, config = min(target.rows, target.columns), config.of(target.path)
     if config.rank > least:
         raise ConfigError(
             f"adapter.rank: {config.rank} is beyond {target.path}, a matrix of {target.rows} x "
@@ -121,10 +128,7 @@ def _stands_before(name: str, model: DecoderConfig, last: int) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    last = path.rpartition(".")[2]
-    if pattern == ALL_LINEAR:
-        return path.startswith("layers.")
-    return fnmatch.fnmatchcase(path, pattern) or ("." not in pattern and last == pattern)
+    return path.startswith("layers.") if pattern == ALL_LINEAR else names_module(pattern, path)
 
 
 def _matrices(model: DecoderConfig) -> Iterator[tuple[str, Target]]:

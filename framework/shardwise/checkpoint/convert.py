@@ -90,13 +90,13 @@ def open_model(path: Path | str, base: Path | None = None) -> OpenModel:
     if (path / manifest.NAME).exists() or steps.latest(path) is not None:
         return _open_native(steps.resolve(path))
     if peft_read.is_adapter_folder(path):
-        return _open_peft(path, _peft_base(path, base))
+        return _open_peft(path, peft_base(path, base))
     config, tensors = models.from_hf(path)
     return OpenModel("hf", config, tensors, travel.read(path))
 
 
-def _peft_base(folder: Path, base: Path | None) -> Path:
-    """The base model of an adapter in PEFT's form."""
+def peft_base(folder: Path, base: Path | None = None) -> Path:
+    """The base model of an adapter in PEFT's form. Raises UserError if it is not there."""
     if base is not None:
         return base
     said = read_json(folder / peft.CONFIG).get("base_model_name_or_path")
@@ -287,11 +287,17 @@ def _write_peft(model: OpenModel, checkpoint: Path, out: Path) -> Path:
     return out
 
 
+def own_adapter(folder: Path, base: Path) -> tuple[LowRankConfig, dict[str, Tensor]]:
+    """The adapter of a folder of PEFT's as our stages train it: its config and its parameters."""
+    found = _read_peft(folder, base, open_model(base))
+    return peft_own.to_own(found, f"{folder / peft.CONFIG}")
+
+
 def _write_adapter(folder: Path, base: Path | None, out: Path) -> Path:
     """A folder of PEFT's as a checkpoint with an adapter, for ``adapter.start: parent``."""
-    base = _peft_base(folder, base)
+    base = peft_base(folder, base)
     model = open_model(base)
-    config, own = peft_own.to_own(_read_peft(folder, base, model), f"{folder / peft.CONFIG}")
+    config, own = own_adapter(folder, base)
     section = model.config.model_dump_json().encode()
     files = {
         MODEL_FILE: section,

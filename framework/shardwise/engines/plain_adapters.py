@@ -56,7 +56,7 @@ class PlainLowRank:
                 self.adapted[path] = module
         self.has_dropout = config.dropout > 0
         for path, module in self.adapted.items():
-            module.add_module("adapter", self._parts(module))
+            module.add_module("adapter", self._parts(module, path))
             module.register_forward_hook(self._hook(path, isinstance(module, nn.Embedding)))
         for i, block in enumerate(model.layers):
             block.register_forward_pre_hook(self._remember(f"layers.{i}."))
@@ -73,11 +73,11 @@ class PlainLowRank:
         known = last in (*linear, "head", "embed", "pos_embed")
         return known and (last == pattern or fnmatch.fnmatchcase(path, pattern))
 
-    def _parts(self, module: Any) -> nn.Module:
+    def _parts(self, module: Any, path: str) -> nn.Module:
         outputs, inputs = module.weight.shape
         if isinstance(module, nn.Embedding):
             inputs, outputs = outputs, inputs
-        r, found = self.config.rank, nn.Module()
+        r, found = self.config.of(path).rank, nn.Module()
         shapes = {"A": (r, inputs), "B": (outputs, r)}
         if self.config.init == "pissa":
             shapes |= {"A0": (r, inputs), "B0": (outputs, r)}
@@ -97,7 +97,7 @@ class PlainLowRank:
     def _hook(self, path: str, embeds: bool) -> Callable[..., Tensor]:
         block = ".".join(path.split(".")[:2]) + "." if path.startswith("layers.") else ""
         salt = rng.key(0, "adapter", path) % 2**31
-        scale = self.scale
+        scale = self.scale_of(path)
 
         def embedding(module: Any, args: Any, output: Tensor) -> Tensor:
             own = module.adapter
@@ -112,20 +112,18 @@ class PlainLowRank:
             bias = 0.0 if module.bias is None else module.bias
             raw = output - bias + (scale * update).to(output.dtype)
             if self.config.kind == "dora":
-                norm_O = self._adapted(module).detach().norm(dim=1)
+                norm_O = self._adapted(module, path).detach().norm(dim=1)
                 raw = raw * (own.magnitude.to(norm_O.dtype) / norm_O).to(raw.dtype)
             return raw + bias  # type: ignore[no-any-return]
 
         return embedding if embeds else linear
 
-    @property
-    def scale(self) -> float:
+    def scale_of(self, path: str) -> float:
         """What B A is multiplied by."""
-        return self.config.alpha / (
-            math.sqrt(self.config.rank) if self.config.rslora else self.config.rank
-        )
+        own = self.config.of(path)
+        return own.alpha / (math.sqrt(own.rank) if own.rslora else own.rank)
 
-    def _adapted(self, module: Any) -> Tensor:
+    def _adapted(self, module: Any, path: str) -> Tensor:
         """``W + s B A``, in fp32 at least."""
         own = module.adapter
         wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
@@ -134,7 +132,7 @@ class PlainLowRank:
             update = update - own.B0.to(wide) @ own.A0.to(wide)
         if isinstance(module, nn.Embedding):
             update = update.T
-        result: Tensor = module.weight.to(wide) + self.scale * update
+        result: Tensor = module.weight.to(wide) + self.scale_of(path) * update
         return result
 
     @torch.no_grad()
@@ -143,6 +141,7 @@ class PlainLowRank:
         for path, module in self.adapted.items():
             own: Any = module.adapter
             weight: Any = module.weight
+            scale = self.scale_of(path)
             r, inputs = own.A.shape
             outputs = len(own.B)
 
@@ -155,8 +154,8 @@ class PlainLowRank:
                 u, s, vh = torch.linalg.svd(weight, full_matrices=False)
                 for i in range(r):  # of two signs, the one that makes the largest of u positive
                     sign = torch.sign(u[u[:, i].abs().argmax(), i])
-                    own.A[i] = (s[i] / self.scale).sqrt() * (sign * vh[i])
-                    own.B[:, i] = u[:, i] * sign * (s[i] / self.scale).sqrt()
+                    own.A[i] = (s[i] / scale).sqrt() * (sign * vh[i])
+                    own.B[:, i] = u[:, i] * sign * (s[i] / scale).sqrt()
                 own.A0.copy_(own.A)
                 own.B0.copy_(own.B)
             elif self.config.init == "orthogonal":
@@ -178,7 +177,7 @@ class PlainLowRank:
                 continue
             if path in self.adapted and last == "weight":
                 module: Any = self.adapted[path]
-                result = self._adapted(module)
+                result = self._adapted(module, path)
                 if self.config.kind == "dora":
                     magnitude = module.adapter.magnitude.to(result.dtype)[:, None]
                     result = magnitude / result.norm(dim=1, keepdim=True) * result

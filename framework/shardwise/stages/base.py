@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from shardwise import checkpoint
+from shardwise.adapters.peft_read import is_adapter_folder
 from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.checkpoint import adapted
-from shardwise.checkpoint.convert import open_model
+from shardwise.checkpoint.convert import open_model, peft_base
 from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
@@ -134,7 +135,9 @@ class StageContext:
         """What the checkpoints of a stage with an adapter say of it and its base."""
         adapter, source = self.stage.adapter, self.initial_checkpoint(ACTOR)
         root, seed = checkpoint_root(self.directory, self.stage.name), self.run.seed
-        if adapter.start == "parent" and source is not None:
+        if adapter.start == "parent" and source is not None and is_adapter_folder(source):
+            source = peft_base(source)
+        elif adapter.start == "parent" and source is not None:
             path = checkpoint.resolve(source)
             if (said := adapted.read(checkpoint.read_files(path))) is not None:
                 source, seed = adapted.base_of(path, said[1]), said[1].get("seed", seed)

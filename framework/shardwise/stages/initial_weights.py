@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from shardwise import checkpoint
-from shardwise.adapters.targets import is_adapter
+from shardwise.adapters.config import LowRankConfig
+from shardwise.adapters.peft_read import is_adapter_folder
+from shardwise.adapters.targets import is_adapter, targets
 from shardwise.checkpoint import adapted, manifest
-from shardwise.checkpoint.convert import open_model
+from shardwise.checkpoint.convert import open_model, own_adapter, peft_base
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.run import RunConfig
 from shardwise.engines.base import Engine
@@ -35,7 +37,16 @@ def load_initial_weights(
     """
     adapter = engine.adapter_config
     if adapter is not None and adapter.start == "parent":
-        path, base = _adapted_base(source, adapter)
+        if source is not None and is_adapter_folder(source):
+            base_model = peft_base(source)
+            config, own = own_adapter(source, base_model)
+            # A file of PEFT's does not say in how many bits its base was.
+            like = config.model_copy(update={"quantise": adapter.quantise})
+            _check_alike(source, model, like, adapter)
+            _load_base(engine, model, base_model, new_head)
+            engine.load_weights(own.items())
+            return
+        path, base = _adapted_base(source, model, adapter)
         if (place := adapted.base_of(path, base)) is not None:
             _load_base(engine, model, place, new_head)
         else:
@@ -73,7 +84,9 @@ def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: boo
         _load_hf(source, model, engine, new_head)
 
 
-def _adapted_base(source: Path | None, adapter: AdapterConfig) -> tuple[Path, dict[str, Any]]:
+def _adapted_base(
+    source: Path | None, model: DecoderConfig, adapter: AdapterConfig
+) -> tuple[Path, dict[str, Any]]:
     """A checkpoint with an adapter like the one that is wanted, and what is said of its base."""
     path, found = Path(), None
     if source is not None and is_native(source):
@@ -84,15 +97,32 @@ def _adapted_base(source: Path | None, adapter: AdapterConfig) -> tuple[Path, di
             f"adapter.start: parent, but {source or 'a fresh model'} holds no adapter to go on "
             "with; write new, or start from a checkpoint of a stage with an adapter"
         )
-    free = {"start", "dropout", "lr_ratio"}
-    theirs, ours = (a.model_dump(exclude=free) for a in (found[0], adapter))
-    keys = [k for k in ours if theirs.get(k) != ours[k]]
-    if differ := [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in keys]:
-        raise ConfigError(
-            f"adapter.start: parent, but {source} holds another adapter ({'; '.join(differ)}); "
-            "make the adapter section agree, or write new"
-        )
+    _check_alike(path, model, found[0], adapter)
     return path, found[1]
+
+
+def _check_alike(
+    source: Path, model: DecoderConfig, there: AdapterConfig, here: AdapterConfig
+) -> None:
+    theirs, ours = (_settings(adapter, model) for adapter in (there, here))
+    keys = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    if differ := [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in keys]:
+        raise ConfigError(
+            f"adapter.start: parent, but {source} holds another adapter "
+            f"({'; '.join(differ[:3])}); make the adapter section agree, or write new"
+        )
+
+
+def _settings(adapter: AdapterConfig, model: DecoderConfig) -> dict[str, Any]:
+    """All that must agree of an adapter; of a low-rank one, by module."""
+    said = adapter.model_dump(exclude={"start", "dropout", "lr_ratio", "preset"})
+    if isinstance(adapter, LowRankConfig):
+        for key in ("rank", "alpha", "targets", "rank_pattern", "alpha_pattern"):
+            del said[key]
+        for target in targets(model, adapter):
+            own = adapter.of(target.path)
+            said[target.path] = f"rank {own.rank}, alpha {own.alpha:g}"
+    return said
 
 
 def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_from") -> None:
@@ -159,5 +189,8 @@ def initial_hash(run: RunConfig) -> str:
 
 
 def folder_hash(folder: Path | None) -> str:
-    """See `checkpoint.adapted.weights_hash`; empty for no folder."""
-    return "" if folder is None else adapted.weights_hash(folder)
+    """See `checkpoint.adapted.weights_hash`; empty for no folder. An adapter's and its base's."""
+    if folder is None:
+        return ""
+    base = adapted.weights_hash(peft_base(folder)) if is_adapter_folder(folder) else ""
+    return adapted.weights_hash(folder) + base
