@@ -84,7 +84,8 @@ BUGS: dict[str, AdapterBug] = {
         "A, B = tensor.local(self.A), tensor.local(self.B)[: out_BTO.shape[-1]]",
         case="two shared heads", layout="tp4"),
     "merged_without_the_scale": _bug(
-        "merging", MERGE, "update = config.scaling * update", "update = update * 1.0"),
+        "merging", MERGE, "update = config.of(target.path).scaling * update",
+        "update = update * 1.0"),
     "merged_by_the_norms_of_columns": _bug(
         "merging", MERGE, "torch.linalg.vector_norm(result, dim=1, keepdim=True)",
         "torch.linalg.vector_norm(result, dim=0, keepdim=True)[:, :1]"),
