@@ -199,6 +199,7 @@ def test_metrics_say_where_both_sides_go() -> None:
     assert said["margin"] == pytest.approx(B * sum(map(gap, PAIRS)) / 2)
     assert said["margin"] == pytest.approx(said["rewards_chosen"] - said["rewards_rejected"])
     assert said["accuracy"] == sum(gap(p) > 0 for p in PAIRS) / 2
+    assert said["ranking_accuracy"] == sum(sum(p[0][0]) > sum(p[0][1]) for p in PAIRS) / 2
     assert said["drift_chosen"] == pytest.approx(sum(ratios(p)[0] for p in PAIRS) / 2)
     assert said["logps_rejected"] == pytest.approx(sum(sum(p[0][1]) for p in PAIRS) / 2)
 

@@ -71,7 +71,10 @@ def on_files(folder: Path, data: dict[str, Any], **stage: Any) -> dict[str, Any]
 def test_it_learns(ranks: RankPool, tmp_path: Path, loss: dict[str, Any]) -> None:
     lines = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]
     data = pairs_in(tmp_path, *lines)
-    ranks.run(run, on_files(tmp_path / "run", data, loss=loss), "stages.dpo.steps=20", world=1)
+    start = "stages.dpo.validation.at_start=true"
+    ranks.run(
+        run, on_files(tmp_path / "run", data, loss=loss), "stages.dpo.steps=20", start, world=1
+    )
     first, last = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]
     if loss.get("kind") != "kto":
         assert first["loss"] == pytest.approx(math.log(2)) and last["accuracy"] == 1.0
@@ -80,7 +83,8 @@ def test_it_learns(ranks: RankPool, tmp_path: Path, loss: dict[str, Any]) -> Non
     assert all(abs(first[name]) < 1e-5 for name in names)
     assert last["loss"] < 0.5 * first["loss"] and last["margin"] > 1.0
     assert last["drift_chosen"] > last["drift_rejected"]
-    said = rows(tmp_path / "run", "validation")[-1]
+    before, *_, said = rows(tmp_path / "run", "validation")
+    assert before["step"] == 0 and before["val_margin"] == 0.0
     assert said["val_margin"] > 1.0 and said["val_loss"] < 0.5 * first["loss"]
 
 
@@ -105,9 +109,10 @@ def test_stored_log_probabilities_are_those_of_the_frozen_copy(
 
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
-    ranks.run(run, recipe(clean, "sft", "dpo"), world=2)
-    ranks.run(run_and_die, recipe(broken, "sft", "dpo"), "dpo", 3, world=2)
-    ranks.run(run, recipe(broken, "sft", "dpo"), world=2)
+    start = "stages.dpo.validation.at_start=true"
+    ranks.run(run, recipe(clean, "sft", "dpo"), start, world=2)
+    ranks.run(run_and_die, recipe(broken, "sft", "dpo"), "dpo", 3, start, world=2)
+    ranks.run(run, recipe(broken, "sft", "dpo"), start, world=2)
     a, b = weights(clean, "dpo"), weights(broken, "dpo")
     assert all(torch.equal(a[n], b[n]) for n in a) and metrics(clean) == metrics(broken)
 

@@ -255,6 +255,7 @@ class ValidationConfig(Section):
     """Validation during a stage."""
 
     every: NonNegativeInt = Field(0, description="steps between validations; 0: only at the end")
+    at_start: bool = Field(False, description="also before the first step")
     max_batches: NonNegativeInt = Field(
         0, description="of batch.global_batch rows; 0: the whole validation set"
     )

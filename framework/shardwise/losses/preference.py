@@ -301,8 +301,9 @@ class PreferenceLoss:
 
     Terms: ``preference``, a count a ranking that holds a pair (KTO: an answer); and ``sft``, -log p
     of the best answers. Metrics: rewards (beta times the log-ratio, or log-probability a token),
-    their margin and accuracy, log-probabilities of both sides, and with a reference their drift
-    from it in nats.
+    their margin and accuracy, log-probabilities of both sides and the share of pairs that they
+    order rightly (ranking accuracy: Chen et al. 2024, arXiv 2405.19534), and with a reference their
+    drift from it in nats.
     """
 
     def __init__(self, config: PreferenceConfig, with_reference: bool = True) -> None:
@@ -380,11 +381,13 @@ class PreferenceLoss:
         # Of a policy that is its reference, gaps are rounding errors of what they are taken from.
         ours, theirs = (s.detach().abs() for s in (pair.means if a_token else pair.logps))
         noise_P = self.config.scale * torch.finfo(ours.dtype).eps * (ours + theirs)
+        better, worse = (s.detach().double() for s in pair.logps)
         figures = {
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,
             "margin": chosen - rejected,
             "accuracy": rights(chosen - rejected, noise_P),
+            "ranking_accuracy": rights(better - worse, torch.zeros_like(better)),
         }
         told = {"logps": pair.logps} | ({} if answers.ref_M is None else {"drift": pair.ratios})
         for name, sides in told.items():

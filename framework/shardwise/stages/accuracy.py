@@ -16,7 +16,8 @@ from shardwise.stages.unscored import new_kinds
 
 
 def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[str, Any]:
-    """``accuracy`` of those ``num_problems`` that could be scored, and some ``samples``.
+    """``accuracy`` and mean ``score`` of those ``num_problems`` that could be scored, and some
+    ``samples``.
 
     ``num_unscorable`` counts the others; without any score there is no accuracy.
     ``majority_baseline`` is that of always giving the most common answer.
@@ -32,10 +33,15 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
         best = scorer.maximum if scorer.maximum is not None else 1.0
     right = [None if g.rewards[0] is None else g.rewards[0] >= best - 1e-9 for g in groups]
     scored = [r for r in right if r is not None]
+    rewards = [g.rewards[0] for g in groups if g.rewards[0] is not None]
     reasons = [reason for g in groups for reason in g.unscored()]
     return {
         # Of the problems whose answer could be scored.
-        **({"accuracy": sum(scored) / len(scored)} if scored else {}),
+        **(
+            {"accuracy": sum(scored) / len(scored), "score": sum(rewards) / len(rewards)}
+            if scored
+            else {}
+        ),
         **({"num_unscorable": len(right) - len(scored)} if len(scored) < len(right) else {}),
         "events": new_kinds(reasons, []),
         "num_problems": len(scored),

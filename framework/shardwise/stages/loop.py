@@ -84,7 +84,7 @@ class Loop:
         # Groups are made by all ranks at once, so not when a signal comes.
         self.ranks = Ranks.of(None, background=True)
         self.sent = self.saved = -1  # the steps last given to the saver, and last made durable
-        self.pending = False  # the checkpoint gone on from was saved before its validation
+        self.pending = False  # what is gone on from was not validated yet
 
     def run(self) -> Path:
         """Train to the end; returns the last checkpoint."""
@@ -96,7 +96,10 @@ class Loop:
             if not has_adapter:
                 self.ctx.load_initial_weights(self.stage.engine)
             start = 0
-        self.ctx.logger.rewind(self.config.name, start)
+            self.pending = self.config.validation.at_start
+            self.ctx.logger.rewind(self.config.name, -1)
+        else:
+            self.ctx.logger.rewind(self.config.name, start)
         self.gate.stage(start, self._point(start, durable=True, pending=self.pending))
         if self.pending:
             self._conclude(start, {})
@@ -172,7 +175,7 @@ class Loop:
         """Validate and save where it is due. What is cut before is done by whoever goes on."""
         name, last = self.config.name, done == self.config.steps
         validated: dict[str, float] = {}
-        if last or _due(done, self.config.validation.every):
+        if last or not done or _due(done, self.config.validation.every):
             self.gate.validating()
             validated = self.stage.validate()
         with self.gate.concluding(lambda: self._point(done, durable=self.saved == done)):
@@ -365,4 +368,4 @@ def flops_per_token(model: Any, seq_len: int, *, adapts: bool = False) -> float:
 
 
 def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0
