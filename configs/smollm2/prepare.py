@@ -8,9 +8,10 @@
 `model`: the weights in fp32 with tokenizer and chat template, as Hugging Face lays them out.
 `chat-*.jsonl`: the corpus's exchanges, each once; a question in five, by a hash of it, is held out.
 `pairs-*.jsonl`: its answers before three that were given to other questions of the same part: those
-nearest in length, so that length says nothing. `format.jsonl`: other problems than the recipes
-reward, with their answers: what an answer looks like. `plain`: 40 kB of the Python documentation's
-prose, on which nothing is trained. All of it is the same on every machine.
+nearest in length, so that length says nothing. `format-*.jsonl`: problems of the tasks that
+the recipes of GRPO reward, answered at random: what an answer looks like, not which is right.
+`plain`: 40 kB of the Python documentation's prose, on which nothing is trained. All of it follows
+from the packages and the version of Python alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import pydoc_data.topics
+import random
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,22 +30,15 @@ import xxhash
 import yaml
 
 from shardwise.checkpoint.convert import convert
+from shardwise.config.load import load_config
+from shardwise.rewards import ProblemSet, TaskConfig, prompt_messages
 
-CHAT_SYSTEM = "Answer briefly."
-PROBLEM_SYSTEM = "Reply with the answer alone."
+SYSTEM = "Answer briefly."
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LONGEST = 300  # characters of an answer; longer ones are code, most of it
 NEGATIVES = 3
 PLAIN_BYTES = 40_000
-FORMATS: dict[str, dict[str, Any]] = {
-    "gcd": {},
-    "number_sequence": {},
-    "family_relationships": {},
-    "color_cube_rotation": {"max_rotations": 1},
-    "caesar_cipher": {"min_words": 1, "max_words": 2},
-    "simple_geometry": {},
-}
-EACH = 60
+FORMAT_ROWS = 120
 
 Exchange = tuple[str, str]
 
@@ -60,8 +56,8 @@ def exchanges() -> Iterator[Exchange]:
     """Question and answer of each conversation of the corpus, none twice."""
     seen = set()
     for file in sorted((package("chatterbot_corpus") / "data" / "english").glob("*.yml")):
-        for said in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            question, answer = (str(text).strip() for text in said[:2])
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            question, answer = (str(text).strip() for text in turns[:2])
             if question and 0 < len(answer) <= LONGEST and (question, answer) not in seen:
                 seen.add((question, answer))
                 yield question, answer
@@ -71,9 +67,13 @@ def held_out(question: str) -> bool:
     return xxhash.xxh3_64_intdigest(question.casefold().encode()) % 5 == 0
 
 
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def chat(question: str, answer: str) -> dict[str, Any]:
-    said = ("system", CHAT_SYSTEM), ("user", question), ("assistant", answer)
-    return {"messages": [{"role": role, "content": text} for role, text in said]}
+    prompt = [said("system", SYSTEM), said("user", question)]
+    return {"messages": [*prompt, said("assistant", answer)]}
 
 
 def rankings(part: list[Exchange]) -> Iterator[dict[str, Any]]:
@@ -92,14 +92,17 @@ def rankings(part: list[Exchange]) -> Iterator[dict[str, Any]]:
         }
 
 
-def format_rows() -> Iterator[dict[str, Any]]:
-    import reasoning_gym
-
-    for name, options in FORMATS.items():
-        for item in reasoning_gym.create_dataset(name, size=EACH, seed=5, **options):
-            row = chat(item["question"], str(item["answer"]))
-            row["messages"][0]["content"] = PROBLEM_SYSTEM
-            yield row
+def format_rows(recipe: Path) -> Iterator[dict[str, Any]]:
+    """What an answer to a recipe's task looks like, drawn without a look at what is asked: one of
+    the names in the text, or one of the words for a relation."""
+    rng = random.Random(1)
+    task: TaskConfig = load_config(recipe).config.stages[-1].task  # type: ignore[attr-defined]
+    problems = ProblemSet(task, "train_sft", FORMAT_ROWS)
+    relations = sorted({p.answer for p in problems})
+    for problem in problems:
+        names = re.findall(r"(?:^|\. )([\w-]+) ", problem.question)
+        answer = rng.choice(names if task.name == "needle_haystack" else relations)
+        yield {"messages": [*prompt_messages(problem, task), said("assistant", answer)]}
 
 
 def plain() -> Iterator[tuple[str, str]]:
@@ -126,7 +129,9 @@ def main(folder: Path) -> None:
         some = [e for e in exchanges() if is_in(e[0])]
         write_rows(folder / f"chat-{part}.jsonl", (chat(*e) for e in some))
         write_rows(folder / f"pairs-{part}.jsonl", rankings(some))
-    write_rows(folder / "format.jsonl", format_rows())
+    for task in ("needle", "family"):
+        recipe = Path(__file__).with_name(f"grpo_lora_{task}.yaml")
+        write_rows(folder / f"format-{task}.jsonl", format_rows(recipe))
     for name, text in plain():
         (folder / "plain" / f"{name}.txt").write_text(text, encoding="utf-8")
 

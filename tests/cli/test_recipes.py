@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +20,26 @@ def test_there_are_recipes() -> None:
     assert "quickstart.yaml" in [path.name for path in RECIPES]
 
 
+def data_files(recipe: Any) -> Iterator[Path]:
+    """Files that a recipe's sources name."""
+    if isinstance(recipe, dict):
+        if "max_expansion" in recipe and recipe["path"] is not None:
+            yield recipe["path"]
+        recipe = list(recipe.values())
+    if isinstance(recipe, list):
+        for part in recipe:
+            yield from data_files(part)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_loads(path: Path) -> None:
+def test_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing was run or prepared
     config = load_config(path).config
     assert config.name == path.stem
+    for file in data_files(config.model_dump()):
+        assert not file.is_absolute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     if config.init_from is not None and not config.init_from.exists():
         with pytest.raises(ConfigError, match="run the recipe that makes it"):
             preflight(config, world_size=2)
