@@ -381,13 +381,14 @@ class PreferenceLoss:
         # Of a policy that is its reference, gaps are rounding errors of what they are taken from.
         ours, theirs = (s.detach().abs() for s in (pair.means if a_token else pair.logps))
         noise_P = self.config.scale * torch.finfo(ours.dtype).eps * (ours + theirs)
-        better, worse = (s.detach().double() for s in pair.logps)
+        logps = [s.detach() for s in pair.logps]
+        error_P = torch.finfo(logps[0].dtype).eps * (logps[0].abs() + logps[1].abs())
         figures = {
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,
             "margin": chosen - rejected,
             "accuracy": rights(chosen - rejected, noise_P),
-            "ranking_accuracy": rights(better - worse, torch.zeros_like(better)),
+            "ranking_accuracy": rights(logps[0].double() - logps[1].double(), error_P),
         }
         told = {"logps": pair.logps} | ({} if answers.ref_M is None else {"drift": pair.ratios})
         for name, sides in told.items():
