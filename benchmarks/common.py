@@ -34,6 +34,29 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.2f}"
 
 
+class Memory:
+    """Resident bytes of this process beyond those when this was made, at their peak.
+
+    Make it behind all imports and in front of the model. Linux only.
+    """
+
+    def __init__(self) -> None:
+        self.baseline = self._read("VmRSS")
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Since the last `reset`."""
+        return self._read("VmHWM") - self.baseline
+
+    def _read(self, name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        [line] = [x for x in status.splitlines() if x.startswith(f"{name}:")]
+        return 1024 * int(line.split()[1])
+
+
 class Clock:
     """Wall seconds, or processor seconds of this process, which neighbours disturb less."""
 
@@ -92,9 +115,11 @@ def stage_context(
     stage: dict[str, Any],
     tokenizer: Any = None,
     directory: Path | None = None,
+    init_from: Path | None = None,
 ) -> StageContext:
     """The context of a stage on this process alone, as a run would build it."""
-    run = RunConfig.model_validate({"model": model, "stages": [stage]})
+    start = {} if init_from is None else {"init_from": init_from}
+    run = RunConfig.model_validate({"model": model, "stages": [stage], **start})
     config = run.stages[0]
     device = mesh.pick_device(config.engine.device)
     mesh.init_distributed(device)

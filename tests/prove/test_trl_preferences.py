@@ -26,7 +26,8 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
 
-STEPS, LR, BETA = 4, 3e-3, 0.5
+# At ten times this rate one step takes the hinge to zero, where it stays.
+STEPS, LR, BETA = 4, 3e-4, 0.5
 PAIRS = [
     {"prompt": f"{i} and {i}?", "chosen": " are alike" + "!" * (i % 3), "rejected": " no" * (i + 1)}
     for i in range(6)
