@@ -15,8 +15,10 @@ from typing import Any
 
 import bitsandbytes as _library  # noqa: F401  (what is loaded later would count as the trainer's)
 import datasets
+import numpy as np
 import peft
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -33,6 +35,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from peers.hf_trainer import Turns, be_quiet
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.models.llama.config import LlamaConfig as OurConfig
+
+Start = Mapping[
+    str, NDArray[np.float32]
+]  # no tensors: those a pipe shares, and they end with their sender
 
 REPEATS = 200  # of the batch: an epoch's beginning is no part of a step
 
@@ -62,13 +68,13 @@ class Task:
     lr: float
     max_length: int
     beta: float
-    start: Mapping[str, Tensor]
+    start: Start
 
 
 class TrlTuning:
     """A trainer of TRL's on one batch; ``precision``: bf16 or fp32."""
 
-    def __init__(self, task: Task, precision: str, setting: Setting = Setting()) -> None:  # noqa: B008
+    def __init__(self, task: Task, precision: str, setting: Setting = Setting()) -> None:
         be_quiet()
         datasets.disable_progress_bars()
         self.turn: Callable[[], bool] = lambda: False
@@ -88,13 +94,14 @@ class TrlTuning:
         trainer.train_dataset = datasets.concatenate_datasets([rows] * REPEATS)
         trainer._get_train_sampler = lambda *_, **__: SequentialSampler(trainer.train_dataset)
 
-    def _start(self, start: Mapping[str, Tensor], precision: str) -> None:
+    def _start(self, given: Start, precision: str) -> None:
         model = self.trainer.model
+        start = {name: torch.tensor(value) for name, value in given.items()}
         if isinstance(model, peft.PeftModel):
             if precision == "fp32":  # the trainer rounds adapters of quantised models to bf16
                 for p in model.parameters():
                     p.data = p.data.float() if p.requires_grad else p.data
-            missed = peft.set_peft_model_state_dict(model, dict(start)).unexpected_keys
+            missed = peft.set_peft_model_state_dict(model, start).unexpected_keys
             assert not missed, missed
         elif start:
             model.score.weight.data.copy_(start["score.weight"])
@@ -204,9 +211,7 @@ def _model(task: Task, precision: str) -> Any:
 def _rows(task: Task) -> list[dict[str, list[int]]]:
     """The batch in the columns that each trainer takes as tokenised."""
     if task.kind == "sft":
-        return [
-            {"input_ids": [*p, *a], "labels": [-100] * len(p) + a} for p, a, _ in task.rows
-        ]
+        return [{"input_ids": [*p, *a], "labels": [-100] * len(p) + a} for p, a, _ in task.rows]
     if task.kind == "dpo":
         return [{"prompt_ids": p, "chosen_ids": a, "rejected_ids": w} for p, a, w in task.rows]
     return [{"chosen_ids": [*p, *a], "rejected_ids": [*p, *w]} for p, a, w in task.rows]
