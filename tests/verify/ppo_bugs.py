@@ -161,7 +161,7 @@ def truncated_completions_scored_like_whole_ones() -> Iterator[Any]:
     def score(self: Any, group: Any) -> None:
         real(self, group)
         for i, stopped in enumerate(group.stopped):
-            if not stopped:
+            if not stopped and group.rewards[i] is not None:
                 group.rewards[i] += self.config.loss.missing_eos_penalty
 
     yield _patch(ppo.PpoStage, "_score", score)

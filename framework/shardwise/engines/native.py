@@ -115,8 +115,7 @@ class NativeEngine:
     @property
     def model(self) -> nn.Module:
         """The model, where this rank holds one pipeline stage."""
-        [model] = self.chunks.values()
-        return model
+        return next(iter(self.chunks.values()))
 
     # --- training -------------------------------------------------------------------------------
 
@@ -260,14 +259,15 @@ class NativeEngine:
     def _forward(
         self, cuts: Sequence[Cut], fn: Callable[[Any, MicroBatch], Tensor]
     ) -> list[Tensor]:
-        if self.mesh.layout.pp == 1:
-            return [fn(c.logits(self._call(self.model, c)), c.batch) for c in cuts]
         results: list[Tensor | None] = [None] * len(cuts)
 
         def keep(i: int, output: Tensor) -> Tensor:
+            self._seen["logits"] = {"head": output.dtype}
             results[i] = result = fn(cuts[i].logits(output), cuts[i].batch)
             return result
 
+        if self.mesh.layout.pp == 1:
+            return [keep(i, self._call(self.model, cut)) for i, cut in enumerate(cuts)]
         layout, group = self.mesh.layout, self.mesh.groups["pp"]
         executor = pipeline.Executor(layout, group, _PipelineWork(self, cuts, keep))
         executor.run(pipeline.forward_program(layout, len(cuts)))

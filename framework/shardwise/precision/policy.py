@@ -38,6 +38,8 @@ ROUNDED = {
     "sums ops/linear.py linear": 1,
     "sums parallel/tensor.py RowLinear.forward": 1,
     "sums parallel/tensor.py Swapped.multiply": 1,
+    # An adapter's part, in the dtype of the product that it is added to; PiSSA's, less another.
+    "sums adapters/lora.py LowRank.forward": 2,
 }
 
 # What an engine tells of itself: for each declared quantity, the dtype of each tensor by name.

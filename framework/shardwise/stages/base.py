@@ -157,8 +157,8 @@ class StageContext:
         A stage asks for it here, so that whoever verifies a layout can give it what one process
         was given. A key says what is asked for, whatever rank asks, and in whatever company.
         ``questions``: what is asked of each, plain data: two layouts that are given the same answer
-        may have asked for different things. ``repeatable``: the same weights always give the same
-        answers, so they may be compared.
+        may have asked for different things. ``repeatable``: the same weights, on the recipe made
+        small, always give the same answers, so they may be compared.
         """
         return compute()
 

@@ -22,33 +22,27 @@ from shardwise.rollout.config import Sampling
 
 SMALL_REWARD = '''"""Rewards that any text earns some of, an untrained model's too."""
 
-import itertools
-
-CALLS = itertools.count()
-
 
 def score(question, completion, answer, meta):
     return (sum(completion.encode()) * 7 + len(completion)) % 5 / 4
 
 
 def score_most(question, completion, answer, meta):
-    """Nothing for every fifth completion, and for all of every sixth problem."""
-    number = next(CALLS)
-    if number % 5 == 3 or number // SAMPLES % 6 == 2:
+    """Nothing for about every fifth completion, and for all of about every fourth problem."""
+    if sum(completion.encode()) % 5 == 3 or sum(question.encode()) % 4 == 2:
         return None
     return score(question, completion, answer, meta)
 '''
 
 
-def small_reward(folder: Path, samples: int | None = None) -> RewardConfig:
+def small_reward(folder: Path, refuses: bool = False) -> RewardConfig:
     """One of those: a verifier would never pay an untrained model.
 
-    In a file of ``folder``. ``samples``: completions of a problem, of which some have no score;
-    None: all have one.
+    In a file of ``folder``. ``refuses``: some completions have no score.
     """
-    name, constant = ("score", "") if samples is None else ("score_most", f"SAMPLES = {samples}\n")
+    name = "score_most" if refuses else "score"
     file = folder / f"reward_{name}.py"
-    file.write_text(f"{SMALL_REWARD}\n{constant}", encoding="utf-8")
+    file.write_text(SMALL_REWARD, encoding="utf-8")
     return RewardConfig.model_validate({"parts": [{"kind": "user", "function": f"{file}:{name}"}]})
 
 
@@ -111,7 +105,7 @@ class PolicyConfig(StageConfig):
             "num_problems": min(self.num_problems, 64),
             "samples_per_prompt": samples,
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
-            "reward": small_reward(folder, samples),
+            "reward": small_reward(folder, refuses=True),
             "max_unscorable_steps": max(self.max_unscorable_steps, small.steps),
             # The second time, a rollout's weights have moved; a third shows nothing new.
             "epochs_per_rollout": min(self.epochs_per_rollout, 2),

@@ -230,7 +230,7 @@ class RolloutWorker:
         keys = [f"prompt {g.prompt_id} sample {i}" for g in groups for i in range(len(g.texts))]
         asked = [dataclasses.asdict(item) for item in items]
         answers = self.ctx.external(
-            "scores", keys, lambda: self.scorer.score(items), questions=asked
+            "scores", keys, lambda: self.scorer.score(items), questions=asked, repeatable=True
         )
         results = iter(answers)
         for group in groups:

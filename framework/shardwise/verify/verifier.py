@@ -271,7 +271,7 @@ class Verifier:
         """Compare one layout; on failure, find the part of it to suspect."""
         began = time.perf_counter()
         small = self.small(stage, layout)
-        outcome = self._outcome(small, layout, precision, compiled)
+        outcome = self.outcome(small, layout, precision, compiled)
         worst: dict[str, float] = {}
         for d in outcome.found:
             worst[d.kind] = max(worst.get(d.kind, 0.0), inf if isnan(d.ratio) else d.ratio)
@@ -284,7 +284,7 @@ class Verifier:
             def attempt(tried: Small, part: str) -> Outcome | None:
                 if not self._can(tried, part):
                     return None
-                return self._outcome(tried, part, precision, compiled)
+                return self.outcome(tried, part, precision, compiled)
 
             def fails(part: str) -> bool:
                 again = attempt(small, part)
@@ -314,7 +314,7 @@ class Verifier:
             where=where,
         )
 
-    def _outcome(self, small: Small, layout: str, precision: str, compiled: bool) -> Outcome:
+    def outcome(self, small: Small, layout: str, precision: str, compiled: bool = False) -> Outcome:
         """What a layout computes, compared with the oracle; and what it saved, taken up."""
         task = self.task(small, layout, precision, compiled)
         if self.whole and world_of(layout) > 1:
@@ -374,7 +374,8 @@ class Verifier:
             return [Difference("run", "", inf, inf, 0.0, why=why)]
         finally:
             shutil.rmtree(task.saved, ignore_errors=True)
-        return self._judge_resumed(self.oracle(small, precision), precision, one, words)
+        oracle = self.oracle(small, precision)
+        return problems(one) + self._judge_resumed(oracle, precision, one, words)
 
     def _judge_resumed(
         self, oracle: Oracle, precision: str, ranks: list[Walked], words: str

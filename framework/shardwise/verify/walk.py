@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise import checkpoint
 from shardwise.checkpoint.writer import Writer
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EngineConfig, StageConfig
@@ -157,7 +158,16 @@ class _WatchedLoop(Loop):
         start = super()._resume()
         if start is not None:
             self._note_state()
+            if dist.get_world_size() == 1:
+                self._open_whole()
         return start
+
+    def _open_whole(self) -> None:
+        """What one process loaded in place is what opens whole, as for a conversion."""
+        held = stage_state(self.stage).tensors
+        for name, whole in checkpoint.read_tensors(self.root):
+            if not torch.equal(whole.nan_to_num(), held[name].cpu().nan_to_num()):
+                self.notes.problems.append(f"{name} opens whole as it was not saved")
 
     def _note_state(self) -> None:
         """What a checkpoint brings back, as it is behind a resume, or goes on without one."""
@@ -292,7 +302,7 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
     if task.whole:
         for engine in (loop.stage.engine, *loop.stage.others().values()):
             assert isinstance(engine, WatchedEngine)
-            engine.meet_a_nan()
+            engine.end()
     if task.record is not None:
         notes.save(task.record)
 

@@ -39,9 +39,11 @@ from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.precision.policy import DtypeCheck, precision_of
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
+from shardwise.verify import extremes
 from shardwise.verify.notes import Notes
 from shardwise.verify.probe import probing
 from shardwise.verify.roundings import Roundings
+from shardwise.verify.sent import checked
 from shardwise.verify.starts import Start, starts_of, write_adapter, write_models
 
 # Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
@@ -63,6 +65,8 @@ class WatchedEngine:
         self.last: tuple[Sequence[MicroBatch], Loss, float | None] | None = None
         self.fresh: Callable[[], Iterator[tuple[str, Tensor]]] | None = None  # of a quantised base
         self.narrow = False  # whether to watch where 16 bits are rounded to
+        self.model: Any = None  # the config of a plain one
+        self.ends_extreme = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -104,7 +108,16 @@ class WatchedEngine:
             own = [(name, value) for name, value in own if is_adapter(name)]
         self.inner.load_weights(iter(own))
 
-    def meet_a_nan(self) -> None:
+    def end(self) -> None:
+        """What comes last, since weights are others behind it: extreme numbers, and a NaN."""
+        if self.ends_extreme and self.last is not None:
+            batches, loss, said = extremes.meet(self.inner, self.model, len(self.last[0]))
+            for row, value in said:
+                self.notes.note("extreme output", f"{self.label}row {row}", value)
+            self.last = (batches, loss, self.last[2])
+        self._meet_a_nan()
+
+    def _meet_a_nan(self) -> None:
         """The last update once more, with a NaN in the last element of its largest gradient.
 
         Whoever holds the element has the NaN. Every rank must leave the update out: weights and
@@ -118,6 +131,8 @@ class WatchedEngine:
         largest, shape = max(named.items(), key=lambda item: (item[1].numel(), item[0]))
         inner.forward_backward(*self.last)
         for name, gradient in inner.held("grads"):
+            if self.ends_extreme:
+                notes.note_tensor("extreme gradient", f"{self.label}{name}", gradient)
             if name == largest.rpartition(" ")[2]:
                 for region, view in local_shards(name, gradient):
                     if all(o + n == m for o, n, m in zip(*region, shape, strict=True)):
@@ -206,7 +221,8 @@ class WatchedEngine:
     def step(self, lr: float) -> float:
         """See `Engine`."""
         notes, where = self.notes, self.where
-        norm = self.inner.step(lr)
+        with self._rounding():
+            norm = self.inner.step(lr)
         notes.note("learning rate", where, lr)
         told = self.inner.broadcast(norm if math.isfinite(norm) else None)
         notes.note("skipped", where, float(told is None))
@@ -228,6 +244,8 @@ class WatchedEngine:
         step = f"{self.label}step {self.notes.step}"
         with comm.tally() as tally, self._probing(step, microbatches, tally), self._rounding():
             found = self.inner.forward(microbatches, fn)
+        if self.last is None:  # it learns nothing, or has not yet
+            self.check.note({"logits": self.inner.dtypes().get("logits", {})})
         for batch, values in zip(microbatches, found, strict=True):
             for row, valid_T in enumerate(batch.loss_mask_BT):
                 if not bool(valid_T.any()):
@@ -243,7 +261,10 @@ class WatchedEngine:
         """See `Engine`."""
         what = f"{self.label}step {self.notes.step}"
         time = self.notes.count(f"weights of {what}")
-        for name, value in self.inner.weights():
+        named = self.inner.weights()
+        if self.narrow:
+            named = checked(self.inner, self.model, self.notes.problems)
+        for name, value in named:
             self.notes.note("sent weights", f"{what} time {time} {name}", value)
             yield name, value
 
@@ -285,6 +306,8 @@ def numbers_of(data: Any) -> list[float]:
     """All numbers in plain data, in order; texts by their hashes."""
     if dataclasses.is_dataclass(data):
         data = [getattr(data, field.name) for field in dataclasses.fields(data)]
+    if isinstance(data, Mapping):
+        data = list(data.items())
     if isinstance(data, (list, tuple)):
         return list(itertools.chain(*map(numbers_of, data)))
     if isinstance(data, str):
@@ -361,6 +384,8 @@ class WatchedContext(StageContext):
             and not getattr(config, "compile", False)
         )
         watched.narrow = plain and precision.compute.itemsize == 2
+        watched.model = self.model_of(role)
+        watched.ends_extreme = self.asks_again and config.fp8 is None  # else tokens share scales
         if not self.resumed:
             watched.note_tensors("initial", "weights")
         adapter = engine.adapter_config
