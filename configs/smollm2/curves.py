@@ -1,0 +1,58 @@
+"""Draws the curves of finished runs: `python configs/smollm2/curves.py OUT.png` (matplotlib)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RUNS = Path("runs")
+# Title, metric, runs by label.
+PANELS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "Fine-tuning: held-out loss, nats a token",
+        "val_loss",
+        {"all weights": "full_sft", "LoRA": "lora_sft", "QLoRA": "qlora_sft"},
+    ),
+    ("DPO: pairs ordered as wanted", "accuracy", {"against the reference": "dpo_lora"}),
+    (
+        "GRPO: mean score of a step",
+        "reward_mean",
+        {
+            "who did what": "grpo_lora_needle",
+            "who is what to whom": "grpo_lora_family",
+            **{f"quickstart, seed {i}": f"../grpo_lora_cpu/{i}" for i in (1, 2, 3)},
+        },
+    ),
+]
+
+
+def points(run: str, metric: str) -> tuple[list[int], list[float]]:
+    file = RUNS / "smollm2" / run / "metrics.jsonl"
+    rows: list[dict[str, Any]] = (
+        [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    )
+    found = [(r["step"], r[metric]) for r in rows if metric in r and r["kind"] != "eval"]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def main(out: str) -> None:
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4), layout="constrained")
+    for axis, (title, metric, runs) in zip(axes, PANELS, strict=True):
+        for label, run in runs.items():
+            steps, values = points(run, metric)
+            if steps:
+                axis.plot(steps, values, marker="o" if len(steps) < 9 else None, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    figure.savefig(out, dpi=80)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
