@@ -102,3 +102,12 @@ add(
          "        return torch.cat(read).view(entry.shape)\n"),
     changes=SMALL, blind=True, whole=True,
 )  # fmt: skip
+add(
+    "tokens_gradients_cut_and_not_summed_in_compiled_blocks",
+    "ways of compiled blocks", "llama pretrain tp2.sp", "sp", "resume",
+    Edit("parallel/regions.py",
+         "            return _scatter(grad, ctx.group, ctx.size), None, None, None\n",
+         "            own = grad.chunk(ctx.size, dim=1)[_GROUPS[ctx.group].rank()]\n"
+         "            return own.contiguous(), None, None, None\n"),
+    changes=SMALL, blind=True, whole=True,
+)  # fmt: skip

@@ -72,14 +72,21 @@ def test_every_bug_is_caught_and_nothing_without_one(ranks: RankPool) -> None:
     assert not any(is_caught(ranks, bug, planted=False) for bug in places.values())
 
 
-def check(ranks: RankPool, stage: str, asked: dict[str, Any], *layouts: str, **how: Any) -> None:
+def check(
+    ranks: RankPool,
+    stage: str,
+    asked: dict[str, Any],
+    *layouts: str,
+    precision: str = "fp64",
+    **how: Any,
+) -> None:
     """Each layout of a stage of the suite with something of its own to train."""
     recipe = suite.recipe("llama-untied-odd")
     recipe["stages"] = [s | asked for s in recipe["stages"] if s["kind"] == stage]
     verifier = Verifier(recipe, ranks, **how)
     try:
         for layout in layouts:
-            verdict = verifier.check(stage, layout)
+            verdict = verifier.check(stage, layout, precision)
             if not verdict.passed:
                 pytest.fail(f"{layout}: {verdict.sentence()}", pytrace=False)
         if how.get("whole"):
@@ -106,3 +113,9 @@ def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
 def test_verify_passes_on_every_axis(ranks: RankPool, stage: str, asked: dict[str, Any]) -> None:
     layouts = ("tp2.sp", "dp2.zero3", "pp2.1f1b", "cp2.ring", "dp2.zero3.tp2.sp")
     check(ranks, stage, asked, *layouts, whole=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [LORA, DORA, SERIES, BESIDE], ids=NAMES)
+def test_verify_passes_in_bf16(ranks: RankPool, asked: dict[str, Any]) -> None:
+    check(ranks, "sft", asked, "tp2", "dp2.zero3", precision="bf16")

@@ -73,6 +73,11 @@ def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
     return bool(setting)
 
 
+def compiled(forward: Any, breaks: bool) -> Any:
+    """A block's forward, compiled."""
+    return torch.compile(forward, fullgraph=not breaks)
+
+
 def wrap_blocks(
     model: nn.Module,
     recompute: Recompute,
@@ -93,7 +98,7 @@ def wrap_blocks(
     for block in filter(None, model.layers):  # type: ignore[arg-type]
         forward = block.forward
         if compile:
-            forward = torch.compile(forward, fullgraph=not breaks)
+            forward = compiled(forward, breaks)
             if recompute == "selective":
                 forward = _with_budget(forward)
         if recompute == "full" or (recompute == "selective" and not compile):

@@ -40,6 +40,12 @@ ROUNDED = {
     "sums parallel/tensor.py Swapped.multiply": 1,
     # An adapter's part, in the dtype of the product that it is added to; PiSSA's, less another.
     "sums adapters/lora.py LowRank.forward": 2,
+    "sums adapters/lora.py LowRankRows.forward": 1,
+    "sums adapters/bottleneck.py Bottleneck.beside": 1,
+    "sums adapters/bottleneck.py _sequential": 1,
+    "sums adapters/bottleneck.py _parallel": 1,
+    # Magnitudes over norms, by which rows are multiplied.
+    "rounds adapters/lora.py LowRank.forward": 1,
 }
 
 # What an engine tells of itself: for each declared quantity, the dtype of each tensor by name.

@@ -166,10 +166,12 @@ def _widen(
             kinds = of_update.setdefault((match.group(1) or "", int(match.group(2))), {})
             kinds.setdefault(kind, []).append(name)
     shares: dict[tuple[str, int], float] = {}
+    before: dict[str, float] = {}  # of an adapter: one factor's gradient is as large as the other
     for (role, update), kinds in sorted(of_update.items()):
         share = shares.get((role, update - 1), 0.0)
         for name in itertools.chain(*(kinds.get(k, ()) for k in MOVED)):
-            found[name] += share * reference.norms[name]
+            own = before.get(f"{role} {update - 1} {_adapter_of(name)}", 0.0)
+            found[name] += max(share, own) * reference.norms[name]
         # A figure may cancel out: that of all scores, to which a ranking is blind.
         figures = kinds.get("metric", ())
         whole = math.hypot(*(reference.norms[name] for name in figures))
@@ -177,17 +179,26 @@ def _widen(
             found[name] += share * whole
         apart, whole = 0.0, 0.0
         for name in kinds.get("weight", ()):
+            adapter, norm = f"{role} {update} {_adapter_of(name)}", reference.norms[name]
             what = name.partition("/")[2]
             slack = undecided(what, reference.values, found, optimizers)
             found[name] += slack
             if (z := f"moment/{what} z") in found:  # which the weight is an average of
                 found[z] += slack
-            apart, whole = math.hypot(apart, slack), math.hypot(whole, reference.norms[name])
+            if _adapter_of(name) and norm:
+                before[adapter] = max(before.get(adapter, 0.0), min(1.0, slack / norm))
+            apart, whole = math.hypot(apart, slack), math.hypot(whole, norm)
         shares[role, update] = min(1.0, apart / whole) if whole else 0.0
     for name in reference.values:
         if match := _LATER.match(name):
             of_role = (share for (role, _), share in shares.items() if role == (match[1] or ""))
             found[name] += max(of_role, default=0.0) * reference.norms[name]
+
+
+def _adapter_of(name: str) -> str:
+    """The module whose adapter has this parameter; "" for others."""
+    path, mark, _ = name.partition(".adapter.")
+    return path.rpartition(" ")[2] if mark else ""
 
 
 def _parts_of(name: str, found: Mapping[str, float]) -> list[float]:

@@ -76,7 +76,9 @@ def starts_of(folder: Path, role: str, model: DecoderConfig, engine: Engine) -> 
         scored = [Start("a checkpoint of scores", folder / "scores")]
         return scored if role == "reward" else [*found, *scored]
     if (adapter := folder / "adapter").exists():
-        found.append(Start("a merged adapter", adapter))
+        said = adapted.read(checkpoint.read_files(adapter))
+        if said is not None and said[0].merges:
+            found.append(Start("a merged adapter", adapter))
         if engine.adapter_config is not None:
             found.append(Start("an adapter", adapter, parent=True))
     return found

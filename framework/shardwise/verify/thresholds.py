@@ -28,6 +28,8 @@ OF_UPDATES: dict[tuple[str, str], Any] = {
     ("rollout.scheduler", "MAX_PREFILL_TOKENS"): 32,
     # A device shards block by block where a CPU takes the model as one.
     ("parallel.data", "SHARDED_WHOLE"): frozenset(),
+    # Layers of blocks that are to be compiled take other ways, which a trace only follows.
+    ("parallel.blocks", "compiled"): lambda forward, breaks: forward,
 }
 
 

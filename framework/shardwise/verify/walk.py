@@ -274,6 +274,8 @@ def walk(task: Task) -> Walked:
         if dist.get_rank() == 0:
             shutil.copytree(task.other, directory)
         dist.barrier()
+        if not task.oracle:
+            stage = with_layouts(stage, task.layout, compile="auto")
         try:
             with lowered(updates=True) if not task.oracle else contextlib.nullcontext():
                 run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
@@ -423,7 +425,11 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     dtype = PRECISIONS[task.precision].compute
     served = torch.float32 if dtype == torch.float64 else dtype
     device = pick_device(task.device)
-    generator = Generator(task.run.model, served, device, accelerate=not task.oracle)
+    config = engine.adapter_config
+    beside = None if config is None or config.merges else config
+    generator = Generator(
+        task.run.model, served, device, accelerate=not task.oracle, adapter=beside
+    )
     generator.load(engine.weights())
     if generator.mismatch:
         raise CheckFailed(generator.mismatch)
