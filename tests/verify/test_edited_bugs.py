@@ -18,13 +18,14 @@ from tests.verify.edited_bugs import BUGS, EditedBug
 from tests.verify.edited_extreme_bugs import EXTREME_BUGS
 from tests.verify.edited_more_bugs import MORE_BUGS
 from tests.verify.edited_path_bugs import PATH_BUGS
+from tests.verify.edited_reach_bugs import REACH_BUGS
 from tests.verify.edits import Edit, applied, run_edited
 from tests.verify.optimizer_bugs import OPTIMIZER_BUGS
 from tests.verify.preference_bugs import PREFERENCE_BUGS
 from tests.verify.tracker_bugs import TRACKER_BUGS
 
 TABLES = (
-    *(BUGS, PATH_BUGS, MORE_BUGS, EXTREME_BUGS),
+    *(BUGS, PATH_BUGS, MORE_BUGS, EXTREME_BUGS, REACH_BUGS),
     *(TRACKER_BUGS, OPTIMIZER_BUGS, PREFERENCE_BUGS),
 )
 ALL = {name: bug for table in TABLES for name, bug in table.items()}

@@ -16,6 +16,11 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, mod
 from shardwise.config import registry
 from shardwise.config.section import BelowOne, Epsilon, NonNegativeFloat, Rate, Section
 
+SMALL_RATE = 3e-4
+# Sizes that some elements or tensors of a small model are below and others above: of gradients,
+# clipped to `verify.shrink.SMALL_NORM`, of their mean squares, and of weights.
+SMALL_GRADIENT, SMALL_SQUARE, SMALL_WEIGHT = 1e-5, 2.5e-9, 1e-2
+
 
 class ParameterGroup(Section):
     """Parameters with a rate or a decay of their own; of several that match, the first counts."""
@@ -90,6 +95,11 @@ class OptimizerConfig(Section):
         ]
         return self.model_copy(update={"lr": lr, "groups": groups})
 
+    def shrunk(self) -> Self:
+        """For a few steps of a small model, whose gradients meet each bound that a kind has."""
+        # A smaller rate moves nothing that bf16 shows within a few steps.
+        return self.with_rate(max(self.lr, SMALL_RATE))
+
 
 class AdamWConfig(OptimizerConfig):
     """Adam with decoupled decay: Loshchilov and Hutter 2019, algorithm 2."""
@@ -98,6 +108,10 @@ class AdamWConfig(OptimizerConfig):
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.95
     eps: Epsilon = 1e-8
+
+    def shrunk(self) -> Self:
+        """See `OptimizerConfig`."""
+        return super().shrunk().model_copy(update={"eps": max(self.eps, SMALL_GRADIENT)})
 
 
 class AdamConfig(AdamWConfig):
@@ -158,6 +172,15 @@ class FactoredConfig(OptimizerConfig):
     clip_threshold: Annotated[float, Field(ge=1.0, le=1e12)] = Field(
         1.0, description="largest root mean square of an update"
     )
+
+    def shrunk(self) -> Self:
+        """See `OptimizerConfig`: some second moments, sizes and updates are beyond their bounds."""
+        bounds = {
+            "eps1": max(self.eps1, SMALL_SQUARE),
+            "eps2": max(self.eps2, SMALL_WEIGHT),
+            "clip_threshold": 1.0,
+        }
+        return super().shrunk().model_copy(update=bounds)
 
 
 class AdafactorConfig(FactoredConfig):

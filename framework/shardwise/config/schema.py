@@ -336,9 +336,6 @@ class SmallSizes:
     ramp_start: int | None = None
 
 
-SMALL_RATE = 3e-4
-
-
 class StageConfig(Section):
     """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
 
@@ -424,9 +421,7 @@ class StageConfig(Section):
             ramp_steps=min(self.batch.ramp_steps, small.steps - 1) if small.ramp_start else 0,
             **ramp,
         )
-        # A smaller rate moves nothing that bf16 shows within a few steps.
-        rate = max(self.optimizer.lr, SMALL_RATE)
-        updates["optimizer"] = self.optimizer.with_rate(rate)
+        updates["optimizer"] = self.optimizer.shrunk()
         updates["steps"] = small.steps
         updates["schedule"] = self.schedule.shrunk()
         updates["validation"] = self.validation.shrunk()

@@ -167,7 +167,10 @@ class Engine(Protocol):
         ...
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Like `full`, but this rank's own parts (tensors or DTensors), without a collective."""
+        """Like `full`, but this rank's own parts (tensors or DTensors), without a collective.
+
+        Also ``copies``: what last computed in place of weights, if that stays and they do not move.
+        """
         ...
 
     @property

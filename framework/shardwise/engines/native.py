@@ -365,8 +365,7 @@ class NativeEngine:
         self._reshard()
         held = self.named.parameters
         names = {*held, *self.named.quantised}
-        started = self.adapter.start(self.seed, names, self.named.weight)
-        for name, value in started:
+        for name, value in self.adapter.start(self.seed, names, self.named.weight):
             place(held[name].data, lambda rows, v=value: v[rows])  # type: ignore[misc]
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -374,14 +373,13 @@ class NativeEngine:
         self._reshard()
         if kind == "grads" and self._fused is not None:
             return
-        pick, weights = functools.partial(self._pick, kind), kind == "weights"
-        own_shapes = not weights and kind != "grads"
-        yield from self.named.stream(pick, trained=not weights, own_shapes=own_shapes)
+        pick, trained = functools.partial(self._pick, kind), kind != "weights"
+        yield from self.named.stream(pick, trained=trained, own_shapes=trained and kind != "grads")
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         self._reshard()
-        if kind == "grads" and self._fused is not None:
+        if kind in ("grads", "copies") and self._fused is not None:
             return
         for name, parameter in self.named.parameters.items():
             if kind != "weights" and not parameter.requires_grad:
@@ -396,6 +394,8 @@ class NativeEngine:
         """None: the optimizer keeps nothing of the kind for it."""
         if kind == "weights":
             return parameter.data
+        if kind == "copies":
+            return data.copy_of(self.chunks.values(), parameter)
         if kind == "grads":
             return torch.zeros_like(parameter.data) if parameter.grad is None else parameter.grad
         assert self.optimizer is not None

@@ -252,6 +252,8 @@ class PlainEngine:
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
+        if kind == "copies":  # they are gone behind a pass
+            return
         for name, parameter in (self.parameters if kind == "weights" else self.trained).items():
             if kind == "weights":
                 yield name, parameter.data

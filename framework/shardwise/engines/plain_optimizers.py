@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Params = list[dict[str, Any]]
+BLOCK, LEAST = 256, 4096  # elements: of a block, and of a tensor with 8-bit moments
 
 
 class _Reference(torch.optim.Optimizer):
@@ -105,12 +106,12 @@ class AdamW8bit(_Reference):
     """Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2."""
 
     def zeros(self, name: str, w: Tensor) -> dict[str, Tensor]:
-        if w.numel() < 4096:
+        if w.numel() < LEAST:
             return _moments(w)
         state = {"step": torch.zeros(())}
         for key in ("exp_avg", "exp_avg_sq"):
             state[f"{key}_codes"] = torch.zeros(w.shape, dtype=torch.uint8)
-            state[f"{key}_absmax"] = w.data.new_zeros(math.ceil(w.numel() / 256))
+            state[f"{key}_absmax"] = w.data.new_zeros(math.ceil(w.numel() / BLOCK))
         return state
 
     def rule(self, w: Tensor, g: Tensor, s: dict[str, Any], lr: float, decay: float) -> None:
@@ -120,13 +121,13 @@ class AdamW8bit(_Reference):
         for key in ("exp_avg", "exp_avg_sq"):
             levels = w.data.new_tensor(tree(key == "exp_avg"))
             values = levels[s[f"{key}_codes"].reshape(-1).long()]
-            blocks = s[f"{key}_absmax"].repeat_interleave(256)[: w.numel()]
+            blocks = s[f"{key}_absmax"].repeat_interleave(BLOCK)[: w.numel()]
             wide[key] = (values * blocks).view(w.shape)
         _adamw(w, g, wide, lr, decay, self.c)
         for key in ("exp_avg", "exp_avg_sq"):
-            for number, block in enumerate(wide[key].reshape(-1).split(256)):
+            for number, block in enumerate(wide[key].reshape(-1).split(BLOCK)):
                 s[f"{key}_absmax"][number] = block.abs().max()
-            most = s[f"{key}_absmax"].repeat_interleave(256)[: w.numel()]
+            most = s[f"{key}_absmax"].repeat_interleave(BLOCK)[: w.numel()]
             most = most.clamp(min=torch.finfo(w.dtype).tiny)
             levels = w.data.new_tensor(tree(key == "exp_avg"))
             middles = ((levels[1:] + levels[:-1]) / 2).tolist()

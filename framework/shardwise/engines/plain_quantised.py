@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NESTED_BLOCK = 256  # absmaxes
+
 # Appendix E.
 _NORMAL = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -64,7 +66,7 @@ def _doubly(absmax: Tensor) -> Tensor:
     """The absmaxes, read back."""
     table, mean = _dynamic(), absmax.mean()
     found = []
-    for block in (absmax - mean).split(256):
+    for block in (absmax - mean).split(NESTED_BLOCK):
         most = block.abs().max()
         if most == 0:
             found.append(torch.zeros(len(block)) + mean)

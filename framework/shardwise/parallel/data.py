@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,6 +92,12 @@ def reshard(model: nn.Module) -> None:
         copies.masters()
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def copy_of(models: Iterable[nn.Module], weight: nn.Parameter) -> nn.Parameter | None:
+    """What computes in the weight's place between passes, too; None: nothing does."""
+    made = (getattr(model, "compute_copies", None) for model in models)
+    return next((c.copy_of[weight] for c in made if c and weight in c.copy_of), None)
 
 
 def dtypes(model: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:

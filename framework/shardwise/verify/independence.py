@@ -34,6 +34,7 @@ from shardwise.stages.base import ACTOR, roles_of
 from shardwise.verify.compare import Difference
 from shardwise.verify.notes import Notes
 from shardwise.verify.shrink import STEPS
+from shardwise.verify.thresholds import OF_BOTH, lowered
 from shardwise.verify.walk import Task, run_stage, stage_of
 from shardwise.verify.watch import WatchedContext
 
@@ -56,6 +57,7 @@ class Examined:
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
+@lowered(OF_BOTH)
 def examine(task: Task) -> Examined:
     """Every rank of the layout calls this."""
     torch.manual_seed(0)

@@ -33,8 +33,11 @@ from shardwise.verify import structure as of
 from shardwise.verify.structure import Facts, structure
 
 STEPS = 3
-SENTINEL_EVERY = 2
+SMALL_NORM = 0.1  # of all gradients: a fresh small model's are beyond it, and are clipped
+SMALL_ERROR = 1e-6  # of a product: below that of any in 8 bits
+SMALL_HISTORY = 2  # updates, so that an amax is forgotten within three
 DECODED, WIDEST_DECODED = 32, 256  # multiples that `rollout.native` serves; where that costs much
+ATTENDED, WIDEST_ATTENDED = 16, 128  # of `ops.cpu_attention`, in the same way
 BYTE_WORDS = 260  # of the byte-level tokenizer
 MOST_HEADS, MOST_LAYERS, MOST_ROWS, MOST_RAMPED, MOST_ROWS_AT_ONCE = 64, 16, 512, 64, 8
 PIECES = 16  # what the common layouts divide tokens and widths by
@@ -114,8 +117,10 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
         roles = dict(made.roles)  # type: ignore[attr-defined]
         stage["roles"] = {n: said for n, role in roles.items() if (said := _shrunk_role(role))}
     stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
+    limit = config.engine.max_grad_norm  # 0: none
+    stage["engine"]["max_grad_norm"] = min(limit, SMALL_NORM)
     if config.engine.fp8 is not None:
-        stage["engine"]["fp8"]["sentinel"] |= {"every": SENTINEL_EVERY, "layers": 0}
+        stage["engine"]["fp8"] |= _shrunk_fp8(config.engine.fp8, small.model)
     recipe |= {
         "model": small.model.model_dump(mode="json"),
         "tokenizer": {"kind": "bytes"},
@@ -128,8 +133,22 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
 def _shrunk_role(role: RoleConfig | None) -> dict[str, Any]:
     """What a role of a small recipe says."""
     adapter = role.adapter.shrunk() if role and role.adapter else None
-    said = {"optimizer": role and role.optimizer, "adapter": adapter}
+    optimizer = role.optimizer.shrunk() if role and role.optimizer else None
+    said = {"optimizer": optimizer, "adapter": adapter}
     return {name: part.model_dump(mode="json") for name, part in said.items() if part}
+
+
+def _shrunk_fp8(config: Fp8Config, model: DecoderConfig) -> dict[str, Any]:
+    """Looks at each step: at all layers, or at a few where they may fall back.
+
+    Of those any error is too much, so that they do, and the others go on in 8 bits.
+    """
+    looks: dict[str, Any] = {"every": 1, "layers": 0}
+    if config.sentinel.fallback:
+        blocks = model.num_layers - config.first_layers - config.last_layers
+        looks |= {"layers": max(1, blocks), "max_error": SMALL_ERROR}
+    sentinel = config.sentinel.model_dump(mode="json") | looks
+    return {"sentinel": sentinel, "amax_history_len": min(config.amax_history_len, SMALL_HISTORY)}
 
 
 def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Sizes:
@@ -217,15 +236,17 @@ def _heads(user: DecoderConfig, asked: Sequence[Layout]) -> DecoderConfig:
     def facts(model: DecoderConfig, layout: Layout) -> Facts:
         can = model is user or any(
             _divides(model.num_heads * head_dim, user.hidden_size, layout.shard)
-            for head_dim in _head_widths(model.num_heads)
+            for head_dim in _head_widths(model.num_heads, user)
         )
         return of.head_facts(model, layout) | {"width can be left over": can}
 
     return _choose(options, user, facts, asked, common)
 
 
-def _head_widths(heads: int) -> range:
+def _head_widths(heads: int, user: DecoderConfig) -> range:
     """Head widths to try: the more heads, the narrower."""
+    if user.head_width % ATTENDED == 0 and heads * ATTENDED <= WIDEST_ATTENDED:
+        return range(ATTENDED, 4 * ATTENDED, ATTENDED)
     least = 8 if heads <= 8 else 4
     return range(least, least + 8, 2)
 
@@ -247,7 +268,7 @@ def _widths(
     multiple = 1 if fp8 is None else WIDTHS[fp8.recipe]  # every rank's part in whole tiles
     tp = math.lcm(*(x.tp for x in asked))
     heads, own = small.num_heads, "head_dim" in type(user).model_fields
-    head_widths = _head_widths(heads)
+    head_widths = _head_widths(heads, user)
     if fp8 is not None:
         local = math.gcd(*(max(1, small.kv_heads // x.tp) for x in asked))
         least = max(head_widths[0], multiple // math.gcd(multiple, local))

@@ -2,20 +2,33 @@
 
 A tensor that is read in blocks, a vocabulary that is treated in chunks: whatever a constant decides
 would be met by the large recipe alone. `lowered` sets each to a value that small tensors exceed, in
-a rank of a layout. One process keeps them as they are, so what differs is found.
+a rank of a layout. One process keeps them as they are, so what differs is found. Of some, numbers
+are a function: of the blocks that share a scale or a generator. Those are lowered on both sides.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _PACKAGE = __package__.partition(".")[0]
-# By module and name. Bytes are multiples of a number's eight.
-OF_CHECKPOINTS: dict[tuple[str, str], Any] = {
+Table = Mapping[tuple[str, str], Any]  # by module and name
+OF_BOTH: Table = {
+    ("models.common.init", "_BLOCK_ELEMENTS"): 1 << 13,
+    ("ops.nf4", "NESTED_BLOCK"): 8,
+    ("optim.blockwise", "BLOCK"): 32,
+    ("optim.blockwise", "LEAST"): 1 << 7,
+    # The oracle's own.
+    ("engines.plain_quantised", "NESTED_BLOCK"): 8,
+    ("engines.plain_optimizers", "BLOCK"): 32,
+    ("engines.plain_optimizers", "LEAST"): 1 << 7,
+}
+# Bytes are multiples of a number's eight.
+OF_CHECKPOINTS: Table = {
     ("checkpoint.manifest", "BLOCK_BYTES"): 3 << 11,
     ("checkpoint.files", "HASH_BYTES"): 1 << 10,
     ("checkpoint.writer", "WRITE_BACK_BYTES"): 1 << 12,
@@ -23,7 +36,7 @@ OF_CHECKPOINTS: dict[tuple[str, str], Any] = {
     ("checkpoint.loading", "READ_BYTES"): 1 << 13,
     ("checkpoint.loading", "MAX_OPEN_FILES"): 2,
 }
-OF_UPDATES: dict[tuple[str, str], Any] = {
+OF_UPDATES: Table = {
     ("ops.cross_entropy", "_CPU_CHUNK_ELEMENTS"): 1 << 12,
     ("rollout.scheduler", "MAX_PREFILL_TOKENS"): 32,
     # A device shards block by block where a CPU takes the model as one.
@@ -34,10 +47,10 @@ OF_UPDATES: dict[tuple[str, str], Any] = {
 
 
 @contextlib.contextmanager
-def lowered(*, updates: bool) -> Iterator[None]:
-    """Those of checkpoints, and with ``updates`` of what computes, until the block ends."""
+def lowered(*tables: Table) -> Iterator[None]:
+    """All of these tables until the block ends."""
     with contextlib.ExitStack() as undo:
-        for (module, name), value in (OF_CHECKPOINTS | (OF_UPDATES if updates else {})).items():
+        for (module, name), value in itertools.chain(*(table.items() for table in tables)):
             before = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
             for other in list(sys.modules.values()):  # who imported the value holds it, too
                 if other.__name__.split(".")[0] == _PACKAGE and vars(other).get(name) is before:

@@ -7,7 +7,6 @@ and its tokens. Or the updates alone, without saving and serving.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -46,7 +45,7 @@ from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import parse, with_layouts
 from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
-from shardwise.verify.thresholds import lowered
+from shardwise.verify.thresholds import OF_BOTH, OF_CHECKPOINTS, OF_UPDATES, lowered
 from shardwise.verify.watch import (
     External,
     WatchedContext,
@@ -242,6 +241,7 @@ def _numbers(meta: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(meta)
 
 
+@lowered(OF_BOTH)
 def walk(task: Task) -> Walked:
     """Every rank of the layout calls this."""
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def walk(task: Task) -> Walked:
     notes.probe = task.probe
     asked: External = {}
     if not task.resumes_alone:
-        with lowered(updates=False) if not task.oracle else contextlib.nullcontext():
+        with lowered(*([] if task.oracle else [OF_CHECKPOINTS])):
             _walk_through(task, stage, notes, asked)
     walked = Walked(
         notes.found,
@@ -277,7 +277,7 @@ def walk(task: Task) -> Walked:
         if not task.oracle:
             stage = with_layouts(stage, task.layout, compile="auto")
         try:
-            with lowered(updates=True) if not task.oracle else contextlib.nullcontext():
+            with lowered(*([] if task.oracle else [OF_CHECKPOINTS, OF_UPDATES])):
                 run_stage(task, stage, again, asked, directory, STEPS, resumed=True)
         except CheckpointError as error:  # all ranks agree on that; the rest is worth comparing
             again.problems.append(" ".join(str(error).splitlines()[:2]))

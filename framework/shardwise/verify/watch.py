@@ -35,11 +35,12 @@ from shardwise.metrics.meters import MACHINE
 from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
-from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
+from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import DtypeCheck, precision_of
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify import extremes
+from shardwise.verify.marks import fill, is_back, ramp
 from shardwise.verify.notes import Notes
 from shardwise.verify.probe import probing
 from shardwise.verify.roundings import Roundings
@@ -47,7 +48,7 @@ from shardwise.verify.sent import checked
 from shardwise.verify.starts import Start, starts_of, write_adapter, write_models
 
 # Of fp16, at the start. At a run's own 2^16 a product over a whole batch overflows where those of
-# micro-batches do not, so which updates are skipped is no figure to compare.
+# micro-batches do not, so which updates are skipped is no figure to compare. It doubles at once.
 LOSS_SCALE = 2.0**8
 # The update that overflows all the same, in one element: every rank must leave it out.
 OVERFLOWING = 2
@@ -85,7 +86,7 @@ class WatchedEngine:
     def note_loading(self) -> None:
         """What weights become that are given to the engine whole; it has its own again behind."""
         with self._given_back() as own:
-            self.inner.load_weights((name, 2 * value + 1) for name, value in own)
+            self.inner.load_weights((name, 2 * value + ramp(value)) for name, value in own)
             self.note_tensors("loaded", "weights")
 
     def note_start(self, start: Start, load: Callable[[Engine], None]) -> None:
@@ -118,31 +119,31 @@ class WatchedEngine:
         self._meet_a_nan()
 
     def _meet_a_nan(self) -> None:
-        """The last update once more, with a NaN in the last element of its largest gradient.
+        """The last update once more, with a NaN in an element of its largest gradient.
 
-        Whoever holds the element has the NaN. Every rank must leave the update out: weights and
-        moments stay.
+        In fp64 it is the last, else the first: whoever holds it has the NaN. Every rank must leave
+        the update out: weights and moments stay. Weights are others then than before, so
+        that whatever computes in their place has to follow.
         """
-        notes, inner, before = self.notes, self.inner, f"gradient/{self.label}update "
-        values = notes.values if notes.reference is None else notes.reference.values
-        named = {name: value.shape for name, value in values.items() if name.startswith(before)}
+        notes, inner, named = self.notes, self.inner, self._gradients()
         if self.last is None or not named:  # none is kept
             return
-        largest, shape = max(named.items(), key=lambda item: (item[1].numel(), item[0]))
+        largest = max(named, key=lambda name: (named[name], name))
+        kinds = ("weights", *inner.optimizer_states())
+        for _, weight in () if self.ends_extreme else inner.held("weights"):
+            local_tensor(weight).mul_(1.25)
+        held = [local_tensor(t).clone() for kind in kinds for _, t in inner.held(kind)]
         inner.forward_backward(*self.last)
+        self._hold_copies(f"{self.label}last update")
         for name, gradient in inner.held("grads"):
             if self.ends_extreme:
                 notes.note_tensor("extreme gradient", f"{self.label}{name}", gradient)
-            if name == largest.rpartition(" ")[2]:
-                for region, view in local_shards(name, gradient):
-                    if all(o + n == m for o, n, m in zip(*region, shape, strict=True)):
-                        view.reshape(-1)[-1:].fill_(math.nan)
-        kinds = ("weights", *inner.optimizer_states())
-        held = [local_tensor(t).clone() for kind in kinds for _, t in inner.held(kind)]
+            if name == largest:
+                fill(name, gradient, math.nan, last=gradient.dtype == torch.float64)
         norm = inner.step(self.last[2] or 0.0)
         told = inner.broadcast(norm if math.isfinite(norm) else None)
         after = [local_tensor(t) for kind in kinds for _, t in inner.held(kind)]
-        moved = not all(map(torch.equal, held, after))
+        moved = not all(map(is_back, held, after))
         notes.note("skipped", f"{self.label}a NaN", float(told is None))
         notes.note("moved", f"{self.label}by a NaN", float(moved))
 
@@ -170,6 +171,7 @@ class WatchedEngine:
             else:
                 kind = "sentinel" if name.startswith("fp8") else "metric"
                 notes.note(kind, f"{where} {name}", value)
+        self._hold_copies(where)
         scale, reduced = inner.loss_scale, _reduction(tally)
         if scale != 1.0:
             notes.scales[f"loss scale/{where}"] = torch.tensor([scale])
@@ -182,6 +184,14 @@ class WatchedEngine:
         for name, value in inner.scales():
             notes.scales[f"history/{where} {name}"] = value.clone()
         return metrics
+
+    def _hold_copies(self, where: str) -> None:
+        """What has just computed in a weight's place must be that weight, rounded."""
+        weights = dict(self.inner.held("weights"))
+        for name, own in self.inner.held("copies"):
+            if not torch.equal(local_tensor(own), local_tensor(weights[name]).to(own.dtype)):
+                what = f"{str(own.dtype)[6:]} copy of {name}"
+                self.notes.problems.append(f"{where}: the {what} that computes is not the weight")
 
     def _rounding(self) -> contextlib.AbstractContextManager[Any]:
         """Of the first step, where 16 bits are rounded to, if the recipe's precision has them."""
@@ -197,11 +207,19 @@ class WatchedEngine:
         return probing(self.inner, where, microbatches, self.notes, tally)
 
     def _overflow(self) -> None:
-        """Make the first element of the first gradient infinite, on the ranks that have it."""
-        for name, gradient in itertools.islice(self.inner.held("grads"), 1):
-            for region, view in local_shards(name, gradient):
-                if not any(region.offset):
-                    view.reshape(-1)[:1].fill_(math.inf)
+        """Make the last element of the last gradient infinite, on the ranks that have it."""
+        final = list(self._gradients())[-1:]
+        for name, gradient in self.inner.held("grads"):
+            if name in final:
+                fill(name, gradient, math.inf, last=True)
+
+    def _gradients(self) -> dict[str, int]:
+        """Names of all gradients, on whatever rank, in order; and how many elements they have."""
+        notes, before = self.notes, f"gradient/{self.label}update "
+        values = notes.values if notes.reference is None else notes.reference.values
+        order = list(values) if notes.reference is None else notes.reference.order
+        found = (name for name in order if name.startswith(before))
+        return {name.rpartition(" ")[2]: values[name].numel() for name in found}
 
     def _scales_of(self, where: str, first: int) -> Callable[[Scaled], None]:
         """Notes what every backward pass scales by; ``first``: number of a micro-batch."""
@@ -374,7 +392,11 @@ class WatchedContext(StageContext):
         engine = super().engine(optimizer, role, beside)
         engine.start_adapter()
         if precision.loss_scaling and not self.resumed:
-            scale = {"scale": LOSS_SCALE, "good_steps": 0, "num_skipped": 0}
+            scale = {
+                "scale": LOSS_SCALE,
+                "good_steps": DynamicLossScale.interval - 1,
+                "num_skipped": 0,
+            }
             engine.load_state_dict({"updates": 0, "skipped": 0, "loss_scale": scale})
         watched = WatchedEngine(engine, label, self.notes, dtypes)
         config = role_of(self.stage, role).engine
