@@ -41,6 +41,7 @@ from shardwise.stages.loop import Loop, stage_state
 from shardwise.stages.pipeline import Pipeline, evaluate_all
 from shardwise.stages.registry import build_stage
 from shardwise.stages.rollouts import rollout_file
+from shardwise.verify.logger import WatchedLogger
 from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import parse, with_layouts
 from shardwise.verify.roundings import Lines
@@ -50,7 +51,6 @@ from shardwise.verify.watch import (
     External,
     WatchedContext,
     WatchedEngine,
-    WatchedLogger,
     numbers_of,
 )
 

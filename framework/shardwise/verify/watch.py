@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
@@ -31,8 +30,6 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled
 from shardwise.errors import CheckFailed
 from shardwise.losses.contract import Loss
-from shardwise.metrics.meters import MACHINE
-from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.parallel.full_tensor import local_tensor
@@ -472,42 +469,3 @@ class WatchedContext(StageContext):
     def watch(self, name: str, where: str, value: Any) -> None:
         """See `StageContext`."""
         self.notes.note(name, where, value)
-
-
-class WatchedLogger(MetricsLogger):
-    """Notes what a run would write, and writes nothing. Only rank 0's writes count."""
-
-    def __init__(self, notes: Notes) -> None:
-        super().__init__(Path(), rank=1)
-        self.notes = notes
-
-    def log(
-        self,
-        stage: str,
-        step: int,
-        metrics: Mapping[str, Any],
-        kind: Kind = "train",
-        *,
-        force: bool = False,
-    ) -> None:
-        """See `MetricsLogger`."""
-        if dist.get_rank() != 0:
-            return
-        if kind == "event":
-            what = f"step {step} {metrics['event']}"
-            self.notes.note("event", f"{what} time {self.notes.count(f'event {what}')}", 1.0)
-            return
-        for name, value in metrics.items():
-            timed = name in MACHINE or (kind == "eval" and name.endswith("_seconds"))
-            if not timed and isinstance(value, (int, float)):
-                shown = value if math.isfinite(value) else 0.0
-                sort = "sentinel" if name.startswith("fp8") else "logged"
-                what = f"step {step} {kind} {name}"
-                if kind == "eval":  # two evaluations of a kind call their figures alike
-                    sort, what = "evaluation", f"{what} time {self.notes.count(what)}"
-                self.notes.note(sort, what, shown)
-
-    def event(self, stage: str, step: int, event: str, message: str, **fields: Any) -> None:
-        """See `MetricsLogger`."""
-        if event != "fp8":  # words on figures of the sentinel, which are compared themselves
-            self.log(stage, step, {"event": event}, "event")
