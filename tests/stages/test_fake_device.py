@@ -43,7 +43,6 @@ KINDS = ("pretrain", "sft", "reward", "grpo", "ppo")
 # Layout to further keys of the engine.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp1": {"precision": "bf16"},
-    "dp2.zero0": {"precision": "fp32"},
     "dp2.zero1": {"precision": "fp16"},
     "dp2.zero2": {"precision": "bf16", "recompute": "selective"},
     "dp2.zero3": {"precision": "bf16", "recompute": "full"},
@@ -52,7 +51,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2.sp": {"precision": "bf16"},
     "cp2.ring": {"precision": "bf16"},
     "cp2.ulysses": {"precision": "fp32"},
-    "pp2": {"precision": "bf16"},
     "pp2.zbv": {"precision": "bf16"},
     "tp2.sp.pp2.interleaved.v2": {"precision": "bf16"},
     "dp2.zero3.tp2.cp2.ring": {"precision": "bf16"},
@@ -132,6 +130,7 @@ FP64: dict[str, tuple[str, ...]] = {
     "losses.ranking._wins": ("reward",),
     "losses.ranking.all_pairs": ("reward",),
     "losses.ranking.pair_loss": ("reward",),
+    "losses.ranking.rights": ("reward",),
     "data.batch.MicroBatch.to": ("reward",),
 }
 
