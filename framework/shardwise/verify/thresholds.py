@@ -18,7 +18,7 @@ from typing import Any
 _PACKAGE = __package__.partition(".")[0]
 Table = Mapping[tuple[str, str], Any]  # by module and name
 OF_BOTH: Table = {
-    ("models.common.init", "_BLOCK_ELEMENTS"): 1 << 13,
+    ("models.common.init", "_BLOCK_ELEMENTS"): 1 << 12,
     ("ops.nf4", "NESTED_BLOCK"): 8,
     ("optim.blockwise", "BLOCK"): 32,
     ("optim.blockwise", "LEAST"): 1 << 7,
