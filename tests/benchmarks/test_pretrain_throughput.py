@@ -68,7 +68,11 @@ def test_contestants_train_the_same_model(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "precision,peers", [("bf16", {bench.HAND, bench.MASTERS}), ("fp32", {bench.HAND})]
+    "precision,peers",
+    [
+        ("bf16", {bench.HAND, bench.MASTERS}),
+        pytest.param("fp32", {bench.HAND}, marks=pytest.mark.slow),
+    ],
 )
 def test_runs_to_the_end(precision: str, peers: set[str]) -> None:
     pytest.importorskip("accelerate")

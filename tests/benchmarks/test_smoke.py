@@ -38,6 +38,7 @@ def run(command: list[str]) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
 
 
+@pytest.mark.slow  # `test_torchrun` is the same, not compiled
 def test_plain_python_compiled(dry: list[str]) -> None:
     code, result = run([sys.executable, str(SCRIPT), *dry])
     assert (code, result["ok"], result["failures"]) == (0, True, [])
