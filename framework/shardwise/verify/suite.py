@@ -149,6 +149,10 @@ _DEAR = {
         "dp2.zero2", "pp2.interleavedzb.v2", "cp2.ulysses", "dp2.zero1.pp2.1f1b",
         "dp2.zero3.cp2.ring", "tp2",
     ),
+    "kto": (
+        "dp4.zero3", "dp2.zero3.tp2.sp", "pp2.dualpipev", "dp2.zero2.pp2.interleavedzb.v2",
+        "dp2.zero0.cp2.ring", "pp2.zbv.cp2.ulysses",
+    ),
 }  # fmt: skip
 
 
