@@ -159,6 +159,10 @@ class EngineConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def for_verify(self) -> Self:
+        """As `verify` computes it with: a kind may allow what training may not have."""
+        return self
+
 
 class NativeConfig(EngineConfig):
     """The project's own engine: every layout."""

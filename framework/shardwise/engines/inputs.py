@@ -24,15 +24,16 @@ class Cut:
     """One micro-batch, padded to what the layout divides, and this rank's share of its tokens.
 
     It comes from the host, and is on the mesh's device from here on. Losses never see padding or
-    cuts: `logits` maps the model's output back to the micro-batch.
+    cuts: `logits` maps the model's output back to the micro-batch. ``least``: tokens to pad to,
+    whatever the layout.
     """
 
-    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig) -> None:
+    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig, least: int = 0) -> None:
         self.host, self.batch = batch, batch.to(mesh.device)
         self.mesh, self.model = mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
         multiple = tokens_multiple(mesh.layout)
-        self.padded = -(-self.num_tokens // multiple) * multiple
+        self.padded = -(-max(self.num_tokens, least) // multiple) * multiple
         self.index_t = self._index(mesh.device)
         # Counted on the host: the device would have to be waited for.
         self.valid_N: Tensor | None = None

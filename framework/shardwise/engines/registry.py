@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.config.registry import register_engine_config
 from shardwise.config.schema import EngineConfig, NativeConfig
+from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.errors import ConfigError
 
@@ -63,4 +64,5 @@ def check_layout(config: EngineConfig, layout: Layout) -> None:
 
 _HERE = "shardwise.engines"
 register_engine("native", NativeConfig, f"{_HERE}.native:build")
+register_engine("megatron", MegatronConfig, f"{_HERE}.megatron:build")
 register_engine("plain", PlainConfig, f"{_HERE}.plain:build")

@@ -20,7 +20,8 @@ def digest(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's dtype, shape and values."""
     flat = tensor.detach().contiguous().cpu()
     hasher = xxhash.xxh3_128(f"{flat.dtype}{tuple(flat.shape)}".encode())
-    hasher.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    if flat.numel():  # of nothing, PyTorch may have no bytes to show
+        hasher.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

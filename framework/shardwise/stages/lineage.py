@@ -19,8 +19,9 @@ from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import RUN_FILE
 from shardwise.config.load import load_config
 from shardwise.config.redact import redact_data
+from shardwise.config.registry import DEFAULT_ENGINE
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import EngineConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
 from shardwise.stages.initial_weights import initial_hash
@@ -52,8 +53,9 @@ def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[An
     body["batch"].pop("micro_batch")
     for part in (body, *filter(None, body.get("roles", {}).values())):
         part.pop("ranks", None)
-        for key in FREE_ENGINE_KEYS:
-            part["engine"].pop(key)
+        own = part["engine"]  # of any kind: what is computed is the same
+        shared = {k: own[k] for k in EngineConfig.model_fields if k not in FREE_ENGINE_KEYS}
+        part["engine"] = shared | {"kind": DEFAULT_ENGINE}
     return [run.seed, run.model.model_dump(mode="json"), tokenizer_hash, body]
 
 

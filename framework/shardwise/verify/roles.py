@@ -70,7 +70,7 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
     """The stage under these layouts, with further keys of every role's engine replaced."""
     placings = parse(text)
     whole = next((p.layout for p in placings if not p.role), f"dp{world_of(text)}.zero0")
-    base = stage.engine.model_copy(update={**engine, "layout": whole})
+    base = stage.engine.for_verify().model_copy(update={**engine, "layout": whole})
     updates: dict[str, Any] = {"engine": base}
     named = [p for p in placings if p.role]
     roles: Any = getattr(stage, "roles", None)
@@ -87,7 +87,9 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
         for role in known:
             said, placing = getattr(roles, role), by_role.get(role)
             if said is not None or placing is not None:
-                own = base if said is None else said.engine.model_copy(update=engine)
+                own = base
+                if said is not None:
+                    own = said.engine.for_verify().model_copy(update=engine)
                 found[role] = RoleConfig(
                     engine=own.model_copy(update={"layout": placing.layout if placing else whole}),
                     ranks=list(placing.ranks) if placing and placing.ranks else None,

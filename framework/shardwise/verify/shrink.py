@@ -116,7 +116,8 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     if "roles" in stage:
         roles = dict(made.roles)  # type: ignore[attr-defined]
         stage["roles"] = {n: said for n, role in roles.items() if (said := _shrunk_role(role))}
-    stage["engine"] |= {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
+    small_engine = {"layout": "dp1", "precision": "fp64", "compile": False, "device": "cpu"}
+    stage["engine"] |= {k: v for k, v in small_engine.items() if k in stage["engine"]}
     limit = config.engine.max_grad_norm  # 0: none
     stage["engine"]["max_grad_norm"] = min(limit, SMALL_NORM)
     if config.engine.fp8 is not None:

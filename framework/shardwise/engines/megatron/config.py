@@ -1,0 +1,28 @@
+"""Keys of the megatron engine alone."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field
+
+from shardwise.config.schema import EngineConfig
+
+
+class MegatronConfig(EngineConfig):
+    """Megatron-core's model, parallelism and schedules under our masters and losses."""
+
+    kind: Literal["megatron"]
+    layers: Literal["auto", "local", "te"] = Field(
+        "auto",
+        description="whose linear layers and norms: Transformer Engine's, or Megatron-core's own; "
+        "auto: the former on a GPU where they are installed",
+    )
+    cpu_shim: bool = Field(
+        False,
+        description="run on a CPU all the same, redirected from outside: for proof, not for speed",
+    )
+
+    def for_verify(self) -> Self:
+        """Small models may be computed through the shim."""
+        return self.model_copy(update={"cpu_shim": True})

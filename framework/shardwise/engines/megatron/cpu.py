@@ -1,0 +1,66 @@
+"""Megatron-core on a CPU: the one file that redirects it. For proof, and not for speed.
+
+Megatron-core asks for memory on ``cuda`` wherever it makes some, waits for a device that is not
+there, and draws from that device's generators. Within `computing` the memory is the host's, nothing
+is waited for, and nothing is drawn (dropout is off). What is computed stays Megatron's. Outside of
+it nothing is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _OnHost(TorchFunctionMode):
+    """What is asked for on ``cuda`` comes from the host."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+class _NoDraws:
+    """In place of the tracker of a GPU's generators."""
+
+    def fork(self, *_: Any) -> contextlib.AbstractContextManager[None]:
+        """Nothing is drawn inside."""
+        return contextlib.nullcontext()
+
+
+_REDIRECTED: tuple[tuple[Any, str, Any], ...] = (
+    (torch.cuda, "current_device", lambda: "cpu"),
+    (torch.cuda, "synchronize", lambda *_: None),
+    (tensor_parallel, "get_cuda_rng_tracker", lambda *_, **__: _NoDraws()),
+)
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Around every call into Megatron-core. A process without threads beside it is taken for
+    granted: what is redirected is so for all of it.
+    """
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REDIRECTED]
+    try:
+        for owner, name, value in _REDIRECTED:
+            setattr(owner, name, value)
+        with warnings.catch_warnings(), _OnHost():
+            warnings.filterwarnings("ignore", module=r"megatron\.")  # how a GPU would be faster
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

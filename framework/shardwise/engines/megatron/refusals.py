@@ -1,0 +1,157 @@
+"""What the megatron engine cannot compute rightly: one table, asked before anything is built.
+
+Each row is a reason with the key and the mend. What no engine can have is `parallel.feasible`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from shardwise.adapters.trained import EVERYTHING, Trained
+from shardwise.config.optimizers import OptimizerConfig
+from shardwise.engines.megatron.config import MegatronConfig
+from shardwise.errors import ConfigError
+from shardwise.models.common.config import DecoderConfig
+from shardwise.parallel.layout import Layout
+
+FAMILIES = ("llama", "gpt2")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("1f1b", "interleaved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is asked of the engine."""
+
+    model: DecoderConfig
+    config: MegatronConfig
+    layout: Layout
+    device: str = "cuda"
+    optimizer: OptimizerConfig | None = None
+    trained: Trained = EVERYTHING
+
+
+def _without_gpu(case: Case) -> str | None:
+    if case.device != "cpu" or case.config.cpu_shim:
+        return None
+    return (
+        "engine.kind: megatron computes on GPUs, and there is none here; write kind: native, or "
+        "cpu_shim: true for a slow run through a shim that proves numbers"
+    )
+
+
+def _family(case: Case) -> str | None:
+    family = case.model.family
+    if family in FAMILIES:
+        return None
+    return f"model.family: {family}; megatron builds {', '.join(FAMILIES)}: write kind: native"
+
+
+def _dropout(case: Case) -> str | None:
+    if case.model == case.model.without_dropout():
+        return None
+    keys = [k for k in type(case.model).model_fields if "dropout" in k and getattr(case.model, k)]
+    return (
+        f"model.{keys[0]}: megatron draws dropout's masks from generators of its own, which other "
+        "layouts do not share; set it to 0, or write kind: native"
+    )
+
+
+def _output_bias(case: Case) -> str | None:
+    if case.model.family != "llama" or not getattr(case.model, "o_bias", False):
+        return None
+    return "model.o_bias: megatron has it with a bias in every layer alone; write kind: native"
+
+
+def _zero(case: Case) -> str | None:
+    layout = case.layout
+    if layout.zero < 2 or layout.dp == 1:
+        return None
+    near = dataclasses.replace(layout, zero=1)
+    return (
+        f"engine.layout: {layout}: megatron keeps weights and gradients whole on every data rank; "
+        f"write {near}, or kind: native"
+    )
+
+
+def _replicas(case: Case) -> str | None:
+    layout = case.layout
+    if layout.cp == 1 or not layout.zero or layout.shard == layout.dp:
+        return None
+    near = dataclasses.replace(layout, shard=layout.dp)
+    return (
+        f"engine.layout: {layout}: megatron sums gradients over data and context ranks in one "
+        f"group, and hsdp has two; write {near}, or kind: native"
+    )
+
+
+def _schedule(case: Case) -> str | None:
+    layout = case.layout
+    if layout.pp == 1 or layout.schedule in SCHEDULES:
+        return None
+    return (
+        f"engine.layout: {layout}: megatron's schedules are {', '.join(SCHEDULES)}; "
+        "choose one, or write kind: native"
+    )
+
+
+def _widths(case: Case) -> str | None:
+    """Megatron cuts evenly, or not at all."""
+    tp, model = case.layout.tp, case.model
+    ffn: int = getattr(model, "ffn_width", 0) or getattr(model, "ffn_size", 0)
+    for key, size in (("num_kv_heads", model.kv_heads), ("ffn_size", ffn)):
+        if size % tp:
+            return (
+                f"engine.layout: {case.layout}: tp{tp} does not divide model.{key} {size}, and "
+                "megatron cuts evenly; choose a smaller tp, or write kind: native"
+            )
+    return None
+
+
+def _fp8(case: Case) -> str | None:
+    if case.config.fp8 is None:
+        return None
+    return "engine.fp8: not with kind: megatron; leave it out, or write kind: native"
+
+
+def _adapter(case: Case) -> str | None:
+    if case.trained.adapter is None:
+        return None
+    return (
+        f"adapter: {case.trained.adapter.kind} stands beside our layers, and megatron has others; "
+        "leave it out, or write kind: native"
+    )
+
+
+def _optimizer(case: Case) -> str | None:
+    optimizer = case.optimizer
+    if optimizer is None or (optimizer.kind in OPTIMIZERS and not optimizer.fused):
+        return None
+    return (
+        f"optimizer.kind: {optimizer.kind}; with kind: megatron choose {', '.join(OPTIMIZERS)}, "
+        "or write engine.kind: native"
+    )
+
+
+# Every row is a test (tests/engines/megatron/test_refusals.py).
+REFUSALS: tuple[Callable[[Case], str | None], ...] = (
+    _without_gpu,
+    _family,
+    _dropout,
+    _output_bias,
+    _zero,
+    _replicas,
+    _schedule,
+    _widths,
+    _fp8,
+    _adapter,
+    _optimizer,
+)
+
+
+def check(case: Case) -> None:
+    """Raise ConfigError with the first reason."""
+    for row in REFUSALS:
+        if reason := row(case):
+            raise ConfigError(reason)
