@@ -111,6 +111,8 @@ def dtypes(model: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     if not isinstance(model, FSDPModule):
         return None, None
     policies = {group.mp_policy for group in _param_groups(model)}
+    if not policies:  # it has not computed yet
+        return None, None
     assert len(policies) == 1, "blocks and the model are wrapped alike"
     policy = policies.pop()
     return policy.param_dtype, policy.reduce_dtype or policy.param_dtype

@@ -29,6 +29,8 @@ _SUMS = {
     *("aten::lerp_", "aten::addcmul_", "aten::addmm_", "aten::baddbmm_", "aten::cumsum"),
 }
 _GRADIENT = "a weight's gradient"  # summed by autograd over passes
+_BETWEEN = ("ops/comm.py", "engines/megatron/cpu.py")  # what a number passes through
+_LIBRARIES = ("/torch/distributed/fsdp/", "/megatron/core/")
 # "rounds" or "sums", and ``file function``; at which lines.
 Lines = dict[tuple[str, str], set[int]]
 
@@ -100,11 +102,11 @@ def _place() -> tuple[str, int]:
         file = frame.f_code.co_filename
         if file.startswith(_ROOT):
             short = file.removeprefix(_ROOT)
-            if short != "ops/comm.py":
+            if short not in _BETWEEN:
                 return f"{short} {frame.f_code.co_qualname}", frame.f_lineno
         elif file.endswith("torch/autograd/graph.py"):
             return _GRADIENT, 0
-        elif "/torch/distributed/fsdp/" in file:
+        elif any(library in file for library in _LIBRARIES):
             return "", 0  # by its policy, which is checked
         frame = frame.f_back  # type: ignore[assignment]
     return "", 0

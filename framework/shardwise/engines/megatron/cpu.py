@@ -59,7 +59,9 @@ def computing() -> Iterator[None]:
         for owner, name, value in _REDIRECTED:
             setattr(owner, name, value)
         with warnings.catch_warnings(), _OnHost():
-            warnings.filterwarnings("ignore", module=r"megatron\.")  # how a GPU would be faster
+            # How a GPU would be faster, and which of PyTorch's collectives have new names.
+            warnings.filterwarnings("ignore", module=r"megatron\.")
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         for owner, name, value in before:
