@@ -153,6 +153,9 @@ def verify(
         bool,
         typer.Option("--updates-only", help="Compare updates; do not resume and generate: faster."),
     ] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="Try this engine.kind in place of the recipe's.")
+    ] = None,
     independence: Annotated[
         bool,
         typer.Option("--independence", help="Change documents: others of a row may not notice."),
@@ -189,6 +192,7 @@ def verify(
             whole=not updates_only,
             device=device,
             independence=independence,
+            engine=engine,
             begin=table.begin,
             tell=table.tell,
         )

@@ -11,18 +11,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import InitErrorDetails
 
 from shardwise.config import registry
 from shardwise.config.adapters import AnyAdapter, FreezeConfig
@@ -140,12 +138,7 @@ class Fp8Config(Section):
 
 
 class EngineConfig(Section):
-    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves.
-
-    ``max_ranks``: of a layout that the kind can have; None: as many as there are.
-    """
-
-    max_ranks: ClassVar[int | None] = None
+    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves."""
 
     kind: str
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
@@ -162,6 +155,13 @@ class EngineConfig(Section):
     def for_verify(self) -> Self:
         """As `verify` computes it with: a kind may allow what training may not have."""
         return self
+
+    def refusal(self, layout: Any, stage: StageConfig | None = None) -> str | None:
+        """Why this kind cannot train ``stage`` on a parsed layout; None: it can.
+
+        What its model, batch and sizes allow besides is `parallel.feasible`'s.
+        """
+        return None
 
 
 class NativeConfig(EngineConfig):
@@ -431,13 +431,6 @@ class StageConfig(Section):
         updates["validation"] = self.validation.shrunk()
         updates["adapter"] = self.adapter and self.adapter.shrunk()
         return self.model_copy(update=updates)
-
-    def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:
-        """Raise for a value, under its own key, that another one forbids."""
-        error = InitErrorDetails(
-            type="value_error", loc=key, input=None, ctx={"error": ValueError(text)}
-        )
-        raise ValidationError.from_exception_data(type(self).__name__, [error])
 
 
 class RoleConfig(Section):

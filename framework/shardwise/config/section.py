@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from shardwise.config.paths import expand
 
@@ -54,3 +62,10 @@ class Section(BaseModel):
     @classmethod
     def _expand_paths(cls, value: Any) -> Any:
         return expand(value) if isinstance(value, Path) else value
+
+    def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:
+        """Raise for a value, under its own key, that another one forbids."""
+        error = InitErrorDetails(
+            type="value_error", loc=key, input=None, ctx={"error": ValueError(text)}
+        )
+        raise ValidationError.from_exception_data(type(self).__name__, [error])

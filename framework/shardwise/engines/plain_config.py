@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from shardwise.config.schema import EngineConfig, NonNegativeInt
+from shardwise.config.schema import EngineConfig, NonNegativeInt, StageConfig
+from shardwise.parallel.layout import Layout
 
 
 class PlainConfig(EngineConfig):
     """One process, whole batches, `torch.optim`: the oracle of ``shardwise verify``."""
-
-    max_ranks: ClassVar[int | None] = 1
 
     kind: Literal["plain"]
     split: Literal["whole", "rows", "padded", "documents"] = Field(
@@ -26,3 +25,12 @@ class PlainConfig(EngineConfig):
     skip: list[NonNegativeInt] = Field(
         default=[], description="updates, from 0, that leave the weights as they are"
     )
+
+    def refusal(self, layout: Layout, stage: StageConfig | None = None) -> str | None:
+        """See `EngineConfig`."""
+        if layout.world == 1:
+            return None
+        return (
+            f"engine.kind: plain computes on 1 rank, and engine.layout {layout} has "
+            f"{layout.world}; start fewer, or write kind: native"
+        )

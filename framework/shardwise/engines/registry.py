@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shardwise.config.registry import register_engine_config
-from shardwise.config.schema import EngineConfig, NativeConfig
+from shardwise.config.registry import ENGINE_CONFIGS, register_engine_config
+from shardwise.config.schema import EngineConfig, NativeConfig, StageConfig
+from shardwise.engines.deepspeed.config import DeepSpeedConfig
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.plain_config import PlainConfig
 from shardwise.errors import ConfigError
@@ -52,17 +53,28 @@ def build_engine(setup: Setup) -> Engine:
     return PlacedEngine(inner, setup.ranks, setup.layout.dp, setup.device, adapter)
 
 
-def check_layout(config: EngineConfig, layout: Layout) -> None:
-    """Raise ConfigError for a layout that this kind of engine cannot have."""
-    most = config.max_ranks
-    if most is not None and layout.world > most:
-        raise ConfigError(
-            f"engine.kind: {config.kind} computes on {most} rank{'s' if most > 1 else ''}, and "
-            f"engine.layout {layout} has {layout.world}; start fewer, or write kind: native"
-        )
+def check_layout(config: EngineConfig, layout: Layout, stage: StageConfig | None = None) -> None:
+    """Raise ConfigError for a layout, or a stage on it, that this kind of engine cannot have."""
+    if why := config.refusal(layout, stage):
+        raise ConfigError(why)
+
+
+def as_kind(config: EngineConfig, kind: str, **own: Any) -> EngineConfig:
+    """An engine section of another kind: the keys that all kinds have, and ``own``.
+
+    Raises ConfigError for an unknown kind.
+    """
+    if kind not in ENGINE_CONFIGS:
+        raise ConfigError(f"unknown engine {kind}; known: {', '.join(sorted(ENGINE_CONFIGS))}")
+    if config.kind == kind:
+        return config.model_copy(update=own)
+    shared = {key: getattr(config, key) for key in EngineConfig.model_fields if key != "kind"}
+    found: EngineConfig = ENGINE_CONFIGS[kind](kind=kind, **shared, **own)
+    return found
 
 
 _HERE = "shardwise.engines"
 register_engine("native", NativeConfig, f"{_HERE}.native:build")
 register_engine("megatron", MegatronConfig, f"{_HERE}.megatron:build")
 register_engine("plain", PlainConfig, f"{_HERE}.plain:build")
+register_engine("deepspeed", DeepSpeedConfig, f"{_HERE}.deepspeed.engine:build")

@@ -1,4 +1,4 @@
-"""Which regions of a global tensor this rank holds: plain tensors and DTensors of any placement."""
+"""Which regions of a global tensor this rank holds: plain ones, flat parts, DTensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import CheckpointError
+from shardwise.ops.flat_shard import FlatShard, flat_regions
 from shardwise.ops.regions import Interval, Region, full_region, product, strided_chunk
 
 
@@ -32,6 +33,12 @@ def local_shards(name: str, tensor: Tensor) -> list[LocalShard]:
         raise CheckpointError(f"{name}: only dense tensors can be saved, not {tensor.layout}")
     if tensor.device.type == "meta":
         raise CheckpointError(f"{name}: is on the meta device, it has no values")
+    if isinstance(tensor, FlatShard):
+        flat, start = tensor.local.detach(), tensor.start
+        found = flat_regions(tensor.shape, start, start + len(flat))
+        return [
+            LocalShard(r, flat[at - start : at - start + r.volume].view(r.shape)) for r, at in found
+        ]
     if not isinstance(tensor, DTensor):
         region = full_region(tensor.shape)
         return [LocalShard(region, tensor.detach())] if region.volume else []

@@ -27,30 +27,41 @@ def build(
     groups: list[dict[str, Any]], config: AdamWConfig | AdamConfig | SgdConfig, mesh: Mesh | None
 ) -> torch.optim.Optimizer:
     """See `optim.registry.register_optimizer`."""
-    make = _constructor(config)
-    implementation = choose_implementation(make, [p for g in groups for _, p in g["params"]])
-    optimizer = make(groups, **{implementation: True})
+    optimizer = without_state(groups, config)
     ensure_state(optimizer)
     return optimizer
+
+
+def without_state(
+    groups: list[dict[str, Any]], config: AdamWConfig | AdamConfig | SgdConfig
+) -> torch.optim.Optimizer:
+    """The same before it has any: for a library that puts other tensors in parameters' place."""
+    make = _constructor(config)
+    implementation = choose_implementation(make, [p for g in groups for _, p in g["params"]])
+    return make(groups, **{implementation: True})
 
 
 def ensure_state(optimizer: torch.optim.Optimizer) -> None:
     """Create, as zeros, all state that the first update would create. State present is kept."""
     for group in optimizer.param_groups:
         for param in group["params"]:
-            state = optimizer.state[param]
-            if state:
-                continue
-            zeros = functools.partial(torch.zeros_like, param.detach())
-            if isinstance(optimizer, torch.optim.SGD):
-                if group["momentum"]:
-                    state["momentum_buffer"] = zeros()
-                continue
-            # torch keeps the counter on the parameter's device for its fused kernel only.
-            device = param.device if group["fused"] else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = zeros()
-            state["exp_avg_sq"] = zeros()
+            if not optimizer.state[param]:
+                start_state(optimizer, group, param)
+
+
+def start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor) -> None:
+    """The state of one parameter of ``group`` before its first update."""
+    state = optimizer.state[param]
+    zeros = functools.partial(torch.zeros_like, param.detach())
+    if isinstance(optimizer, torch.optim.SGD):
+        if group["momentum"]:
+            state["momentum_buffer"] = zeros()
+        return
+    # torch keeps the counter on the parameter's device for its fused kernel only.
+    device = param.device if group["fused"] else torch.device("cpu")
+    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    state["exp_avg"] = zeros()
+    state["exp_avg_sq"] = zeros()
 
 
 def choose_implementation(make: Callable[..., Any], params: list[Parameter]) -> str:

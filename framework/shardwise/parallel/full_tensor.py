@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.ops import comm
+from shardwise.ops.flat_shard import FlatShard
 from shardwise.parallel.mesh import Mesh
 
 
 def local_tensor(tensor: Tensor | None) -> Tensor:
     """This rank's memory."""
     assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, (DTensor, FlatShard)) else tensor
 
 
 def tp_dim(tensor: Tensor, mesh: Mesh) -> int | None:

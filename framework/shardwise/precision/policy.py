@@ -47,6 +47,9 @@ ROUNDED = {
     "sums adapters/bottleneck.py _parallel": 1,
     # Magnitudes over norms, by which rows are multiplied.
     "rounds adapters/lora.py LowRank.forward": 1,
+    # DeepSpeed: weights that compute; what it reduced in fp32, written back to where it came from.
+    "rounds engines/deepspeed/engine.py DeepSpeedEngine.step": 1,
+    "rounds engines/deepspeed/engine.py DeepSpeedEngine.forward_backward": 1,
 }
 
 # What an engine tells of itself: for each declared quantity, the dtype of each tensor by name.

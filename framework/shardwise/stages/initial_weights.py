@@ -11,6 +11,7 @@ from shardwise.adapters.peft_read import is_adapter_folder
 from shardwise.adapters.targets import is_adapter, targets
 from shardwise.checkpoint import adapted, manifest
 from shardwise.checkpoint.convert import open_model, own_adapter, peft_base
+from shardwise.checkpoint.shards import DTYPES
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.run import RunConfig
 from shardwise.engines.base import Engine
@@ -62,9 +63,8 @@ def load_initial_weights(
 
 def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: bool) -> None:
     check_initial_weights(source, model)
-    opened, adapter = open_model(source), engine.adapter_config
-    # A quantised weight is made of a whole one.
-    whole = adapter is not None and adapter.quantise is not None and is_native(source)
+    opened = open_model(source)
+    whole = is_native(source) and not _fits_in_place(engine, source)
     if opened.adapter is not None or opened.format == "peft" or whole:
         tensors = opened.tensors
         if model.head == "scalar":
@@ -82,6 +82,19 @@ def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: boo
         checkpoint.load(source, weights, partial=True)
     else:
         _load_hf(source, model, engine, new_head)
+
+
+def _fits_in_place(engine: Engine, source: Path) -> bool:
+    """Whether what is stored is what the engine keeps.
+
+    A quantised weight is made of a whole one; a role that stands still may be kept in 16 bits.
+    """
+    adapter = engine.adapter_config
+    if adapter is not None and adapter.quantise is not None:
+        return False
+    stored = manifest.read(checkpoint.resolve(source)).tensors
+    kept = ((stored.get(f"model.{name}"), value) for name, value in engine.held("weights"))
+    return all(there is None or DTYPES[there.dtype] == value.dtype for there, value in kept)
 
 
 def _adapted_base(

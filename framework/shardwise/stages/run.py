@@ -256,7 +256,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
             )
         ranks = world_size if role.ranks is None else len(role.ranks)
         wanted = parse_layout(role.engine.layout, world_of(role.engine.layout, ranks))
-        check_layout(role.engine, wanted)
+        check_layout(role.engine, wanted, stage)
         optimizer = role.optimizer or stage.optimizer
         fused = optimizer.kind if optimizer.fused and name in TRAINED else ""
         compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))

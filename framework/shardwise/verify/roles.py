@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from shardwise.config.schema import RoleConfig, StageConfig
+from shardwise.config.schema import EngineConfig, RoleConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.stages.arithmetic import roles_in_use
-from shardwise.stages.base import role_of
+from shardwise.stages.base import ACTOR, role_of, roles_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
     """The stage under these layouts, with further keys of every role's engine replaced."""
     placings = parse(text)
     whole = next((p.layout for p in placings if not p.role), f"dp{world_of(text)}.zero0")
-    base = stage.engine.for_verify().model_copy(update={**engine, "layout": whole})
+    base = _with_keys(stage.engine, {**engine, "layout": whole})
     updates: dict[str, Any] = {"engine": base}
     named = [p for p in placings if p.role]
     roles: Any = getattr(stage, "roles", None)
@@ -87,9 +88,7 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
         for role in known:
             said, placing = getattr(roles, role), by_role.get(role)
             if said is not None or placing is not None:
-                own = base
-                if said is not None:
-                    own = said.engine.for_verify().model_copy(update=engine)
+                own = base if said is None else _with_keys(said.engine, engine)
                 found[role] = RoleConfig(
                     engine=own.model_copy(update={"layout": placing.layout if placing else whole}),
                     ranks=list(placing.ranks) if placing and placing.ranks else None,
@@ -98,6 +97,28 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
         updates["roles"] = type(roles)().model_copy(update=found)
     elif named:
         raise UserError(f"--layout {text}: stage {stage.name} has one model; give one layout")
+    return stage.model_copy(update=updates)
+
+
+def _with_keys(engine: EngineConfig, updates: Mapping[str, Any]) -> EngineConfig:
+    """An engine, as it is verified, with those keys replaced that its kind has."""
+    engine = engine.for_verify()
+    own = {key: value for key, value in updates.items() if key in type(engine).model_fields}
+    return engine.model_copy(update=own)
+
+
+def with_engines(
+    stage: StageConfig, change: Callable[[EngineConfig, str], EngineConfig]
+) -> StageConfig:
+    """The stage with what ``change`` makes of its engine, and of each role's, given its name."""
+    updates: dict[str, Any] = {"engine": change(stage.engine, ACTOR)}
+    if hasattr(stage, "roles"):
+        said = {role: role_of(stage, role) for role in roles_of(stage)}
+        roles = {
+            role: config.model_copy(update={"engine": change(config.engine, role)})
+            for role, config in said.items()
+        }
+        updates["roles"] = type(stage.roles)().model_copy(update=roles)
     return stage.model_copy(update=updates)
 
 

@@ -11,13 +11,17 @@ import torch
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
+from shardwise.engines.registry import as_kind
 from shardwise.errors import ConfigError, UserError
+from shardwise.parallel.layout import parse_layout
+from shardwise.parallel.layout import world_of as grammar_world
 from shardwise.parallel.mesh import backend_of, pick_device
 from shardwise.precision.policy import resolve
+from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.pool import RankPool
-from shardwise.verify.roles import own_layouts, with_layouts, world_of
+from shardwise.verify.roles import own_layouts, with_engines, with_layouts, world_of
 from shardwise.verify.verdict import Verdict, VerifyReport
 from shardwise.verify.verifier import Verifier
 
@@ -38,6 +42,7 @@ def verify(
     tell: Callable[[Verdict], None] | None = None,
     pool: RankPool | None = None,
     independence: bool = False,
+    engine: str | None = None,
 ) -> VerifyReport:
     """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
 
@@ -45,7 +50,8 @@ def verify(
     (`shrink`). Ranks run on this machine, on its CPU or, with ``device`` cuda, a GPU each; the one
     process always computes on the CPU. A layout that cannot be is in the report, with the reason,
     and the others are tried. Raises ConfigError for a recipe that is wrong, an unknown stage, or
-    without a GPU. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
+    without a GPU. ``engine``: the kind to try in place of the recipe's; of its own keys, each is at
+    its default. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
     in words what is tried next, ``tell`` what came of it. ``independence``: asks of every layout,
     too, whether documents of one row depend on each other; where there are none, the report has it
     among what cannot be.
@@ -54,6 +60,8 @@ def verify(
         raise ConfigError(f"--device {device}: known: {', '.join(DEVICES)}")
     place = pick_device(device)
     run = load_config(config, overrides).config
+    if engine is not None:
+        run = _by_engine(run, engine)
     chosen = [s for s in run.stages if stage in (None, s.name)]
     if not chosen:
         names = ", ".join(s.name for s in run.stages)
@@ -80,7 +88,7 @@ def verify(
                 except UserError as error:
                     refused[one.name, layout] = f"it cannot be made small: {error}"
                     continue
-                for precision in dict.fromkeys(("fp64", own)):
+                for precision in _precisions(one, layout, own):
                     if begin is not None:
                         of = f"layout {number} of {len(tried)}"
                         begin(f"{one.name} {layout} in {precision}, {of}")
@@ -100,6 +108,23 @@ def verify(
         if pool is None:
             mine.close()
     return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts))
+
+
+def _by_engine(run: RunConfig, kind: str) -> RunConfig:
+    """The recipe with every engine of another kind."""
+    stages = [with_engines(s, lambda engine, role: as_kind(engine, kind)) for s in run.stages]
+    return run.model_copy(update={"engine": as_kind(run.engine, kind), "stages": stages})
+
+
+def _precisions(stage: StageConfig, layout: str, own: str) -> list[str]:
+    """fp64 and the recipe's own, without fp64 where an engine keeps its masters in fp32."""
+    exact = with_layouts(stage, layout, precision="fp64")
+    engines = {role: role_of(exact, role).engine for role in roles_of(exact)}
+    can = not any(
+        engine.refusal(parse_layout(engine.layout, grammar_world(engine.layout)))
+        for engine in engines.values()
+    )
+    return list(dict.fromkeys(("fp64", own) if can else (own,)))
 
 
 Refused = dict[tuple[str, str], str]  # (stage, layout): why

@@ -229,7 +229,10 @@ class Verifier:
         if outcome.found:
 
             def leaks(part: str) -> bool:
-                return self._can(small, part) and self._leaks(small, part, precision)[0].failed
+                return (
+                    self._can(small, part, precision)
+                    and self._leaks(small, part, precision)[0].failed
+                )
 
             blamed = suspect(layout, leaks, lambda part: False)
         worst = dict.fromkeys(counts, 0.0) | {d.kind: inf for d in outcome.found}
@@ -282,7 +285,7 @@ class Verifier:
         if outcome.failed:
 
             def attempt(tried: Small, part: str) -> Outcome | None:
-                if not self._can(tried, part):
+                if not self._can(tried, part, precision):
                     return None
                 return self.outcome(tried, part, precision, compiled)
 
@@ -364,8 +367,10 @@ class Verifier:
         if task.saved is None or self.fp8(small):  # histories of cut products are a layout's own
             return []
         precision, words = task.precision, "in a resume on one process"
+        # Some engines keep fp32 masters under ZeRO alone.
+        single = next((x for x in (SINGLE, "dp1.zero1") if self._can(small, x, precision)), SINGLE)
         alone = dataclasses.replace(
-            self.task(small, SINGLE, precision), other=task.saved, resumes_alone=True
+            self.task(small, single, precision), other=task.saved, resumes_alone=True
         )
         try:
             one = self._walk(alone)
@@ -438,10 +443,11 @@ class Verifier:
         """Whether products of the stage are quantised."""
         return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
 
-    def _can(self, small: Small, layout: str) -> bool:
+    def _can(self, small: Small, layout: str, precision: str) -> bool:
         """Whether what was made small for a layout can have this part of it."""
         [stage] = [s for s in small.run.stages if s.name == small.stage]
-        changed = with_layouts(stage, layout, compile=False, precision="bf16")
+        precision = "bf16" if self.fp8(small) else precision
+        changed = with_layouts(stage, layout, compile=False, precision=precision)
         try:
             check_stage(small.run, changed, world_of(layout))
         except UserError:

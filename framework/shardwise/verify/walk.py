@@ -25,17 +25,18 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import EngineConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.engines.base import Engine
-from shardwise.engines.plain_config import PlainConfig
+from shardwise.engines.registry import as_kind
 from shardwise.errors import CheckFailed, CheckpointError, UserError
 from shardwise.metrics.progress import Progress
 from shardwise.ops import rng
 from shardwise.ops.local_shards import local_shards
+from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.scheduler import Request
-from shardwise.stages.base import ACTOR, checkpoint_root, evaluations_of, role_of, roles_of
+from shardwise.stages.base import checkpoint_root, evaluations_of
 from shardwise.stages.lineage import Lineage
 from shardwise.stages.loop import Loop, stage_state
 from shardwise.stages.pipeline import Pipeline, evaluate_all
@@ -43,7 +44,7 @@ from shardwise.stages.registry import build_stage
 from shardwise.stages.rollouts import rollout_file
 from shardwise.verify.logger import WatchedLogger
 from shardwise.verify.notes import Noted, Notes, Reference
-from shardwise.verify.roles import parse, with_layouts
+from shardwise.verify.roles import parse, with_engines, with_layouts
 from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
 from shardwise.verify.thresholds import OF_BOTH, OF_CHECKPOINTS, OF_UPDATES, lowered
@@ -165,7 +166,8 @@ class _WatchedLoop(Loop):
         """What one process loaded in place is what opens whole, as for a conversion."""
         held = stage_state(self.stage).tensors
         for name, whole in checkpoint.read_tensors(self.root):
-            if not torch.equal(whole.nan_to_num(), held[name].cpu().nan_to_num()):
+            own = local_tensor(held[name]).cpu().view(whole.shape)
+            if not torch.equal(whole.nan_to_num(), own.nan_to_num()):
                 self.notes.problems.append(f"{name} opens whole as it was not saved")
 
     def _note_state(self) -> None:
@@ -329,27 +331,17 @@ def stage_of(task: Task) -> StageConfig:
 
 def _plainly(stage: StageConfig, task: Task) -> StageConfig:
     """The stage's engines, and those of its roles, of kind ``plain``."""
-
     domains = {p.role: p.layout for p in parse(task.domains)} if task.domains else {}
 
-    def plain(engine: EngineConfig, role: str) -> PlainConfig:
-        shared = {key: getattr(engine, key) for key in EngineConfig.model_fields if key != "kind"}
+    def plain(engine: EngineConfig, role: str) -> EngineConfig:
         own: Any = {
             "split": task.split,
             "domains": domains.get(role, domains.get("")),
             "skip": task.skip.get(role, []),
         }
-        return PlainConfig(kind="plain", **own, **shared)
+        return as_kind(engine, "plain", **own)
 
-    updates: dict[str, Any] = {"engine": plain(stage.engine, ACTOR)}
-    if hasattr(stage, "roles"):
-        said = {role: role_of(stage, role) for role in roles_of(stage)}
-        roles = {
-            role: config.model_copy(update={"engine": plain(config.engine, role)})
-            for role, config in said.items()
-        }
-        updates["roles"] = type(stage.roles)().model_copy(update=roles)
-    return stage.model_copy(update=updates)
+    return with_engines(stage, plain)
 
 
 def run_stage(

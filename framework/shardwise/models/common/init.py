@@ -88,7 +88,7 @@ def place(param: Tensor, rows_of: Callable[[slice], Tensor]) -> None:
     ``rows_of(rows)`` makes the asked rows (slice of the first dimension) of the global value on
     CPU; only what this rank holds is asked for. No communication.
     """
-    for region, view in local_shards("an initial weight", param.data):
+    for region, view in local_shards("an initial weight", param.detach()):
         first, size = region.offset[0], region.shape[0]
         value = rows_of(slice(first, first + size))
         for dim in range(1, param.dim()):
