@@ -26,7 +26,7 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
         "reward_mean",
         {
             "who did what": "grpo_lora_needle",
-            "who is what to whom": "grpo_lora_family",
+            "how many sisters": "grpo_lora_siblings",
             **{f"quickstart, seed {i}": f"../grpo_lora_cpu/{i}" for i in (1, 2, 3)},
         },
     ),

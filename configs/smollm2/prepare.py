@@ -94,14 +94,14 @@ def rankings(part: list[Exchange]) -> Iterator[dict[str, Any]]:
 
 def format_rows(recipe: Path) -> Iterator[dict[str, Any]]:
     """What an answer to a recipe's task looks like, drawn without a look at what is asked: one of
-    the names in the text, or one of the words for a relation."""
+    the names in the text, or one of the numbers that are answers."""
     rng = random.Random(1)
     task: TaskConfig = load_config(recipe).config.stages[-1].task  # type: ignore[attr-defined]
     problems = ProblemSet(task, "train_sft", FORMAT_ROWS)
-    relations = sorted({p.answer for p in problems})
+    numbers = sorted({p.answer for p in problems})
     for problem in problems:
         names = re.findall(r"(?:^|\. )([\w-]+) ", problem.question)
-        answer = rng.choice(names if task.name == "needle_haystack" else relations)
+        answer = rng.choice(names if task.name == "needle_haystack" else numbers)
         yield {"messages": [*prompt_messages(problem, task), said("assistant", answer)]}
 
 
@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
         some = [e for e in exchanges() if is_in(e[0])]
         write_rows(folder / f"chat-{part}.jsonl", (chat(*e) for e in some))
         write_rows(folder / f"pairs-{part}.jsonl", rankings(some))
-    for task in ("needle", "family"):
+    for task in ("needle", "siblings"):
         recipe = Path(__file__).with_name(f"grpo_lora_{task}.yaml")
         write_rows(folder / f"format-{task}.jsonl", format_rows(recipe))
     for name, text in plain():

@@ -100,7 +100,7 @@ def test_preferences_are_learnt_and_prose_is_not_forgotten(finished: Any) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["needle", "family"])
+@pytest.mark.parametrize("task", ["needle", "siblings"])
 def test_rewards_teach_more_than_the_format(finished: Any, task: str) -> None:
     run = finished(f"grpo_lora_{task}")
     scores = {stage: run.values("score", stage)[-1] for stage in ("start", "format", "grpo")}
