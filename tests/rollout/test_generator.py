@@ -16,7 +16,7 @@ from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import filtered
 from shardwise.rollout.scheduler import Completion, Request
-from shardwise.rollout.weights import stream_checksum
+from shardwise.rollout.weights import digest, stream_checksum
 from tests.rollout import support
 
 BACKENDS = pytest.mark.parametrize("accelerate", [False, True], ids=["plain", "native"])
@@ -174,6 +174,12 @@ def test_refusals() -> None:
         generator.generate([Request(0, [1])], Sampling(stop_strings=("x",)))
     with pytest.raises(UserError, match="max_slots"):
         Generator(support.CONFIGS["llama"], max_slots=0)
+
+
+def test_nothing_has_a_digest_too() -> None:
+    nothing = torch.tensor([], dtype=torch.float64)
+    assert digest(nothing) == digest(nothing.clone()) != digest(nothing.float())
+    assert digest(nothing) != digest(torch.zeros(1, dtype=torch.float64))
 
 
 @MODELS

@@ -46,6 +46,16 @@ def test_every_word_once_in_and_out_over_all_data_ranks(size: int) -> None:
     assert samples.unique().numel() == samples.numel()
 
 
+def test_a_row_begins_documents_where_another_does_not() -> None:
+    [batch] = extremes.extreme_batches(engine_of(), MODEL, 1)
+    assert batch.segment_ids_BT is not None
+    first_R = batch.segment_ids_BT.argmax(dim=1)
+    assert len(set(first_R.tolist())) == len(first_R) > 2
+    assert all(int(first) % 4 == 0 for first in first_R)
+    for position_T, first in zip(batch.position_ids_BT, first_R.tolist(), strict=True):
+        assert position_T[first] == 0 and position_T[first - 1] == first - 1
+
+
 def logits_of(model: LlamaConfig) -> Tensor:
     named = dict(engine_of(model=model).full("weights"))
     new = dict(extremes.extreme_weights(engine_of(model=model), model))

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from shardwise.config.load import load_config
 from shardwise.config.registry import register_stage_config
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import BatchConfig, StageConfig
+from shardwise.config.schema import BatchConfig, SmallSizes, StageConfig
 from shardwise.data.config import DataConfig
-from shardwise.data.datasets import build_pretrain_dataset
+from shardwise.data.datasets import build_pretrain_dataset, build_validation
 from shardwise.data.fast_tokenizer import ByteTokenizer
+from shardwise.data.packing import SlidingRows
 from shardwise.data.stand_ins import is_small, small_sources
 from shardwise.errors import ConfigError, UserError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout, world_of
+from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of, own_layouts, with_layouts
@@ -265,12 +267,14 @@ def test_a_stage_that_declares_nothing_is_made_small(tmp_path: Path) -> None:
     assert stage.texts.sources[0].path.parent == tmp_path
 
 
-def test_a_roles_optimizer_is_kept_under_any_layout(tmp_path: Path) -> None:
-    run = ppo(roles={"critic": {"optimizer": {"kind": "sgd", "lr": 0.1}, "ranks": [0]}})
+def test_a_roles_optimizer_and_adapter_are_kept_under_any_layout(tmp_path: Path) -> None:
+    own = {"optimizer": {"kind": "sgd", "lr": 0.1}, "adapter": {"kind": "lora"}}
+    run = ppo(roles={"critic": {**own, "ranks": [0]}})
     for text in ("tp2", "actor=tp2@0-1,critic=dp2.zero2@2-3"):
         stage = small(run, "ppo", tmp_path, text)
         critic = with_layouts(stage, text).roles.critic  # type: ignore[attr-defined]
         assert critic.optimizer.kind == "sgd"
+        assert critic.adapter.kind == "lora"
         assert critic.ranks == ([2, 3] if "=" in text else None)
 
 
@@ -302,6 +306,18 @@ def test_validation_is_kept_on_other_documents(tmp_path: Path) -> None:
     train = {d.text for d in stage.data.sources[0].documents()}
     # The shortest texts are few, so that some occur in both.
     assert len({d.text for d in data.validation.documents()} - train) >= 12
+
+
+@pytest.mark.parametrize("stride", [0, 64])
+def test_the_last_row_of_an_evaluation_is_alone_on_its_rank(stride: int, tmp_path: Path) -> None:
+    stage = small(pretrain(), "pretrain", tmp_path)
+    sizes = SmallSizes(STEPS, 4, 2, 128)
+    asked = BitsConfig(kind="bits_per_byte", name="bits", seq_len=128, stride=stride)
+    found = asked.shrunk(stage, sizes, tmp_path)
+    validation = build_validation(found.data, ByteTokenizer(), found.seq_len, tmp_path / "cache")
+    assert validation is not None
+    rows = SlidingRows(validation.rows, found.stride or found.seq_len).num_rows
+    assert rows > 8 and rows % (2 * found.micro_batch) == 1
 
 
 def test_lines_that_are_too_long_are_stood_in_for(tmp_path: Path) -> None:

@@ -439,8 +439,8 @@ class NativeEngine:
             "moments": {
                 f"{n} {kind}": of_sum(t)
                 for kind in kinds
-                for n, t in self.held(kind)
-                if t.is_floating_point()  # codes are what they are
+                for n, p in parameters.items()  # past `held`, which frees gathered weights
+                if (t := self._pick(kind, p)) is not None and t.is_floating_point()  # no codes
             },
             "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None}
             | self._seen.get("gradients", {}),

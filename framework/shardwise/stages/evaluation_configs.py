@@ -39,7 +39,8 @@ class BitsConfig(EvaluationConfig):
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """See `EvaluationConfig.shrunk`.
 
-        Rows that overlap if the recipe's do, and of a number that no ranks share evenly.
+        Rows that overlap if the recipe's do, and of a number that no ranks share evenly: if it can
+        be, the last one is alone, so that 2 ranks and 4 have one without a row.
         """
         own = getattr(stage, "data", None)
         if isinstance(own, DataConfig) and self.data is None:
@@ -51,10 +52,16 @@ class BitsConfig(EvaluationConfig):
         longest = min(self.seq_len, small.seq_len)
         sizes = [(n, self.stride and max(1, self.stride * n // self.seq_len))
                  for n in range(longest, max(1, longest // 2), -1)]  # fmt: skip
-        odd = (x for x in sizes if not any(_rows(tokens, *x) % ranks == 0 for ranks in (2, 3)))
-        seq_len, stride = next(odd, sizes[0])
+        micro = min(self.micro_batch, 2)
+
+        def shared_evenly(size: tuple[int, int]) -> tuple[int, bool]:
+            rows = _rows(tokens, *size)
+            alone = [rows % n == 1 for n in (4 * micro, 2 * micro, 2)]
+            return [*alone, True].index(True), rows % 3 == 0
+
+        seq_len, stride = min(sizes, key=shared_evenly)
         update = {"data": data, "seq_len": seq_len, "stride": stride}
-        return self.model_copy(update=update | {"micro_batch": min(self.micro_batch, 5)})
+        return self.model_copy(update=update | {"micro_batch": micro})
 
 
 def _rows(tokens: int, seq_len: int, stride: int) -> int:

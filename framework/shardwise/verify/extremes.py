@@ -27,6 +27,7 @@ from shardwise.ops.logits import selected_values
 
 SEED = 2
 MOST_TOKENS = 32  # of a row: two documents
+PIECES = 8  # of a row, at whose borders documents begin: those of ranks' tokens are among them
 SCORE = 5.0  # standard deviation of a query's and a key's features
 WORD = 0.5  # a word's own share of its embedding, beside the common direction
 LOGIT = 4000.0  # of a token whose activations are the common direction
@@ -100,14 +101,15 @@ def extreme_batches(engine: Engine, model: DecoderConfig, count: int) -> list[Mi
         return padded.view(rows, num_tokens)
 
     index_T = torch.arange(num_tokens)
-    first = num_tokens // 2
+    # In rows side by side elsewhere, so that one sees nothing of what another sees.
+    first_R1 = (1 + torch.arange(rows)[:, None] % (PIECES - 1)) * num_tokens // PIECES
     whole = MicroBatch(
         input_ids_BT=each_once(),
-        position_ids_BT=torch.where(index_T < first, index_T, index_T - first).repeat(rows, 1),
+        position_ids_BT=torch.where(index_T < first_R1, index_T, index_T - first_R1),
         targets_BT=each_once(),
         loss_mask_BT=(torch.arange(rows * num_tokens) < words).view(rows, num_tokens),
         sample_ids_B=FIRST_SAMPLE + torch.arange(rows),
-        segment_ids_BT=(index_T >= first).long().repeat(rows, 1),
+        segment_ids_BT=(index_T >= first_R1).long(),
     )
     own = max(engine.data_rank, 0)
     return whole.split(rows // parts)[own :: engine.data_size]

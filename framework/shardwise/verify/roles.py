@@ -89,11 +89,10 @@ def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
             said, placing = getattr(roles, role), by_role.get(role)
             if said is not None or placing is not None:
                 own = base if said is None else _with_keys(said.engine, engine)
-                found[role] = RoleConfig(
-                    engine=own.model_copy(update={"layout": placing.layout if placing else whole}),
-                    ranks=list(placing.ranks) if placing and placing.ranks else None,
-                    optimizer=None if said is None else said.optimizer,
-                )
+                own = own.model_copy(update={"layout": placing.layout if placing else whole})
+                ranks = list(placing.ranks) if placing and placing.ranks else None
+                laid_out = {"engine": own, "ranks": ranks, "init_from": None}
+                found[role] = (said or RoleConfig()).model_copy(update=laid_out)
         updates["roles"] = type(roles)().model_copy(update=found)
     elif named:
         raise UserError(f"--layout {text}: stage {stage.name} has one model; give one layout")

@@ -57,6 +57,9 @@ from shardwise.verify.watch import (
 
 SAVED_AFTER = 2  # steps; `STEPS` follow
 NEW_TOKENS = 6
+# Completions of each of the prompts, which are the beginnings of one; and how many are in flight:
+# fewer than there are. Each of so many words ends one, so that others take its place.
+PROMPT, SAMPLES, SLOTS, ENDS = "Count: a", 3, 16, 3
 GEMM = 1e9  # FLOP/s of a machine, with which figures of speed are compared
 SAMPLINGS = {
     "greedy": Sampling(greedy=True, max_new_tokens=NEW_TOKENS),
@@ -411,8 +414,8 @@ def _evaluate(loop: Loop, notes: Notes) -> None:
 def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     """Completions, greedy and sampled, from the weights that stream out of the layout.
 
-    By what serves rollouts; for the oracle by the model itself. Raises CheckFailed if
-    what serves is found to compute otherwise than the model.
+    By what serves rollouts, all at once; for the oracle by the model itself, each alone. Raises
+    CheckFailed if what serves is found to compute otherwise than the model.
     """
     dtype = PRECISIONS[task.precision].compute
     served = torch.float32 if dtype == torch.float64 else dtype
@@ -420,16 +423,20 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     config = engine.adapter_config
     beside = None if config is None or config.merges else config
     generator = Generator(
-        task.run.model, served, device, accelerate=not task.oracle, adapter=beside
+        task.run.model, served, device, SLOTS, accelerate=not task.oracle, adapter=beside
     )
     generator.load(engine.weights())
     if generator.mismatch:
         raise CheckFailed(generator.mismatch)
-    tokenizer = load_tokenizer(task.run.tokenizer)
-    prompts = [tokenizer.encode(t)[:8] for t in ("Count: ", "a b a", "1 + 1 =")]
-    requests = [Request(i, p, 1) for i, p in enumerate(prompts)]
+    tokens = load_tokenizer(task.run.tokenizer).encode(PROMPT)
+    prompts = [tokens[:size] for size in range(len(tokens), 0, -1)]
+    together = [Request(i, p, SAMPLES) for i, p in enumerate(prompts)]
+    alone = [[Request(i, p, 1, s)] for i, p in enumerate(prompts) for s in range(SAMPLES)]
+    ends = range(0, task.run.model.vocab_size, ENDS)
     for name, sampling in SAMPLINGS.items():
-        done = generator.generate(requests, sampling, rng.key(0, "verify"))
+        stopping, key = sampling.stopping_at(ends), rng.key(0, "verify")
+        calls = alone if task.oracle else [together]
+        done = [c for some in calls for c in generator.generate(some, stopping, key)]
         ids = list(itertools.chain(*(c.token_ids for c in done)))
         logprobs = list(itertools.chain(*(c.logprobs for c in done)))
         notes.note("generated tokens", name, ids)
