@@ -37,11 +37,12 @@ class Edit:
     file: str
     old: str
     new: str
+    package: str = PACKAGE
 
     @property
     def module(self) -> str:
         """The dotted name of the file's module."""
-        return f"{PACKAGE}.{self.file.removesuffix('.py').removesuffix('/__init__')}".replace(
+        return f"{self.package}.{self.file.removesuffix('.py').removesuffix('/__init__')}".replace(
             "/", "."
         )
 
@@ -60,8 +61,8 @@ def applied(edits: Sequence[Edit]) -> Iterator[list[str]]:
     """
     with contextlib.ExitStack() as undo:
         names: list[str] = []
-        for file in dict.fromkeys(e.file for e in edits):
-            names += _apply([e for e in edits if e.file == file], undo)
+        for module in dict.fromkeys(e.module for e in edits):
+            names += _apply([e for e in edits if e.module == module], undo)
         yield names
 
 
