@@ -18,10 +18,33 @@ from typing import Any
 
 HERE = Path(__file__).parent
 
-# What the adapters call: `ops/flash.py` and `ops/transformer_engine.py`. A class stands for
+# What we call: `ops/flash.py`, `ops/transformer_engine.py`, `engines/megatron`. A class stands for
 # its constructor.
 CALLS = {
     "flash_attn": ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func"),
+    "megatron_core": tuple(
+        f"megatron.core.{name}"
+        for name in (
+            "distributed.DistributedDataParallel",
+            "distributed.DistributedDataParallelConfig",
+            "distributed.finalize_model_grads",
+            "models.gpt.gpt_layer_specs.get_gpt_layer_local_spec",
+            # Which it calls from 0.17 on, and so below.
+            "models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
+            "models.gpt.gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec",
+            "models.gpt.gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules",
+            "models.gpt.gpt_model.GPTModel",
+            "models.gpt.gpt_model.GPTModel.forward",
+            "pipeline_parallel.p2p_communication.P2PCommunicator",
+            "pipeline_parallel.schedules.forward_backward_no_pipelining",
+            "pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving",
+            "pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving",
+            "tensor_parallel.mappings.copy_to_tensor_model_parallel_region",
+            "tensor_parallel.mappings.gather_from_sequence_parallel_region",
+            "tensor_parallel.random.model_parallel_cuda_manual_seed",
+            "transformer.transformer_block.TransformerBlockSubmodules",
+        )
+    ),
     "transformer_engine": (
         "transformer_engine.pytorch.Linear",
         "transformer_engine.pytorch.Linear.forward",

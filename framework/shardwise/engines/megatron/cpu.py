@@ -44,6 +44,7 @@ class _NoDraws:
 
 _REDIRECTED: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_device", lambda: "cpu"),
+    (torch.cuda, "current_stream", lambda *_: None),
     (torch.cuda, "synchronize", lambda *_: None),
     (tensor_parallel, "get_cuda_rng_tracker", lambda *_, **__: _NoDraws()),
 )

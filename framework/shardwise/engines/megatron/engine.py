@@ -18,7 +18,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ Finish = Callable[[int, Tensor], Any]  # of a micro-batch's number and the last 
 def build_engine(setup: Setup) -> MegatronEngine | None:
     """See `engines.registry.register_engine`. Raises ConfigError for what `refusals` tells."""
     assert isinstance(setup.config, MegatronConfig) and isinstance(setup.model, DecoderConfig)
+    models.check_release()
     refusals.check(
         refusals.Case(
             setup.model,
@@ -90,9 +91,8 @@ class MegatronEngine(NativeEngine):
             setup.model, mesh, self.precision, finalize_model_grads_func=_sum_gradients
         )
         with self._inside():
-            if mesh.device.type == "cuda":  # nothing is drawn, but its trackers must be there
-                tp = mesh.place["tp"]
-                model_parallel_cuda_manual_seed(setup.seed, tp_rank=tp, ep_rank=0, etp_rank=tp)
+            if mesh.device.type == "cuda":
+                set_up_trackers(setup.seed, mesh)
             wide = self.precision.logits(setup.wide_logits) != self.precision.compute
             parts = models.build_parts(setup.model, self.core_config, mesh, te=te, wide_logits=wide)
             layers = split_model(setup.model, mesh.layout.num_chunks)
@@ -119,7 +119,8 @@ class MegatronEngine(NativeEngine):
     def _with_buffers(self, part: nn.Module) -> Any:
         """The part with buffers for its gradients, in the dtype that they are summed in."""
         wide = self.precision.gradients == torch.float32
-        config = DistributedDataParallelConfig(grad_reduce_in_fp32=wide)
+        # The bucket's size is its own default, which some releases take from global state.
+        config = DistributedDataParallelConfig(grad_reduce_in_fp32=wide, bucket_size=40_000_000)
         return DistributedDataParallel(self.core_config, config, part, pg_collection=self.groups)
 
     # --- training -------------------------------------------------------------------------------
@@ -168,8 +169,11 @@ class MegatronEngine(NativeEngine):
             names.load(self.places, weights, self.mesh)
         for part in self.parts:
             part.train(trains)
-        virtual = layout.virtual if layout.virtual > 1 else None
-        schedule = get_forward_backward_func(layout.pp, virtual)
+        schedule = schedules.forward_backward_no_pipelining
+        if layout.virtual > 1:
+            schedule = schedules.forward_backward_pipelining_with_interleaving
+        elif layout.pp > 1:
+            schedule = schedules.forward_backward_pipelining_without_interleaving
         numbers = [iter(range(len(cuts))) for _ in self.parts]
         options: dict[str, Any] = {}
         if layout.pp > 1:
@@ -264,6 +268,12 @@ class MegatronEngine(NativeEngine):
         super().close()
         self.places.clear()
         self.parts.clear()
+
+
+def set_up_trackers(seed: int, mesh: Mesh) -> None:
+    """Nothing is drawn, but on a GPU Megatron's generators must be there."""
+    tp = mesh.place["tp"]
+    model_parallel_cuda_manual_seed(seed, tp_rank=tp, ep_rank=0, etp_rank=tp)
 
 
 def _sum_gradients(model: list[Any], num_tokens: Any = None, **options: Any) -> None:

@@ -17,11 +17,13 @@ import inspect
 from importlib.util import find_spec
 from typing import Any
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.enums import LayerType
@@ -297,6 +299,17 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=last)
 
 
+def check_release() -> None:
+    """Raise ConfigError for a megatron-core whose parts cannot be handed their process groups."""
+    takes = inspect.signature(schedules.forward_backward_no_pipelining).parameters
+    if "p2p_communicator" not in takes or "pg_collection" not in takes:
+        raise ConfigError(
+            "engine.kind: megatron needs megatron-core 0.16 or newer, and "
+            f"{megatron.core.__version__} is installed; pip install -U 'shardwise[megatron]', or "
+            "write kind: native"
+        )
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -314,11 +327,6 @@ def build_parts(
     wide_logits: bool,
 ) -> dict[int, GPTModel]:
     """By number of pipeline stage, those that this rank holds; every weight is zero."""
-    if "pg_collection" not in inspect.signature(GPTModel).parameters:
-        raise ConfigError(
-            "engine.kind: megatron hands its process groups over, which this megatron-core cannot "
-            "take; pip install 'shardwise[megatron]' anew, or write kind: native"
-        )
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # asked for under sequence parallelism
         parallel_state._set_global_memory_buffer()
     layout, groups, found = mesh.layout, groups_of(mesh), {}
