@@ -236,6 +236,7 @@ class WatchedEngine:
     def step(self, lr: float) -> float:
         """See `Engine`."""
         notes, where = self.notes, self.where
+        kept = bool(self._gradients())  # else weights had moved before there was a norm
         with self._rounding():
             norm = self.inner.step(lr)
         notes.note("learning rate", where, lr)
@@ -245,11 +246,13 @@ class WatchedEngine:
             number = notes.counts[f"{self.role} updates"] - 1
             notes.skipped.setdefault(self.role or ACTOR, []).append(number)
             notes.forget("gradient", where)
-        else:
+        elif kept:
             notes.note("clip norm", where, told)
         for state in self.inner.optimizer_states():  # weights are made from them
             self.note_tensors("moment", state, f" {state}", where)
         self.note_tensors("weight", "weights", where=where)
+        if told is not None and not kept:
+            notes.note("clip norm", where, told)
         return norm
 
     def forward(
