@@ -414,8 +414,8 @@ def _evaluate(loop: Loop, notes: Notes) -> None:
 def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     """Completions, greedy and sampled, from the weights that stream out of the layout.
 
-    By what serves rollouts, all at once; for the oracle by the model itself, each alone. Raises
-    CheckFailed if what serves is found to compute otherwise than the model.
+    By what serves rollouts, all at once; for the oracle by the model itself, a prompt at a time.
+    Raises CheckFailed if what serves is found to compute otherwise than the model.
     """
     dtype = PRECISIONS[task.precision].compute
     served = torch.float32 if dtype == torch.float64 else dtype
@@ -431,11 +431,10 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     tokens = load_tokenizer(task.run.tokenizer).encode(PROMPT)
     prompts = [tokens[:size] for size in range(len(tokens), 0, -1)]
     together = [Request(i, p, SAMPLES) for i, p in enumerate(prompts)]
-    alone = [[Request(i, p, 1, s)] for i, p in enumerate(prompts) for s in range(SAMPLES)]
     ends = range(0, task.run.model.vocab_size, ENDS)
     for name, sampling in SAMPLINGS.items():
         stopping, key = sampling.stopping_at(ends), rng.key(0, "verify")
-        calls = alone if task.oracle else [together]
+        calls = [[r] for r in together] if task.oracle else [together]
         done = [c for some in calls for c in generator.generate(some, stopping, key)]
         ids = list(itertools.chain(*(c.token_ids for c in done)))
         logprobs = list(itertools.chain(*(c.logprobs for c in done)))
