@@ -13,10 +13,17 @@ from shardwise.verify.verdict import Verdict
 from shardwise.verify.verifier import Verifier
 from shardwise.verify.walk import walk
 from tests.support.pool import RankPool
+from tests.verify import megatron_bugs
 from tests.verify.edits import Edit, run_edited
 from tests.verify.engine_bugs import BUGS, EngineBug
 
-DAILY = ("zero2_averages_twice", "the_norm_leaves_out_a_group", "zero3_loses_the_first_micro_batch")
+assert megatron_bugs.BUGS is BUGS
+DAILY = (
+    "zero2_averages_twice",
+    "the_norm_leaves_out_a_group",
+    "zero3_loses_the_first_micro_batch",
+    "megatrons_norms_are_not_marked",
+)
 
 
 def edited(edits: tuple[Edit, ...], fn: Callable[..., Any], *args: Any) -> Any:
