@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,16 @@ def test_every_row_has_a_reason() -> None:
         "float8",
         "cpu_kernels",
         "bitsandbytes",
+        "deepspeed",
+        "megatron_core",
     ]
     assert all(r.detail and r.purpose for r in rows)
     if not torch.cuda.is_available():
         cpu = {"cpu_kernels"} if compiled.unusable(cpu_attention.library) is None else set()
         if bitsandbytes.unusable(torch.device("cpu")) is None:
             cpu.add("bitsandbytes")
+        engines = {"deepspeed": "deepspeed", "megatron_core": "megatron"}
+        cpu |= {row for row, package in engines.items() if find_spec(package)}
         assert {r.library for r in rows if r.used} == {"float8"} | cpu  # float8: part of torch
 
 

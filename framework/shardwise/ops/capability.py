@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -41,6 +42,8 @@ def capabilities() -> list[Capability]:
         ("float8", "engine.fp8, emulated", _float8),
         ("cpu_kernels", "attention and softmax on CPU", _cpu_kernels),
         ("bitsandbytes", "adapter.quantise: nf4", _bitsandbytes),
+        ("deepspeed", "engine.kind: deepspeed", functools.partial(_installed, "deepspeed")),
+        ("megatron_core", "engine.kind: megatron", functools.partial(_installed, "megatron")),
     ]
     found = []
     for library, purpose, probe in rows:
@@ -67,6 +70,13 @@ def _cpu_kernels() -> str | None:
 
 def _bitsandbytes() -> str | None:
     return bitsandbytes.unusable(torch.device("cpu"))
+
+
+def _installed(extra: str) -> str | None:
+    """Engines are imported, and judged by their release, when a recipe asks for them."""
+    if importlib.util.find_spec(extra) is not None:
+        return None
+    return f"not installed; pip install 'shardwise[{extra}]'"
 
 
 def _flash_attn() -> str | None:
