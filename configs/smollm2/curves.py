@@ -43,12 +43,17 @@ def points(run: str, metric: str) -> tuple[list[int], list[float]]:
 
 
 def main(out: str) -> None:
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4), layout="constrained")
-    for axis, (title, metric, runs) in zip(axes, PANELS, strict=True):
-        for label, run in runs.items():
-            steps, values = points(run, metric)
-            if steps:
-                axis.plot(steps, values, marker="o" if len(steps) < 9 else None, label=label)
+    drawn = [
+        (title, {label: xy for label, run in runs.items() if (xy := points(run, metric))[0]})
+        for title, metric, runs in PANELS
+    ]
+    drawn = [(title, curves) for title, curves in drawn if curves]  # of the runs that are there
+    figure, [axes] = plt.subplots(
+        1, len(drawn), figsize=(5 * len(drawn), 4), layout="constrained", squeeze=False
+    )
+    for axis, (title, curves) in zip(axes, drawn, strict=True):
+        for label, (steps, values) in curves.items():
+            axis.plot(steps, values, marker="o" if len(steps) < 9 else None, label=label)
         axis.set(title=title, xlabel="step")
         axis.legend()
     figure.savefig(out, dpi=80)

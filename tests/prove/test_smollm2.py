@@ -95,7 +95,7 @@ def test_preferences_are_learnt_and_prose_is_not_forgotten(finished: Any) -> Non
     accuracy = dpo.values("val_accuracy")
     print(f"\nranking accuracy {ranking}, against the reference {accuracy}, prose {prose}")
     assert accuracy[0] == 0.5 and accuracy[-1] >= 0.6
-    assert ranking[-1] > ranking[0]  # knows no ties at the start
+    assert ranking[-1] >= ranking[0] + 0.1  # knows no ties at the start
     assert prose[-1] <= 1.02 * prose[0]
 
 
