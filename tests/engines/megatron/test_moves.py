@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise import checkpoint
+from shardwise.config.load import load_config
 from shardwise.config.schema import AdamWConfig, EngineConfig, NativeConfig
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.registry import build_engine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.parallel.layout import parse_layout
+from shardwise.stages.lineage import identity
 from tests.support import toy
 from tests.support.pool import RankPool
 
@@ -81,3 +84,15 @@ def test_a_chain_of_engines_equals_one_native_process(ranks: RankPool, tmp_path:
             for name, value in stayed["made"].items():
                 assert torch.allclose(rank["made"][name], value, rtol=1e-7, atol=1e-12), name
         before = moved[0]["made"]
+
+
+def test_checkpoints_of_one_kind_are_the_others(tmp_path: Path) -> None:
+    def said(**engine: Any) -> str:
+        model = {"family": "llama", "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+        model |= {"num_kv_heads": 2, "ffn_size": 32}
+        stage = {"kind": "sft", "steps": 1, "task": {"kind": "count_letters"}, "engine": engine}
+        run = load_config({"model": model, "stages": [stage], "run_dir": str(tmp_path)}).config
+        return json.dumps(identity(run, run.stages[0], ""), sort_keys=True)
+
+    assert said(kind="megatron", layers="local") == said(kind="native", recompute="full")
+    assert said(kind="megatron", precision="bf16") != said(kind="native", precision="fp32")
