@@ -27,7 +27,7 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 LAYOUTS = {
     "deepspeed": (
         "dp1.zero1", "dp2.zero0", "dp2.zero1", "dp2.zero2", "dp2.zero3", "dp4.zero1", "dp4.zero2",
-        "dp4.zero3",
+        "dp4.zero3", "zero2.cp2.ulysses", "dp2.zero3.cp2.ring",
     ),
     "megatron": (
         "dp2.zero0", "dp2.zero1", "tp2", "tp2.sp", "pp2", "pp2.v2.interleaved", "dp2.zero1.tp2",
@@ -51,7 +51,9 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def judge(engine: str, stages: Sequence[str], pool: RankPool, whole: bool) -> dict[str, Any]:
+def judge(
+    engine: str, stages: Sequence[str], layouts: Sequence[str], pool: RankPool, whole: bool
+) -> dict[str, Any]:
     """Verdicts by stage and layout; a verdict's row is printed as it comes."""
     recipe = suite.recipe("llama")
     precision = PRECISION[engine]
@@ -62,7 +64,7 @@ def judge(engine: str, stages: Sequence[str], pool: RankPool, whole: bool) -> di
     found: dict[str, Any] = {}
     try:
         for stage in stages:
-            for layout in LAYOUTS[engine]:
+            for layout in layouts or LAYOUTS[engine]:
                 verdict = verifier.check(stage, layout, precision)
                 worst = max(
                     (ratio for kind, ratio in verdict.worst.items() if kind != "generated tokens"),
@@ -84,13 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engines", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--layouts", help="of one engine: these alone, beside those of the file")
     parser.add_argument("--whole", action="store_true", help="also saves, resumes and generates")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     pool = RankPool()
     try:
         for engine in args.engines:
-            results[engine] = judge(engine, args.stages.split(","), pool, args.whole)
+            layouts = args.layouts.split(",") if args.layouts else ()
+            found = judge(engine, args.stages.split(","), layouts, pool, args.whole)
+            before = results.get(engine, {}).get("stages", {}) if layouts else {}
+            for stage, rows in found["stages"].items():
+                found["stages"][stage] = before.get(stage, {}) | rows
+            results[engine] = found
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     finally:
         pool.close()

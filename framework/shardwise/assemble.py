@@ -82,7 +82,7 @@ def assemble(
         # 3. Tensor and context parallelism, by swapping modules.
         partial.update(tensor.parallelize(model, table, mesh, overlap=not compiled))
         if layout.cp > 1:
-            _cut_attention(model, ContextAttention(mesh.groups["cp"], layout.cp_kind))
+            cut_attention(model, ContextAttention(mesh.groups["cp"], layout.cp_kind))
         if layout.pp > 1 and layout.schedule in SPLIT_BACKWARD:
             tensor.defer_weight_products(model)
         # 4. FP8, by replacing the products of linear layers, cut or whole.
@@ -106,7 +106,7 @@ def assemble(
     return Assembled(chunks, frozenset(partial), quantised, part.adapter)
 
 
-def _cut_attention(model: Decoder, core: ContextAttention) -> None:
+def cut_attention(model: Decoder, core: ContextAttention) -> None:
     """Give every layer's attention a core that reaches the tokens of other ranks.
 
     Raises ConfigError for a layer whose attention is not exactly `Attention`: it would see its own

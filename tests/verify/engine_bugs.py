@@ -66,8 +66,12 @@ deepspeed(
 )  # fmt: skip
 deepspeed(
     "our_sum_is_left_to_its_mean", "dp2.zero3", "fp32", "gradient update 1",
-    (ENGINE, "self.engine.backward(objective * self.data_size,", "self.engine.backward(objective,",
-     "shardwise"),
+    (ENGINE, "backward(objective * self.mesh.layout.world,", "backward(objective,", "shardwise"),
+)  # fmt: skip
+deepspeed(
+    "context_ranks_are_not_counted", "zero2.cp2.ulysses", "fp32", "gradient update 1.*cp2",
+    (ENGINE, "backward(objective * self.mesh.layout.world,",
+     "backward(objective * self.data_size,", "shardwise"),
 )  # fmt: skip
 deepspeed(
     "gradients_divided_by_the_loss_scale", "dp2.zero2", "fp32", "weight update 1|moment update 1",

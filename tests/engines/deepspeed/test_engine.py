@@ -47,6 +47,8 @@ def on_rank(layout: str, cuts: list[int] | None, keys: dict[str, Any]) -> dict[s
         ("dp2.zero2", 2, [2, 2], {"recompute": "full"}),
         ("dp2.zero3", 2, [3, 3], {"max_grad_norm": 0.0}),
         ("dp4.zero2", 4, [1, 1, 1, 1], {}),
+        ("zero2.cp2.ulysses", 2, [2], {}),
+        ("dp2.zero3.cp2.ring", 4, [2, 2], {}),
         ("dp2.zero2", 2, [2, 2], {"offload_optimizer": "cpu"}),
         ("dp2.zero3", 2, [2, 2], {"offload_optimizer": "cpu", "offload_param": "cpu"}),
     ],

@@ -43,10 +43,10 @@ class DeepSpeedConfig(EngineConfig):
 
     def refusal(self, layout: Layout, stage: StageConfig | None = None) -> str | None:
         """See `EngineConfig`."""
-        for axis, words in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context")):
+        for axis, words in (("tp", "tensor"), ("pp", "pipeline")):
             if getattr(layout, axis) > 1:
                 return (
-                    f"engine.kind: deepspeed has data parallelism and ZeRO, no {words} "
+                    f"engine.kind: deepspeed has data and context parallelism, no {words} "
                     f"parallelism; drop {axis}{getattr(layout, axis)} of engine.layout {layout}, "
                     "or write kind: native"
                 )

@@ -2,8 +2,9 @@
 
 What the library does by itself and what is done around it:
 
-- It averages gradients over data ranks. A micro-batch's objective is divided by the global count
-  and multiplied by the number of data ranks, so that the average is the sum.
+- It averages gradients over all ranks: to it, context ranks are data ranks that bring other tokens.
+  A micro-batch's objective is divided by the global count and multiplied by the number of ranks,
+  so that the average is the sum.
 - It divides by its accumulation steps. There is one, and the engine says which backward pass is
   the last of an update.
 - Its initial masters are what the parameters were rounded to, and in bf16 without ZeRO an update
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from shardwise.adapters.served import to_hf_tensors
 from shardwise.adapters.targets import is_adapter
 from shardwise.adapters.trained import EVERYTHING, TrainedPart
+from shardwise.assemble import cut_attention
 from shardwise.config.optimizers import AdamWConfig, OptimizerConfig, SgdConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines import native
@@ -44,6 +46,7 @@ from shardwise.ops.flat_shard import FlatShard
 from shardwise.optim.build import parameter_groups, set_lr
 from shardwise.optim.torch_kinds import start_state, without_state
 from shardwise.parallel import blocks, tensor
+from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of, resolve
@@ -136,6 +139,8 @@ class DeepSpeedEngine:
         with scope, setup.device:
             model = registry.build(setup.model)
             part.apply(model)
+        if (layout := self.mesh.layout).cp > 1:
+            cut_attention(model, ContextAttention(self.mesh.groups["cp"], layout.cp_kind))
         model.to(dtype=computes)
         if self.precision.logits(setup.wide_logits) != computes:
             tensor.widen_logits(model)
@@ -151,7 +156,7 @@ class DeepSpeedEngine:
                 zero[key] = {"device": getattr(config, key)}
         own: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # it counts samples for its log alone
-            "train_batch_size": self.mesh.layout.dp,
+            "train_batch_size": self.mesh.layout.world,
             "gradient_accumulation_steps": 1,
             "zero_optimization": zero,
             "bf16": {"enabled": narrow},
@@ -228,7 +233,7 @@ class DeepSpeedEngine:
             objective = sums.add(cut.logits(self._call(self.engine, cut)), cut.batch)
             if hasattr(self.engine.optimizer, "clear_lp_grads"):  # else it adds to zeros, in bf16
                 self.engine.optimizer.clear_lp_grads(set_to_none=True)
-            self.engine.backward(objective * self.data_size, scale_wrt_gas=False)
+            self.engine.backward(objective * self.mesh.layout.world, scale_wrt_gas=False)
         self._terms = sums.parts
         return sums.reduced()
 
@@ -338,14 +343,17 @@ class DeepSpeedEngine:
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
         for name, value in self.held(kind):
-            if not isinstance(value, FlatShard):
-                yield name, value
-                continue
-            whole = value.local.new_zeros(value.shape).view(-1)
-            whole[value.start : value.start + len(value.local)] = value.local
-            # Bytes of which all ranks but one have zeros: their sum is exact.
-            dist.all_reduce(whole.view(torch.uint8), group=self.mesh.groups["all"])
-            yield name, whole.view(value.shape)
+            yield name, self._whole(value)
+
+    def _whole(self, value: Tensor) -> Tensor:
+        """The tensor of which every rank has a part; a collective call."""
+        if not isinstance(value, FlatShard):
+            return value
+        whole = value.local.new_zeros(value.shape).view(-1)
+        whole[value.start : value.start + len(value.local)] = value.local
+        # Bytes of which all ranks but one have zeros: their sum is exact.
+        dist.all_reduce(whole.view(torch.uint8), group=self.mesh.groups["all"])
+        return whole.view(value.shape)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `engines.base.Engine`."""
@@ -377,8 +385,12 @@ class DeepSpeedEngine:
         """See `engines.base.Engine`."""
         if self.adapter is None:
             return
-        held, whole = dict(self.held("weights")), dict(self.full("weights"))
-        for name, value in self.adapter.start(self.setup.seed, set(held), whole.__getitem__):
+        held = dict(self.held("weights"))
+
+        def whole(name: str) -> Tensor:
+            return self._whole(held[name])
+
+        for name, value in self.adapter.start(self.setup.seed, set(held), whole):
             place(held[name], lambda rows, v=value: v[rows])  # type: ignore[misc]
         self._refresh()
 
@@ -449,8 +461,9 @@ class DeepSpeedEngine:
         }
 
     def share_of(self, batch: MicroBatch) -> Share:
-        """All of them: ranks compute different rows."""
-        index_t = torch.arange(self._cut(batch).padded)
+        """See `engines.base.Engine`."""
+        cut = self._cut(batch)
+        index_t = torch.arange(cut.padded) if cut.index_t is None else cut.index_t.cpu()
         return Share(index_t, index_t)
 
     def modules(self) -> list[nn.Module]:
