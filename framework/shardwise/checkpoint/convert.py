@@ -1,8 +1,9 @@
 """`shardwise convert`: a model from one of the formats we read into one of those we write.
 
-Reads a native checkpoint, a Hugging Face folder, an adapter of PEFT's or a GGUF file; writes a
-Hugging Face folder or a native checkpoint (fp32 masters, step 0), with all that travels with a
-model (`models.travel`), or the adapter of a checkpoint in PEFT's form.
+Reads a native checkpoint, a Hugging Face folder, an adapter of PEFT's, a GGUF file or a checkpoint
+of DeepSpeed's; writes a Hugging Face folder or a native checkpoint (fp32 masters, step 0), with all
+that travels with a model (`models.travel`), or the adapter of a checkpoint in PEFT's form. Between
+native and DeepSpeed's form the optimizer's state goes with the model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -23,7 +25,18 @@ from shardwise import integrity
 from shardwise.adapters import peft, peft_own, peft_read, peft_write
 from shardwise.adapters.config import LowRankConfig
 from shardwise.adapters.peft import PeftAdapter
-from shardwise.checkpoint import adapted, loading, manifest, saving, steps
+from shardwise.checkpoint import (
+    adapted,
+    deepspeed,
+    deepspeed_names,
+    deepspeed_universal,
+    loading,
+    manifest,
+    optimizer_state,
+    saving,
+    steps,
+)
+from shardwise.checkpoint.optimizer_state import OptimizerState
 from shardwise.config import yaml12
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.schema import ModelConfig
@@ -34,7 +47,8 @@ from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.weight_files import read_json
 
-Target = Literal["hf", "native", "peft"]
+log = logging.getLogger(__name__)
+Target = Literal["hf", "native", "peft", "deepspeed"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,12 +58,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class OpenModel:
     """A model on disk. ``parts`` (full tensors, under our names, CPU) can be iterated once."""
 
-    format: Literal["native", "hf", "gguf", "peft"]
+    format: Literal["native", "hf", "gguf", "peft", "deepspeed"]
     config: ModelConfig
     parts: Iterator[tuple[str, Tensor]]  # of the model, and of an adapter that stands beside it
     files: dict[str, bytes]  # what travels with it (`models.travel`)
     adapter: AdapterConfig | None = None  # merged into ``parts``, or among them
     path: Path = Path()
+    optimizer: OptimizerState | None = None  # of a checkpoint of DeepSpeed's
 
     @property
     def beside(self) -> AdapterConfig | None:
@@ -73,10 +88,12 @@ class OpenModel:
         return bool(self.files.keys() & {travel.TOKENIZER, travel.SENTENCEPIECE})
 
 
-def open_model(path: Path | str, base: Path | None = None) -> OpenModel:
+def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = False) -> OpenModel:
     """Open a native checkpoint (or a folder of them), a Hugging Face folder or a GGUF file.
 
-    Or an adapter's folder as PEFT writes it, over ``base`` or the base model that it names.
+    Or an adapter's folder as PEFT writes it, over ``base`` or the base model that it names; or,
+    with ``trust_pickle``, a checkpoint of DeepSpeed's, whose config and tokenizer are those of
+    ``base`` or of the folder around it.
     Raises CheckpointError when it is damaged, UserError when it is none of these.
     """
     path = Path(path)
@@ -91,8 +108,46 @@ def open_model(path: Path | str, base: Path | None = None) -> OpenModel:
         return _open_native(steps.resolve(path))
     if peft_read.is_adapter_folder(path):
         return _open_peft(path, peft_base(path, base))
+    if (found := deepspeed.find(path)) is not None:
+        if trust_pickle:
+            return _open_deepspeed(found, base)
+        if not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"{path}: is a checkpoint of DeepSpeed's, which is made of pickles: programs that "
+                "could do anything. If you trust where it comes from, convert it first: shardwise "
+                f"convert {path} OUT --to native --trust-pickle"
+            )
     config, tensors = models.from_hf(path)
     return OpenModel("hf", config, tensors, travel.read(path))
+
+
+def _open_deepspeed(folder: Path, base: Path | None) -> OpenModel:
+    log.warning(
+        "%s: is made of pickles, which are programs. They are not run, but read as data, in a "
+        "process without files and network; still, convert only what you trust",
+        folder,
+    )
+    place = base or deepspeed.config_of(folder)
+    if place is None:
+        raise UserError(
+            f"{folder}: DeepSpeed writes no config of the model; name a checkpoint, or a folder "
+            "with a config.json, that has it and the tokenizer (--base)"
+        )
+    if (place / travel.CONFIG).is_file():
+        config, files = models.read_config(place), travel.read(place)
+    else:
+        like = open_model(place)
+        assert isinstance(like.config, DecoderConfig)
+        config, files = like.config, like.files
+    found = deepspeed.read(folder)
+    return OpenModel(
+        "deepspeed",
+        config,
+        deepspeed_names.weights(found, config),
+        files,
+        path=folder,
+        optimizer=deepspeed_names.optimizer(found, config),
+    )
 
 
 def peft_base(folder: Path, base: Path | None = None) -> Path:
@@ -199,24 +254,27 @@ def convert(
     dtype: str | None = None,
     merge_adapter: bool = False,
     base: Path | str | None = None,
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Write the model at ``source`` to the new or empty folder ``out``; returns what was written.
 
     ``merge_adapter``: of a source that holds an adapter, the base with it merged. Without it, a
     checkpoint with an adapter becomes a folder of PEFT's (``to`` peft), and such a folder a
-    checkpoint to go on with (``to`` native). ``base``: of a folder of PEFT's that names none.
+    checkpoint to go on with (``to`` native). ``base``: of a folder of PEFT's that names none; or
+    whose config and tokenizer those of a checkpoint of DeepSpeed's are (`open_model`).
 
     ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
-    is always fp32, ready for ``init_from``.
+    is always fp32, ready for ``init_from``. ``to`` deepspeed: a universal checkpoint, under the
+    names of transformers' model.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; give a new one")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: allowed: {', '.join(DTYPES)}")
-    if dtype not in (None, "fp32") and to == "native":
-        raise UserError(f"--dtype {dtype}: a native checkpoint holds fp32 weights")
-    model = open_model(source, None if base is None else Path(base))
+    if dtype not in (None, "fp32") and to in ("native", "deepspeed"):
+        raise UserError(f"--dtype {dtype}: a {to} checkpoint holds fp32 weights")
+    model = open_model(source, None if base is None else Path(base), trust_pickle)
     holds_adapter = model.adapter is not None or model.format == "peft"
     forms = {"native": "peft", "peft": "native"}  # of an adapter by itself
     if model.beside is not None:
@@ -236,8 +294,10 @@ def convert(
         written = _write_hf(model, out, DTYPES[dtype] if dtype else None)
     elif to == "native":
         written = _write_native(model, out, str(source))
+    elif to == "deepspeed":
+        written = _write_deepspeed(model, Path(source), out)
     else:
-        raise UserError(f"--to {to}: allowed: hf, native, peft")
+        raise UserError(f"--to {to}: allowed: hf, native, peft, deepspeed")
     return {
         "source": str(source),
         "source_format": model.format,
@@ -331,4 +391,20 @@ def _write_native(model: OpenModel, out: Path, source: str) -> Path:
     section = model.config.model_dump_json().encode()
     files = {MODEL_FILE: section, **model.files}
     meta = {"converted_from": Path(source).name, "model": json.loads(section)}
-    return saving.save(out, 0, tensors, meta, files)
+    if (state := model.optimizer) is None:
+        return saving.save(out, 0, tensors, meta, files)
+    tensors |= {name: tensor.float() for name, tensor in state.tensors()}
+    meta["engine"] = {"updates": state.steps, "skipped": state.skipped}
+    return saving.save(out, state.steps, tensors, meta, files)
+
+
+def _write_deepspeed(model: OpenModel, source: Path, out: Path) -> Path:
+    state = model.optimizer
+    if model.format == "native" and model.adapter is None:
+        state = optimizer_state.of_native(steps.resolve(source))
+    assert isinstance(model.config, DecoderConfig)
+    with _staged(out) as folder:
+        deepspeed_universal.write(folder, model.config, model.tensors, state)
+        models.write_config(folder, model.config, model.files)
+        travel.write(folder, {n: d for n, d in model.files.items() if n not in travel.MODEL})
+    return out

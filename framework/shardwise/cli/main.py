@@ -282,10 +282,13 @@ def evaluate(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="A checkpoint, a Hugging Face folder or a .gguf.")
+        Path,
+        typer.Argument(
+            metavar="IN", help="A checkpoint, a Hugging Face folder, a .gguf, or DeepSpeed's."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    to: Annotated[str, typer.Option(help="hf, native or peft.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, native, peft or deepspeed.")] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
     ] = None,
@@ -293,15 +296,22 @@ def convert(
         bool, typer.Option("--merge-adapter", help="Of an adapter's checkpoint: the whole model.")
     ] = False,
     base: Annotated[
-        Path | None, typer.Option(help="The base of a PEFT folder; default: what it names.")
+        Path | None,
+        typer.Option(
+            help="The base of a PEFT folder; default: what it names. Of a checkpoint of "
+            "DeepSpeed's: a model with its config and tokenizer."
+        ),
     ] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read DeepSpeed's files, which are programs.")
+    ] = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Convert a model, with its tokenizer and chat template."""
     from shardwise.checkpoint.convert import convert as run
 
-    done = run(source, out, to, dtype, merge_adapter, base)  # type: ignore[arg-type]  # checked there
+    done = run(source, out, to, dtype, merge_adapter, base, trust_pickle)  # type: ignore[arg-type]
     emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}", json)
 
 

@@ -60,6 +60,13 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     """
     folder = Path(folder)
     integrity.check_folder(folder)
+    config = read_config(folder)
+    stored = _tied_alike(folder, config, read_tensors(folder))
+    return config, _fitting(folder / travel.CONFIG, config, from_hf_tensors(config, stored))
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config of a Hugging Face folder, with or without weights; raises as `from_hf`."""
     path = folder / travel.CONFIG
     raw = read_json(path)
     refuse_adapter(folder)
@@ -78,8 +85,7 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
                 raise CheckpointError(
                     f"{path}: a value of a kind that cannot be: {error}"
                 ) from None
-            stored = _tied_alike(folder, config, read_tensors(folder))
-            return config, _fitting(path, config, from_hf_tensors(config, stored))
+            return config
     known = ", ".join(t for f in FAMILIES.values() for t in f.hf.MODEL_TYPES)
     raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {known}")
 
@@ -164,6 +170,11 @@ def to_hf(
     raw = {"bos_token_id": None, "eos_token_id": None} | tokens | raw
     raw |= {"dtype" if "dtype" in raw else "torch_dtype": stored}
     _write_json(folder / travel.CONFIG, raw)
+
+
+def write_config(folder: Path, config: ModelConfig, carried: Mapping[str, bytes]) -> None:
+    """Write config.json alone, as `to_hf` does."""
+    _write_json(folder / travel.CONFIG, _config_json(config, travel.parse(carried, travel.CONFIG)))
 
 
 def _config_json(config: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.models.families import FAMILIES, family_of
-from shardwise.models.hf_folder import from_hf, from_hf_tensors, to_hf, to_hf_tensors
+from shardwise.models.hf_folder import (
+    from_hf,
+    from_hf_tensors,
+    read_config,
+    to_hf,
+    to_hf_tensors,
+    write_config,
+)
 
 __all__ = [
     "build",
@@ -19,9 +26,11 @@ __all__ = [
     "from_hf",
     "from_hf_tensors",
     "parameter_names",
+    "read_config",
     "sharding",
     "to_hf",
     "to_hf_tensors",
+    "write_config",
 ]
 
 
