@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.config.optimizers import OptimizerConfig, ParameterGroup, SgdConfig
-from shardwise.config.schema import AdamWConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.megatron.config import MegatronConfig
@@ -26,12 +25,11 @@ from shardwise.ops.logits import selected_values
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.precision.policy import DtypeCheck, precision_of
 from tests.support import toy
+from tests.support.engines import CPU, LR, OPTIMIZER, STEPS, assert_near, copies
 from tests.support.pool import RankPool
 
 pytest.importorskip("megatron.core")
 
-STEPS, LR, CPU = 3, 1e-2, torch.device("cpu")
-OPTIMIZER = AdamWConfig(lr=LR, eps=1e-4)
 # Groups with decays of their own, which parts of one fused weight do not share.
 GROUPS = [
     ParameterGroup(match="*.attn.q.*", weight_decay=0.5),
@@ -113,10 +111,6 @@ def train(it: Engine, case: Case) -> dict[str, Any]:
     return out
 
 
-def copies(it: Engine, kind: str) -> dict[str, Tensor]:
-    return {n: t.clone() for n, t in it.full(kind)}
-
-
 def on_rank(case: Case) -> dict[str, Any]:
     return train(megatron(case), case)
 
@@ -130,11 +124,8 @@ def assert_same(mine: dict[str, Any], wanted: dict[str, Any], bound: float) -> N
     assert torch.allclose(mine["answers"], wanted["answers"], rtol=0, atol=bound * 10)
     assert mine["kinds"] == wanted["kinds"]
     for part in ("gradient", "weights", "hf", *wanted["kinds"]):
-        floor = 1e-6 * max(v.norm() for v in wanted[part].values())
         assert mine[part].keys() == wanted[part].keys()
-        for name, value in wanted[part].items():
-            error = (mine[part][name] - value).norm() / value.norm().clamp_min(floor)
-            assert error < bound, f"{part} {name}: {error:.2e}"
+        assert_near(mine[part], wanted[part], bound, part)
 
 
 LLAMA = toy.llama(num_layers=4, qk_norm=True, qkv_bias=True)
