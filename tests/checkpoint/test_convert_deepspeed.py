@@ -116,10 +116,13 @@ def held(engine: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def train(config: ModelConfig, stage: int, bf16: bool, out: str, frozen: str | None) -> Any:
+def train(
+    config: ModelConfig, stage: int, bf16: bool, out: str, frozen: str | None = None, **zero: Any
+) -> Any:
     import torch.distributed as dist
 
-    engine = tower(config, stage, bf16, frozen=frozen)
+    more = {"zero_optimization": {"stage": stage, **zero}}
+    engine = tower(config, stage, bf16, frozen=frozen, **more)
     for update in range(2):
         engine.backward(engine(torch.tensor(float(update + dist.get_rank()))))
         engine.step()
@@ -389,6 +392,24 @@ def test_a_universal_one_must_be_whole(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(one / "exp_avg.pt")):
         convert(tmp_path / "in", tmp_path / "out", "native", trust_pickle=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_addresses_that_are_wrong_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    """DeepSpeed's own, of 0.19.8: read as they stand they would mix parameters up."""
+    source = tmp_path / "in"
+    ranks.run(train, toy.llama(), 2, False, str(source), round_robin_gradients=True, world=2)
+    registry.write_config(source, toy.llama(), {})
+    with pytest.raises(UserError, match=r"rank_0_.*round_robin_gradients"):
+        convert(source, tmp_path / "out", "native", trust_pickle=True)
+
+
+def test_groups_in_parts(ranks: RankPool, tmp_path: Path) -> None:
+    """Stage 3 cuts groups further, to offload them."""
+    source = tmp_path / "in"
+    what = ranks.run(train, toy.llama(), 3, False, str(source), sub_group_size=3000, world=2)[0]
+    registry.write_config(source, toy.llama(), {})
+    convert(source, tmp_path / "native", "native", trust_pickle=True)
+    assert_equal(tmp_path / "native", ours(toy.llama(), what))
 
 
 @pytest.mark.parametrize(

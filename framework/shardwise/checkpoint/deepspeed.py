@@ -124,7 +124,7 @@ def _of_ranks(folder: Path, models: dict[int, str], shards: dict[int, str]) -> C
             )
     groups = [dict(group) for group in said.get("param_shapes")]
     own: dict[str, tuple[int, ...]] = {k: tuple(v) for group in groups for k, v in group.items()}
-    pieces = _by_shapes(ranks, groups) if cut else _by_addresses(ranks)
+    pieces = _by_shapes(ranks, groups) if cut else _by_addresses(ranks, groups)
     frozen = _frozen([_Tree(model[rank]) for rank in (range(world) if cut else (0,))], own)
 
     def of(kind: str, name: str) -> Tensor:
@@ -298,8 +298,12 @@ def _frozen(models: list[_Tree], own: Shapes) -> dict[str, _Frozen]:
 Pieces = dict[str, list[tuple[int, int, int, int]]]  # by name: rank, group, start, elements
 
 
-def _by_addresses(ranks: list[_Rank]) -> Pieces:
-    """Stages 1 and 2: each file says where its fragments lie."""
+def _by_addresses(ranks: list[_Rank], groups: list[dict[str, tuple[int, ...]]]) -> Pieces:
+    """Stages 1 and 2: each file says where its fragments lie.
+
+    In 0.19.8 that is wrong with ``round_robin_gradients``: addresses are those of the order that
+    parameters had before.
+    """
     found: Pieces = {}
     for r, rank in enumerate(ranks):
         for g, addresses in enumerate(rank.tree.get("param_slice_mappings")):
@@ -308,6 +312,13 @@ def _by_addresses(ranks: list[_Rank]) -> Pieces:
                 if not isinstance(at, dict) or not {"start", "numel"} <= at.keys():
                     raise UnreadableError(f"{rank.tree.path}: no address of {name}")
                 found.setdefault(name, []).append((r, g, int(at["start"]), int(at["numel"])))
+    for g, shapes in enumerate(groups):
+        if [name for name, pieces in found.items() if pieces[0][1] == g] != list(shapes):
+            raise UnreadableError(
+                f"{ranks[0].tree.path}: its addresses are of another order of parameters than the "
+                "shapes in the model's file, as DeepSpeed writes them with round_robin_gradients; "
+                "save it without"
+            )
     return found
 
 
