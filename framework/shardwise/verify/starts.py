@@ -6,8 +6,8 @@ starts from its initial weights all the same; these are read, noted and taken of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from shardwise import checkpoint
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import MODEL_FILE, convert
 from shardwise.engines.base import Engine
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ConfigError
 from shardwise.models.common.config import DecoderConfig
+from shardwise.stages.initial_weights import check_initial_weights
 
 SEED = 1
 APART = 0.1  # from initial weights: those of a norm are all alike
@@ -43,8 +44,12 @@ def write_models(folder: Path, model: DecoderConfig, dtype: torch.dtype) -> None
         named = adapted.initial_tensors(config, SEED)
         files = {MODEL_FILE: config.model_dump_json().encode()}
         checkpoint.save(folder / name, 0, dict(_apart(named, dtype)), {}, files)
-    with contextlib.suppress(CheckpointError):  # transformers has no class for every model
-        convert(folder / "words", folder / "folder", "hf", "fp32")
+    made = folder / "folder"
+    try:  # transformers has no class for every model, and no key for all of one
+        convert(folder / "words", made, "hf", "fp32")
+        check_initial_weights(made, model)
+    except (CheckpointError, ConfigError):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_adapter(folder: Path, model: DecoderConfig, engine: Engine) -> None:
