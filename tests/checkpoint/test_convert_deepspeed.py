@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise import checkpoint
+from shardwise.checkpoint import deepspeed, deepspeed_names
 from shardwise.checkpoint.convert import convert, open_model
 from shardwise.checkpoint.pickles import archive
 from shardwise.config.schema import ModelConfig
@@ -375,6 +377,37 @@ def test_what_is_partial_or_damaged_is_refused_by_name(
         convert(tmp_path / "in", tmp_path / "out", "native", trust_pickle=True)
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    found = deepspeed.read(folder)
+    state = deepspeed_names.optimizer(found, toy.llama())
+    assert state is not None
+    held = [*deepspeed_names.weights(found, toy.llama()), *state.tensors()]
+    return {name: tensor.clone() for name, tensor in held}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bit_anywhere_is_noticed_or_harmless(
+    saved: Callable[..., Saved], tmp_path: Path, stage: int
+) -> None:
+    source, _ = saved(stage, True)
+    wanted, dice, noticed = everything(source / TAG), random.Random(stage), 0
+    for number in range(20):
+        folder = shutil.copytree(source / TAG, tmp_path / str(number))
+        path = dice.choice(sorted(folder.glob("*.pt")))
+        data = bytearray(path.read_bytes())
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = everything(folder)
+        except UserError as error:
+            assert str(path) in str(error)
+            noticed += 1
+            continue
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert noticed >= 10
 
 
 def test_a_universal_one_must_be_whole(tmp_path: Path) -> None:
