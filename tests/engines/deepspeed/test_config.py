@@ -52,6 +52,10 @@ def test_layouts_and_precisions_that_it_has_not_are_refused(
         ({"train_batch_size": 9}, "9, but stages.pretrain.batch.global_batch is 8"),
         ({"gradient_accumulation_steps": 3}, "3, but what stages.pretrain.batch comes to is 2"),
         ({"prescale_gradients": True}, "divided once; leave it out"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r"device \(.*ds.json:5\): 'nvme' is not supported yet",
+        ),
         ({"communication_data_type": "bf16"}, "reduced in fp32"),
         ({"fp16": {"enabled": True}}, "bf16 or fp32"),
         ({"scheduler": {"type": "WarmupLR"}}, "schedule says the learning rate"),

@@ -27,6 +27,11 @@ from tests.support.pool import RankError, RankPool
 pytest.importorskip("deepspeed")
 
 MODEL = toy.llama(num_layers=3, tie_embeddings=True)
+# As users' JSONs have it: many small buckets and sub-groups, nothing kept gathered.
+SMALL_2 = {"overlap_comm": True, "contiguous_gradients": False, "reduce_bucket_size": 700}
+SMALL_2 |= {"allgather_bucket_size": 500, "reduce_scatter": False}
+SMALL_3 = {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
+SMALL_3 |= {"reduce_bucket_size": 700, "stage3_prefetch_bucket_size": 100, "overlap_comm": True}
 
 
 def deepspeed(layout: str, model: Any = MODEL, setup: Any = None, **keys: Any) -> Engine:
@@ -48,6 +53,8 @@ def on_rank(layout: str, cuts: list[int] | None, keys: dict[str, Any]) -> dict[s
         ("dp2.zero3", 2, [3, 3], {"max_grad_norm": 0.0}),
         ("dp4.zero2", 4, [1, 1, 1, 1], {}),
         ("zero2.cp2.ulysses", 2, [2], {}),
+        ("dp2.zero2", 2, [2, 2], {"config": {"zero_optimization": SMALL_2}}),
+        ("dp2.zero3", 2, [2, 2], {"config": {"zero_optimization": SMALL_3}}),
         ("dp2.zero3.cp2.ring", 4, [2, 2], {}),
         ("dp2.zero2", 2, [2, 2], {"offload_optimizer": "cpu"}),
         ("dp2.zero3", 2, [2, 2], {"offload_optimizer": "cpu", "offload_param": "cpu"}),

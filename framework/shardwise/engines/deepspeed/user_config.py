@@ -43,6 +43,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "zero_optimization.mics_shard_size": (-1, "masters are cut over all data ranks"),
     "zero_optimization.ignore_unused_parameters": (True, "a frozen part has no gradient"),
     "zero_optimization.round_robin_gradients": (False, "masters lie in parameters' order"),
+    "zero_optimization.cpu_offload": (False, "engine.offload_optimizer says so"),
+    "zero_optimization.super_offload": (False, "masters would lag behind"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "masters would lag behind"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "masters lie in one place"),
     "zero_optimization.elastic_checkpoint": (False, "checkpoints are this program's"),
     "zero_allow_untested_optimizer": (True, "optimizers are torch's own"),
     "zero_force_ds_cpu_optimizer": (False, "optimizers are torch's own"),
@@ -127,6 +131,12 @@ def contradiction(config: Any, layout: Layout, stage: StageConfig | None = None)
         said = lookup(data, key)
         if said is not None and said != value:
             return f"{where(key)}: {said!r}, but {why}; leave it out, or write {value!r}"
+    for key in (
+        "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_param.device",
+    ):
+        if lookup(data, key) == "nvme":
+            return f"{where(key)}: 'nvme' is not supported yet; write 'cpu', or leave it out"
     for key, why in FOREIGN.items():
         said = data.get(key)
         off = said in (None, False, {}) or (isinstance(said, dict) and said.get("enabled") is False)
