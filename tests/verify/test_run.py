@@ -78,6 +78,21 @@ def test_the_exit_code_says_so(
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
+def test_another_engine_is_tried_in_its_own_precisions(tmp_path: Path) -> None:
+    config, told = recipe(tmp_path / "run", "pretrain", "ppo"), list[str]()
+    report = verify(config, ["dp2.zero2", "tp2"], engine="deepspeed", note=told.append)
+    tried = [(v.stage, v.layout, v.precision) for v in report.verdicts if "process" not in v.layout]
+    assert tried == [("pretrain", "dp2.zero2", "fp32"), ("ppo", "dp2.zero2", "fp32")]
+    assert "no tensor parallelism" in report.refused["tp2"] and report.impossible == ("tp2",)
+    assert told == list(report.notes) and "fp32 masters" in told[0]
+    report = verify(config, ["tp2"], engine="megatron", stage="pretrain")
+    assert {v.precision for v in report.verdicts} == {"fp64", "fp32"} and "shim" in report.notes[0]
+    assert verify(config, ["tp2"], stage="pretrain").notes == ()
+    with pytest.raises(ConfigError, match="unknown engine horovod; known: deepspeed, megatron"):
+        verify(config, ["dp2"], engine="horovod")
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
 def test_a_quantised_batch_is_not_cut_otherwise(tmp_path: Path) -> None:
     """Tokens of a forward pass share scales."""
     config = recipe(tmp_path / "run", "pretrain")

@@ -195,6 +195,7 @@ def verify(
             engine=engine,
             begin=table.begin,
             tell=table.tell,
+            note=table.note,
         )
     show(report, json, junit, config.stem)
 

@@ -79,6 +79,11 @@ class Table:
             self.status.update(Text(printable(what)))
             self.status.start()
 
+    def note(self, text: str) -> None:
+        """Above the table."""
+        if not self.silent:
+            say(text)
+
     def tell(self, verdict: Verdict) -> None:
         """A row, in a place of its own: with ``--json -``, stdout is the document's."""
         self.status.stop()

@@ -138,7 +138,12 @@ class Fp8Config(Section):
 
 
 class EngineConfig(Section):
-    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves."""
+    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves.
+
+    ``remark``: what a reader of `verify`'s figures should know of them.
+    """
+
+    remark: ClassVar[str] = ""
 
     kind: str
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")

@@ -20,6 +20,7 @@ def document(report: VerifyReport) -> dict[str, Any]:
     return {
         "passed": report.passed,
         "refused": report.refused,
+        "notes": list(report.notes),
         "verdicts": [
             {**vars(v), "passed": v.passed, "sentence": v.sentence()} for v in report.verdicts
         ],

@@ -43,6 +43,7 @@ def verify(
     pool: RankPool | None = None,
     independence: bool = False,
     engine: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> VerifyReport:
     """Compare layouts of a recipe's stages with one process, in fp64 and in its own precision.
 
@@ -50,11 +51,11 @@ def verify(
     (`shrink`). Ranks run on this machine, on its CPU or, with ``device`` cuda, a GPU each; the one
     process always computes on the CPU. A layout that cannot be is in the report, with the reason,
     and the others are tried. Raises ConfigError for a recipe that is wrong, an unknown stage, or
-    without a GPU. ``engine``: the kind to try in place of the recipe's; of its own keys, each is at
-    its default. ``whole``: saves, resumes and generates, besides the updates. ``begin`` is told
-    in words what is tried next, ``tell`` what came of it. ``independence``: asks of every layout,
-    too, whether documents of one row depend on each other; where there are none, the report has it
-    among what cannot be.
+    without a GPU. ``engine``: the kind to try in place of the recipe's, its own keys at their
+    defaults. ``whole``: saves, resumes and generates, besides the updates. ``note`` is told first
+    what to know of the engines, ``begin`` in words what is tried next, ``tell`` what came of it.
+    ``independence``: asks of every layout, too, whether documents of one row depend on each other;
+    where there are none, the report has it among what cannot be.
     """
     if device not in DEVICES:
         raise ConfigError(f"--device {device}: known: {', '.join(DEVICES)}")
@@ -77,6 +78,10 @@ def verify(
         if tell is not None:
             tell(verdict)
 
+    notes = _remarks(chosen)
+    for text in notes:
+        if note is not None:
+            note(text)
     try:
         for one in chosen:
             own = resolve(one.engine.precision, place)
@@ -107,7 +112,13 @@ def verify(
         verifier.close()
         if pool is None:
             mine.close()
-    return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts))
+    return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts), notes)
+
+
+def _remarks(stages: Sequence[StageConfig]) -> tuple[str, ...]:
+    """Of all kinds of engines in use, each once."""
+    engines = [role_of(stage, role).engine for stage in stages for role in roles_of(stage)]
+    return tuple(dict.fromkeys(e.remark for e in engines if e.remark))
 
 
 def _by_engine(run: RunConfig, kind: str) -> RunConfig:

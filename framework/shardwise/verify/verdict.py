@@ -61,11 +61,13 @@ class VerifyReport:
     """All verdicts, and the layouts that this recipe cannot have (with the reason).
 
     ``impossible`` are those of ``refused`` that were asked for by name, not as part of the suite.
+    ``notes``: what a reader should know of the engines.
     """
 
     verdicts: list[Verdict]
     refused: dict[str, str]
     impossible: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -14,6 +14,10 @@ from shardwise.parallel.layout import Layout
 
 class DeepSpeedConfig(EngineConfig):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2020), stages 0 to 3, one model replica a data rank."""
+
+    remark: ClassVar[str] = (
+        "deepspeed keeps fp32 masters: its layouts are compared in their own precision alone"
+    )
 
     kind: Literal["deepspeed"]
     config: dict[str, Any] | Path | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -11,6 +11,10 @@ from shardwise.config.schema import EngineConfig
 
 class MegatronConfig(EngineConfig):
     """Megatron-core's model, parallelism and schedules under our masters and losses."""
+
+    remark: ClassVar[str] = (
+        "megatron on a CPU runs through a shim (engine.cpu_shim): for proof, not for speed"
+    )
 
     kind: Literal["megatron"]
     layers: Literal["auto", "local", "te"] = Field(
