@@ -18,6 +18,7 @@ def test_interval_holds_the_truth_and_nothing_far_from_it() -> None:
     assert bench.interval([1.0] * 10) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_toy_race_of_one_revision_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     if not (bench.ROOT / ".git").exists():
         pytest.skip("the tree is no git checkout")
