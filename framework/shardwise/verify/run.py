@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from shardwise.verify.verifier import Verifier
 
 DEVICES = ("cpu", "cuda")
 INDEPENDENCE = "--independence"
+Refused = dict[tuple[str, str], str]  # (stage, layout): why
 
 
 def verify(
@@ -87,22 +89,10 @@ def verify(
             own = resolve(one.engine.precision, place)
             tried = _layouts(run, one, layouts, refused, mine, device)
             mine.prepare(1, *map(world_of, tried))
-            for number, layout in enumerate(tried, 1):
-                try:
-                    verifier.small(one.name, layout)
-                except UserError as error:
-                    refused[one.name, layout] = f"it cannot be made small: {error}"
-                    continue
-                for precision in _precisions(one, layout, own):
-                    if begin is not None:
-                        of = f"layout {number} of {len(tried)}"
-                        begin(f"{one.name} {layout} in {precision}, {of}")
-                    keep(verifier.check(one.name, layout, precision, compiled))
-                    if independence:
-                        try:
-                            keep(verifier.check_independence(one.name, layout, precision))
-                        except UserError as error:
-                            refused[one.name, INDEPENDENCE] = str(error)
+            for what, check in _checks(verifier, one, tried, own, compiled, independence, refused):
+                if begin is not None:
+                    begin(what)
+                keep(check())
             # In FP8, the tokens of a forward pass share scales.
             if whole and tried and one.engine.fp8 is None:
                 if begin is not None:
@@ -113,6 +103,35 @@ def verify(
         if pool is None:
             mine.close()
     return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts), notes)
+
+
+def _checks(
+    verifier: Verifier,
+    stage: StageConfig,
+    layouts: Sequence[str],
+    own: str,
+    compiled: bool,
+    independence: bool,
+    refused: Refused,
+) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    """What is to be tried, in words, and how; what cannot be goes into ``refused``."""
+    name = stage.name
+    for number, layout in enumerate(layouts, 1):
+        try:
+            verifier.small(name, layout)
+        except UserError as error:
+            refused[name, layout] = f"it cannot be made small: {error}"
+            continue
+        for precision in _precisions(stage, layout, own):
+            what = f"{name} {layout} in {precision}, layout {number} of {len(layouts)}"
+            yield what, partial(verifier.check, name, layout, precision, compiled)
+            if independence:
+                try:
+                    verdict = verifier.check_independence(name, layout, precision)
+                except UserError as error:
+                    refused[name, INDEPENDENCE] = str(error)
+                else:
+                    yield f"{what}, independence", lambda v=verdict: v  # type: ignore[misc]
 
 
 def _remarks(stages: Sequence[StageConfig]) -> tuple[str, ...]:
@@ -136,9 +155,6 @@ def _precisions(stage: StageConfig, layout: str, own: str) -> list[str]:
         for engine in engines.values()
     )
     return list(dict.fromkeys(("fp64", own) if can else (own,)))
-
-
-Refused = dict[tuple[str, str], str]  # (stage, layout): why
 
 
 def _told(
