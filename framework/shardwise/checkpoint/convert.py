@@ -1,9 +1,9 @@
 """`shardwise convert`: a model from one of the formats we read into one of those we write.
 
 Reads a native checkpoint, a Hugging Face folder, an adapter of PEFT's, a GGUF file or a checkpoint
-of DeepSpeed's; writes a Hugging Face folder or a native checkpoint (fp32 masters, step 0), with all
-that travels with a model (`models.travel`), or the adapter of a checkpoint in PEFT's form. Between
-native and DeepSpeed's form the optimizer's state goes with the model.
+of DeepSpeed's or Megatron's; writes a Hugging Face folder or a native checkpoint (fp32 masters,
+step 0), with all that travels with a model (`models.travel`), or the adapter of a checkpoint in
+PEFT's form. Between native and DeepSpeed's form the optimizer's state goes with the model.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from shardwise.checkpoint import (
     deepspeed_universal,
     loading,
     manifest,
+    megatron_names,
     optimizer_state,
     saving,
     steps,
+    torch_dist,
 )
 from shardwise.checkpoint.optimizer_state import OptimizerState
 from shardwise.config import yaml12
@@ -58,7 +60,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class OpenModel:
     """A model on disk. ``parts`` (full tensors, under our names, CPU) can be iterated once."""
 
-    format: Literal["native", "hf", "gguf", "peft", "deepspeed"]
+    format: Literal["native", "hf", "gguf", "peft", "deepspeed", "megatron"]
     config: ModelConfig
     parts: Iterator[tuple[str, Tensor]]  # of the model, and of an adapter that stands beside it
     files: dict[str, bytes]  # what travels with it (`models.travel`)
@@ -92,8 +94,8 @@ def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = 
     """Open a native checkpoint (or a folder of them), a Hugging Face folder or a GGUF file.
 
     Or an adapter's folder as PEFT writes it, over ``base`` or the base model that it names; or,
-    with ``trust_pickle``, a checkpoint of DeepSpeed's, whose config and tokenizer are those of
-    ``base`` or of the folder around it.
+    with ``trust_pickle``, a checkpoint of DeepSpeed's or Megatron's, whose config and tokenizer
+    are those of ``base`` or of the folder around it.
     Raises CheckpointError when it is damaged, UserError when it is none of these.
     """
     path = Path(path)
@@ -108,12 +110,16 @@ def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = 
         return _open_native(steps.resolve(path))
     if peft_read.is_adapter_folder(path):
         return _open_peft(path, peft_base(path, base))
-    if (found := deepspeed.find(path)) is not None:
+    for whose, kind in (("DeepSpeed", deepspeed), ("Megatron-core", torch_dist)):
+        if (found := kind.find(path)) is None:
+            continue
         if trust_pickle:
-            return _open_deepspeed(found, base)
+            config, files = _described(found, base, whose)
+            opened = _open_deepspeed if kind is deepspeed else _open_megatron
+            return opened(found, config, files)
         if not any(path.glob("*.safetensors")):
             raise UserError(
-                f"{path}: is a checkpoint of DeepSpeed's, which is made of pickles: programs that "
+                f"{path}: is a checkpoint of {whose}'s, which is made of pickles: programs that "
                 "could do anything. If you trust where it comes from, convert it first: shardwise "
                 f"convert {path} OUT --to native --trust-pickle"
             )
@@ -121,7 +127,10 @@ def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = 
     return OpenModel("hf", config, tensors, travel.read(path))
 
 
-def _open_deepspeed(folder: Path, base: Path | None) -> OpenModel:
+def _described(
+    folder: Path, base: Path | None, whose: str
+) -> tuple[DecoderConfig, dict[str, bytes]]:
+    """The config and what travels with a model, of a format that has neither."""
     log.warning(
         "%s: is made of pickles, which are programs. They are not run, but read as data, in a "
         "process without files and network; still, convert only what you trust",
@@ -130,15 +139,17 @@ def _open_deepspeed(folder: Path, base: Path | None) -> OpenModel:
     place = base or deepspeed.config_of(folder)
     if place is None:
         raise UserError(
-            f"{folder}: DeepSpeed writes no config of the model; name a checkpoint, or a folder "
+            f"{folder}: {whose} writes no config of the model; name a checkpoint, or a folder "
             "with a config.json, that has it and the tokenizer (--base)"
         )
     if (place / travel.CONFIG).is_file():
-        config, files = models.read_config(place), travel.read(place)
-    else:
-        like = open_model(place)
-        assert isinstance(like.config, DecoderConfig)
-        config, files = like.config, like.files
+        return models.read_config(place), travel.read(place)
+    like = open_model(place)
+    assert isinstance(like.config, DecoderConfig)
+    return like.config, like.files
+
+
+def _open_deepspeed(folder: Path, config: DecoderConfig, files: dict[str, bytes]) -> OpenModel:
     found = deepspeed.read(folder)
     return OpenModel(
         "deepspeed",
@@ -148,6 +159,14 @@ def _open_deepspeed(folder: Path, base: Path | None) -> OpenModel:
         path=folder,
         optimizer=deepspeed_names.optimizer(found, config),
     )
+
+
+def _open_megatron(folder: Path, config: DecoderConfig, files: dict[str, bytes]) -> OpenModel:
+    found = torch_dist.read(folder)
+    if found.has_optimizer:
+        log.warning("%s: its optimizer's state is left out: weights alone are read", folder)
+    tensors = megatron_names.weights(found, config)
+    return OpenModel("megatron", config, tensors, files, path=folder)
 
 
 def peft_base(folder: Path, base: Path | None = None) -> Path:
@@ -261,7 +280,7 @@ def convert(
     ``merge_adapter``: of a source that holds an adapter, the base with it merged. Without it, a
     checkpoint with an adapter becomes a folder of PEFT's (``to`` peft), and such a folder a
     checkpoint to go on with (``to`` native). ``base``: of a folder of PEFT's that names none; or
-    whose config and tokenizer those of a checkpoint of DeepSpeed's are (`open_model`).
+    whose config and tokenizer go with a checkpoint of DeepSpeed's or Megatron's (`open_model`).
 
     ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
     is always fp32, ready for ``init_from``. ``to`` deepspeed: a universal checkpoint, under the

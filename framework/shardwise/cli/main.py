@@ -285,7 +285,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help="A checkpoint, a Hugging Face folder, a .gguf, or DeepSpeed's."
+            metavar="IN",
+            help="A checkpoint, a Hugging Face folder, a .gguf, DeepSpeed's, Megatron's.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
@@ -300,11 +301,11 @@ def convert(
         Path | None,
         typer.Option(
             help="The base of a PEFT folder; default: what it names. Of a checkpoint of "
-            "DeepSpeed's: a model with its config and tokenizer."
+            "DeepSpeed's or Megatron's: a model with its config and tokenizer."
         ),
     ] = None,
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read DeepSpeed's files, which are programs.")
+        bool, typer.Option("--trust-pickle", help="Read DeepSpeed's and Megatron's pickles.")
     ] = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,

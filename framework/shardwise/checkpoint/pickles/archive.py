@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import mmap
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +38,7 @@ DTYPES = {
     "torch.BoolStorage": torch.bool,
 }
 MAPPINGS = ("dict", "collections.OrderedDict", "collections.defaultdict")
+INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"  # a key: a name and where in it
 _LOCAL_HEADER = 30  # bytes of a zip entry before its name
 
 
@@ -53,16 +55,40 @@ class Thing:
     state: Any = None
 
 
-class Archive:
-    """One file, mapped. ``value``: what its pickle stands for, its tensors in it as `Stored`."""
+class Pickle:
+    """A pickle in a file. ``value``: what it stands for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, pickle: bytes) -> None:
+        self.path, self.pickle = path, pickle
         self.value: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """An archive that is a part of a file: ``length`` bytes from ``offset``."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+class Archive(Pickle):
+    """A file or a part of one, mapped; tensors in its ``value`` are `Stored`."""
+
+    def __init__(self, place: Path | At, maps: dict[Path, mmap.mmap]) -> None:
+        path = place if isinstance(place, Path) else place.path
         try:
-            with safe_files.open_regular(path) as stream:
-                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-                self.records, self.pickle = _records(stream)
+            if path not in maps:  # each map keeps its file open
+                with safe_files.open_regular(path) as stream:
+                    maps[path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.map = maps[path]
+            at = place if isinstance(place, At) else At(path, 0, len(self.map))
+            if at.offset + at.length > len(self.map):
+                raise ValueError("it is shorter than is said")
+            window = _Window(self.map, at.offset, at.length)
+            records, pickle = _records(io.BufferedReader(window))
+            self.records = {k: (at.offset + start, e) for k, (start, e) in records.items()}
+            super().__init__(path, pickle)
         except (DataError, OSError) as error:
             raise UnreadableError(f"{path}: cannot be read: {error}") from None
         except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, RuntimeError) as error:
@@ -81,6 +107,36 @@ class Archive:
                         f"{self.path}: damaged: the bytes of its storage {key!r} do not have the "
                         "checksum that the archive says"
                     )
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a mapped file as a file."""
+
+    def __init__(self, of: mmap.mmap, offset: int, length: int) -> None:
+        self.map, self.offset, self.length, self.at = of, offset, length, 0
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """See `io.RawIOBase`. Raises ValueError for a place before the first byte."""
+        self.at = (0, self.at, self.length)[whence] + offset
+        if self.at < 0:
+            raise ValueError("it begins before its first byte")
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`."""
+        count = max(0, min(len(buffer), self.length - self.at))
+        start = self.offset + self.at
+        buffer[:count] = self.map[start : start + count]
+        self.at += count
+        return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +166,14 @@ class Stored:
         if (last + 1) * self.dtype.itemsize > entry.file_size:
             raise UnreadableError(f"{self.archive.path}: a tensor ends behind its storage")
         count = last + 1 - self.offset
-        flat = torch.frombuffer(
-            self.archive.map,
-            dtype=self.dtype,
-            count=count,
-            offset=start + self.offset * self.dtype.itemsize,
-        )
+        first, size = start + self.offset * self.dtype.itemsize, self.dtype.itemsize
+        if first % size:  # in a part of a file nothing need be aligned
+            raw = torch.frombuffer(
+                self.archive.map, dtype=torch.uint8, count=count * size, offset=first
+            )
+            flat = raw.clone().view(self.dtype)
+        else:
+            flat = torch.frombuffer(self.archive.map, dtype=self.dtype, count=count, offset=first)
         return flat.as_strided(self.shape, self.stride)
 
 
@@ -152,13 +210,30 @@ def _start(stream: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return start
 
 
-def read(paths: Iterable[Path]) -> list[Archive]:
+def read(places: Iterable[Path | At]) -> list[Archive]:
     """Archives with what they hold, interpreted in one process that can do nothing else.
 
     Raises UnreadableError, which begins with the path, for what is damaged or of another format,
     UserError where this system cannot close the sandbox.
     """
-    archives = [Archive(path) for path in paths]
+    maps: dict[Path, mmap.mmap] = {}
+    archives = [Archive(place, maps) for place in places]
+    _interpret(archives)
+    return archives
+
+
+def read_plain(path: Path) -> Any:
+    """What a file that is a pickle and nothing else stands for; raises as `read` does."""
+    try:
+        found = Pickle(path, safe_files.read_bytes(path))
+    except (DataError, OSError) as error:
+        raise UnreadableError(f"{path}: cannot be read: {error}") from None
+    _interpret([found])
+    return found.value
+
+
+def _interpret(archives: Sequence[Pickle]) -> None:
+    """Give each its value."""
     for archive, found in zip(archives, _interpreted(archives)):
         if "value" not in found:
             raise UnreadableError(f"{archive.path}: its pickle is no data: {found.get('error')}")
@@ -166,10 +241,9 @@ def read(paths: Iterable[Path]) -> list[Archive]:
             archive.value = _decode(found["value"], archive)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UnreadableError(f"{archive.path}: its pickle is no data: {error!r}") from None
-    return archives
 
 
-def _interpreted(archives: list[Archive]) -> Iterator[dict[str, Any]]:
+def _interpreted(archives: Sequence[Pickle]) -> Iterator[dict[str, Any]]:
     environment = clean_environment(LANG="C.UTF-8", PYTHONHASHSEED="0")
     parts = [len(a.pickle).to_bytes(8, "little") + a.pickle for a in archives]
     done = subprocess.run(
@@ -202,7 +276,7 @@ def _frames(data: bytes) -> Iterator[dict[str, Any]]:
         data = data[8 + size :]
 
 
-def _decode(value: Any, archive: Archive) -> Any:
+def _decode(value: Any, archive: Pickle) -> Any:
     if not isinstance(value, dict):
         return value
     of = value["of"]
@@ -226,14 +300,17 @@ def _decode(value: Any, archive: Archive) -> Any:
     if of == "torch._utils._rebuild_tensor_v2":
         return _stored(args, archive)
     args = args if isinstance(args, tuple) else (args,)
-    return Thing(of, args, _decode(value.get("state"), archive))
+    state = _decode(value.get("state"), archive)
+    if of == INDEX:
+        return state["fqn"], state.get("offset")  # bytes have none
+    return Thing(of, args, state)
 
 
-def _stored(args: tuple[Any, ...], archive: Archive) -> Any:
+def _stored(args: tuple[Any, ...], archive: Pickle) -> Any:
     kept, offset, shape, stride = args[:4]
     what, storage, key, *_ = kept.args
     dtype = DTYPES.get(storage.of)
-    if what != "storage" or dtype is None:
+    if what != "storage" or dtype is None or not isinstance(archive, Archive):
         return Thing(f"a tensor of {storage.of}")
     numbers = (offset, *shape, *stride)
     if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):

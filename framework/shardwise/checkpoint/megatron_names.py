@@ -1,0 +1,123 @@
+"""A checkpoint of Megatron-core's GPT model under our names.
+
+Queries, keys and values are one tensor (for each key/value head its queries, the key, the value),
+gate and up another, and layers are stacked, unless they were saved each by itself. A norm goes by
+the linear layer behind it, or by its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from shardwise.checkpoint.torch_dist import Checkpoint
+from shardwise.errors import UserError
+from shardwise.models import registry
+from shardwise.models.common.config import DecoderConfig
+from shardwise.models.llama.config import LlamaConfig
+
+View = Callable[[Tensor], Tensor]  # our part of theirs
+LAYERS = "decoder.layers."
+
+
+def weights(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    """In the dtype that they have. Raises UserError for those of another model."""
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in registry.build(config).named_parameters()}
+    left, plan = set(found.shapes), []
+    for ours, options, view in _rows(config):
+        if ours not in shapes:
+            continue
+        place = next((p for p in options if p[0] in found.shapes), None)
+        if place is None:
+            raise UserError(f"{found.path}: holds no {options[0][0]}, where {ours} would be")
+        left.discard(place[0])
+        plan.append((ours, *place, view))
+    if left:
+        raise UserError(f"{found.path}: {sorted(left)[0]} is no part of this model")
+    if missing := shapes.keys() - {row[0] for row in plan}:
+        raise UserError(f"{found.path}: Megatron's model has no {sorted(missing)[0]}")
+    for _, theirs, layer, _ in plan:
+        if layer is not None and found.shapes[theirs][0] != config.num_layers:
+            raise UserError(
+                f"{found.path}: {theirs} is of {found.shapes[theirs][0]} layers, and by the config "
+                f"there are {config.num_layers}; does it belong to these weights?"
+            )
+    return (
+        (ours, _viewed(found, theirs, layer, view, shapes[ours]))
+        for ours, theirs, layer, view in plan
+    )
+
+
+def _viewed(
+    found: Checkpoint, theirs: str, layer: int | None, view: View, shape: torch.Size
+) -> Tensor:
+    fused = found.read(theirs, layer)
+    try:
+        part = view(fused)
+        if part.shape == shape:
+            return part
+    except RuntimeError:  # it cannot be seen so
+        pass
+    raise UserError(
+        f"{found.path}: {theirs} has the shape {tuple(fused.shape)}, which does not hold "
+        f"{tuple(shape)} as the config says; does it belong to these weights?"
+    )
+
+
+Places = tuple[tuple[str, int | None], ...]  # names that it may have, and the layer of a stack
+
+
+def _rows(config: DecoderConfig) -> Iterator[tuple[str, Places, View]]:
+    """Our names, those of Megatron's that may hold them, and as which part."""
+
+    def words(fused: Tensor) -> Tensor:
+        return fused[: config.vocab_size]  # behind them it is filled up
+
+    yield "embed.weight", (("embedding.word_embeddings.weight", None),), words
+    yield "pos_embed.weight", (("embedding.position_embeddings.weight", None),), _all
+    for layer in range(config.num_layers):
+        for ours, options, view in _layer_rows(config):
+            stacked = [(f"{LAYERS}{option}", layer) for option in options]
+            single = [(f"{LAYERS}{layer}.{option}", None) for option in options]
+            yield f"layers.{layer}.{ours}", (*stacked, *single), view
+    for kind in ("weight", "bias"):
+        yield f"norm.{kind}", ((f"decoder.final_layernorm.{kind}", None),), _all
+    yield "head.weight", (("output_layer.weight", None),), words
+
+
+def _layer_rows(config: DecoderConfig) -> Iterator[tuple[str, tuple[str, ...], View]]:
+    attn, mlp = "self_attention.", "mlp."
+    groups, width = config.kv_heads, config.head_width
+    shared = config.num_heads // groups
+
+    def heads(start: int, end: int) -> View:
+        return lambda fused: fused.view(groups, shared + 2, width, *fused.shape[1:])[
+            :, start:end
+        ].flatten(0, 2)
+
+    for kind in ("weight", "bias"):
+        fused = (f"{attn}linear_qkv.{kind}",)
+        yield f"attn.q.{kind}", fused, heads(0, shared)
+        yield f"attn.k.{kind}", fused, heads(shared, shared + 1)
+        yield f"attn.v.{kind}", fused, heads(shared + 1, shared + 2)
+        yield f"attn.o.{kind}", (f"{attn}linear_proj.{kind}",), _all
+        if isinstance(config, LlamaConfig):
+            yield f"mlp.gate.{kind}", (f"{mlp}linear_fc1.{kind}",), lambda fused: fused.chunk(2)[0]
+            yield f"mlp.up.{kind}", (f"{mlp}linear_fc1.{kind}",), lambda fused: fused.chunk(2)[1]
+        else:
+            yield f"mlp.up.{kind}", (f"{mlp}linear_fc1.{kind}",), _all
+        yield f"mlp.down.{kind}", (f"{mlp}linear_fc2.{kind}",), _all
+        for norm, own, behind in (
+            ("attn_norm", "input_layernorm", f"{attn}linear_qkv"),
+            ("mlp_norm", "pre_mlp_layernorm", f"{mlp}linear_fc1"),
+        ):
+            yield f"{norm}.{kind}", (f"{behind}.layer_norm_{kind}", f"{own}.{kind}"), _all
+    for norm in ("q", "k"):
+        yield f"attn.{norm}_norm.weight", (f"{attn}{norm}_layernorm.weight",), _all
+
+
+def _all(fused: Tensor) -> Tensor:
+    return fused

@@ -1,0 +1,292 @@
+"""Megatron-core's own checkpoints, as it writes them, read under our names."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import queue
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise import checkpoint
+from shardwise.checkpoint import megatron_names, torch_dist
+from shardwise.checkpoint.convert import convert, open_model
+from shardwise.engines.base import Setup
+from shardwise.engines.megatron.config import MegatronConfig
+from shardwise.engines.registry import build_engine
+from shardwise.errors import UserError
+from shardwise.losses.causal_lm import CausalLM
+from shardwise.models import registry
+from shardwise.parallel.layout import parse_layout
+from tests.support import toy
+from tests.support.engines import CPU, LR, OPTIMIZER, copies
+from tests.support.pool import RankPool
+
+pytest.importorskip("megatron.core")
+
+LLAMA = toy.llama(num_layers=4, qkv_bias=True)
+UNTIED = toy.llama(num_layers=3, tie_embeddings=False, head_dim=12, qk_norm=True)
+GPT2 = toy.gpt2(dropout=0.0, attn_dropout=0.0, embed_dropout=0.0)
+CASES = [("tp2", LLAMA), ("pp2", LLAMA), ("tp2", UNTIED), ("pp2", UNTIED), ("tp2", GPT2)]
+
+
+def in_this_process(
+    transforms: Any, storage: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+) -> None:
+    """Megatron's writing of files, without the processes that it does it in."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    found: queue.Queue[Any] = queue.Queue()
+    for number, bucket in enumerate(buckets):
+        running: queue.Queue[Any] = queue.Queue()
+        running.put(number)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, found, running, use_fsync=False
+        )
+    results.put(dict(found.get() for _ in buckets))
+
+
+def save(layout: str, model: Any, out: str, **options: Any) -> dict[str, Tensor]:
+    """One update, so that no weight is what it began as; then a checkpoint of Megatron's own."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from shardwise.engines.megatron import names
+
+    config = MegatronConfig(kind="megatron", layout=layout, precision="fp32", cpu_shim=True)
+    setup = Setup(model, config, parse_layout(layout, 2), CPU, 7, "test", OPTIMIZER)
+    it: Any = build_engine(setup)
+    it.forward_backward([toy.batch(4)], CausalLM())
+    it.step(LR)
+    it._reshard()
+    with torch.no_grad():
+        masters = {n: p.data for n, p in it.named.parameters.items()}
+        names.load(it.places, masters, it.mesh)
+    if dist.get_rank() == 0:
+        Path(out).mkdir()
+    dist.barrier()
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    kept = writer.write_preloaded_data_multiproc
+    filesystem_async._results_queue = queue.Queue()
+    writer.write_preloaded_data_multiproc = staticmethod(in_this_process)
+    parallel_state._DATA_PARALLEL_GROUP_WITH_CP = it.groups.dp_cp  # asked for a tied embedding
+    try:
+        with it._inside():
+            metadata = {"dp_cp_group": it.groups.dp_cp, **options}
+            state = it.parts[0].module.sharded_state_dict(metadata=metadata)
+            dist_checkpointing.save(state, out)
+    finally:
+        filesystem_async._results_queue = parallel_state._DATA_PARALLEL_GROUP_WITH_CP = None
+        writer.write_preloaded_data_multiproc = staticmethod(kept)
+    found = copies(it, "weights")
+    it.close()
+    return found
+
+
+Saved = tuple[Path, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    """A checkpoint of two ranks, with config.json beside it, and what it was of; made once."""
+    folder = tmp_path_factory.mktemp("megatron")
+    made: dict[Path, dict[str, Tensor]] = {}
+
+    def make(layout: str = "tp2", model: Any = LLAMA) -> Saved:
+        path = folder / f"{layout}-{CASES.index((layout, model))}"
+        if path not in made:
+            made[path] = ranks.run(save, layout, model, str(path), world=2)[0]
+            registry.write_config(path, model, {})
+        return path, made[path]
+
+    return make
+
+
+def assert_equal(path: Path, wanted: dict[str, Tensor]) -> None:
+    found = dict(checkpoint.read_tensors(path))
+    assert found.keys() == {f"model.{name}" for name in wanted}
+    for name, tensor in wanted.items():
+        assert torch.equal(found[f"model.{name}"], tensor), name
+
+
+@pytest.mark.parametrize("layout,model", CASES)
+def test_weights_are_the_engine_s_own(
+    saved: Callable[..., Saved], tmp_path: Path, layout: str, model: Any
+) -> None:
+    source, wanted = saved(layout, model)
+    done = convert(source, tmp_path / "native", "native", trust_pickle=True)
+    assert done["source_format"] == "megatron"
+    assert_equal(tmp_path / "native", wanted)
+
+
+def test_layers_that_are_saved_each_by_itself(ranks: RankPool, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    options = {"non_homogeneous_layers": True}
+    wanted = ranks.run(save, "pp2", GPT2, str(source), **options, world=2)[0]
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in torch_dist.read(source).shapes
+    registry.write_config(source, GPT2, {})
+    convert(source, tmp_path / "native", "native", trust_pickle=True)
+    assert_equal(tmp_path / "native", wanted)
+
+
+def described(source: Path, change: Callable[[str], str], *more: str) -> None:
+    """Rewrite what a checkpoint says of itself: tensors under other names, and some more."""
+    path = source / torch_dist.METADATA
+    said = pickle.loads(path.read_bytes())  # noqa: S301 (of our own making)
+    tensors = {change(name): about for name, about in said.state_dict_metadata.items()}
+    about = tensors["decoder.final_layernorm.weight"]
+    said.state_dict_metadata = tensors | dict.fromkeys(more, about)
+    said.storage_data = {
+        dataclasses.replace(index, fqn=change(index.fqn)): place
+        for index, place in said.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(said))
+
+
+def test_a_run_s_folder_a_base_and_names_of_the_local_layers(
+    saved: Callable[..., Saved], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, wanted = saved("tp2", UNTIED)
+    step = shutil.copytree(source, tmp_path / "run" / "iter_0000012")
+    (tmp_path / "run" / torch_dist.POINTER).write_text("12")
+    base = (tmp_path / "base").resolve()
+    base.mkdir()
+    (step / "config.json").rename(base / "config.json")
+    norms = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    }
+    there = "decoder.layers."
+
+    def local(name: str) -> str:
+        rest = name.removeprefix(there)
+        return there + norms[rest] if rest in norms else name
+
+    described(step, local, "optimizer.state.exp_avg.decoder.final_layernorm.weight")
+    assert "decoder.layers.input_layernorm.weight" in torch_dist.read(step).shapes
+    with pytest.raises(UserError, match="--base"):
+        convert(tmp_path / "run", tmp_path / "hf", trust_pickle=True)
+    convert(tmp_path / "run", tmp_path / "hf", base=base, trust_pickle=True)
+    assert "optimizer's state is left out" in caplog.text
+    found = dict(open_model(tmp_path / "hf").tensors)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_pickles_are_read_only_when_they_are_trusted(
+    saved: Callable[..., Saved], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"Megatron-core's.*--trust-pickle"):
+        convert(saved()[0], tmp_path / "out", "native")
+    assert not (tmp_path / "out").exists()
+
+
+def drop(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def zarr(path: Path) -> None:
+    path.write_text(json.dumps({"sharded_backend": "zarr"}))
+
+
+def interleaved(path: Path) -> None:
+    torch.save({"args": argparse.Namespace(rotary_interleaved=True)}, path)
+
+
+@pytest.mark.parametrize(
+    "name,hurt",
+    [
+        ("__1_0.distcp", drop),
+        ("__1_0.distcp", truncate),
+        (".metadata", drop),
+        (".metadata", truncate),
+        ("metadata.json", drop),
+        ("metadata.json", zarr),
+        ("common.pt", drop),
+        ("common.pt", interleaved),
+    ],
+)
+def test_what_is_partial_damaged_or_unknown_is_refused_by_name(
+    saved: Callable[..., Saved], tmp_path: Path, name: str, hurt: Callable[[Path], None]
+) -> None:
+    source = shutil.copytree(saved()[0], tmp_path / "in")
+    hurt(source / name)
+    with pytest.raises(UserError) as caught:
+        convert(source, tmp_path / "out", "native", trust_pickle=True)
+    assert str(source / name) in str(caught.value)
+    assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def everything(source: Path) -> dict[str, Tensor]:
+    return dict(megatron_names.weights(torch_dist.read(source), LLAMA))
+
+
+def test_a_bit_anywhere_is_noticed_or_harmless(saved: Callable[..., Saved], tmp_path: Path) -> None:
+    source, wanted = saved()
+    dice, noticed = random.Random(0), 0
+    files = sorted(p for p in source.iterdir() if p.name != "config.json")
+    for number in range(12):
+        folder = shutil.copytree(source, tmp_path / str(number))
+        path = folder / files[number % len(files)].name
+        data = bytearray(path.read_bytes())
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = everything(folder)
+        except UserError as error:
+            assert str(folder) in str(error)
+            noticed += 1
+            continue
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert noticed >= 4
+
+
+def test_parts_that_are_not_a_whole_are_refused(
+    saved: Callable[..., Saved], tmp_path: Path
+) -> None:
+    source = shutil.copytree(saved()[0], tmp_path / "in")
+    path = source / torch_dist.METADATA
+    said = pickle.loads(path.read_bytes())  # noqa: S301 (of our own making)
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    said.state_dict_metadata[name].chunks.pop()
+    path.write_bytes(pickle.dumps(said))
+    with pytest.raises(UserError, match=f"the parts of {name} are not the whole"):
+        convert(source, tmp_path / "out", trust_pickle=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_other_models_are_refused(saved: Callable[..., Saved], tmp_path: Path) -> None:
+    source, _ = saved()
+    for changes, why in (
+        ({"hidden_size": 64}, "has the shape"),
+        ({"num_layers": 2}, "is of 4 layers"),
+        ({"qkv_bias": False}, "linear_qkv.bias is no part"),
+    ):
+        base = tmp_path / why
+        base.mkdir()
+        registry.write_config(base, LLAMA.model_copy(update=changes), {})
+        with pytest.raises(UserError, match=why):
+            convert(source, tmp_path / "out", base=base, trust_pickle=True)
+    copy = shutil.copytree(source, tmp_path / "in")
+    described(copy, lambda name: name.replace("mlp.linear_fc1.weight", "mlp.experts.weight1"))
+    with pytest.raises(UserError, match=r"holds no decoder.layers.mlp.linear_fc1.weight"):
+        convert(copy, tmp_path / "out", trust_pickle=True)
+    assert not list(tmp_path.glob("*out*"))
