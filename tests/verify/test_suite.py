@@ -32,7 +32,22 @@ def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options:
     assert verdict.passed, verdict.sentence()
 
 
-@pytest.mark.parametrize("model,stage,layout", suite.subset())
+# Of eight ranks, on two cores: a kind of schedule and of context parallelism each, every day.
+OF_EIGHT = (
+    "dp8.hsdp4.zero3",
+    "tp4.sp.pp2.gpipe",
+    "dp2.zero3.tp2.sp.pp2.zbv",
+    "dp2.zero2.pp2.dualpipev.cp2.ring",
+    "tp2.sp.pp2.interleaved.v2.cp2.ulysses",
+)
+SUBSET = [
+    pytest.param(*case, marks=[pytest.mark.slow] if rare else [])
+    for case in suite.subset()
+    for rare in [world_of(case[-1]) == 8 and case[-1] not in OF_EIGHT]
+]
+
+
+@pytest.mark.parametrize("model,stage,layout", SUBSET)
 def test_layout(verifiers: Verifiers, model: str, stage: str, layout: str) -> None:
     _check(verifiers, model, stage, layout)
 
@@ -74,6 +89,7 @@ def _resources() -> tuple[int, int]:
     return len(list((here / "task").iterdir())), len(list((here / "fd").iterdir()))
 
 
+@pytest.mark.slow
 def test_threads_and_descriptors_stay_flat(verifiers: Verifiers, ranks: RankPool) -> None:
     """Groups are cached by rank tuple: the second round of layouts makes none."""
     layouts = ("dp2.zero2", "tp2.sp", "pp2.zbv", "cp2.ring")
