@@ -12,8 +12,6 @@ import re
 import warnings
 from typing import Any
 
-import torch
-
 from shardwise.errors import ConfigError
 
 MEND = "pip install 'shardwise[deepspeed]'"
@@ -69,8 +67,3 @@ def load(device: str) -> Any:
         comm: Any = importlib.import_module("deepspeed.comm.torch")
         comm.build_shm_op = lambda: None
     return library
-
-
-def accelerator(device: torch.device) -> Any:
-    """DeepSpeed for tensors of a device; see `load`."""
-    return load(device.type)
