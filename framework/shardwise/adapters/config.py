@@ -38,7 +38,7 @@ class LowRankConfig(AdapterConfig):
         ]
         | None
     ) = Field(None, description="published settings, see shardwise.adapters.presets")  # fmt: skip
-    rank: PositiveInt = 16
+    rank: PositiveInt = Field(16, description="columns of B and rows of A")
     alpha: PositiveFloat = Field(32.0, description="scaling = alpha / rank")
     rslora: bool = Field(False, description="scaling = alpha / sqrt(rank)")
     targets: Annotated[list[str], Field(min_length=1)] = Field(
@@ -53,10 +53,14 @@ class LowRankConfig(AdapterConfig):
         "off again; orthogonal: A and B random with B A = 0",
     )
     rank_pattern: dict[str, PositiveInt] = Field(
-        default={}, description="ranks of their own, by patterns as in targets"
+        default={},
+        description="ranks of their own, by patterns as in targets",
+        examples=[{"layers.0.*": 4}],
     )
     alpha_pattern: dict[str, PositiveFloat] = Field(
-        default={}, description="alphas of their own, by patterns as in targets"
+        default={},
+        description="alphas of their own, by patterns as in targets",
+        examples=[{"layers.0.*": 8.0}],
     )
     lr_ratio: Rate = Field(1.0, description="LoRA+: learning rate of B over that of A")
 
@@ -149,8 +153,10 @@ class BottleneckConfig(AdapterConfig):
         "beside the MLP, of what it is given",
     )
     size: PositiveInt = Field(64, description="features between the two products")
-    activation: Literal["relu", "gelu"] = "relu"
-    scale: PositiveFloat | None = Field(None, description="None: 1 if sequential, 4 if parallel")
+    activation: Literal["relu", "gelu"] = Field("relu", description="between the two products")
+    scale: PositiveFloat | None = Field(
+        None, description="None: 1 if sequential, 4 if parallel", examples=[1.0]
+    )
     init_std: PositiveFloat = Field(0.01, description="of both products' initial weights")
 
     @property

@@ -24,7 +24,7 @@ class AdapterConfig(Section):
 
     merges: ClassVar[bool] = True
 
-    kind: str
+    kind: str = Field(description="which adapter")
     start: Literal["new", "parent"] = Field(
         "new",
         description="new: an adapter on all that the stage starts from; parent: go on with the "
@@ -60,10 +60,14 @@ class FreezeConfig(Section):
     """Parameters that a stage leaves as they are. All others are trained."""
 
     patterns: list[str] = Field(
-        default=[], description="of parameter names, e.g. embed.weight or layers.*.attn.*"
+        default=[],
+        description="of parameter names, e.g. embed.weight or layers.*.attn.*",
+        examples=[["embed.weight"]],
     )
     train_last: PositiveInt | None = Field(
-        None, description="train the last so many layers and what is behind them; None: all"
+        None,
+        description="train the last so many layers and what is behind them; None: all",
+        examples=[2],
     )
 
     @model_validator(mode="after")

@@ -26,14 +26,18 @@ class ParameterGroup(Section):
     """Parameters with a rate or a decay of their own; of several that match, the first counts."""
 
     match: Annotated[str, Field(min_length=1)] = Field(
-        description="pattern of parameter names, e.g. layers.*.attn.*"
+        description="pattern of parameter names, e.g. layers.*.attn.*", examples=["layers.*.attn.*"]
     )
-    lr: Rate | None = Field(None, description="peak rate, in place of optimizer.lr")
+    lr: Rate | None = Field(
+        None, description="peak rate, in place of optimizer.lr", examples=[1e-4]
+    )
     lr_scale: Annotated[float, Field(ge=0.0, le=1e6)] | None = Field(
-        None, description="peak rate over optimizer.lr; 0: the group stands still"
+        None, description="peak rate over optimizer.lr; 0: the group stands still", examples=[0.5]
     )
     weight_decay: NonNegativeFloat | None = Field(
-        None, description="in place of optimizer.weight_decay; what no_decay names has none"
+        None,
+        description="in place of optimizer.weight_decay; what no_decay names has none",
+        examples=[0.0],
     )
 
     @model_validator(mode="after")
@@ -50,9 +54,11 @@ class OptimizerConfig(Section):
 
     fused: ClassVar[bool] = False  # whether weights move in the backward pass
 
-    kind: str
-    lr: Rate = 3e-4
-    weight_decay: NonNegativeFloat = 0.1
+    kind: str = Field(description="which update rule")
+    lr: Rate = Field(3e-4, description="peak learning rate")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="pull towards 0, in units of the learning rate"
+    )
     no_decay: list[str] = Field(
         default_factory=lambda: ["*norm*", "*bias", "*embed*"],
         description="name patterns without weight decay",
@@ -105,9 +111,9 @@ class AdamWConfig(OptimizerConfig):
     """Adam with decoupled decay: Loshchilov and Hutter 2019, algorithm 2."""
 
     kind: Literal["adamw"] = "adamw"
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.95
-    eps: Epsilon = 1e-8
+    beta1: BelowOne = Field(0.9, description="how slowly the mean of gradients forgets")
+    beta2: BelowOne = Field(0.95, description="how slowly the mean of their squares forgets")
+    eps: Epsilon = Field(1e-8, description="added to the root of the second moment")
 
     def shrunk(self) -> Self:
         """See `OptimizerConfig`."""
@@ -125,7 +131,7 @@ class SgdConfig(OptimizerConfig):
 
     kind: Literal["sgd"]
     momentum: BelowOne = Field(0.9, description="0: no state")
-    nesterov: bool = False
+    nesterov: bool = Field(False, description="look ahead along the momentum")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
@@ -139,16 +145,16 @@ class LionConfig(OptimizerConfig):
 
     kind: Literal["lion"]
     lr: Rate = 1e-4
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.99
+    beta1: BelowOne = Field(0.9, description="share of the momentum in the update's sign")
+    beta2: BelowOne = Field(0.99, description="how slowly the momentum forgets")
 
 
 class MuonConfig(AdamWConfig):
     """Jordan et al. 2024: matrices by orthogonalised momentum, all else by AdamW."""
 
     kind: Literal["muon"]  # type: ignore[assignment]
-    momentum: BelowOne = 0.95
-    nesterov: bool = True
+    momentum: BelowOne = Field(0.95, description="how slowly the momentum forgets")
+    nesterov: bool = Field(True, description="look ahead along the momentum")
     ns_steps: Annotated[int, Field(ge=1, le=99)] = Field(5, description="of Newton-Schulz")
     scale: Literal["adamw", "spectral"] = Field(
         "adamw",

@@ -76,19 +76,25 @@ def _inherit(part: Any, above: dict[str, Any]) -> Any:
 class RunConfig(Section):
     """A whole run: one model, one tokenizer, a list of stages."""
 
-    name: Annotated[str, RUN_FOLDER, shown_as(RUN_NAME)] = "run"
-    run_dir: Path | None = Field(None, description="default: runs/<name>")
-    seed: Seed = 0
+    name: Annotated[str, RUN_FOLDER, shown_as(RUN_NAME)] = Field(
+        "run", description="what the run is called in reports, and its folder"
+    )
+    run_dir: Path | None = Field(
+        None, description="default: runs/<name>", examples=["/shared/runs/big"]
+    )
+    seed: Seed = Field(0, description="of the weights, the order of data, dropout and sampling")
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
     init_from: Path | None = Field(
-        None, description="start weights: a shardwise checkpoint or a Hugging Face folder"
+        None,
+        description="start weights: a shardwise checkpoint or a Hugging Face folder",
+        examples=["/models/SmolLM2-135M"],
     )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     engine: AnyEngine = Field(default_factory=NativeConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
-        min_length=1
+        min_length=1, description="what is trained, one after the other"
     )
     evaluate_start: bool = Field(False, description="also measure what init_from holds")
     evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (

@@ -24,6 +24,8 @@ from pydantic import (
 
 from shardwise.config import registry
 from shardwise.config.adapters import AnyAdapter, FreezeConfig
+from shardwise.config.fp8 import Fp8Config as Fp8Config
+from shardwise.config.fp8 import SentinelConfig as SentinelConfig
 from shardwise.config.optimizers import AdamWConfig as AdamWConfig
 from shardwise.config.optimizers import AnyOptimizer
 from shardwise.config.optimizers import OptimizerConfig as OptimizerConfig
@@ -56,16 +58,20 @@ class DataSection(Section):
 class ModelConfig(Section):
     """What every model family has. Families derive from it and register themselves."""
 
-    family: str
+    family: str = Field(description="which architecture")
     vocab_size: Vocabulary = Field(0, description="0: take the tokenizer's size")
-    max_seq_len: SeqLen = 2048
+    max_seq_len: SeqLen = Field(2048, description="longest row in tokens")
 
 
 class TokenizerConfig(Section):
     """Which tokenizer: trained here, read from a file, or plain bytes."""
 
-    kind: Literal["bytes", "bpe", "file", "tiktoken", "sentencepiece"] = "bytes"
-    path: Path | None = Field(None, description="tokenizer.json, a tiktoken or a .model file")
+    kind: Literal["bytes", "bpe", "file", "tiktoken", "sentencepiece"] = Field(
+        "bytes", description="bytes need no file; bpe is trained here on the run's own text"
+    )
+    path: Path | None = Field(
+        None, description="tokenizer.json, a tiktoken or a .model file", examples=["tokenizer.json"]
+    )
     split: Literal["gpt2", "cl100k", "o200k"] | None = Field(
         None, description="how a tiktoken file splits text; None: by the file's name"
     )
@@ -73,7 +79,9 @@ class TokenizerConfig(Section):
         4096, description="size of a BPE vocabulary trained here"
     )
     sample_bytes: NumBytes = Field(8_000_000, description="bytes of text that train a BPE")
-    chat_template: str | None = Field(None, description="Jinja source or a path; None: ChatML")
+    chat_template: str | None = Field(
+        None, description="Jinja source or a path; None: ChatML", examples=["chat_template.jinja"]
+    )
 
     @model_validator(mode="after")
     def _path_and_kind_agree(self) -> TokenizerConfig:
@@ -89,54 +97,6 @@ class TokenizerConfig(Section):
         return self
 
 
-class SentinelConfig(Section):
-    """Looks at quantised layers beside their unquantised shadow, and acts on what it sees."""
-
-    enabled: bool = True
-    every: PositiveInt = Field(50, description="steps between looks")
-    layers: NonNegativeInt = Field(8, description="linear layers a look, in turn; 0: all")
-    max_error: PositiveFloat = Field(0.2, description="of a product, relative to its shadow")
-    max_underflow: Fraction = Field(0.5, description="of an operand's elements, rounded to zero")
-    max_overflow: Fraction = Field(0.02, description="of an operand's elements, cut off")
-    fallback: bool = Field(True, description="a layer beyond a limit computes unquantised from on")
-
-
-class Fp8Config(Section):
-    """Linear layers of blocks on 8-bit floats; see `ops.fp8`. Weights stay fp32 masters."""
-
-    recipe: Literal["delayed", "current", "block", "mxfp8"] = "delayed"
-    format: Literal["auto", "hybrid", "e4m3"] = Field(
-        "auto",
-        description="hybrid: e4m3 forward, e5m2 gradients; auto: hybrid, or e4m3 for block, mxfp8",
-    )
-    amax_history_len: Annotated[int, Field(ge=1, le=2**16)] = Field(
-        1024, description="delayed: steps whose amax counts"
-    )
-    margin: Annotated[int, Field(ge=0, le=64)] = Field(
-        0, description="delayed: scales are 2^margin smaller"
-    )
-    amax_compute: Literal["max", "most_recent"] = "max"
-    modules: list[str] = Field(
-        default_factory=lambda: ["layers.*"],
-        min_length=1,
-        description="path patterns of the linear layers to quantise, e.g. layers.*.mlp.*",
-    )
-    first_layers: NonNegativeInt = Field(1, description="blocks at the start left unquantised")
-    last_layers: NonNegativeInt = Field(1, description="blocks at the end left unquantised")
-    backend: Literal["auto", "te", "emulated"] = Field(
-        "auto", description="auto: Transformer Engine where it can run, else emulated"
-    )
-    sentinel: SentinelConfig = Field(default_factory=SentinelConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_an_earlier_version(cls, data: Any) -> Any:
-        """Recipes that were written out have ``domains: null``, now a key of the plain engine."""
-        if isinstance(data, dict) and data.get("domains", ...) is None:
-            return {key: value for key, value in data.items() if key != "domains"}
-        return data
-
-
 class EngineConfig(Section):
     """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves.
 
@@ -145,7 +105,7 @@ class EngineConfig(Section):
 
     remark: ClassVar[str] = ""
 
-    kind: str
+    kind: str = Field(description="what computes")
     layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
@@ -155,7 +115,9 @@ class EngineConfig(Section):
     timeout_s: Seconds = Field(
         600.0, description="seconds that ranks wait in a step for one that sleeps or computes"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs where there are some"
+    )
 
     def for_verify(self) -> Self:
         """As `verify` computes it with: a kind may allow what training may not have."""
@@ -173,7 +135,11 @@ class NativeConfig(EngineConfig):
     """The project's own engine: every layout."""
 
     kind: Literal["native"] = "native"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass computes again, to save memory; selective: norms, "
+        "rotations and activations; full: whole blocks",
+    )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block")
 
 
@@ -191,10 +157,10 @@ AnyEngine = SerializeAsAny[Annotated[EngineConfig, BeforeValidator(_engine)]]
 class BatchConfig(Section):
     """The arithmetic of one step, in sequences (or prompts, for reinforcement learning)."""
 
-    global_batch: Rows = 8
+    global_batch: Rows = Field(8, description="sequences of one update, over all ranks")
     micro_batch: Rows = Field(8, description="sequences a rank computes at once")
-    seq_len: SeqLen = 256
-    ramp_start: Rows | None = Field(None, description="first global batch of a ramp")
+    seq_len: SeqLen = Field(256, description="tokens of a row")
+    ramp_start: Rows | None = Field(None, description="first global batch of a ramp", examples=[2])
     ramp_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         0, description="steps until the full global batch"
     )
@@ -206,8 +172,12 @@ class ScheduleConfig(Section):
     What more steps for a stage that runs or is finished mean for each: `shardwise.optim.schedules`.
     """
 
-    kind: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    kind: Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"] = Field(
+        "cosine", description="shape of the rate behind the warm-up"
+    )
+    warmup_steps: NonNegativeInt = Field(
+        0, description="steps in which the rate rises from 0 to optimizer.lr"
+    )
     min_ratio: Fraction = Field(0.0, description="final learning rate over the peak")
     decay_steps: NonNegativeInt = Field(0, description="WSD: steps of the final decay")
     cycle_steps: NonNegativeInt = Field(0, description="cosine_restarts: steps of the first cycle")
@@ -257,7 +227,7 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = Field(0, description="steps between saves; 0: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the best by validation")
-    asynchronous: bool = False
+    asynchronous: bool = Field(False, description="write in the background while training goes on")
 
 
 class ValidationConfig(Section):
@@ -278,10 +248,14 @@ class ValidationConfig(Section):
 class LoggingConfig(Section):
     """Who is told. metrics.jsonl is always written."""
 
-    every: PositiveInt = 1
-    tensorboard: bool = False
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "shardwise"
+    every: PositiveInt = Field(1, description="steps between lines of metrics")
+    tensorboard: bool = Field(
+        False, description="also write TensorBoard's files into the run's folder"
+    )
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="also tell Weights & Biases"
+    )
+    wandb_project: str = Field("shardwise", description="its project")
     trace: bool = Field(
         False, description="profile and count the communication of one step of each stage"
     )
@@ -359,11 +333,13 @@ class StageConfig(Section):
     exact_logprobs: ClassVar[bool] = False
     small_seq_len: ClassVar[int] = 160
 
-    kind: str
-    name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)]
-    steps: PositiveInt
+    kind: str = Field(description="what the stage does")
+    name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)] = Field(examples=["first"])
+    steps: PositiveInt = Field(description="updates", examples=[100])
     start_from: str | None = Field(
-        None, description="an earlier stage; default: the latest whose model writes text"
+        None,
+        description="an earlier stage; default: the latest whose model writes text",
+        examples=["pretrain"],
     )
     batch: BatchConfig = Field(default_factory=BatchConfig)
     optimizer: AnyOptimizer = Field(default_factory=AdamWConfig)
@@ -445,10 +421,15 @@ class RoleConfig(Section):
         default_factory=NativeConfig, description="the stage's engine, overridden key by key"
     )
     ranks: list[NonNegativeInt] | None = Field(
-        None, min_length=1, description="ranks of the world that hold it; none: all"
+        None,
+        min_length=1,
+        description="ranks of the world that hold it; none: all",
+        examples=[[0, 1]],
     )
     init_from: str | None = Field(
-        None, description="an earlier stage, a shardwise checkpoint or a Hugging Face folder"
+        None,
+        description="an earlier stage, a shardwise checkpoint or a Hugging Face folder",
+        examples=["/models/reward"],
     )
     optimizer: AnyOptimizer | None = Field(None, description="critic; default: the stage's")
     adapter: AnyAdapter | None = Field(
@@ -470,9 +451,11 @@ class EvaluationConfig(Section):
 
     small_seq_len: ClassVar[int] = 0
 
-    kind: str
-    name: Name
-    stages: list[str] = Field(default=[], description="measured after these; none: after all")
+    kind: str = Field(description="what is measured")
+    name: Name = Field(examples=["held_out"])
+    stages: list[str] = Field(
+        default=[], description="measured after these; none: after all", examples=[["sft", "grpo"]]
+    )
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """The same measurement of little, after a small ``stage``: see `StageConfig.shrunk`."""

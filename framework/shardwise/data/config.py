@@ -39,7 +39,9 @@ class Reading:
 class DataConfig(DataSection):
     """Training sources, and what is kept for validation."""
 
-    sources: list[DataSource] = Field(default_factory=lambda: [DataSource()], min_length=1)
+    sources: list[DataSource] = Field(
+        default_factory=lambda: [DataSource()], min_length=1, description="what is trained on"
+    )
     validation: list[DataSource] = Field(
         default_factory=list, description="default: held_out, or the standard library's own split"
     )
@@ -94,8 +96,10 @@ class DataConfig(DataSection):
 class ChatDataConfig(DataSection):
     """Conversations for fine-tuning."""
 
-    sources: list[DataSource] = Field(default_factory=list)
-    validation: list[DataSource] = Field(default_factory=list)
+    sources: list[DataSource] = Field(default_factory=list, description="what is trained on")
+    validation: list[DataSource] = Field(
+        default_factory=list, description="what is measured in between"
+    )
     pack: bool = Field(True, description="several examples in a row, without leaking")
     too_long: TooLong = Field("error", description="what to do with examples over seq_len")
     turns: Turns = Field(
@@ -122,8 +126,10 @@ class ChatDataConfig(DataSection):
 class PreferenceDataConfig(DataSection):
     """Preferences from files."""
 
-    sources: list[DataSource] = Field(default_factory=list)
-    validation: list[DataSource] = Field(default_factory=list)
+    sources: list[DataSource] = Field(default_factory=list, description="what is trained on")
+    validation: list[DataSource] = Field(
+        default_factory=list, description="what is measured in between"
+    )
     strict_fields: bool = Field(
         False, description="refuse rows with fields that nothing reads, instead of naming them"
     )
@@ -151,7 +157,7 @@ class PairDataConfig(PreferenceDataConfig):
         "chat", description="a plain text is a turn of a chat, or stands as it is"
     )
     max_prompt_length: PositiveInt | None = Field(
-        None, description="longer prompts lose their first tokens, and are counted"
+        None, description="longer prompts lose their first tokens, and are counted", examples=[512]
     )
     too_long: Literal["error", "drop"] = Field(
         "error", description="rows over batch.seq_len; answers are never cut"

@@ -29,19 +29,26 @@ class DataSource(Section):
 
     kind: Literal[
         "stdlib", "text", "jsonl", "parquet", "indexed", "chat-jsonl", "preference-jsonl"
-    ] = "stdlib"
+    ] = Field("stdlib", description="how its files are read")
     path: Path | None = Field(
-        None, description="file, folder or glob; indexed: the prefix; stdlib: another Lib folder"
+        None,
+        description="file, folder or glob; indexed: the prefix; stdlib: another Lib folder",
+        examples=["corpus/*.txt"],
     )
-    field: str | None = Field(None, description="default: text, or messages for chat-jsonl")
+    field: str | None = Field(
+        None, description="default: text, or messages for chat-jsonl", examples=["content"]
+    )
     weight: PositiveFloat = Field(1.0, description="share of rows drawn, relative to the others")
     split: Literal["train", "validation", "all"] = Field("train", description="stdlib only")
     exclude: list[str] = Field(
         default_factory=list,
         description="name patterns of files to leave out (stdlib: before its split is drawn)",
+        examples=[["test_*"]],
     )
     ignore: list[str] = Field(
-        default_factory=list, description="fields of its rows that are knowingly not read"
+        default_factory=list,
+        description="fields of its rows that are knowingly not read",
+        examples=[["url"]],
     )
     max_expansion: PositiveFloat = Field(
         MAX_EXPANSION, description="what a compressed file may expand to, times its size"

@@ -20,10 +20,14 @@ class PlainConfig(EngineConfig):
         "time, with more padding, or each document of a packed row by itself",
     )
     domains: str | None = Field(
-        None, description="scale quantised products as the ranks of this layout would"
+        None,
+        description="scale quantised products as the ranks of this layout would",
+        examples=["tp2"],
     )
     skip: list[NonNegativeInt] = Field(
-        default=[], description="updates, from 0, that leave the weights as they are"
+        default=[],
+        description="updates, from 0, that leave the weights as they are",
+        examples=[[1]],
     )
 
     def refusal(self, layout: Layout, stage: StageConfig | None = None) -> str | None:

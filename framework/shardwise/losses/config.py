@@ -25,11 +25,19 @@ class SurrogateConfig(Section):
     clip_low: Fraction = Field(0.2, description="the ratio's lower bound is 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="its upper bound is 1 + clip_high")
     dual_clip: Annotated[float, Field(gt=1.0, le=1e12)] | None = Field(
-        None, description="bound of the loss for negative advantages, in units of -A"
+        None,
+        description="bound of the loss for negative advantages, in units of -A",
+        examples=[3.0],
     )
-    aggregation: Aggregation = "token_mean"
+    aggregation: Aggregation = Field(
+        "token_mean",
+        description="how tokens' losses become one: a mean or a sum over all tokens, the mean of "
+        "sequences' means or sums, or a sum over a constant",
+    )
     length_constant: PositiveInt | None = Field(
-        None, description="aggregation constant: the longest response allowed, in tokens"
+        None,
+        description="aggregation constant: the longest response allowed, in tokens",
+        examples=[1024],
     )
 
     @model_validator(mode="before")
@@ -49,17 +57,31 @@ class PolicyLossConfig(SurrogateConfig):
         Literal["grpo_deepseekmath", "dapo_paper", "dr_grpo", "gspo", "trl_default", "verl_default"]
         | None
     ) = Field(None, description="published settings, see shardwise.losses.presets")
-    advantage: AdvantageKind = "group_std"
+    advantage: AdvantageKind = Field(
+        "group_std",
+        description="what a reward is held against: the group's mean (and over its std), the mean "
+        "of the group's others, or the batch's",
+    )
     advantage_eps: NonNegativeFloat = Field(1e-6, description="added to a group's std")
-    ratio: Literal["token", "sequence", "cispo"] = "token"
+    ratio: Literal["token", "sequence", "cispo"] = Field(
+        "token",
+        description="of new and old probabilities: by token, by sequence (GSPO), or as a clipped "
+        "weight without gradient (CISPO)",
+    )
     kl: Literal["none", "k1", "k2", "k3"] = Field(
         "none", description="estimator in the loss; k2 has the on-policy gradient of the KL"
     )
-    kl_coef: NonNegativeFloat = 0.0
-    importance_cap: PositiveFloat | None = Field(
-        None, description="truncate trainer/sampler importance weights here; None: no correction"
+    kl_coef: NonNegativeFloat = Field(
+        0.0, description="weight of the KL from the reference; 0: no reference"
     )
-    importance_level: Literal["token", "sequence"] = "token"
+    importance_cap: PositiveFloat | None = Field(
+        None,
+        description="truncate trainer/sampler importance weights here; None: no correction",
+        examples=[2.0],
+    )
+    importance_level: Literal["token", "sequence"] = Field(
+        "token", description="by token or by sequence"
+    )
 
     @model_validator(mode="after")
     def _kl_is_whole(self) -> PolicyLossConfig:
@@ -78,21 +100,30 @@ class PpoLossConfig(SurrogateConfig):
     preset: Literal["ziegler_2019", "trl_default", "verl_default", "openrlhf_default"] | None = (
         Field(None, description="published settings, see shardwise.losses.presets")
     )
-    objective: Literal["clip", "kl_penalty"] = "clip"
+    objective: Literal["clip", "kl_penalty"] = Field(
+        "clip",
+        description="clipped ratios (section 3 of the paper), or a penalty on the KL (section 4)",
+    )
     penalty_coef: PositiveFloat = Field(1.0, description="kl_penalty: weight of KL(old || new)")
     penalty_target: PositiveFloat | None = Field(
-        None, description="kl_penalty: adapt the weight to this KL a token; none: fixed"
+        None,
+        description="kl_penalty: adapt the weight to this KL a token; none: fixed",
+        examples=[0.01],
     )
     value_clip: PositiveFloat | None = Field(0.2, description="none: values are not clipped")
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    gamma: Fraction = Field(1.0, description="discount of a reward a token")
+    lam: Fraction = Field(
+        0.95, description="GAE's lambda: 1 trusts returns alone, 0 the critic alone"
+    )
     kl: Literal["k1", "k2", "k3"] = Field("k1", description="estimator in the reward")
     kl_coef: NonNegativeFloat = Field(0.05, description="0: no reference model")
     kl_target: PositiveFloat | None = Field(
-        None, description="adapt kl_coef to this KL a response, in nats; none: fixed"
+        None,
+        description="adapt kl_coef to this KL a response, in nats; none: fixed",
+        examples=[6.0],
     )
     kl_gain: PositiveFloat = Field(0.1, description="how fast kl_coef adapts")
-    whiten_advantages: bool = True
+    whiten_advantages: bool = Field(True, description="scale advantages to mean 0 and variance 1")
     whiten_rewards: bool = Field(False, description="scale rewards to unit variance, keep the mean")
     missing_eos_penalty: NonNegativeFloat = Field(
         0.0, description="taken off the score of a completion that did not stop by itself"

@@ -27,7 +27,7 @@ class PreferenceConfig(Section):
     paired: ClassVar[bool] = True
     with_reference: ClassVar[bool] = True
 
-    kind: str
+    kind: str = Field(description="which loss")
     preset: (
         Literal[
             "dpo_paper", "trl_default", "iterative_rpo", "discopop", "simpo_llama3", "orpo_paper",
@@ -57,10 +57,12 @@ class _Ratio(_Paired):
     beta: PositiveFloat = Field(0.1, description="how dear it is to leave the reference")
     divergence: Divergence = Field("reverse_kl", description="from the reference: f-DPO")
     divergence_alpha: Annotated[float, Field(ge=0.0, le=100.0)] | None = Field(
-        None, description="divergence alpha: its order; 1 is reverse_kl"
+        None, description="divergence alpha: its order; 1 is reverse_kl", examples=[0.5]
     )
     ld_alpha: Fraction | None = Field(
-        None, description="LD-DPO: weight of tokens beyond the shorter answer; none: 1"
+        None,
+        description="LD-DPO: weight of tokens beyond the shorter answer; none: 1",
+        examples=[0.5],
     )
 
     @model_validator(mode="after")
@@ -108,14 +110,14 @@ class DiscopopConfig(_Ratio):
     """DiscoPOP."""
 
     kind: Literal["discopop"]
-    tau: PositiveFloat = 0.05
+    tau: PositiveFloat = Field(0.05, description="temperature of the blend")
 
 
 class ApoConfig(_Paired):
     """APO: ``apo_zero`` where the chosen are better than the model's, ``apo_down`` where worse."""
 
     kind: Literal["apo_zero", "apo_down"]
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = Field(0.1, description="how dear it is to leave the reference")
 
 
 class SlicConfig(_Paired):
@@ -131,7 +133,7 @@ class SimpoConfig(_Paired):
 
     with_reference = False
     kind: Literal["simpo"]
-    beta: PositiveFloat = 2.0
+    beta: PositiveFloat = Field(2.0, description="scale of the gap a token")
     margin: NonNegativeFloat = Field(1.0, description="the paper's gamma, not over beta")
     label_smoothing: Flipped = Field(0.0, description=_FLIPPED)
 
@@ -141,7 +143,7 @@ class OrpoConfig(_Paired):
 
     with_reference = False
     kind: Literal["orpo"]
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = Field(0.1, description="weight of the log odds ratio")
     sft_weight: NonNegativeFloat = 1.0
 
 
@@ -150,7 +152,7 @@ class CpoConfig(_Paired):
 
     with_reference = False
     kind: Literal["cpo"]
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = Field(0.1, description="scale of the gap")
     label_smoothing: Flipped = Field(0.0, description=_FLIPPED)
     sft_weight: NonNegativeFloat = 1.0
 
@@ -160,9 +162,9 @@ class KtoConfig(PreferenceConfig):
 
     paired = False
     kind: Literal["kto"]
-    beta: PositiveFloat = 0.1
-    desirable_weight: PositiveFloat = 1.0
-    undesirable_weight: PositiveFloat = 1.0
+    beta: PositiveFloat = Field(0.1, description="how dear it is to leave the reference")
+    desirable_weight: PositiveFloat = Field(1.0, description="of desirable answers")
+    undesirable_weight: PositiveFloat = Field(1.0, description="of undesirable answers")
 
 
 _Kinds = (

@@ -20,26 +20,32 @@ class ExactConfig(Section):
     """1 when the extracted answer equals the reference."""
 
     kind: Literal["exact"] = "exact"
-    weight: Weight = 1.0
-    extract: verifiers.Extract = "whole"
-    ignore_case: bool = False
+    weight: Weight = Field(1.0, description="in the sum of the parts")
+    extract: verifiers.Extract = Field(
+        "whole", description="which part of a completion is the answer"
+    )
+    ignore_case: bool = Field(False, description="A is a")
 
 
 class NumericConfig(Section):
     """1 when the extracted answer is the reference's number."""
 
     kind: Literal["numeric"] = "numeric"
-    weight: Weight = 1.0
-    extract: verifiers.Extract = "last_number"
-    rel_tol: NonNegativeFloat = 1e-6
-    abs_tol: NonNegativeFloat = 0.0
+    weight: Weight = Field(1.0, description="in the sum of the parts")
+    extract: verifiers.Extract = Field(
+        "last_number", description="which part of a completion is the answer"
+    )
+    rel_tol: NonNegativeFloat = Field(
+        1e-6, description="allowed difference, relative to the reference"
+    )
+    abs_tol: NonNegativeFloat = Field(0.0, description="allowed difference")
 
 
 class FormatConfig(Section):
     """1 when the completion has the template's form."""
 
     kind: Literal["format"] = "format"
-    weight: Weight = 1.0
+    weight: Weight = Field(1.0, description="in the sum of the parts")
     template: str = Field(
         "<think>{}</think><answer>{}</answer>", description="fixed pieces, {} for any text"
     )
@@ -49,7 +55,7 @@ class LanguageConfig(Section):
     """Share of the letters in the language's script."""
 
     kind: Literal["language"] = "language"
-    weight: Weight = 1.0
+    weight: Weight = Field(1.0, description="in the sum of the parts")
     language: str = Field("en", description="language code, e.g. en, zh, ru")
 
     @model_validator(mode="after")
@@ -64,9 +70,11 @@ class LengthConfig(Section):
     """From 0 down to -1 as a completion nears ``max_tokens``."""
 
     kind: Literal["length"] = "length"
-    weight: Weight = 1.0
-    max_tokens: PositiveInt
-    buffer_tokens: PositiveInt
+    weight: Weight = Field(1.0, description="in the sum of the parts")
+    max_tokens: PositiveInt = Field(description="where the penalty is 1", examples=[256])
+    buffer_tokens: PositiveInt = Field(
+        description="tokens before it over which the penalty grows", examples=[64]
+    )
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> LengthConfig:
@@ -78,7 +86,7 @@ class LengthConfig(Section):
 class _LibraryConfig(Section):
     """Keys of the kinds that a library scores, in the sandbox; see `UserRewardConfig`."""
 
-    weight: Weight = 1.0
+    weight: Weight = Field(1.0, description="in the sum of the parts")
     timeout_s: Seconds = Field(20.0, description="seconds for one completion")
     batch_timeout_s: Seconds | None = Field(
         None,
@@ -92,14 +100,18 @@ class ReasoningGymConfig(_LibraryConfig):
     """reasoning-gym's own score of the extracted answer, computed in the sandbox."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
-    extract: verifiers.Extract = "whole"
+    extract: verifiers.Extract = Field(
+        "whole", description="which part of a completion is the answer"
+    )
 
 
 class MathConfig(_LibraryConfig):
     """1 when the extracted answer is the reference's mathematics, by math-verify in the sandbox."""
 
     kind: Literal["math"] = "math"
-    extract: verifiers.Extract = "boxed"
+    extract: verifiers.Extract = Field(
+        "boxed", description="which part of a completion is the answer"
+    )
 
 
 PartConfig = Annotated[
@@ -118,7 +130,12 @@ PartConfig = Annotated[
 class RewardConfig(Section):
     """A reward is the weighted sum of its parts."""
 
-    parts: list[PartConfig] = Field([ExactConfig()], min_length=1)
+    parts: list[PartConfig] = Field(
+        [ExactConfig()],
+        min_length=1,
+        description="what is added up",
+        examples=[[{"kind": "exact"}, {"kind": "format", "weight": 0.2}]],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

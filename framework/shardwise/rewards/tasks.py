@@ -34,14 +34,18 @@ _PATIENCE = 20_000  # candidates in a row without a new problem: the family is e
 class TaskConfig(Section):
     """A source of problems and how they are written."""
 
-    kind: Literal["count_letters", "arithmetic", "reasoning_gym"] = "count_letters"
-    seed: Seed = 0
+    kind: Literal["count_letters", "arithmetic", "reasoning_gym"] = Field(
+        "count_letters", description="which problems"
+    )
+    seed: Seed = Field(0, description="of the problems")
     style: Literal["answer", "steps", "tags"] = Field(
         "answer",
         description="answer: the bare answer; steps: steps, then 'Answer: x'; "
         "tags: <think>steps</think><answer>x</answer>",
     )
-    system: str | None = Field(None, description="system message of every conversation")
+    system: str | None = Field(
+        None, description="system message of every conversation", examples=["Answer with a number."]
+    )
     min_length: Annotated[int, Field(ge=1, le=100_000)] = Field(
         6, description="count_letters: fewest letters"
     )
@@ -49,7 +53,9 @@ class TaskConfig(Section):
         14, description="count_letters: most letters"
     )
     letters: str = Field("abc", min_length=1, description="count_letters: the alphabet")
-    targets: str = Field("", description="count_letters: letters asked for; empty: the alphabet")
+    targets: str = Field(
+        "", description="count_letters: letters asked for; empty: the alphabet", examples=["a"]
+    )
     operations: tuple[Operation, ...] = Field(
         ("add", "subtract", "multiply", "compare", "chain"),
         min_length=1,
@@ -64,9 +70,13 @@ class TaskConfig(Section):
     chain_length: Annotated[int, Field(ge=1, le=1000)] = Field(
         3, description="arithmetic: operations of a chain"
     )
-    name: str = Field("", description="reasoning_gym: name of the dataset")
+    name: str = Field(
+        "", description="reasoning_gym: name of the dataset", examples=["letter_counting"]
+    )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="reasoning_gym: settings of the dataset"
+        default_factory=dict,
+        description="reasoning_gym: settings of the dataset",
+        examples=[{"max_words": 8}],
     )
 
     @model_validator(mode="after")

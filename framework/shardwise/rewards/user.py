@@ -53,8 +53,10 @@ class UserRewardConfig(Section):
     """A reward function of your own, and what it may do."""
 
     kind: Literal["user"] = "user"
-    weight: Weight = 1.0
-    function: str = Field(description="path.py:name, called in a sandbox")
+    weight: Weight = Field(1.0, description="in the sum of the parts")
+    function: str = Field(
+        description="path.py:name, called in a sandbox", examples=["reward.py:score"]
+    )
     timeout_s: Seconds = Field(5.0, description="seconds for one completion")
     batch_timeout_s: Seconds | None = Field(
         60.0,
@@ -63,8 +65,12 @@ class UserRewardConfig(Section):
     )
     start_timeout_s: Seconds = Field(60.0, description="seconds to import the file")
     memory_mb: PositiveInt = Field(2048, description="address space of one worker, MiB")
-    num_workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    preload: list[str] = Field([], description="modules to import before the sandbox closes")
+    num_workers: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="processes of each rank"
+    )
+    preload: list[str] = Field(
+        [], description="modules to import before the sandbox closes", examples=[["json"]]
+    )
     reads: bool = Field(False, description="may read files and import modules while it scores")
     processes: bool = Field(False, description="may start processes")
     network: bool = Field(False, description="may open sockets")

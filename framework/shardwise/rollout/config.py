@@ -19,11 +19,15 @@ class Sampling(Section):
     greedy: bool = Field(False, description="the most probable token; no randomness")
     top_k: NonNegativeInt = Field(0, description="keep the k most probable tokens; 0: all")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass")
-    max_new_tokens: SeqLen = 64
+    max_new_tokens: SeqLen = Field(64, description="longest completion, in tokens")
     stop_ids: tuple[NonNegativeInt, ...] = Field(
-        (), description="tokens that end a completion, besides the tokenizer's end of text"
+        (),
+        description="tokens that end a completion, besides the tokenizer's end of text",
+        examples=[[2]],
     )
-    stop_strings: tuple[str, ...] = Field((), description="texts that end a completion")
+    stop_strings: tuple[str, ...] = Field(
+        (), description="texts that end a completion", examples=[["\n\n"]]
+    )
 
     def stopping_at(self, stop_ids: Iterable[int]) -> Sampling:
         """The same, with the tokenizer's ``stop_ids`` behind those that the user gave."""

@@ -34,7 +34,7 @@ class BitsConfig(EvaluationConfig):
         description="0: rows side by side; else rows start this far apart and score their last "
         "``stride`` tokens, so that every token has seq_len - stride of context",
     )
-    micro_batch: Rows = 16
+    micro_batch: Rows = Field(16, description="rows that a rank computes at once")
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """See `EvaluationConfig.shrunk`.
@@ -75,8 +75,8 @@ class ProblemsConfig(EvaluationConfig):
 
     kind: Literal["problems"]
     task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: Rows = 512
-    max_new_tokens: SeqLen = 16
+    num_problems: Rows = Field(512, description="how many")
+    max_new_tokens: SeqLen = Field(16, description="of an answer")
     reward: RewardConfig = Field(
         default_factory=RewardConfig, description="an answer is right when it earns the maximum"
     )
@@ -99,7 +99,9 @@ class ContinuationsConfig(EvaluationConfig):
     small_seq_len = 64
 
     kind: Literal["continuations"]
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[str] = Field(
+        min_length=1, description="beginnings", examples=[["def read(self, "]]
+    )
     sampling: Sampling = Field(default_factory=Sampling)
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:

@@ -49,8 +49,10 @@ def small_reward(folder: Path, refuses: bool = False) -> RewardConfig:
 class PolicyRoles(Section):
     """Models of the stage that are laid out, placed or started otherwise than the stage says."""
 
-    actor: RoleConfig | None = None
-    reference: RoleConfig | None = None
+    actor: RoleConfig | None = Field(None, description="the model that is trained and writes")
+    reference: RoleConfig | None = Field(
+        None, description="the frozen model that it is held against"
+    )
 
 
 class PolicyConfig(StageConfig):
@@ -63,7 +65,9 @@ class PolicyConfig(StageConfig):
 
     task: TaskConfig = Field(default_factory=TaskConfig)
     num_problems: Rows = Field(4096, description="problems of the task's train_rl split")
-    samples_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = 1
+    samples_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        1, description="completions of each prompt"
+    )
     sampling: Sampling = Field(default_factory=Sampling)
     reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
     updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
@@ -130,4 +134,4 @@ class ScoredConfig(PolicyConfig):
 class ScoredRoles(PolicyRoles):
     """See `PolicyRoles`."""
 
-    reward: RoleConfig | None = None
+    reward: RoleConfig | None = Field(None, description="the frozen model that scores")

@@ -15,7 +15,7 @@ from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 class PpoRoles(ScoredRoles):
     """See `PolicyRoles`."""
 
-    critic: RoleConfig | None = None
+    critic: RoleConfig | None = Field(None, description="the model that predicts returns")
 
 
 class PpoConfig(ScoredConfig):

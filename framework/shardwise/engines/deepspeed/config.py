@@ -24,6 +24,7 @@ class DeepSpeedConfig(EngineConfig):
         None,
         description="DeepSpeed's own JSON, a file or a mapping; what contradicts the recipe is an "
         "error, what the recipe does not say is passed on",
+        examples=[{"zero_optimization": {"reduce_bucket_size": 500000000}}],
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="where optimizer states and masters live (ZeRO-Offload)"
@@ -31,7 +32,9 @@ class DeepSpeedConfig(EngineConfig):
     offload_param: Literal["none", "cpu"] = Field(
         "none", description="zero3: where parameters live between uses (ZeRO-Infinity)"
     )
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="see the native engine's"
+    )
 
     @field_validator("config", mode="after")
     @classmethod

@@ -15,10 +15,10 @@ class GPT2Config(DecoderConfig):
 
     family: Literal["gpt2"] = "gpt2"
     max_seq_len: SeqLen = 1024
-    ffn_size: Width | None = Field(None, description="None: 4 * hidden_size")
-    norm_eps: Epsilon = 1e-5
-    embed_dropout: BelowOne = 0.0
-    attn_dropout: BelowOne = 0.0
+    ffn_size: Width | None = Field(None, description="None: 4 * hidden_size", examples=[3072])
+    norm_eps: Epsilon = Field(1e-5, description="added to the variance in norms")
+    embed_dropout: BelowOne = Field(0.0, description="behind the embeddings")
+    attn_dropout: BelowOne = Field(0.0, description="of attention's weights")
     dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
 
     @model_validator(mode="after")

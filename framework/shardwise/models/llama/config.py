@@ -21,14 +21,18 @@ from shardwise.ops.rope_scaling import RopeScaling
 class RopeScalingConfig(Section):
     """Stretching of the rotary frequencies; see `shardwise.ops.rope_scaling.RopeScaling`."""
 
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: Annotated[float, Field(ge=1.0, le=1e6)]
-    original_max_seq_len: PositiveInt = 8192
+    kind: Literal["linear", "llama3", "yarn"] = Field(description="which rule")
+    factor: Annotated[float, Field(ge=1.0, le=1e6)] = Field(
+        description="longer rows over those of pre-training", examples=[4.0]
+    )
+    original_max_seq_len: PositiveInt = Field(8192, description="tokens of a row in pre-training")
     low_freq_factor: PositiveFloat = Field(1.0, description="llama3")
     high_freq_factor: PositiveFloat = Field(4.0, description="llama3")
     beta_fast: PositiveFloat = Field(32.0, description="yarn")
     beta_slow: PositiveFloat = Field(1.0, description="yarn")
-    attention_factor: PositiveFloat | None = Field(None, description="yarn; None: from factor")
+    attention_factor: PositiveFloat | None = Field(
+        None, description="yarn; None: from factor", examples=[1.1]
+    )
 
     @model_validator(mode="after")
     def _bands_are_apart(self) -> RopeScalingConfig:
@@ -43,16 +47,22 @@ class LlamaConfig(DecoderConfig):
     """A decoder with RMS norm, rotary positions, grouped-query attention and SwiGLU."""
 
     family: Literal["llama"] = "llama"
-    num_kv_heads: Width
-    head_dim: Width | None = Field(None, description="None: hidden_size / num_heads")
-    ffn_size: Width
-    rope_base: Annotated[float, Field(ge=1.0, le=1e12)] = 10_000.0
+    num_kv_heads: Width = Field(
+        description="key/value heads; as many as num_heads: no grouping", examples=[2]
+    )
+    head_dim: Width | None = Field(None, description="None: hidden_size / num_heads", examples=[64])
+    ffn_size: Width = Field(description="features of the feed-forward", examples=[448])
+    rope_base: Annotated[float, Field(ge=1.0, le=1e12)] = Field(
+        10_000.0, description="base of the rotary wavelengths, theta"
+    )
     rope_scaling: RopeScalingConfig | None = None
-    norm_eps: Epsilon = 1e-5
+    norm_eps: Epsilon = Field(1e-5, description="added to the mean square in norms")
     qkv_bias: bool = Field(False, description="Qwen2: true")
-    o_bias: bool = False
+    o_bias: bool = Field(False, description="bias of attention's output")
     qk_norm: bool = Field(False, description="Qwen3: true")
-    sliding_window: PositiveInt | None = Field(None, description="tokens seen, itself included")
+    sliding_window: PositiveInt | None = Field(
+        None, description="tokens seen, itself included", examples=[4096]
+    )
     window_start_layer: NonNegativeInt = Field(0, description="first layer that uses the window")
     dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
 
