@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "shardwise_kernels"
 FLOORS = [
     {"environment", "errors", "lazy"},
     {"safe_files"},
-    {"integrity"},
+    {"hub", "integrity"},
     {"config"},
     {"terminal"},
     {"storage"},

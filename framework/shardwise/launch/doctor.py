@@ -29,6 +29,7 @@ class Library:
 # Distribution, module, extra, purpose. GPU kernels come from `shardwise.ops.capability`.
 _OPTIONAL = [
     ("transformers", "transformers", "hf", "parity tests, loading what we export"),
+    ("huggingface_hub", "huggingface_hub", "hf", "models and datasets by hf:org/name"),
     ("gguf", "gguf", "gguf", "convert from GGUF"),
     ("pyarrow", "pyarrow", "data", "parquet input"),
     ("sentencepiece", "sentencepiece", "data", "sentencepiece tokenizers"),
