@@ -18,9 +18,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 
-# What we call: `ops/flash.py`, `ops/transformer_engine.py`, `engines/megatron`. A class stands for
-# its constructor.
+# What we call: `ops/apex.py`, `engines/deepspeed`, `ops/flash.py`, `engines/megatron`,
+# `ops/transformer_engine.py`. A class stands for its constructor.
 CALLS = {
+    "apex": ("apex.optimizers.FusedAdam", "apex.optimizers.FusedAdam.step"),
     "flash_attn": ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func"),
     "megatron_core": tuple(
         f"megatron.core.{name}"

@@ -52,7 +52,7 @@ class ParameterGroup(Section):
 class OptimizerConfig(Section):
     """What every kind of optimizer has. Kinds derive from it, fix ``kind`` and register."""
 
-    fused: ClassVar[bool] = False  # whether weights move in the backward pass
+    in_backward: ClassVar[bool] = False  # whether weights move in the backward pass
 
     kind: str = Field(description="which update rule")
     lr: Rate = Field(3e-4, description="peak learning rate")
@@ -107,10 +107,9 @@ class OptimizerConfig(Section):
         return self.with_rate(max(self.lr, SMALL_RATE))
 
 
-class AdamWConfig(OptimizerConfig):
-    """Adam with decoupled decay: Loshchilov and Hutter 2019, algorithm 2."""
+class MomentsConfig(OptimizerConfig):
+    """What Adam and its kin have: means of gradients and of their squares."""
 
-    kind: Literal["adamw"] = "adamw"
     beta1: BelowOne = Field(0.9, description="how slowly the mean of gradients forgets")
     beta2: BelowOne = Field(0.95, description="how slowly the mean of their squares forgets")
     eps: Epsilon = Field(1e-8, description="added to the root of the second moment")
@@ -118,6 +117,17 @@ class AdamWConfig(OptimizerConfig):
     def shrunk(self) -> Self:
         """See `OptimizerConfig`."""
         return super().shrunk().model_copy(update={"eps": max(self.eps, SMALL_GRADIENT)})
+
+
+class AdamWConfig(MomentsConfig):
+    """Adam with decoupled decay: Loshchilov and Hutter 2019, algorithm 2."""
+
+    kind: Literal["adamw"] = "adamw"
+    fused: Literal["auto", "apex"] = Field(
+        "auto",
+        description="auto: torch's fused update where it works; apex: NVIDIA's, on GPUs that have "
+        "it, else as auto",
+    )
 
 
 class AdamConfig(AdamWConfig):
@@ -149,7 +159,7 @@ class LionConfig(OptimizerConfig):
     beta2: BelowOne = Field(0.99, description="how slowly the momentum forgets")
 
 
-class MuonConfig(AdamWConfig):
+class MuonConfig(MomentsConfig):
     """Jordan et al. 2024: matrices by orthogonalised momentum, all else by AdamW."""
 
     kind: Literal["muon"]  # type: ignore[assignment]
@@ -199,7 +209,7 @@ class AdafactorConfig(FactoredConfig):
 class LomoConfig(OptimizerConfig):
     """Lv et al. 2023: SGD within the backward pass; no state, no buffer of gradients."""
 
-    fused: ClassVar[bool] = True
+    in_backward: ClassVar[bool] = True
 
     kind: Literal["lomo"]
     lr: Rate = 1e-2
@@ -208,22 +218,22 @@ class LomoConfig(OptimizerConfig):
 class AdaLomoConfig(FactoredConfig):
     """Lv et al. 2024: Adafactor within the backward pass; its rate is relative to tensors' size."""
 
-    fused: ClassVar[bool] = True
+    in_backward: ClassVar[bool] = True
 
     kind: Literal["adalomo"]
     lr: Rate = 5e-4
 
 
-class AdamW8bitConfig(AdamWConfig):
+class AdamW8bitConfig(MomentsConfig):
     """AdamW with 8-bit moments: Dettmers et al. 2022."""
 
-    kind: Literal["adamw8bit"]  # type: ignore[assignment]
+    kind: Literal["adamw8bit"]
 
 
-class ScheduleFreeConfig(AdamWConfig):
+class ScheduleFreeConfig(MomentsConfig):
     """Defazio et al. 2024: AdamW with an average in place of a decay; warm-up, then constant."""
 
-    kind: Literal["schedule_free"]  # type: ignore[assignment]
+    kind: Literal["schedule_free"]
     lr: Rate = 2.5e-3
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.9, description="of the average, in where gradients are taken"

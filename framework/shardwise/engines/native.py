@@ -85,7 +85,7 @@ class NativeEngine:
         self.seed, self.stage, self.adapter_config = seed, stage, trained.adapter
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = precision_of(config.precision, mesh.device)
-        by_block = optimizer is not None and optimizer.fused
+        by_block = optimizer is not None and optimizer.in_backward
         assembled = assemble(model_config, config, mesh, seed, trained, by_block=by_block)
         self.chunks, self.adapter = assembled.chunks, assembled.adapter
         if self.precision.logits(wide_logits) != self.precision.compute:

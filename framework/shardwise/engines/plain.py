@@ -257,7 +257,7 @@ class PlainEngine:
         for name, parameter in (self.parameters if kind == "weights" else self.trained).items():
             if kind == "weights":
                 yield name, parameter.data
-            elif kind == "grads" and self.setup.optimizer and self.setup.optimizer.fused:
+            elif kind == "grads" and self.setup.optimizer and self.setup.optimizer.in_backward:
                 return  # as if weights had moved in the backward pass
             elif kind == "grads":
                 grad = parameter.grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from shardwise.ops import (
+    apex,
     bitsandbytes,
     compiled,
     cpu_attention,
@@ -37,7 +37,7 @@ def capabilities() -> list[Capability]:
     rows: list[tuple[str, str, Callable[[], str | None]]] = [
         ("flash_attn", "attention", _flash_attn),
         ("transformer_engine", f"FP8 linear layers ({_scalings()})", _transformer_engine),
-        ("apex", "fused optimizers and norms", _apex),
+        ("apex", "optimizer.fused: apex", _apex),
         ("triton", "FP8 quantisers of the emulation", _triton),
         ("float8", "engine.fp8, emulated", _float8),
         ("cpu_kernels", "attention and softmax on CPU", _cpu_kernels),
@@ -96,27 +96,8 @@ def _scalings() -> str:
     return ", ".join(f"{s}: {'yes' if why is None else why}" for s, why in usable.items())
 
 
-def _apex() -> str:
-    """Nothing calls it yet, so only a wrong one is worth a mend.
-
-    NVIDIA's apex comes from its own source; PyPI's package of that name is a web toolkit.
-    """
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "not installed; nothing uses it yet"
-    # NVIDIA's has these subpackages; looking for them on disk runs none of the other's code.
-    folders = spec.submodule_search_locations or []
-    if not any(_has_module(folder, name) for folder in folders for name in ("optimizers", "amp")):
-        return (
-            "the installed apex is not NVIDIA's but PyPI's web toolkit; uninstall it (NVIDIA's is "
-            "built from github.com/NVIDIA/apex)"
-        )
-    return "installed; nothing uses it yet: PyTorch's own optimizers and norms run"
-
-
-def _has_module(folder: str, name: str) -> bool:
-    finder = importlib.machinery.PathFinder()
-    return finder.find_spec(name, [folder]) is not None
+def _apex() -> str | None:
+    return apex.unusable(torch.device("cuda"), torch.float32)
 
 
 def _float8() -> str | None:

@@ -48,8 +48,8 @@ def builder_of(kind: str) -> Build:
 
 
 _HERE = "shardwise.optim"
-register_optimizer("adamw", configs.AdamWConfig, f"{_HERE}.torch_kinds:build")
-register_optimizer("adam", configs.AdamConfig, f"{_HERE}.torch_kinds:build")
+register_optimizer("adamw", configs.AdamWConfig, f"{_HERE}.adam:build")
+register_optimizer("adam", configs.AdamConfig, f"{_HERE}.adam:build")
 register_optimizer("sgd", configs.SgdConfig, f"{_HERE}.torch_kinds:build")
 register_optimizer("lion", configs.LionConfig, f"{_HERE}.lion:Lion")
 register_optimizer("muon", configs.MuonConfig, f"{_HERE}.muon:Muon")

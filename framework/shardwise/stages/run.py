@@ -258,7 +258,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
         wanted = parse_layout(role.engine.layout, world_of(role.engine.layout, ranks))
         check_layout(role.engine, wanted, stage)
         optimizer = role.optimizer or stage.optimizer
-        fused = optimizer.kind if optimizer.fused and name in TRAINED else ""
+        fused = optimizer.kind if optimizer.in_backward and name in TRAINED else ""
         compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
         cases = [
             feasible.Case(

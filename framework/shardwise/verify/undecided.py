@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from shardwise.config.optimizers import (
-    AdamWConfig,
     FactoredConfig,
     LionConfig,
+    MomentsConfig,
     OptimizerConfig,
     ScheduleFreeConfig,
 )
@@ -79,7 +79,7 @@ def _moved(
     if isinstance(config, ScheduleFreeConfig) and v is not None and gradient in exact:
         root = (v / (1 - config.beta2**steps)).sqrt() + config.eps
         return error(gradient, v) / root
-    if isinstance(config, AdamWConfig) and m is not None and v is not None:
+    if isinstance(config, MomentsConfig) and m is not None and v is not None:
         root = (v / (1 - config.beta2**steps)).sqrt() + config.eps
         return error(moment, m) / (1 - config.beta1**steps) / root
     if isinstance(config, FactoredConfig):

@@ -126,7 +126,7 @@ def _adapter(case: Case) -> str | None:
 
 def _optimizer(case: Case) -> str | None:
     optimizer = case.optimizer
-    if optimizer is None or (optimizer.kind in OPTIMIZERS and not optimizer.fused):
+    if optimizer is None or (optimizer.kind in OPTIMIZERS and not optimizer.in_backward):
         return None
     return (
         f"optimizer.kind: {optimizer.kind}; with kind: megatron choose {', '.join(OPTIMIZERS)}, "
