@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from shardwise.adapters.presets import ADAPTER_PRESETS, ALL_LINEAR
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.optimizers import ParameterGroup
-from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate
+from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate, shown
 
 SMALL_RANK, SMALL_SIZE = 4, 6
 
@@ -45,8 +45,11 @@ class LowRankConfig(AdapterConfig):
         default=[ALL_LINEAR],
         description="patterns of module paths (layers.*.attn.q) or last names (q); all-linear: the "
         "linear layers of all blocks. head and embed by name alone",
+        examples=[["q", "v"]],
     )
-    dropout: BelowOne = Field(0.0, description="of what goes into A, while training")
+    dropout: BelowOne = Field(
+        0.0, description="of what goes into A, while training", examples=[0.05]
+    )
     init: Literal["default", "pissa", "orthogonal"] = Field(
         "default",
         description="default: A random, B zero; pissa: the largest singular vectors of W, taken "
@@ -62,7 +65,9 @@ class LowRankConfig(AdapterConfig):
         description="alphas of their own, by patterns as in targets",
         examples=[{"layers.0.*": 8.0}],
     )
-    lr_ratio: Rate = Field(1.0, description="LoRA+: learning rate of B over that of A")
+    lr_ratio: Rate = Field(
+        1.0, description="LoRA+: learning rate of B over that of A", examples=[16.0]
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +139,8 @@ class DoraConfig(LowRankConfig):
 
     magnitudes: ClassVar[bool] = True
 
+    model_config = shown(kind="dora", preset="dora_paper")
+
     kind: Literal["dora"]
 
 
@@ -155,7 +162,7 @@ class BottleneckConfig(AdapterConfig):
     size: PositiveInt = Field(64, description="features between the two products")
     activation: Literal["relu", "gelu"] = Field("relu", description="between the two products")
     scale: PositiveFloat | None = Field(
-        None, description="None: 1 if sequential, 4 if parallel", examples=[1.0]
+        None, description="null: 1 if sequential, 4 if parallel", examples=[1.0]
     )
     init_std: PositiveFloat = Field(0.01, description="of both products' initial weights")
 

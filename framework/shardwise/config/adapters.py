@@ -16,7 +16,7 @@ from shardwise.config.section import PositiveInt, Section
 
 
 class AdapterConfig(Section):
-    """What every kind has: small trained parts beside a model that stands still.
+    """Small trained parts beside a model that stands still; what every kind has.
 
     Kinds derive from it, fix ``kind`` and register themselves. ``merges``: whether a plain model's
     weights can say the same; else base and adapter are served side by side.
@@ -33,7 +33,7 @@ class AdapterConfig(Section):
     quantise: Literal["nf4", "int8"] | None = Field(
         None,
         description="keep the linear layers of all blocks, which stand still, in 4 bits (QLoRA) or "
-        "8 bits a weight; None: as they are",
+        "8 bits a weight; null: as they are",
     )
 
     def groups(self) -> list[ParameterGroup]:
@@ -66,7 +66,7 @@ class FreezeConfig(Section):
     )
     train_last: PositiveInt | None = Field(
         None,
-        description="train the last so many layers and what is behind them; None: all",
+        description="train the last so many layers and what is behind them; null: all",
         examples=[2],
     )
 

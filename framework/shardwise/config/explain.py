@@ -90,14 +90,14 @@ def _sentence(item: Mapping[str, Any], path: Path, allowed: Any) -> str:
         case "union_tag_invalid":
             return _one_of(given.get(path[-1]), ctx["expected_tags"].replace("'", "").split(", "))
         case "union_tag_not_found":
-            return _one_of(None, [tag for m in _flatten(allowed) for tag in _tags(m)])
+            return _one_of(None, [tag for m in alternatives(allowed) for tag in tags(m)])
         case "value_error" | "assertion_error":
             return str(ctx.get("error", item["msg"]))
     words = describe(allowed) if allowed is not None else ""
-    choices = _choices(allowed)
+    named = choices(allowed)
     hint = _hint(given, words)
     if not hint and isinstance(given, str):
-        hint = nearest(given, choices)
+        hint = nearest(given, named)
     return f"given {shown(given)}; allowed: {words or item['msg']}{hint}"
 
 
@@ -184,13 +184,14 @@ def _members(kind: Any) -> list[Any]:
     return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else []
 
 
-def _choices(annotation: Any) -> list[str]:
+def choices(annotation: Any) -> list[str]:
+    """The texts that a Literal allows, or those of an annotation's alternatives."""
     if annotation is None or isinstance(annotation, dict):
         return []
     kind, _ = _unwrap(annotation)
     if get_origin(kind) is Literal:
         return [str(a) for a in get_args(kind)]
-    return [c for member in _members(kind) for c in _choices(member)]
+    return [c for member in _members(kind) for c in choices(member)]
 
 
 def _locate(loc: tuple[Any, ...], error: str, data: Any, root: type[Section]) -> tuple[Path, Any]:
@@ -202,7 +203,7 @@ def _locate(loc: tuple[Any, ...], error: str, data: Any, root: type[Section]) ->
     allowed: Any = root
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
-        options = [_concrete(m, data) for m in _flatten(allowed)]
+        options = [_concrete(m, data) for m in alternatives(allowed)]
         inner = None
         for option in options:
             inner = inner if inner is not None else _child(option, part)
@@ -221,10 +222,11 @@ def _fields(options: Iterable[Any]) -> dict[str, Any]:
     return {name: field for s in sections for name, field in s.model_fields.items()}
 
 
-def _flatten(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, unions inside of it unfolded; of anything else, itself."""
     kind, _ = _unwrap(annotation)
     members = _members(kind)
-    return [x for m in members for x in _flatten(m)] if members else [kind]
+    return [x for m in members for x in alternatives(m)] if members else [kind]
 
 
 def _concrete(kind: Any, data: Any) -> Any:
@@ -250,11 +252,11 @@ def _child(kind: Any, part: Any) -> Any:
 
 
 def _tag(kind: Any, part: Any) -> bool:
-    return part in _tags(kind) or part == getattr(kind, "__name__", None)
+    return part in tags(kind) or part == getattr(kind, "__name__", None)
 
 
-def _tags(kind: Any) -> list[str]:
+def tags(kind: Any) -> list[str]:
     """What a union's discriminator may say for this member."""
     if isinstance(kind, type) and issubclass(kind, Section) and "kind" in kind.model_fields:
-        return _choices(kind.model_fields["kind"])
+        return choices(kind.model_fields["kind"])
     return []

@@ -42,7 +42,7 @@ class Fp8Config(Section):
         1024, description="delayed: steps whose amax counts"
     )
     margin: Annotated[int, Field(ge=0, le=64)] = Field(
-        0, description="delayed: scales are 2^margin smaller"
+        0, description="delayed: scales are 2^margin smaller", examples=[1]
     )
     amax_compute: Literal["max", "most_recent"] = Field(
         "max", description="delayed: the largest of the history, or the last one"
@@ -51,6 +51,7 @@ class Fp8Config(Section):
         default_factory=lambda: ["layers.*"],
         min_length=1,
         description="path patterns of the linear layers to quantise, e.g. layers.*.mlp.*",
+        examples=[["layers.*.mlp.*"]],
     )
     first_layers: NonNegativeInt = Field(1, description="blocks at the start left unquantised")
     last_layers: NonNegativeInt = Field(1, description="blocks at the end left unquantised")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from shardwise.config import registry
-from shardwise.config.section import BelowOne, Epsilon, NonNegativeFloat, Rate, Section
+from shardwise.config.section import BelowOne, Epsilon, NonNegativeFloat, Rate, Section, shown
 
 SMALL_RATE = 3e-4
 # Sizes that some elements or tensors of a small model are below and others above: of gradients,
@@ -24,6 +24,8 @@ SMALL_GRADIENT, SMALL_SQUARE, SMALL_WEIGHT = 1e-5, 2.5e-9, 1e-2
 
 class ParameterGroup(Section):
     """Parameters with a rate or a decay of their own; of several that match, the first counts."""
+
+    model_config = shown(match="embed.*", weight_decay=0.0)
 
     match: Annotated[str, Field(min_length=1)] = Field(
         description="pattern of parameter names, e.g. layers.*.attn.*", examples=["layers.*.attn.*"]
@@ -50,7 +52,10 @@ class ParameterGroup(Section):
 
 
 class OptimizerConfig(Section):
-    """What every kind of optimizer has. Kinds derive from it, fix ``kind`` and register."""
+    """The update rule; what every kind of optimizer has.
+
+    Kinds derive from it, fix ``kind`` and register.
+    """
 
     in_backward: ClassVar[bool] = False  # whether weights move in the backward pass
 

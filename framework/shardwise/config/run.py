@@ -28,6 +28,7 @@ from shardwise.config.schema import (
     Seed,
     StageConfig,
     TokenizerConfig,
+    beside,
     shown_as,
 )
 
@@ -82,7 +83,9 @@ class RunConfig(Section):
     run_dir: Path | None = Field(
         None, description="default: runs/<name>", examples=["/shared/runs/big"]
     )
-    seed: Seed = Field(0, description="of the weights, the order of data, dropout and sampling")
+    seed: Seed = Field(
+        0, description="of the weights, the order of data, dropout and sampling", examples=[1234]
+    )
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
     init_from: Path | None = Field(
         None,
@@ -96,7 +99,11 @@ class RunConfig(Section):
     stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
         min_length=1, description="what is trained, one after the other"
     )
-    evaluate_start: bool = Field(False, description="also measure what init_from holds")
+    evaluate_start: bool = Field(
+        False,
+        description="also measure what init_from holds",
+        json_schema_extra=beside(init_from="/models/SmolLM2-135M"),
+    )
     evaluations: list[SerializeAsAny[Annotated[EvaluationConfig, BeforeValidator(_evaluation)]]] = (
         Field(default=[], description="measured on the model after each stage")
     )

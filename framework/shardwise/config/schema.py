@@ -45,6 +45,8 @@ from shardwise.config.section import Seed as Seed
 from shardwise.config.section import SeqLen as SeqLen
 from shardwise.config.section import Vocabulary as Vocabulary
 from shardwise.config.section import Weight as Weight
+from shardwise.config.section import beside as beside
+from shardwise.config.section import shown as shown
 
 
 class DataSection(Section):
@@ -56,10 +58,13 @@ class DataSection(Section):
 
 
 class ModelConfig(Section):
-    """What every model family has. Families derive from it and register themselves."""
+    """The architecture; what every family has.
+
+    Families derive from it and register themselves.
+    """
 
     family: str = Field(description="which architecture")
-    vocab_size: Vocabulary = Field(0, description="0: take the tokenizer's size")
+    vocab_size: Vocabulary = Field(0, description="0: take the tokenizer's size", examples=[50_257])
     max_seq_len: SeqLen = Field(2048, description="longest row in tokens")
 
 
@@ -73,14 +78,16 @@ class TokenizerConfig(Section):
         None, description="tokenizer.json, a tiktoken or a .model file", examples=["tokenizer.json"]
     )
     split: Literal["gpt2", "cl100k", "o200k"] | None = Field(
-        None, description="how a tiktoken file splits text; None: by the file's name"
+        None,
+        description="how a tiktoken file splits text; null: by the file's name",
+        json_schema_extra=beside(kind="tiktoken", path="o200k_base.tiktoken"),
     )
     vocab_size: Annotated[Vocabulary, Field(ge=1)] = Field(
         4096, description="size of a BPE vocabulary trained here"
     )
     sample_bytes: NumBytes = Field(8_000_000, description="bytes of text that train a BPE")
     chat_template: str | None = Field(
-        None, description="Jinja source or a path; None: ChatML", examples=["chat_template.jinja"]
+        None, description="Jinja source or a path; null: ChatML", examples=["chat_template.jinja"]
     )
 
     @model_validator(mode="after")
@@ -98,7 +105,9 @@ class TokenizerConfig(Section):
 
 
 class EngineConfig(Section):
-    """What every kind of engine has. Kinds derive from it, fix ``kind`` and register themselves.
+    """What computes, in which layout and precision; what every kind of engine has.
+
+    Kinds derive from it, fix ``kind`` and register themselves.
 
     ``remark``: what a reader of `verify`'s figures should know of them.
     """
@@ -106,11 +115,15 @@ class EngineConfig(Section):
     remark: ClassVar[str] = ""
 
     kind: str = Field(description="what computes")
-    layout: str = Field("auto", description="layout grammar, e.g. dp2.zero2; auto: all ranks dp")
+    layout: str = Field(
+        "auto",
+        description="layout grammar, e.g. dp2.zero2; auto: all ranks dp",
+        examples=["dp2.zero2"],
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
-    fp8: Fp8Config | None = Field(None, description="quantised products; None: off")
+    fp8: Fp8Config | None = Field(None, description="quantised products; null: off")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0: no clipping")
     timeout_s: Seconds = Field(
         600.0, description="seconds that ranks wait in a step for one that sleeps or computes"
@@ -162,7 +175,7 @@ class BatchConfig(Section):
     seq_len: SeqLen = Field(256, description="tokens of a row")
     ramp_start: Rows | None = Field(None, description="first global batch of a ramp", examples=[2])
     ramp_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        0, description="steps until the full global batch"
+        0, description="steps until the full global batch", examples=[50]
     )
 
 
@@ -176,12 +189,20 @@ class ScheduleConfig(Section):
         "cosine", description="shape of the rate behind the warm-up"
     )
     warmup_steps: NonNegativeInt = Field(
-        0, description="steps in which the rate rises from 0 to optimizer.lr"
+        0, description="steps in which the rate rises from 0 to optimizer.lr", examples=[10]
     )
-    min_ratio: Fraction = Field(0.0, description="final learning rate over the peak")
-    decay_steps: NonNegativeInt = Field(0, description="WSD: steps of the final decay")
-    cycle_steps: NonNegativeInt = Field(0, description="cosine_restarts: steps of the first cycle")
-    cycle_factor: Rate = Field(1.0, description="cosine_restarts: growth of each cycle")
+    min_ratio: Fraction = Field(
+        0.0, description="final learning rate over the peak", examples=[0.1]
+    )
+    decay_steps: NonNegativeInt = Field(
+        0, description="WSD: steps of the final decay", examples=[20]
+    )
+    cycle_steps: NonNegativeInt = Field(
+        0, description="cosine_restarts: steps of the first cycle", examples=[50]
+    )
+    cycle_factor: Rate = Field(
+        1.0, description="cosine_restarts: growth of each cycle", examples=[2.0]
+    )
 
     @model_validator(mode="after")
     def _has_its_own_steps(self) -> ScheduleConfig:
@@ -224,7 +245,9 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep. The last step of a stage is always saved."""
 
-    every: NonNegativeInt = Field(0, description="steps between saves; 0: only at the end")
+    every: NonNegativeInt = Field(
+        0, description="steps between saves; 0: only at the end", examples=[100]
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the best by validation")
     asynchronous: bool = Field(False, description="write in the background while training goes on")
@@ -233,10 +256,12 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     """Validation during a stage."""
 
-    every: NonNegativeInt = Field(0, description="steps between validations; 0: only at the end")
+    every: NonNegativeInt = Field(
+        0, description="steps between validations; 0: only at the end", examples=[50]
+    )
     at_start: bool = Field(False, description="also before the first step")
     max_batches: NonNegativeInt = Field(
-        0, description="of batch.global_batch rows; 0: the whole validation set"
+        0, description="of batch.global_batch rows; 0: the whole validation set", examples=[10]
     )
 
     def shrunk(self) -> Self:
@@ -320,7 +345,9 @@ class SmallSizes:
 
 
 class StageConfig(Section):
-    """What every stage has. Stages derive from it, fix ``kind`` and register themselves.
+    """What every stage has.
+
+    Stages derive from it, fix ``kind`` and register themselves.
 
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
     ``on_policy``: from its own completions. ``exact_logprobs``: log-probabilities of two
@@ -349,9 +376,9 @@ class StageConfig(Section):
         description="top-level engine, overridden key by key",
     )
     adapter: AnyAdapter | None = Field(
-        None, description="trained in place of the model, which stands still; None: the model is"
+        None, description="trained in place of the model, which stands still; null: the model is"
     )
-    freeze: FreezeConfig | None = Field(None, description="parts that stand still; None: none")
+    freeze: FreezeConfig | None = Field(None, description="parts that stand still; null: none")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     max_skipped: float = Field(
@@ -423,7 +450,7 @@ class RoleConfig(Section):
     ranks: list[NonNegativeInt] | None = Field(
         None,
         min_length=1,
-        description="ranks of the world that hold it; none: all",
+        description="ranks of the world that hold it; null: all",
         examples=[[0, 1]],
     )
     init_from: str | None = Field(
@@ -444,7 +471,9 @@ class RoleConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What every evaluation has. Evaluations derive from it, fix ``kind`` and register.
+    """What every evaluation has.
+
+    Evaluations derive from it, fix ``kind`` and register.
 
     ``small_seq_len``: tokens (bytes) that a row of little data needs at least.
     """

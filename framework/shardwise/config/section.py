@@ -46,6 +46,16 @@ Weight = Annotated[float, Field(ge=-_MAX, le=_MAX)]
 Seconds = Annotated[float, Field(ge=1e-6, le=2e6)]  # poll(2) counts milliseconds in 31 bits
 
 
+def shown(**keys: Any) -> ConfigDict:
+    """``model_config`` of a section with an example, for those that no example of a key begins."""
+    return ConfigDict(json_schema_extra={"examples": [keys]})
+
+
+def beside(**keys: Any) -> dict[str, Any]:
+    """``json_schema_extra`` of a key whose example needs others beside it."""
+    return {"beside": keys}
+
+
 class Section(BaseModel):
     """Base of every config section: unknown keys are errors, instances are frozen."""
 

@@ -94,6 +94,15 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
+def inline(data: Any) -> str:
+    """The same on one line."""
+    text = yaml.dump(
+        [data], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9,
+        default_flow_style=True,
+    )  # fmt: skip
+    return str(text).strip()[1:-1]
+
+
 def parse(text: str, origin: str, source: Source | None = None) -> Tree:
     """Read YAML ``text``; places take their source from ``source``, or ``origin`` and their line.
 

@@ -43,10 +43,14 @@ class DataConfig(DataSection):
         default_factory=lambda: [DataSource()], min_length=1, description="what is trained on"
     )
     validation: list[DataSource] = Field(
-        default_factory=list, description="default: held_out, or the standard library's own split"
+        default_factory=list,
+        description="default: held_out, or the standard library's own split",
+        examples=[[{"kind": "text", "path": "held_out/*.txt"}]],
     )
     held_out: Fraction = Field(
-        0.0, description="share of training documents, by hash of content, kept for validation"
+        0.0,
+        description="share of training documents, by hash of content, kept for validation",
+        examples=[0.05],
     )
     strict_fields: bool = Field(
         False, description="refuse rows with fields that nothing reads, instead of naming them"
@@ -96,9 +100,15 @@ class DataConfig(DataSection):
 class ChatDataConfig(DataSection):
     """Conversations for fine-tuning."""
 
-    sources: list[DataSource] = Field(default_factory=list, description="what is trained on")
+    sources: list[DataSource] = Field(
+        default_factory=list,
+        description="what is trained on",
+        examples=[[{"kind": "chat-jsonl", "path": "chats.jsonl"}]],
+    )
     validation: list[DataSource] = Field(
-        default_factory=list, description="what is measured in between"
+        default_factory=list,
+        description="what is measured in between",
+        examples=[[{"kind": "chat-jsonl", "path": "held_out.jsonl"}]],
     )
     pack: bool = Field(True, description="several examples in a row, without leaking")
     too_long: TooLong = Field("error", description="what to do with examples over seq_len")
@@ -126,9 +136,15 @@ class ChatDataConfig(DataSection):
 class PreferenceDataConfig(DataSection):
     """Preferences from files."""
 
-    sources: list[DataSource] = Field(default_factory=list, description="what is trained on")
+    sources: list[DataSource] = Field(
+        default_factory=list,
+        description="what is trained on",
+        examples=[[{"kind": "preference-jsonl", "path": "pairs.jsonl"}]],
+    )
     validation: list[DataSource] = Field(
-        default_factory=list, description="what is measured in between"
+        default_factory=list,
+        description="what is measured in between",
+        examples=[[{"kind": "preference-jsonl", "path": "held_out.jsonl"}]],
     )
     strict_fields: bool = Field(
         False, description="refuse rows with fields that nothing reads, instead of naming them"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import PositiveFloat, Section
+from shardwise.config.schema import PositiveFloat, Section, beside, shown
 from shardwise.data import files as data_files
 from shardwise.data import readers
 from shardwise.data.readers import Document
@@ -27,6 +27,8 @@ _OTHERS = {"parquet": (".jsonl", ".json", ".txt")}
 class DataSource(Section):
     """One source of documents or conversations."""
 
+    model_config = shown(kind="text", path="corpus/*.txt")
+
     kind: Literal[
         "stdlib", "text", "jsonl", "parquet", "indexed", "chat-jsonl", "preference-jsonl"
     ] = Field("stdlib", description="how its files are read")
@@ -38,8 +40,12 @@ class DataSource(Section):
     field: str | None = Field(
         None, description="default: text, or messages for chat-jsonl", examples=["content"]
     )
-    weight: PositiveFloat = Field(1.0, description="share of rows drawn, relative to the others")
-    split: Literal["train", "validation", "all"] = Field("train", description="stdlib only")
+    weight: PositiveFloat = Field(
+        1.0, description="share of rows drawn, relative to the others", examples=[3.0]
+    )
+    split: Literal["train", "validation", "all"] = Field(
+        "train", description="stdlib only", json_schema_extra=beside(kind="stdlib")
+    )
     exclude: list[str] = Field(
         default_factory=list,
         description="name patterns of files to leave out (stdlib: before its split is drawn)",

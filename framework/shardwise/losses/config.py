@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from shardwise.config.presets import Preset
 from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from shardwise.config.section import beside, shown
 from shardwise.losses.presets import PPO_PRESETS, PRESETS
 
 AdvantageKind = Literal["group_std", "group", "rloo", "reinforce_pp"]
@@ -49,7 +50,7 @@ class SurrogateConfig(Section):
 
 
 class PolicyLossConfig(SurrogateConfig):
-    """Advantage, ratio and KL, besides `SurrogateConfig`."""
+    """The policy's loss: advantage, ratio, clipping and KL."""
 
     presets = PRESETS
 
@@ -69,14 +70,19 @@ class PolicyLossConfig(SurrogateConfig):
         "weight without gradient (CISPO)",
     )
     kl: Literal["none", "k1", "k2", "k3"] = Field(
-        "none", description="estimator in the loss; k2 has the on-policy gradient of the KL"
+        "none",
+        description="estimator in the loss; k2 has the on-policy gradient of the KL",
+        json_schema_extra=beside(kl_coef=0.001),
     )
     kl_coef: NonNegativeFloat = Field(
-        0.0, description="weight of the KL from the reference; 0: no reference"
+        0.0,
+        description="weight of the KL from the reference; 0: no reference",
+        examples=[0.001],
+        json_schema_extra=beside(kl="k3"),
     )
     importance_cap: PositiveFloat | None = Field(
         None,
-        description="truncate trainer/sampler importance weights here; None: no correction",
+        description="truncate trainer/sampler importance weights here; null: no correction",
         examples=[2.0],
     )
     importance_level: Literal["token", "sequence"] = Field(
@@ -93,7 +99,7 @@ class PolicyLossConfig(SurrogateConfig):
 
 
 class PpoLossConfig(SurrogateConfig):
-    """Rewards, advantages and objective, besides `SurrogateConfig`."""
+    """Losses of actor and critic: rewards, advantages, objective and clipping."""
 
     presets = PPO_PRESETS
 
@@ -107,10 +113,10 @@ class PpoLossConfig(SurrogateConfig):
     penalty_coef: PositiveFloat = Field(1.0, description="kl_penalty: weight of KL(old || new)")
     penalty_target: PositiveFloat | None = Field(
         None,
-        description="kl_penalty: adapt the weight to this KL a token; none: fixed",
+        description="kl_penalty: adapt the weight to this KL a token; null: fixed",
         examples=[0.01],
     )
-    value_clip: PositiveFloat | None = Field(0.2, description="none: values are not clipped")
+    value_clip: PositiveFloat | None = Field(0.2, description="null: values are not clipped")
     gamma: Fraction = Field(1.0, description="discount of a reward a token")
     lam: Fraction = Field(
         0.95, description="GAE's lambda: 1 trusts returns alone, 0 the critic alone"
@@ -119,14 +125,16 @@ class PpoLossConfig(SurrogateConfig):
     kl_coef: NonNegativeFloat = Field(0.05, description="0: no reference model")
     kl_target: PositiveFloat | None = Field(
         None,
-        description="adapt kl_coef to this KL a response, in nats; none: fixed",
+        description="adapt kl_coef to this KL a response, in nats; null: fixed",
         examples=[6.0],
     )
     kl_gain: PositiveFloat = Field(0.1, description="how fast kl_coef adapts")
     whiten_advantages: bool = Field(True, description="scale advantages to mean 0 and variance 1")
     whiten_rewards: bool = Field(False, description="scale rewards to unit variance, keep the mean")
     missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="taken off the score of a completion that did not stop by itself"
+        0.0,
+        description="taken off the score of a completion that did not stop by itself",
+        examples=[1.0],
     )
 
     @model_validator(mode="after")
@@ -139,17 +147,23 @@ class PpoLossConfig(SurrogateConfig):
 class RankingLossConfig(Section):
     """How scores are held against a ranking."""
 
+    model_config = shown(objective="pairs", margin=1.0)
+
     objective: Literal["pairs", "plackett_luce"] = Field(
         "pairs", description="all pairs of a ranking (Bradley-Terry), or the ranking as a whole"
     )
     margin: NonNegativeFloat = Field(
-        0.0, description="pairs: demanded gap, times the difference of the ratings"
+        0.0, description="pairs: demanded gap, times the difference of the ratings", examples=[1.0]
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
-        0.0, description="pairs: the chance that a preference is the wrong way round"
+        0.0,
+        description="pairs: the chance that a preference is the wrong way round",
+        examples=[0.1],
     )
     centring: NonNegativeFloat = Field(
-        0.0, description="weight of the squared sum of a pair's scores, which pulls them around 0"
+        0.0,
+        description="weight of the squared sum of a pair's scores, which pulls them around 0",
+        examples=[0.01],
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, Section
+from shardwise.config.section import beside
 from shardwise.losses.presets import PREFERENCE_PRESETS
 
 Flipped = Annotated[float, Field(ge=0.0, lt=0.5)]
@@ -19,7 +20,9 @@ _FLIPPED = "chance that a preference is the wrong way round"
 
 
 class PreferenceConfig(Section):
-    """What every kind has. ``paired``: learns from a better answer beside a worse one.
+    """The loss of a preference; what every kind has.
+
+    ``paired``: learns from a better answer beside a worse one.
 
     ``with_reference``: compares with a reference model.
     """
@@ -45,7 +48,9 @@ class PreferenceConfig(Section):
 class _Paired(PreferenceConfig):
     """``sft_weight``: of -log p(chosen) beside the preference (RPO's alpha, CPO's NLL)."""
 
-    sft_weight: NonNegativeFloat = Field(0.0, description="of -log p(chosen); 0: no such term")
+    sft_weight: NonNegativeFloat = Field(
+        0.0, description="of -log p(chosen); 0: no such term", examples=[1.0]
+    )
     sft_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"] = Field(
         "token_mean", description="what that term is a mean of"
     )
@@ -57,11 +62,14 @@ class _Ratio(_Paired):
     beta: PositiveFloat = Field(0.1, description="how dear it is to leave the reference")
     divergence: Divergence = Field("reverse_kl", description="from the reference: f-DPO")
     divergence_alpha: Annotated[float, Field(ge=0.0, le=100.0)] | None = Field(
-        None, description="divergence alpha: its order; 1 is reverse_kl", examples=[0.5]
+        None,
+        description="divergence alpha: its order; 1 is reverse_kl",
+        examples=[0.5],
+        json_schema_extra=beside(divergence="alpha"),
     )
     ld_alpha: Fraction | None = Field(
         None,
-        description="LD-DPO: weight of tokens beyond the shorter answer; none: 1",
+        description="LD-DPO: weight of tokens beyond the shorter answer; null: 1",
         examples=[0.5],
     )
 
@@ -76,7 +84,7 @@ class SigmoidConfig(_Ratio):
     """DPO."""
 
     kind: Literal["sigmoid"] = "sigmoid"
-    label_smoothing: Flipped = Field(0.0, description=_FLIPPED)
+    label_smoothing: Flipped = Field(0.0, description=_FLIPPED, examples=[0.1])
     length_normalised: bool = Field(False, description="scores a token (TRL: sigmoid_norm)")
 
 
@@ -135,7 +143,7 @@ class SimpoConfig(_Paired):
     kind: Literal["simpo"]
     beta: PositiveFloat = Field(2.0, description="scale of the gap a token")
     margin: NonNegativeFloat = Field(1.0, description="the paper's gamma, not over beta")
-    label_smoothing: Flipped = Field(0.0, description=_FLIPPED)
+    label_smoothing: Flipped = Field(0.0, description=_FLIPPED, examples=[0.1])
 
 
 class OrpoConfig(_Paired):
@@ -153,7 +161,7 @@ class CpoConfig(_Paired):
     with_reference = False
     kind: Literal["cpo"]
     beta: PositiveFloat = Field(0.1, description="scale of the gap")
-    label_smoothing: Flipped = Field(0.0, description=_FLIPPED)
+    label_smoothing: Flipped = Field(0.0, description=_FLIPPED, examples=[0.1])
     sft_weight: NonNegativeFloat = 1.0
 
 

@@ -38,7 +38,7 @@ class NumericConfig(Section):
     rel_tol: NonNegativeFloat = Field(
         1e-6, description="allowed difference, relative to the reference"
     )
-    abs_tol: NonNegativeFloat = Field(0.0, description="allowed difference")
+    abs_tol: NonNegativeFloat = Field(0.0, description="allowed difference", examples=[0.01])
 
 
 class FormatConfig(Section):
@@ -56,7 +56,7 @@ class LanguageConfig(Section):
 
     kind: Literal["language"] = "language"
     weight: Weight = Field(1.0, description="in the sum of the parts")
-    language: str = Field("en", description="language code, e.g. en, zh, ru")
+    language: str = Field("en", description="language code, e.g. en, zh, ru", examples=["ru"])
 
     @model_validator(mode="after")
     def _known(self) -> LanguageConfig:

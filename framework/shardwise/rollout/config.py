@@ -14,11 +14,15 @@ class Sampling(Section):
     """How tokens are chosen and when a completion ends."""
 
     temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
-        1.0, description="divides the logits; also when greedy"
+        1.0, description="divides the logits; also when greedy", examples=[0.7]
     )
     greedy: bool = Field(False, description="the most probable token; no randomness")
-    top_k: NonNegativeInt = Field(0, description="keep the k most probable tokens; 0: all")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass")
+    top_k: NonNegativeInt = Field(
+        0, description="keep the k most probable tokens; 0: all", examples=[50]
+    )
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="keep the smallest set of this mass", examples=[0.95]
+    )
     max_new_tokens: SeqLen = Field(64, description="longest completion, in tokens")
     stop_ids: tuple[NonNegativeInt, ...] = Field(
         (),

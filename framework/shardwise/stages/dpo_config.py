@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shardwise.config.section import shown
 from shardwise.data.config import PairDataConfig, Reading
 from shardwise.losses.preference_config import AnyPreference, SigmoidConfig
 from shardwise.stages.policy_config import PolicyRoles
@@ -14,9 +15,18 @@ from shardwise.stages.ranking_config import RankingStageConfig
 
 
 class DpoConfig(RankingStageConfig):
-    """See `RankingStageConfig`."""
+    """Learning from preferences directly: DPO (Rafailov et al. 2023) and kin, by ``loss``.
+
+    See `RankingStageConfig`.
+    """
 
     exact_logprobs = True
+
+    model_config = shown(
+        kind="dpo",
+        steps=100,
+        data={"sources": [{"kind": "preference-jsonl", "path": "pairs.jsonl"}]},
+    )
 
     kind: Literal["dpo"]
     data: PairDataConfig = Field(default_factory=PairDataConfig)

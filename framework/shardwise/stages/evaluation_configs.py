@@ -33,6 +33,7 @@ class BitsConfig(EvaluationConfig):
         0,
         description="0: rows side by side; else rows start this far apart and score their last "
         "``stride`` tokens, so that every token has seq_len - stride of context",
+        examples=[128],
     )
     micro_batch: Rows = Field(16, description="rows that a rank computes at once")
 

@@ -11,7 +11,10 @@ from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
 
 
 class GrpoConfig(PolicyConfig):
-    """See `PolicyConfig`."""
+    """Group-relative policy optimisation (Shao et al. 2024) and kin, by ``loss``.
+
+    See `PolicyConfig`.
+    """
 
     kind: Literal["grpo"]
     samples_per_prompt: int = Field(8, ge=2, le=2**16, description="size of a group")

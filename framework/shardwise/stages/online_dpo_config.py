@@ -11,7 +11,10 @@ from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 
 
 class OnlineDpoConfig(ScoredConfig):
-    """See `PolicyConfig`."""
+    """Preferences over the policy's own answers, ranked by their scores (Guo et al. 2024).
+
+    See `PolicyConfig`.
+    """
 
     kind: Literal["online_dpo"]
     samples_per_prompt: int = Field(2, ge=2, le=2**16, description="answers that are ranked")

@@ -72,7 +72,9 @@ class PolicyConfig(StageConfig):
     reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
     updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
     epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
-    keep_rollouts_every: NonNegativeInt = Field(0, description="steps between stored rollouts")
+    keep_rollouts_every: NonNegativeInt = Field(
+        0, description="steps between stored rollouts", examples=[20]
+    )
 
     max_unscorable_steps: PositiveInt = Field(
         5, description="steps in a row without any scored completion before the run ends"
@@ -122,7 +124,9 @@ class ScoredConfig(PolicyConfig):
     """Completions are scored by a verifier, a reward model, or both."""
 
     verifier_weight: Weight = Field(1.0, description="of the verifier's reward in the score")
-    reward_model_weight: Weight = Field(0.0, description="of the reward model's; 0: no such role")
+    reward_model_weight: Weight = Field(
+        0.0, description="of the reward model's; 0: no such role", examples=[1.0]
+    )
 
     @model_validator(mode="after")
     def _rewards(self) -> Self:
@@ -132,6 +136,6 @@ class ScoredConfig(PolicyConfig):
 
 
 class ScoredRoles(PolicyRoles):
-    """See `PolicyRoles`."""
+    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
 
     reward: RoleConfig | None = Field(None, description="the frozen model that scores")

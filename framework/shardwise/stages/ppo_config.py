@@ -13,19 +13,24 @@ from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 
 
 class PpoRoles(ScoredRoles):
-    """See `PolicyRoles`."""
+    """Models of the stage that are laid out, placed or started otherwise than the stage says."""
 
     critic: RoleConfig | None = Field(None, description="the model that predicts returns")
 
 
 class PpoConfig(ScoredConfig):
-    """See `PolicyConfig`."""
+    """Proximal policy optimisation (Schulman et al. 2017) with a critic.
+
+    See `PolicyConfig`.
+    """
 
     kind: Literal["ppo"]
     loss: PpoLossConfig = Field(default_factory=PpoLossConfig)
     roles: PpoRoles = Field(default_factory=PpoRoles)
     epochs_per_rollout: PositiveInt = Field(4, description="times that a rollout is learnt from")
-    critic_warmup_steps: NonNegativeInt = Field(0, description="first steps: the critic alone")
+    critic_warmup_steps: NonNegativeInt = Field(
+        0, description="first steps: the critic alone", examples=[10]
+    )
 
     @model_validator(mode="after")
     def _trains(self) -> PpoConfig:

@@ -6,14 +6,24 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from shardwise.config.section import shown
 from shardwise.losses.config import RankingLossConfig
 from shardwise.stages.ranking_config import RankingStageConfig
 
 
 class RewardModelConfig(RankingStageConfig):
-    """See `RankingStageConfig`."""
+    """An outcome reward model: one score an answer, learnt from rankings.
+
+    See `RankingStageConfig`.
+    """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "scalar"
+
+    model_config = shown(
+        kind="reward",
+        steps=100,
+        data={"sources": [{"kind": "preference-jsonl", "path": "pairs.jsonl"}]},
+    )
 
     kind: Literal["reward"]
     loss: RankingLossConfig = Field(default_factory=RankingLossConfig)

@@ -7,13 +7,19 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shardwise.config.schema import Rows, SmallSizes, StageConfig
+from shardwise.config.schema import Rows, SmallSizes, StageConfig, shown
 from shardwise.data.config import ChatDataConfig
 from shardwise.rewards import TaskConfig
 
 
 class SftConfig(StageConfig):
     """Loss on the assistant's turns, their end token included."""
+
+    model_config = shown(
+        kind="sft",
+        steps=100,
+        data={"sources": [{"kind": "chat-jsonl", "path": "chats.jsonl"}]},
+    )
 
     kind: Literal["sft"]
     data: ChatDataConfig = Field(default_factory=ChatDataConfig)

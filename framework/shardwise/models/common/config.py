@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import ModelConfig
+from shardwise.config.section import beside
 
 Width = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -14,12 +15,16 @@ Width = Annotated[int, Field(ge=1, le=2**20)]
 class DecoderConfig(ModelConfig):
     """Sizes common to decoder-only families."""
 
-    hidden_size: Width
-    num_layers: Annotated[int, Field(ge=1, le=10_000)]
-    num_heads: Width
-    tie_embeddings: bool = True
+    hidden_size: Width = Field(description="features of a token", examples=[256])
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        description="blocks, one above the other", examples=[4]
+    )
+    num_heads: Width = Field(description="query heads of attention", examples=[8])
+    tie_embeddings: bool = Field(True, description="the head is the embedding's matrix")
     head: Literal["vocabulary", "scalar"] = Field(
-        "vocabulary", description="scalar: one number a token, as reward models and critics have"
+        "vocabulary",
+        description="scalar: one number a token, as reward models and critics have",
+        json_schema_extra=beside(tie_embeddings=False),
     )
 
     @model_validator(mode="after")

@@ -15,11 +15,13 @@ class GPT2Config(DecoderConfig):
 
     family: Literal["gpt2"] = "gpt2"
     max_seq_len: SeqLen = 1024
-    ffn_size: Width | None = Field(None, description="None: 4 * hidden_size", examples=[3072])
+    ffn_size: Width | None = Field(None, description="null: 4 * hidden_size", examples=[3072])
     norm_eps: Epsilon = Field(1e-5, description="added to the variance in norms")
-    embed_dropout: BelowOne = Field(0.0, description="behind the embeddings")
-    attn_dropout: BelowOne = Field(0.0, description="of attention's weights")
-    dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
+    embed_dropout: BelowOne = Field(0.0, description="behind the embeddings", examples=[0.1])
+    attn_dropout: BelowOne = Field(0.0, description="of attention's weights", examples=[0.1])
+    dropout: BelowOne = Field(
+        0.0, description="after attention and after the feed-forward", examples=[0.1]
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GPT2Config:

@@ -31,7 +31,7 @@ class RopeScalingConfig(Section):
     beta_fast: PositiveFloat = Field(32.0, description="yarn")
     beta_slow: PositiveFloat = Field(1.0, description="yarn")
     attention_factor: PositiveFloat | None = Field(
-        None, description="yarn; None: from factor", examples=[1.1]
+        None, description="yarn; null: from factor", examples=[1.1]
     )
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class LlamaConfig(DecoderConfig):
     num_kv_heads: Width = Field(
         description="key/value heads; as many as num_heads: no grouping", examples=[2]
     )
-    head_dim: Width | None = Field(None, description="None: hidden_size / num_heads", examples=[64])
+    head_dim: Width | None = Field(None, description="null: hidden_size / num_heads", examples=[64])
     ffn_size: Width = Field(description="features of the feed-forward", examples=[448])
     rope_base: Annotated[float, Field(ge=1.0, le=1e12)] = Field(
         10_000.0, description="base of the rotary wavelengths, theta"
@@ -63,8 +63,12 @@ class LlamaConfig(DecoderConfig):
     sliding_window: PositiveInt | None = Field(
         None, description="tokens seen, itself included", examples=[4096]
     )
-    window_start_layer: NonNegativeInt = Field(0, description="first layer that uses the window")
-    dropout: BelowOne = Field(0.0, description="after attention and after the feed-forward")
+    window_start_layer: NonNegativeInt = Field(
+        0, description="first layer that uses the window", examples=[2]
+    )
+    dropout: BelowOne = Field(
+        0.0, description="after attention and after the feed-forward", examples=[0.1]
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> LlamaConfig:
