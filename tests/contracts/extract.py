@@ -22,6 +22,30 @@ HERE = Path(__file__).parent
 # `ops/transformer_engine.py`. A class stands for its constructor.
 CALLS = {
     "apex": ("apex.optimizers.FusedAdam", "apex.optimizers.FusedAdam.step"),
+    "deepspeed": (
+        "deepspeed.init_distributed",
+        "deepspeed.initialize",
+        "deepspeed.runtime.zero.Init",
+        *(
+            f"deepspeed.runtime.engine.DeepSpeedEngine.{name}"
+            for name in (
+                "backward",
+                "destroy",
+                "forward",
+                "get_global_grad_norm",
+                "set_gradient_accumulation_boundary",
+                "step",
+            )
+        ),
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3.get_param_id",
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_param_partition_rank",
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_fp32_grad_state_partition",
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._partition_all_parameters",
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._unflatten_partitioned_parameters",
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.update_lp_params",
+        "deepspeed.runtime.bf16_optimizer.BF16_Optimizer.update_lp_params",
+        "deepspeed.runtime.bf16_optimizer.BF16_Optimizer.clear_lp_grads",
+    ),
     "flash_attn": ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func"),
     "megatron_core": tuple(
         f"megatron.core.{name}"

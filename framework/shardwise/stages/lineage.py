@@ -53,6 +53,7 @@ def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[An
     body["batch"].pop("micro_batch")
     for part in (body, *filter(None, body.get("roles", {}).values())):
         part.pop("ranks", None)
+        (part.get("optimizer") or {}).pop("fused", None)  # which kernel
         own = part["engine"]  # of any kind: what is computed is the same
         shared = {k: own[k] for k in EngineConfig.model_fields if k not in FREE_ENGINE_KEYS}
         part["engine"] = shared | {"kind": DEFAULT_ENGINE}
