@@ -67,12 +67,9 @@ def test_contestants_train_the_same_model(ranks: RankPool) -> None:
     assert found["ours"][0] != found["ours"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "precision,peers",
-    [
-        ("bf16", {bench.HAND, bench.MASTERS}),
-        pytest.param("fp32", {bench.HAND}, marks=pytest.mark.slow),
-    ],
+    "precision,peers", [("bf16", {bench.HAND, bench.MASTERS}), ("fp32", {bench.HAND})]
 )
 def test_runs_to_the_end(precision: str, peers: set[str]) -> None:
     pytest.importorskip("accelerate")

@@ -34,7 +34,7 @@ def run_and_stop(*args: Any) -> tuple[str, int]:
     raise AssertionError
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_anywhere_and_gone_on_as_if_nothing_had_been(
     ranks: RankPool, tmp_path: Path, world: int
 ) -> None:

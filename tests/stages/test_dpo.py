@@ -30,7 +30,7 @@ def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("loss", "layout"),
-    [({"sft_weight": 0.3, "ld_alpha": 0.5}, "dp2.zero2"), (KTO, "dp2.zero3"), (KTO, "tp2.sp")],
+    [({"sft_weight": 0.3, "ld_alpha": 0.5}, "dp2.zero2"), (KTO, "dp2.zero3")],
 )
 def test_layout_and_micro_batch_change_nothing(
     ranks: RankPool, tmp_path: Path, loss: dict[str, Any], layout: str

@@ -29,9 +29,9 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
     [
         [],
         ["stages.grpo.loss.preset=dr_grpo"],
-        ["stages.grpo.loss.advantage=reinforce_pp"],
+        pytest.param(["stages.grpo.loss.advantage=reinforce_pp"], marks=pytest.mark.slow),
         ["stages.grpo.updates_per_rollout=2", "stages.grpo.epochs_per_rollout=2"],
-        ["stages.grpo.loss.preset=grpo_deepseekmath"],
+        pytest.param(["stages.grpo.loss.preset=grpo_deepseekmath"], marks=pytest.mark.slow),
         ["stages.grpo.batch.global_batch=3"],
     ],
 )

@@ -53,8 +53,14 @@ def assert_same(one: Path, two: Path) -> None:
     [
         ([], "dp2.zero2"),
         (["stages.ppo.batch.global_batch=6", "stages.ppo.loss.whiten_rewards=true"], "dp2.zero0"),
-        (["stages.ppo.loss.objective=kl_penalty", "stages.ppo.loss.penalty_target=0.1"], "tp2.sp"),
-        (["stages.ppo.loss.aggregation=seq_mean_token_mean"], "cp2.ring"),
+        pytest.param(
+            ["stages.ppo.loss.objective=kl_penalty", "stages.ppo.loss.penalty_target=0.1"],
+            "tp2.sp",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["stages.ppo.loss.aggregation=seq_mean_token_mean"], "cp2.ring", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_layout_and_micro_batch_change_nothing(
@@ -74,7 +80,13 @@ def test_layout_and_micro_batch_change_nothing(
     [
         {"actor": {"ranks": [0]}, "critic": {"ranks": [1]}},
         {"actor": {"ranks": [1]}, "critic": {"engine": {"layout": "tp2"}}},
-        {"reference": {"ranks": [1]}, "critic": {"ranks": [0], "engine": {"layout": "dp1.zero0"}}},
+        pytest.param(
+            {
+                "reference": {"ranks": [1]},
+                "critic": {"ranks": [0], "engine": {"layout": "dp1.zero0"}},
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["disjoint", "actor on one, critic on both", "frozen elsewhere"],
 )

@@ -32,10 +32,12 @@ def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     "options,layout,world",
     [
         ([], "dp2.zero2", 2),
-        (["stages.reward.loss.objective=plackett_luce"], "tp2.sp", 2),
+        pytest.param(
+            ["stages.reward.loss.objective=plackett_luce"], "tp2.sp", 2, marks=pytest.mark.slow
+        ),
         (["stages.reward.loss.centring=0.1", "stages.reward.batch.global_batch=3"], "dp2.zero0", 2),
         (["stages.reward.loss.margin=0.5", "stages.reward.loss.label_smoothing=0.1"], "pp2", 2),
-        ([], "cp2.ring", 2),
+        pytest.param([], "cp2.ring", 2, marks=pytest.mark.slow),
     ],
 )
 def test_layout_and_micro_batch_change_nothing(

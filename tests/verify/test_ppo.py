@@ -42,14 +42,20 @@ def verifier(ranks: RankPool) -> Iterator[Verifier]:
     made.close()
 
 
-@pytest.mark.parametrize("layout", ROLES)
+@pytest.mark.parametrize("layout", [pytest.param(ROLES[0], marks=pytest.mark.slow), *ROLES[1:]])
 def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> None:
     verdict = verifier.check("ppo", layout)
     assert verdict.passed, verdict.sentence()
     assert {"values", "advantages", "returns", "gradient", "loss"} <= verdict.worst.keys()
 
 
-@pytest.mark.parametrize("name", PPO_BUGS)
+# Every day, one that is first seen in each kind of value.
+DAILY = {first: name for name, first in FIRST.items()}.values()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in DAILY else [pytest.mark.slow]) for n in PPO_BUGS]
+)
 def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -> None:
     bug = PPO_BUGS[name]
     small = verifier.small("ppo", bug.layout)

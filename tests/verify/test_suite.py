@@ -1,4 +1,4 @@
-"""The built-in suite: every layout each day; what is drawn at random is in the slow proofs."""
+"""The built-in suite: a part of its layouts every day, all of them in the slow proofs."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options:
     assert verdict.passed, verdict.sentence()
 
 
-# Of eight ranks, on two cores: a kind of schedule and of context parallelism each, every day.
+# Every day, on two cores: those of two ranks, every other one of four, and of eight these.
 OF_EIGHT = (
     "dp8.hsdp4.zero3",
-    "tp4.sp.pp2.gpipe",
-    "dp2.zero3.tp2.sp.pp2.zbv",
     "dp2.zero2.pp2.dualpipev.cp2.ring",
     "tp2.sp.pp2.interleaved.v2.cp2.ulysses",
 )
+OF_FOUR = [case for case in suite.subset() if world_of(case[-1]) == 4][::2]
 SUBSET = [
-    pytest.param(*case, marks=[pytest.mark.slow] if rare else [])
+    pytest.param(*case, marks=[] if world_of(case[-1]) == 2 or daily else [pytest.mark.slow])
     for case in suite.subset()
-    for rare in [world_of(case[-1]) == 8 and case[-1] not in OF_EIGHT]
+    for daily in [case in OF_FOUR or case[-1] in OF_EIGHT]
 ]
 
 
