@@ -111,6 +111,9 @@ def _snapshot(ref: str, name: HubName, kind: Kind) -> Path:
         ) from None
     inside = f"{name.inside}/" if name.inside else ""
     patterns = [f"{inside}{pattern}" for pattern in _FILES[kind]]
+    if name.inside and kind == "model":  # a tokenizer's file is nothing without those beside it
+        above = name.inside.rpartition("/")[0]
+        patterns += [f"{above}/{p}" if above else p for p in _FILES[kind] if "safetensors" not in p]
     cache = f"the cache ({constants.HF_HUB_CACHE})"
     fetch = f"hf download {name.repo}" + (" --repo-type dataset" if kind == "dataset" else "")
     try:

@@ -10,8 +10,10 @@ import pytest
 
 from shardwise.config.load import load_config
 from shardwise.config.schema import TokenizerConfig
+from shardwise.config.yaml12 import parse
 from shardwise.errors import ConfigError
 from shardwise.stages.run import preflight
+from tests.support import smollm2
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
@@ -33,7 +35,9 @@ def data_files(recipe: Any) -> Iterator[Path]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where nothing was run or prepared
+    monkeypatch.chdir(tmp_path)  # where nothing was run
+    if path.parent.name == "smollm2":
+        smollm2.write_start(tmp_path)
     config = load_config(path).config
     assert config.name == path.stem
     for file in data_files(config.model_dump()):
@@ -47,6 +51,24 @@ def test_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         start = {"init_from": None, "tokenizer": TokenizerConfig()}
         config = config.model_copy(update=start)
     preflight(config, world_size=2)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "smollm2"], ids=str)
+def test_results_were_measured_with_these_recipes(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they say of the model by init_from alone is what they said in so many words."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"init_from .*runs/smollm2/model does not exist"):
+        load_config(path)
+    smollm2.write_start(tmp_path)
+    found = load_config(path).config
+    said = parse(path.read_text(), path.name).data
+    assert not {"model", "tokenizer"} & said.keys()
+    before = load_config(said | smollm2.SAID).config
+    assert found.model.vocab_size == smollm2.CONFIG["vocab_size"] and before.model.vocab_size == 0
+    sized = before.model.model_copy(update={"vocab_size": found.model.vocab_size})
+    assert found == before.model_copy(update={"model": sized})
 
 
 def test_ppo_starts_from_the_model_of_the_quickstart() -> None:

@@ -18,14 +18,16 @@ from tests.config.toy import ToyModel
 def test_schema_lists_what_is_registered() -> None:
     schema = json_schema()
     json.dumps(schema)
-    model = schema["properties"]["model"]["oneOf"]
+    *model, single_keys = schema["properties"]["model"]["oneOf"]
+    assert single_keys["propertyNames"]["enum"] == ["max_seq_len", "vocab_size", "weights", "width"]
     assert [m["properties"]["family"]["const"] for m in model] == ["toy"]
     assert model[0]["$ref"].removeprefix("#/$defs/") in schema["$defs"]
     stages = schema["properties"]["stages"]
     assert stages["items"]["oneOf"][0]["properties"]["kind"]["const"] == "learn"
     assert stages["minItems"] == 1
     assert schema["additionalProperties"] is False
-    assert set(schema["required"]) == {"model", "stages"}
+    assert schema["required"] == ["stages"]
+    assert schema["anyOf"] == [{"required": ["model"]}, {"required": ["init_from"]}]
     assert "width" in schema["$defs"]["ToyModel"]["properties"]
     references = {part.split('"')[0] for part in json.dumps(schema).split('"#/$defs/')[1:]}
     assert references <= set(schema["$defs"])

@@ -92,11 +92,8 @@ def test_import_and_export_change_nothing(folder: Path, tmp_path: Path) -> None:
 def test_training_changes_nothing(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", "sft")
     config["stages"][0] |= {"steps": 1}
-    config |= {
-        "init_from": str(folder),
-        "tokenizer": {"kind": "file", "path": str(folder)},
-        "model": open_model(folder).config.model_dump(mode="json"),
-    }
+    config |= {"init_from": str(folder)}
+    del config["model"]
     ranks.run(run, config, world=1)
     convert(tmp_path / "run" / "stages" / "sft" / "checkpoints", tmp_path / "out")
     unchanged(folder, tmp_path / "out")

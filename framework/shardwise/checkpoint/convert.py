@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shardwise import integrity
+from shardwise import hub, integrity
 from shardwise.adapters import peft, peft_own, peft_read, peft_write
 from shardwise.adapters.config import LowRankConfig
 from shardwise.adapters.peft import PeftAdapter
@@ -90,15 +90,23 @@ class OpenModel:
         return bool(self.files.keys() & {travel.TOKENIZER, travel.SENTENCEPIECE})
 
 
+def describe(path: Path) -> ModelConfig:
+    """The model that `open_model` finds there; of a Hugging Face folder, weights may be missing."""
+    foreign = (path / travel.CONFIG).is_file() and not peft_read.is_adapter_folder(path)
+    if foreign and steps.latest(path) is None and not (path / manifest.NAME).exists():
+        return models.read_config(path)
+    return open_model(path).config
+
+
 def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = False) -> OpenModel:
     """Open a native checkpoint (or a folder of them), a Hugging Face folder or a GGUF file.
 
     Or an adapter's folder as PEFT writes it, over ``base`` or the base model that it names; or,
     with ``trust_pickle``, a checkpoint of DeepSpeed's or Megatron's, whose config and tokenizer
-    are those of ``base`` or of the folder around it.
+    are those of ``base`` or of the folder around it. ``path`` may be a name on the hub.
     Raises CheckpointError when it is damaged, UserError when it is none of these.
     """
-    path = Path(path)
+    path = hub.local_folder(path, "model")
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(path)
     if not path.is_dir():
@@ -174,12 +182,16 @@ def peft_base(folder: Path, base: Path | None = None) -> Path:
     if base is not None:
         return base
     said = read_json(folder / peft.CONFIG).get("base_model_name_or_path")
-    if not isinstance(said, str) or not Path(said).exists():
+    if isinstance(said, str) and said and Path(said).exists():
+        return Path(said)
+    try:  # where PEFT writes a name without a mark
+        return hub.local_folder(f"{hub.PREFIX}{said}", "model")
+    except UserError as error:
         raise UserError(
             f"{folder / peft.CONFIG}: base_model_name_or_path is {said!r}, which is no file and no "
-            "folder here; give the base model (convert --base), or write its path there"
-        )
-    return Path(said)
+            "folder here; give the base model (convert --base), or write its path there (as a "
+            f"name on the hub: {error})"
+        ) from error
 
 
 def _open_peft(folder: Path, base: Path) -> OpenModel:
@@ -252,18 +264,9 @@ def _merged(
 
 def _open_gguf(path: Path) -> OpenModel:
     from shardwise.models.gguf import from_gguf
-    from shardwise.models.gguf_tokenizer import tokenizer_config
 
     model = from_gguf(path)
-    names = {kind: model.tokens[i] for kind, i in model.special_ids.items()}
-    settings = tokenizer_config(names, model.chat_templates, model.config)
-    files = {
-        travel.TOKENIZER: json.dumps(model.tokenizer_json, ensure_ascii=False).encode(),
-        travel.TOKENIZER_CONFIG: travel.dump(settings),
-    }
-    if model.end_ids:
-        files[travel.GENERATION] = travel.dump({"eos_token_id": model.end_ids})
-    return OpenModel("gguf", model.config, model.tensors, files)
+    return OpenModel("gguf", model.config, model.tensors, model.files())
 
 
 def convert(

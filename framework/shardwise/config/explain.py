@@ -53,6 +53,9 @@ _BOUNDS = {
 }
 
 
+_OR_START = "; or say in init_from which model to start from: then it is known"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?``, or nothing when no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -84,9 +87,11 @@ def _sentence(item: Mapping[str, Any], path: Path, allowed: Any) -> str:
             guess = nearest(str(path[-1]), known) or ";"
             return f"unknown key{guess} known keys: {', '.join(known)}"
         case "missing":
-            return f"this key is required; allowed: {describe(allowed)}"
+            hint = _OR_START if path == ("model",) else ""
+            return f"this key is required; allowed: {describe(allowed)}{hint}"
         case "unknown_name":
-            return _one_of(given, ctx["known"].split(", "))
+            hint = _OR_START if given is None and path == ("model", "family") else ""
+            return _one_of(given, ctx["known"].split(", ")) + hint
         case "union_tag_invalid":
             return _one_of(given.get(path[-1]), ctx["expected_tags"].replace("'", "").split(", "))
         case "union_tag_not_found":

@@ -52,6 +52,17 @@ def config_hash(section: BaseModel) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def _single_keys(families: dict[str, Any]) -> dict[str, Any]:
+    """A model section without a family: what it says in place of the folder in ``init_from``."""
+    known = {name for cls in families.values() for name in cls.model_fields}
+    return {
+        "title": "SingleKeys",
+        "description": "over the model in init_from",
+        "type": "object",
+        "propertyNames": {"enum": sorted(known - {"family"})},
+    }
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe, with every registered model family and stage."""
     registry.discover()
@@ -68,6 +79,8 @@ def json_schema() -> dict[str, Any]:
         [(cls, "validation") for cls in dict.fromkeys(classes)], title="shardwise recipe"
     )
     run = schema["$defs"].pop("RunConfig")
+    run["required"].remove("model")  # which init_from may say
+    run["anyOf"] = [{"required": ["model"]}, {"required": ["init_from"]}]
     for where, table in tables.items():
         key = "family" if where == "model" else "kind"
         choices = [
@@ -75,7 +88,7 @@ def json_schema() -> dict[str, Any]:
             for name, cls in sorted(table.items())
         ]
         if where == "model":
-            run["properties"][where] = {"oneOf": choices}
+            run["properties"][where] = {"oneOf": [*choices, _single_keys(table)]}
         elif where in ("engine", "optimizer"):  # inside of others, where the kind may be left out
             for choice in choices:
                 del choice["required"]

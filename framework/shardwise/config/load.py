@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from shardwise import safe_files
 from shardwise.config import overrides as override_room
-from shardwise.config import registry, yaml12
+from shardwise.config import registry, start, yaml12
 from shardwise.config.explain import explain
 from shardwise.config.run import RunConfig, inherit_engines
 from shardwise.config.source import Path as Keys
-from shardwise.config.source import Problem, Source, Tree, dotted
+from shardwise.config.source import Problem, Source, Tree, dotted, places
 from shardwise.errors import ConfigError, DataError
 
 MAX_BYTES = 4_000_000
@@ -51,6 +51,7 @@ def load_config(
     override_room.apply(tree, overrides)
     if not isinstance(tree.data, dict):
         raise ConfigError(f"{title}: empty, or not a mapping; expected keys such as model, stages")
+    start.fill(tree)
     config, problems = _validate(tree)
     if config is None:
         raise ConfigError(_message(title, problems))
@@ -65,6 +66,8 @@ def _validate(tree: Tree) -> tuple[RunConfig | None, list[Problem]]:
         config = RunConfig.model_validate_json(json.dumps(tree.data), strict=True)
     except ValidationError as error:
         known = {p.path for p in problems}
+        if ("init_from",) in known:  # what it would have said is not missing
+            known |= {("model",), ("model", "family")}
         whole = dataclasses.replace(tree, data=inherit_engines(tree.data))
         for problem in explain(error, whole, RunConfig):
             path = _inherited(problem.path, tree)
@@ -112,23 +115,13 @@ def _from_mapping(recipe: Mapping[str, Any]) -> Tree:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the given config holds what is not plain data: {error}") from None
     source = Source("call")
-    return Tree(data, {(): source} | _places(data, (), source))
+    return Tree(data, places(data, (), source))
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{value!r}; write text, numbers, booleans, lists or mappings")
-
-
-def _places(data: Any, path: Keys, source: Source) -> dict[Keys, Source]:
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    found: dict[Keys, Source] = {}
-    for key, value in items:
-        found[(*path, key)] = source
-        if isinstance(value, dict | list):
-            found |= _places(value, (*path, key), source)
-    return found
 
 
 def _read(path: Path) -> str:

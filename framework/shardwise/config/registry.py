@@ -30,6 +30,7 @@ PROVIDERS = (
     "shardwise.models.configs",
     "shardwise.optim.registry",
     "shardwise.adapters.registry",
+    "shardwise.checkpoint.start",
     "shardwise.engines.registry",
     "shardwise.stages.registry",
 )

@@ -31,6 +31,7 @@ from shardwise.config.schema import (
     beside,
     shown_as,
 )
+from shardwise.config.start import located
 
 
 def _model(data: Any, info: ValidationInfo) -> Any:
@@ -89,8 +90,9 @@ class RunConfig(Section):
     model: SerializeAsAny[Annotated[ModelConfig, BeforeValidator(_model)]]
     init_from: Path | None = Field(
         None,
-        description="start weights: a shardwise checkpoint or a Hugging Face folder",
-        examples=["/models/SmolLM2-135M"],
+        description="start weights: a checkpoint, a Hugging Face or PEFT folder, a GGUF file, or "
+        "hf:org/name[@revision]; model and tokenizer are its own where they are left out",
+        examples=["/models/SmolLM2-135M", "hf:HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     engine: AnyEngine = Field(default_factory=NativeConfig)
@@ -139,6 +141,11 @@ class RunConfig(Section):
                     f"there are {', '.join(lists['stages'])}"
                 )
         return self
+
+    @property
+    def start(self) -> Path | None:
+        """Where the files of ``init_from`` lie on this machine. Raises UserError."""
+        return None if self.init_from is None else located(self.init_from)
 
     @property
     def directory(self) -> Path:

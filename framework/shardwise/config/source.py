@@ -10,9 +10,12 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The origin of one value: the schema's default, a line of a file, an override, a caller."""
+    """The origin of one value: the schema's default, a line of a file, an override, a caller.
 
-    kind: Literal["default", "file", "override", "call"] = "default"
+    Or what a recipe starts from (``file``).
+    """
+
+    kind: Literal["default", "file", "override", "call", "start"] = "default"
     file: str | None = None
     line: int | None = None
     index: int | None = None  # of the override on the command line, from 1
@@ -25,7 +28,20 @@ class Source:
                 return f"command line override {self.index}"
             case "call":
                 return "given by the caller"
+            case "start":
+                return f"init_from: {self.file}"
         return "default"
+
+
+def places(data: Any, path: Path, source: Source) -> dict[Path, Source]:
+    """``source`` for ``path``, where ``data`` stands, and for every place inside of it."""
+    items: Any = ()
+    if isinstance(data, dict | list):
+        items = data.items() if isinstance(data, dict) else enumerate(data)
+    found = {path: source}
+    for key, value in items:
+        found |= places(value, (*path, key), source)
+    return found
 
 
 @dataclasses.dataclass

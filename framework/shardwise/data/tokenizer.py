@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from tokenizers import Tokenizer as Backend
 
-from shardwise import integrity, safe_files
+from shardwise import hub, integrity, safe_files
 from shardwise.config.paths import expand
 from shardwise.config.schema import TokenizerConfig
 from shardwise.data.fast_tokenizer import (
@@ -62,23 +63,23 @@ def load_tokenizer(
     what is missing in the config, DataError for a file that cannot be read.
     """
     if not isinstance(source, TokenizerConfig):
-        return _load_path(expand(source))
-    template = _template(source.chat_template)
+        return _load_path(_place(source))
+    template, path = _template(source.chat_template), _place(source.path)
     if source.kind == "bytes":
         return ByteTokenizer(chat_template=template)
-    if source.kind == "bpe" and source.path is None:
+    if source.kind == "bpe" and path is None:
         if texts is None:
             raise UserError("tokenizer.kind bpe needs texts to train on, or tokenizer.path")
         return train_bpe(texts, source.vocab_size, chat_template=template)
-    if source.path is None:
+    if path is None:
         raise UserError(f"tokenizer.kind {source.kind} needs tokenizer.path")
     tokenizer: Tokenizer
     if source.kind == "tiktoken":
-        tokenizer = load_tiktoken(source.path, source.split)
+        tokenizer = load_tiktoken(path, source.split)
     elif source.kind == "sentencepiece":
-        tokenizer = load_sentencepiece(source.path)
+        tokenizer = load_sentencepiece(path)
     else:
-        tokenizer = _load_path(source.path)
+        tokenizer = _load_path(path)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -92,19 +93,32 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
         said += [config.vocab_size, config.sample_bytes]
     if config.split is not None:
         said.append(config.split)
-    if config.path is not None:
-        folder = config.path if config.path.is_dir() else config.path.parent
+    if (path := _place(config.path)) is not None:
+        folder = path if path.is_dir() else path.parent
         beside = ("tokenizer_config.json", "chat_template.jinja")
-        inside = ("tokenizer.json", "tokenizer.model") if config.path.is_dir() else ()
+        inside = ("tokenizer.json", "tokenizer.model") if path.is_dir() else ()
         files = [folder / name for name in (*inside, *beside)]
-        files += [] if config.path.is_dir() else [config.path]
+        files += [] if path.is_dir() else [path]
         said += [hash_file(file) for file in files if file.is_file()]
     return fingerprint_of(*said)
+
+
+@overload
+def _place(path: Path | str) -> Path: ...
+@overload
+def _place(path: None) -> None: ...
+def _place(path: Path | str | None) -> Path | None:
+    """Where a tokenizer's files lie that a path or a hub name means."""
+    return None if path is None else hub.local_folder(expand(path), "model")
 
 
 def _load_path(path: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer file or folder")
+    if path.suffix == ".gguf":
+        return _load_gguf(path)
+    if path.name == travel.TOKENIZER:  # what stands beside it belongs to it
+        path = path.parent
     integrity.check_folder(path if path.is_dir() else path.parent, weights=False)
     if path.suffix == ".model" or (path.is_dir() and not (path / "tokenizer.json").exists()):
         model = path / "tokenizer.model" if path.is_dir() else path
@@ -143,6 +157,14 @@ def _load_path(path: Path) -> Tokenizer:
     if names["pad"] is None and _has(backend, PAD):
         made.pad_id = made.id_of(PAD)  # for our own use; the tokenizer names none
     return made
+
+
+def _load_gguf(path: Path) -> Tokenizer:
+    from shardwise.models.gguf import from_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        travel.write(Path(folder), from_gguf(path).files())
+        return _load_path(Path(folder))
 
 
 def _has(backend: Backend, token: str) -> bool:

@@ -8,6 +8,7 @@ so their rows are put back.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, UserError
+from shardwise.models import travel
 from shardwise.models.gguf_header import check_header
-from shardwise.models.gguf_tokenizer import tokenizer_json
+from shardwise.models.gguf_tokenizer import tokenizer_config, tokenizer_json
 from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.ops import rope
 from shardwise.ops.rope_scaling import RopeScaling
@@ -55,6 +57,18 @@ class GgufModel:
     tokens: list[str]
     special_ids: dict[str, int]  # "eos", "bos", "pad", "unk", as far as the file names them
     end_ids: list[int]  # all that end a turn or a text
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer and the end tokens as a Hugging Face folder holds them (`travel`)."""
+        names = {kind: self.tokens[i] for kind, i in self.special_ids.items()}
+        settings = tokenizer_config(names, self.chat_templates, self.config)
+        found = {
+            travel.TOKENIZER: json.dumps(self.tokenizer_json, ensure_ascii=False).encode(),
+            travel.TOKENIZER_CONFIG: travel.dump(settings),
+        }
+        if self.end_ids:
+            found[travel.GENERATION] = travel.dump({"eos_token_id": self.end_ids})
+        return found
 
 
 def from_gguf(path: Path | str) -> GgufModel:

@@ -16,14 +16,14 @@ from shardwise.adapters.peft_read import is_adapter_folder
 from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import open_model, peft_base
-from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
+from shardwise.config.start import located
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.registry import build_engine
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, UserError
 from shardwise.metrics.writers import MetricsLogger
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout
@@ -190,13 +190,14 @@ class StageContext:
         if named is not None:
             if named in self.finished:
                 return self.finished[named]
-            if not expand(named).exists():
+            try:
+                return located(named)
+            except UserError as error:
                 known = ", ".join(self.finished) or "none"
                 raise ConfigError(
                     f"stages.{self.stage.name}.roles.{role}.init_from: {named} is neither an "
-                    f"earlier stage ({known}) nor a folder"
-                )
-            return expand(named)
+                    f"earlier stage ({known}) nor a model: {error}"
+                ) from error
         if self._shares_initial_checkpoint(role):
             return self.initial_checkpoint(ACTOR)
         if role in SCORERS:
@@ -207,7 +208,7 @@ class StageContext:
                     f"stages.{self.stage.name}.roles.reward.init_from: no stage before this one "
                     "trains a reward model; add one of kind reward, or name a checkpoint"
                 )
-        return self.parent or self.run.init_from
+        return self.parent or self.run.start
 
     def _reward_models(self) -> list[str]:
         heads = {s.name: s.head for s in self.run.stages}

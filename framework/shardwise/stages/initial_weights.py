@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shardwise import checkpoint
+from shardwise import checkpoint, hub
 from shardwise.adapters.config import LowRankConfig
 from shardwise.adapters.peft_read import is_adapter_folder
 from shardwise.adapters.targets import is_adapter, targets
 from shardwise.checkpoint import adapted, manifest
-from shardwise.checkpoint.convert import open_model, own_adapter, peft_base
+from shardwise.checkpoint.convert import OpenModel, open_model, own_adapter, peft_base
 from shardwise.checkpoint.shards import DTYPES
 from shardwise.config.adapters import AdapterConfig
 from shardwise.config.run import RunConfig
 from shardwise.engines.base import Engine
 from shardwise.errors import ConfigError
-from shardwise.models import registry as models
 from shardwise.models.common.config import DecoderConfig
 
 HEAD = "head.weight"
@@ -81,7 +80,7 @@ def _load_base(engine: Engine, model: DecoderConfig, source: Path, new_head: boo
             weights.pop(head, None)
         checkpoint.load(source, weights, partial=True)
     else:
-        _load_hf(source, model, engine, new_head)
+        _load_foreign(opened, source, model, engine, new_head)
 
 
 def _fits_in_place(engine: Engine, source: Path) -> bool:
@@ -159,7 +158,7 @@ def check_initial_weights(source: Path, model: DecoderConfig, key: str = "init_f
     if differ:
         raise ConfigError(
             f"{key}: {source} holds another model ({'; '.join(differ)}); "
-            "make the model section agree"
+            "make the model section agree, or leave out what init_from says itself"
         )
 
 
@@ -185,8 +184,12 @@ def is_native(path: Path) -> bool:
     return bool(checkpoint.latest(path) or (path / "manifest.json").exists())
 
 
-def _load_hf(source: Path, model: DecoderConfig, engine: Engine, may_add_head: bool) -> None:
-    config, tensors = models.from_hf(source)
+def _load_foreign(
+    opened: OpenModel, source: Path, model: DecoderConfig, engine: Engine, may_add_head: bool
+) -> None:
+    """A Hugging Face folder's or a GGUF file's."""
+    config, tensors = opened.config, opened.tensors
+    assert isinstance(config, DecoderConfig)
     new_head = model.head == "scalar" and config.head != "scalar"
     if new_head:
         _check_head(source, may_add_head)
@@ -197,8 +200,10 @@ def _load_hf(source: Path, model: DecoderConfig, engine: Engine, may_add_head: b
 
 
 def initial_hash(run: RunConfig) -> str:
-    """What stands for the parent of the first stage."""
-    return f"seed-{run.seed}" if run.init_from is None else folder_hash(run.init_from)
+    """What stands for the parent of the first stage: weights, and their commit on the hub."""
+    if run.init_from is None:
+        return f"seed-{run.seed}"
+    return folder_hash(run.start) + (hub.revision_of(run.init_from, "model") or "")
 
 
 def folder_hash(folder: Path | None) -> str:

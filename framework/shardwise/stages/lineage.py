@@ -15,6 +15,7 @@ from typing import Any
 
 import xxhash
 
+from shardwise import hub
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import RUN_FILE
 from shardwise.config.load import load_config
@@ -29,6 +30,7 @@ from shardwise.stages.initial_weights import initial_hash
 # Keys of a stage that may change without making it another computation.
 FREE_KEYS = ("steps", "checkpoint", "validation", "keep_rollouts_every", "max_skipped")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
+_PUT_BACK = "put back the weights that it started from"
 
 
 class LineageError(CheckpointError):
@@ -69,8 +71,14 @@ def lineage_of(
         config_hash=xxhash.xxh3_128_hexdigest(body.encode()),
         data_hash=data_hash,
         parent_hash=manifest.read(parent).digest if parent else initial_hash(run),
-        parent=str(parent.relative_to(run.directory)) if parent else "",
+        parent=str(parent.relative_to(run.directory)) if parent else _pinned(run),
     )
+
+
+def _pinned(run: RunConfig) -> str:
+    """The commit that a run starts from, if it is one of the hub's."""
+    start = run.init_from
+    return hub.pinned(start, "model") if start is not None and hub.is_hub_name(start) else ""
 
 
 def check_lineage(
@@ -95,7 +103,9 @@ def check_lineage(
         told = f" ({'; '.join(differences[:3])})"
     if "parent checkpoint" in changed:
         source = f"init_from: {run.init_from}" if run.init_from else "the weights of a seed"
-        told += f" (now {wanted.parent or source}; put back the weights that it started from)"
+        before = str(stored.get("parent", ""))
+        mend = f"write init_from: {before}" if hub.is_hub_name(before) else _PUT_BACK
+        told += f" (now {wanted.parent or source}; {mend})"
     if changed:
         raise LineageError(
             f"stage {stage.name}: its checkpoints were made with another {' and '.join(changed)}"

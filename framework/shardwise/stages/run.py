@@ -21,13 +21,14 @@ from shardwise.config.load import LoadedConfig
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
 from shardwise.config.source import Source
+from shardwise.config.start import located
 from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig
 from shardwise.data.datasets import training_texts
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from shardwise.engines.registry import check_layout
-from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError
+from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError, UserError
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
@@ -183,24 +184,22 @@ def preflight(
                 f"{named('model.max_seq_len')} {run.model.max_seq_len}; lower one or raise the "
                 "other"
             )
-    if run.init_from is not None and not run.init_from.exists():
-        raise ConfigError(
-            f"{named('init_from')}: {run.init_from} does not exist (from {Path.cwd()}); run the "
-            "recipe that makes it, or name another checkpoint or Hugging Face folder"
-        )
-    if run.init_from is not None:
+    try:
+        start = run.start
+    except UserError as error:
+        raise ConfigError(f"{named('init_from')}: {error}") from error
+    if start is not None:
         scalar = run.stages[0].head == "scalar"
         model = run.model
         assert isinstance(model, DecoderConfig)
-        check_initial_weights(
-            run.init_from, model.as_scalar() if scalar else model, named("init_from")
-        )
-        if is_native(run.init_from):
-            check_trained(run.init_from, run.stages[0].max_skipped, named("init_from"))
-    if run.tokenizer.path is not None and not run.tokenizer.path.exists():
-        raise ConfigError(
-            f"{named('tokenizer.path')}: {run.tokenizer.path} does not exist (from {Path.cwd()})"
-        )
+        check_initial_weights(start, model.as_scalar() if scalar else model, named("init_from"))
+        if is_native(start):
+            check_trained(start, run.stages[0].max_skipped, named("init_from"))
+    if run.tokenizer.path is not None:
+        try:
+            located(run.tokenizer.path)
+        except UserError as error:
+            raise ConfigError(f"{named('tokenizer.path')}: {error}") from error
     trains = run.tokenizer.kind == "bpe" and run.tokenizer.path is None
     if trains and all(source.kind == "indexed" for source in tokenizer_data(run).sources):
         raise ConfigError(
@@ -331,7 +330,7 @@ def _of_start(run: RunConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
 
     Their token ids are left out if its tokenizer is another one.
     """
-    files = {} if run.init_from is None else open_model(run.init_from).files
+    files = {} if (start := run.start) is None else open_model(start).files
     kept = {name: files[name] for name in travel.MODEL if name in files}
     own = tokenizer.files()[travel.TOKENIZER]
     if files.get(travel.TOKENIZER, own) == own:
