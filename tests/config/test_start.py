@@ -108,7 +108,7 @@ def test_what_cannot_be_is_one_sentence_with_its_place(folder: Path) -> None:
 
 def test_a_wrong_key_over_it_is_told_with_its_nearest_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'width'"):
-        load_config(recipe(folder, model={"widht": 3}))
+        load_config(recipe(folder, model={"wdth": 3}))
 
 
 def test_without_it_the_message_names_it() -> None:
