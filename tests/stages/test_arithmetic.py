@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from shardwise.config.load import load_config
-from shardwise.stages.arithmetic import arithmetic, role_numbers, roles_in_use
+from shardwise.models.common.config import DecoderConfig
+from shardwise.stages.arithmetic import arithmetic, bytes_a_rank, role_numbers, roles_in_use
 from tests.stages.recipes import recipe
 
 
@@ -55,3 +56,37 @@ def test_roles_of_grpo(tmp_path: Any, kl: str, roles: list[str]) -> None:
     loss = {"kl": kl, "kl_coef": 0.0 if kl == "none" else 0.1}
     _, stage = stage_of(tmp_path, "grpo", loss=loss)
     assert roles_in_use(stage) == roles
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo"])
+def test_stages_that_write_nothing_hold_their_roles(tmp_path: Any, kind: str) -> None:
+    config = recipe(tmp_path / "run", kind)
+    config["model"]["vocab_size"] = 300
+    run = load_config(config).config
+    [stage] = run.stages
+    actor = role_numbers(run, stage, "actor", 1, 96)
+    whole = bytes_a_rank(run, stage, 1, 96)
+    assert isinstance(run.model, DecoderConfig)
+    trained = run.model.as_scalar() if kind == "reward" else run.model
+    assert actor.parameters == trained.num_parameters()
+    assert 16 * actor.parameters <= actor.bytes_a_rank <= whole
+    assert (whole > actor.bytes_a_rank) == (kind == "dpo"), "a reference beside the actor"
+
+
+def test_what_generates_is_held_beside_what_is_trained(tmp_path: Any) -> None:
+    run, stage = stage_of(tmp_path, "grpo")
+    [role] = roles_in_use(stage)
+    assert isinstance(run.model, DecoderConfig)
+    weights = 2 * 4 * run.model.num_parameters()  # fp32, packed beside
+    actor = role_numbers(run, stage, role, 1, 100)
+    assert bytes_a_rank(run, stage, 1, 100) == actor.bytes_a_rank + weights
+    # A cache may outgrow an update: here, long completions of one token's training.
+    sampling = stage.sampling.model_copy(update={"max_new_tokens": 10_000})
+    long = stage.model_copy(update={"sampling": sampling, "samples_per_prompt": 1})
+    cached = 2 * 2 * 4 * 20_000 * 2 * 8 * 4  # K and V, layers, prompts, row, width, fp32
+    small = long.batch.model_copy(update={"micro_batch": 1})
+    long = long.model_copy(update={"batch": small})
+    actor = role_numbers(run, long, role, 1, 20_000)
+    turn = actor.bytes_a_rank - actor.steady_bytes
+    found = bytes_a_rank(run, long, 1, 20_000)
+    assert found == actor.steady_bytes + weights + max(cached, turn)

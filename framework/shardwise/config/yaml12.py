@@ -8,6 +8,7 @@ and None.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -94,13 +95,33 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
+class _Inline(_Dumper):
+    """On one line, with the shortest form of each number."""
+
+
+def _number(dumper: _Inline, number: float) -> ScalarNode:
+    short = re.sub(r"(?:\.0)?e([-+])0*", r"e\1", repr(number))
+    if not math.isfinite(number):
+        return dumper.represent_float(number)
+    return dumper.represent_scalar(_TAG + "float", short.replace("e+", "e"))
+
+
+def _line(dumper: _Inline, text: str) -> ScalarNode:
+    style = '"' if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar(_TAG + "str", text, style)
+
+
+_Inline.add_representer(float, _number)
+_Inline.add_representer(str, _line)
+
+
 def inline(data: Any) -> str:
-    """The same on one line."""
-    text = yaml.dump(
-        [data], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9,
+    """Plain data as YAML on one line, mappings and lists in brackets."""
+    [node] = yaml.dump(
+        [data], Dumper=_Inline, sort_keys=False, allow_unicode=True, width=math.inf,
         default_flow_style=True,
-    )  # fmt: skip
-    return str(text).strip()[1:-1]
+    ).splitlines()  # fmt: skip
+    return str(node[1:-1])
 
 
 def parse(text: str, origin: str, source: Source | None = None) -> Tree:

@@ -23,6 +23,7 @@ from shardwise.rollout.scheduler import Admission, Completion, Request, Schedule
 from shardwise.rollout.weights import combine, digest
 
 log = logging.getLogger(__name__)
+MAX_SLOTS = 128  # sequences in flight, of a stage's rollouts
 
 # Shape suffixes: B prompts, T tokens, N active rows, C completions, V vocabulary.
 
@@ -41,7 +42,7 @@ class Generator:
         model_config: ModelConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        max_slots: int = 128,
+        max_slots: int = MAX_SLOTS,
         *,
         decode_text: Callable[[list[int]], str] | None = None,
         accelerate: bool = True,

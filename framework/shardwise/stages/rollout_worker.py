@@ -21,7 +21,7 @@ from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.config import Sampling
-from shardwise.rollout.generator import Generator
+from shardwise.rollout.generator import MAX_SLOTS, Generator
 from shardwise.rollout.scheduler import Completion, Request
 from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
@@ -118,7 +118,7 @@ class RolloutWorker:
         task: TaskConfig,
         scorer: Scorer,
         dtype: torch.dtype | None = None,
-        max_slots: int = 128,
+        max_slots: int = MAX_SLOTS,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
         self.dtype = dtype or precision_of(ctx.precision, ctx.device).compute
