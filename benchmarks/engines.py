@@ -29,7 +29,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.registry import as_kind, build_engine
 from shardwise.losses.causal_lm import CausalLM
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.layout import parse_layout
 from shardwise.verify.pool import RankPool
 

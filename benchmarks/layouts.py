@@ -35,7 +35,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.gemm import measure_gemm
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh, init_distributed
 from shardwise.precision.policy import precision_of

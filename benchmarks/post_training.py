@@ -61,7 +61,7 @@ from shardwise.data.preferences import Ranking
 from shardwise.data.sampler import Sampler
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.metrics.gemm import measure_gemm
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages import dpo, reward
 from shardwise.stages.base import Stage

@@ -40,7 +40,7 @@ from peers.handwritten import Loop, Shape
 
 from shardwise.data.packing import Row
 from shardwise.metrics.gemm import measure_gemm
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages.loop import flops_per_token
 from shardwise.stages.supervised import SupervisedStage

@@ -27,8 +27,8 @@ from shardwise.data.tokenizer import ByteTokenizer, load_tokenizer
 from shardwise.errors import ShardwiseError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import init_weights
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.gpt2 import GPT2Config
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build, to_hf
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"

@@ -37,7 +37,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.flops import FlopsShape, training_flops_per_token
 from shardwise.metrics.gemm import measure_gemm, peak_bf16_flops
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel import mesh
 from shardwise.parallel.layout import parse_layout, world_of
 

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from peers.hf_trainer import Turns, be_quiet
 from shardwise.data.tokenizer import Tokenizer
-from shardwise.models.llama.config import LlamaConfig as OurConfig
+from shardwise.models.dense.llama import LlamaConfig as OurConfig
 
 NEVER = -1  # a token id that no model writes
 

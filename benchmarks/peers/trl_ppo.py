@@ -31,7 +31,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from peers.hf_trainer import Turns, be_quiet
 from shardwise.data.tokenizer import Tokenizer
-from shardwise.models.llama.config import LlamaConfig as OurConfig
+from shardwise.models.dense.llama import LlamaConfig as OurConfig
 
 Weights = Iterable[tuple[str, Tensor]]
 

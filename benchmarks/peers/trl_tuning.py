@@ -34,7 +34,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from peers.hf_trainer import Turns, be_quiet
 from shardwise.data.tokenizer import ByteTokenizer
-from shardwise.models.llama.config import LlamaConfig as OurConfig
+from shardwise.models.dense.llama import LlamaConfig as OurConfig
 
 Start = Mapping[
     str, NDArray[np.float32]

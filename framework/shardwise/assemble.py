@@ -58,7 +58,7 @@ def assemble(
     compiled = blocks.wants_compile(engine, mesh.device)
     precision, layout = precision_of(engine.precision, mesh.device), mesh.layout
     parts = split_model(model_config, layout.num_chunks)
-    table = registry.sharding(model_config.family)
+    table = registry.sharding(model_config)
     few_bits = None if trained.adapter is None else trained.adapter.quantise
     if few_bits is not None and engine.fp8 is not None:
         raise ConfigError(

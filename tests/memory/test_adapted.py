@@ -14,7 +14,7 @@ from shardwise.config.adapters import AdapterConfig
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.memory import Adapted, ModelShape, Part, Place, Work, occupancy
 from shardwise.memory.formulas import master_shards
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.memory_inputs import model_shape, place_of

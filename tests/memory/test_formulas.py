@@ -16,7 +16,7 @@ from shardwise.errors import ConfigError
 from shardwise.memory import ModelShape, Part, Place, Work, activations, occupancy
 from shardwise.memory.formulas import backward_buffers, loss_buffers, reduce_buffers, transit
 from shardwise.memory.parameters import held, trained
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 
 # Divisible by all that the layouts below divide by, so that nothing is padded.
 EVEN = ModelShape(64, 4, 8, 8, 8, 128, 512)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shardwise.models.common.cache import SimpleCache
 from shardwise.models.common.init import init_weights
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.gpt2 import GPT2Config
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build
 from shardwise.ops import rng
 

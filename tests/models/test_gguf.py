@@ -16,11 +16,11 @@ from torch import Tensor
 from shardwise.checkpoint.convert import convert
 from shardwise.errors import CheckpointError
 from shardwise.models.common.init import init_weights, load_weights
+from shardwise.models.dense.llama import LlamaConfig
+from shardwise.models.dense.rope import RopeScalingConfig
 from shardwise.models.gguf import from_gguf
-from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.models.registry import build
 from shardwise.ops import rope
-from shardwise.ops.rope_scaling import RopeScaling
 
 gguf = pytest.importorskip("gguf")
 
@@ -187,7 +187,7 @@ def test_other_pre_tokenizers(tmp_path: Path, pre: str, numbers: list[str]) -> N
 def test_rope_scalings(tmp_path: Path) -> None:
     scaling = RopeScalingConfig(kind="llama3", factor=8.0)
     plain, _ = rope.frequencies(16, 1e5, None)
-    scaled, _ = rope.frequencies(16, 1e5, RopeScaling(**scaling.model_dump()))
+    scaled, _ = rope.frequencies(16, 1e5, scaling.scaling(8192))
     divisors = (plain / scaled).numpy()
     _write(tmp_path / "m.gguf", "F32", tensors={"rope_freqs.weight": divisors})
     found = from_gguf(tmp_path / "m.gguf")

@@ -12,8 +12,8 @@ from torch import nn
 
 from shardwise.errors import CheckpointError
 from shardwise.models.common.init import init_weights, load_weights
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.gpt2 import GPT2Config
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build, from_hf, from_hf_tensors, to_hf, to_hf_tensors
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -117,8 +117,8 @@ def _edit(path: Path, **changes: Any) -> None:
     [
         ({"model_type": "bert"}, "'bert' is not supported"),
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"mlp_bias": True}, r"missing.*mlp\.gate_proj\.bias"),
+        ({"rope_scaling": {"rope_type": "fourier", "factor": 2.0}}, "'fourier'"),
         ({"num_key_value_heads": 3}, "num_heads"),
         ({"hidden_size": 16}, "shape"),
         ({"num_hidden_layers": 2}, "missing"),

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from shardwise.config.registry import MODEL_CONFIGS
 from shardwise.errors import ConfigError
 from shardwise.models.common.sharding import style_of
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.gpt2 import GPT2Config
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build, config_class, families, sharding
 
 
@@ -76,15 +76,17 @@ def test_counts_and_sharding_cover_real_modules(config: Any) -> None:
     with torch.device("meta"):
         model = build(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    counts = config.param_counts()
+    assert config.spec.shapes() == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert list(config.spec.shapes()) == list(sizes)
+    counts = config.spec.param_counts()
     assert config.num_parameters() == sum(sizes.values())
     assert counts["layers"] == sum(n for name, n in sizes.items() if name.startswith("layers."))
     assert counts["norm"] == sum(n for name, n in sizes.items() if name.startswith("norm."))
     assert counts["head"] == sizes.get("head.weight", 0)
-    assert config.matmul_parameters() == (
+    assert config.spec.matmul_parameters() == (
         counts["layers"] + counts["norm"] + model.head.weight.numel()  # type: ignore[union-attr]
     )
-    table = sharding(config.family)
+    table = sharding(config)
     assert all(style_of(table, name) is not None for name in sizes)
 
 
@@ -103,7 +105,7 @@ def test_every_row_of_a_sharding_table_is_needed() -> None:
     gpt2 = GPT2Config(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, tie_embeddings=False)
     for config in (full, gpt2):
         names = [f"{path}.weight" for path, _ in build(config).named_modules()]
-        table = sharding(config.family)
+        table = sharding(config)
         for rule in table:
             others = [r for r in table if r != rule]
             assert any(style_of(others, name) is None for name in names), rule

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.ops import rope
-from shardwise.ops.rope_scaling import RopeScaling
+from shardwise.ops.rope_scaling import RopeScaling, RopeSpec
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -58,7 +58,7 @@ def test_tables_equal_transformers(name: str) -> None:
     )
     positions = torch.arange(256)[None]
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    our_cos, our_sin = rope.tables(positions, 32, 5e5, ours)
+    our_cos, our_sin = rope.tables(positions, RopeSpec(width=32, base=5e5, scaling=ours))
     torch.testing.assert_close(our_cos, cos[..., :16], atol=1e-6, rtol=0)
     torch.testing.assert_close(our_sin, sin[..., :16], atol=1e-6, rtol=0)
 
@@ -70,7 +70,8 @@ def test_tables_are_fp32_or_fp64() -> None:
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        assert rope.tables(positions, 8, 1e4, None, dtype)[0].dtype == expected
+        tables = rope.tables(positions, RopeSpec(width=8, base=1e4), dtype)
+        assert tables[0].dtype == expected
 
 
 @settings(deadline=None, max_examples=25)
@@ -81,7 +82,8 @@ def test_scores_depend_on_distance_alone(i: int, j: int, shift: int) -> None:
     q, k = torch.randn(2, 1, 1, 1, 32, generator=generator, dtype=torch.float64)
 
     def score(a: int, b: int) -> float:
-        tables = [rope.tables(torch.tensor([[p]]), 32, 1e4, None, torch.float64) for p in (a, b)]
+        spec = RopeSpec(width=32, base=1e4)
+        tables = [rope.tables(torch.tensor([[p]]), spec, torch.float64) for p in (a, b)]
         return float((rope.rotate(q, *tables[0]) * rope.rotate(k, *tables[1])).sum())
 
     assert score(i, j) == pytest.approx(score(i + shift, j + shift), abs=1e-9)

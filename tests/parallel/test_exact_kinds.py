@@ -15,7 +15,7 @@ from shardwise.config.schema import NativeConfig
 from shardwise.errors import ConfigError
 from shardwise.models import families
 from shardwise.models.common.blocks import Attention, RMSNorm, SwiGLU
-from shardwise.models.llama.model import Llama
+from shardwise.models.dense.model import Dense as Llama
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
 from tests.support import toy

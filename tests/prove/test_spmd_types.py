@@ -35,6 +35,7 @@ MODELS = {
 LAYOUTS = ("tp2", "tp2.sp", "tp4.sp", "dp2.zero0", "dp2.zero2", "dp4.hsdp2.zero3.tp2.sp")
 
 TENSOR, NAMED = "parallel/tensor.py", "engines/named_parameters.py"
+NORMS = "parallel/norms.py"
 _SUM = "        tensor.sum_partial([g for n, g in grads.items() if n in self.partial], self.mesh)\n"
 # By name: model, layout, edit.
 EDITS = {
@@ -60,7 +61,7 @@ EDITS = {
     "region_entered_without_its_conjugate": (
         "llama",
         "tp2",
-        Edit(TENSOR, "return self.axis.enter(y) if self.enters else y", "return y"),
+        Edit(NORMS, "return self.axis.enter(y) if self.enters else y", "return y"),
     ),
     "regions_of_data_ranks": (
         "llama",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.models import families, registry
 from shardwise.models.common.blocks import RMSNorm, SwiGLU
-from shardwise.models.llama.model import Llama
+from shardwise.models.dense.model import Dense as Llama
 from shardwise.parallel.tensor import widen_logits
 from shardwise.rollout import native
 from shardwise.rollout.config import Sampling
@@ -27,10 +27,13 @@ class Scaled(Llama):
         return super().embed_tokens(*args) * 8.0
 
 
-class Claims(Scaled):
-    """And says that it can be decoded all the same."""
+class Claims(Llama):
+    """Halves what is in front of the head, and says that it can be decoded all the same."""
 
     compiled_decoding = True
+
+    def hidden(self, *args: Any, **options: Any) -> Tensor:
+        return super().hidden(*args, **options).cumsum(-1)
 
 
 class Capped(Llama):

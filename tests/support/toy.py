@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from shardwise.data.batch import MicroBatch
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.gpt2 import GPT2Config
+from shardwise.models.dense.llama import LlamaConfig
 
 
 def llama(**changes: object) -> LlamaConfig:

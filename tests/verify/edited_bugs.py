@@ -99,8 +99,8 @@ add(
     "norms_inside_heads_summed_only_with_sequence_parallelism",
     "partial gradients", "llama-untied-odd pretrain tp2", "tp", "q_norm|k_norm",
     Edit("parallel/tensor.py",
-         "if axis.sequence or not enters else ()",
-         "if axis.sequence else ()"),
+         'style == "sequence", style == "per_head" or axis.sequence',
+         'style == "sequence", axis.sequence'),
     seen="NVIDIA/Megatron-LM#7452, finding 11",
 )  # fmt: skip
 add(
@@ -168,7 +168,7 @@ add(
 add(
     "tokens_of_a_rank_taken_in_strides",
     "token order", "gpt2 pretrain tp2.sp", "sp", "pos_embed|embed|drop",
-    Edit("parallel/tensor.py",
+    Edit("parallel/swapped.py",
          "return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence else x_BT",
          "return x_BT[:, self.rank :: self.size] if self.sequence else x_BT"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardwise.checkpoint import adapted
 from shardwise.models import registry
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.verify import extremes
 
 MODEL = LlamaConfig(

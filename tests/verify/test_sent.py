@@ -8,7 +8,7 @@ import torch
 
 from shardwise.checkpoint import adapted
 from shardwise.engines.base import Engine
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import to_hf_tensors
 from shardwise.verify.sent import checked
 

@@ -8,7 +8,7 @@ import torch
 
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import open_model
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.verify import starts
 from tests.support.pool import RankPool
 

@@ -87,8 +87,7 @@ def places(config: DecoderConfig) -> Iterator[Place]:
 
 def rules(config: DecoderConfig) -> list[Rule]:
     """Of the model's family."""
-    found: list[Rule] = family_of(config).hf.rules(config)
-    return found
+    return family_of(config).rules(config)
 
 
 # --- ours to theirs -------------------------------------------------------------------------------

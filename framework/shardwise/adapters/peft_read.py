@@ -30,7 +30,6 @@ from shardwise.adapters.peft import rules as rules_of
 from shardwise.adapters.peft_write import BASE_HASH
 from shardwise.errors import CheckpointError
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.families import family_of
 from shardwise.models.weight_files import read_json
 
 PICKLED = "adapter_model.bin"
@@ -153,9 +152,7 @@ class _Reader:
         self.config_file = folder / CONFIG
         self.places = {p.name: p for p in places(config)}
         self.rules = {rule.hf: rule for rule in rules_of(config)}
-        with torch.device("meta"):
-            model = family_of(config).model(config)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.shapes = config.spec.shapes()
 
     def adapter(self, tensors: Mapping[str, Tensor], base_hash: str | None) -> PeftAdapter:
         """Every tensor is used, or named in an error."""

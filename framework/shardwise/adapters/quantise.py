@@ -287,5 +287,5 @@ def quantised(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
 def init_weights(model: Decoder, seed: int) -> None:
     """Give them their initial values, as `models.common.init.init_weights` gives others theirs."""
     for name, kept in quantised(model):
-        spec = init_spec(name, model.config.num_layers)
+        spec = init_spec(name, model.spec)
         kept.load(init_tensor(name, tuple(kept.shape), spec, seed))

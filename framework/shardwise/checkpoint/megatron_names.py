@@ -14,9 +14,7 @@ from torch import Tensor
 
 from shardwise.checkpoint.torch_dist import Checkpoint
 from shardwise.errors import UserError
-from shardwise.models import registry
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.llama.config import LlamaConfig
 
 View = Callable[[Tensor], Tensor]  # our part of theirs
 LAYERS = "decoder.layers."
@@ -24,8 +22,7 @@ LAYERS = "decoder.layers."
 
 def weights(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
     """In the dtype that they have. Raises UserError for those of another model."""
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in registry.build(config).named_parameters()}
+    shapes = {name: torch.Size(shape) for name, shape in config.spec.shapes().items()}
     left, plan = set(found.shapes), []
     for ours, options, view in _rows(config):
         if ours not in shapes:
@@ -104,7 +101,7 @@ def _layer_rows(config: DecoderConfig) -> Iterator[tuple[str, tuple[str, ...], V
         yield f"attn.k.{kind}", fused, heads(shared, shared + 1)
         yield f"attn.v.{kind}", fused, heads(shared + 1, shared + 2)
         yield f"attn.o.{kind}", (f"{attn}linear_proj.{kind}",), _all
-        if isinstance(config, LlamaConfig):
+        if config.spec.layer.gated:
             yield f"mlp.gate.{kind}", (f"{mlp}linear_fc1.{kind}",), lambda fused: fused.chunk(2)[0]
             yield f"mlp.up.{kind}", (f"{mlp}linear_fc1.{kind}",), lambda fused: fused.chunk(2)[1]
         else:

@@ -41,7 +41,7 @@ class PlainFp8:
         self.layers: dict[str, Layer] = {}
         assert isinstance(model.config, DecoderConfig)
         self.kv_heads = model.config.kv_heads
-        table = registry.sharding(model.config.family)
+        table = registry.sharding(model.config)
         for path, module in _linears(model, config):
             self.layers[path] = Layer(path, recipe, device)
             style = style_of(table, f"{path}.weight")

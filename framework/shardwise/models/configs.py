@@ -1,13 +1,29 @@
-"""The config class of each family, in a module without torch; what else they are: `families`."""
+"""The table of families, in a module without torch; see `shardwise.models` for adding one."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from shardwise.config.registry import register_model_config
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.gpt2.config import GPT2Config
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense import gpt2, llama
+from shardwise.models.dense.names import Names
+from shardwise.models.dense.release import Release
 
-CONFIGS: dict[str, type[DecoderConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config}
 
-for family, config in CONFIGS.items():
-    register_model_config(family, config)
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A family's keys, and how transformers says them and its tensors."""
+
+    config: type[DecoderConfig]
+    releases: tuple[Release, ...]
+    names: Names = dataclasses.field(default_factory=Names)
+
+
+TABLES: dict[str, Table] = {
+    "llama": Table(llama.LlamaConfig, llama.RELEASES),
+    "gpt2": Table(gpt2.GPT2Config, (gpt2.RELEASE,), gpt2.NAMES),
+}
+
+for family, table in TABLES.items():
+    register_model_config(family, table.config)

@@ -1,38 +1,42 @@
-"""The table of model families. Adding one costs a folder, a row here and one in `configs`."""
+"""All that the house knows of a family: its table, its model, and how that is cut."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
+from collections.abc import Callable
 
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.decoder import Decoder
+from shardwise.models.common.hf import Rule
 from shardwise.models.common.sharding import ShardRule
-from shardwise.models.configs import CONFIGS
-from shardwise.models.gpt2 import hf as gpt2_hf
-from shardwise.models.gpt2.model import GPT2
-from shardwise.models.gpt2.sharding import SHARDING as GPT2_SHARDING
-from shardwise.models.llama import hf as llama_hf
-from shardwise.models.llama.model import Llama
-from shardwise.models.llama.sharding import SHARDING as LLAMA_SHARDING
+from shardwise.models.common.spec import ModelSpec
+from shardwise.models.configs import TABLES, Table
+from shardwise.models.dense import hf
+from shardwise.models.dense.model import Dense
+from shardwise.models.dense.sharding import sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All that the house knows of a family."""
+    """A row of the table."""
 
-    config: type[DecoderConfig]
-    model: type[Decoder]
-    hf: ModuleType  # rules, config_from_hf, config_to_hf, MODEL_TYPES, PREFIX, IGNORE, OTHER_WORDS
-    sharding: tuple[ShardRule, ...]
+    table: Table
+    model: type[Decoder] = Dense
+    sharding: Callable[[ModelSpec], tuple[ShardRule, ...]] = sharding
+
+    @property
+    def config(self) -> type[DecoderConfig]:
+        """Its keys."""
+        return self.table.config
+
+    def rules(self, config: DecoderConfig) -> list[Rule]:
+        """Every tensor of a checkpoint of transformers'."""
+        return hf.rules(config, self.table.names)
 
 
-FAMILIES = {
-    "llama": Family(CONFIGS["llama"], Llama, llama_hf, LLAMA_SHARDING),
-    "gpt2": Family(CONFIGS["gpt2"], GPT2, gpt2_hf, GPT2_SHARDING),
-}
+FAMILIES: dict[str, Family] = {name: Family(table) for name, table in TABLES.items()}
 
 
 def family_of(config: ModelConfig | str) -> Family:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import travel
+from shardwise.models.dense.llama import LlamaConfig
+from shardwise.models.dense.rope import RopeScalingConfig
 from shardwise.models.gguf_header import check_header
 from shardwise.models.gguf_tokenizer import tokenizer_config, tokenizer_json
-from shardwise.models.llama.config import LlamaConfig, RopeScalingConfig
 from shardwise.ops import rope
-from shardwise.ops.rope_scaling import RopeScaling
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -145,7 +145,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfi
         num_layers=fields[f"{arch}.block_count"],
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=None if head_dim == hidden // heads else head_dim,
+        head_dim=None if head_dim * heads == hidden else head_dim,
         ffn_size=fields[f"{arch}.feed_forward_length"],
         rope_base=base,
         rope_scaling=_rope_scaling(get, tensors, head_dim, base),
@@ -171,7 +171,7 @@ def _rope_scaling(
         divisors = np.asarray(tensors[_ROPE_FACTORS].data, dtype=np.float32).ravel()
         found = RopeScalingConfig(kind="llama3", factor=float(divisors.max()))
         plain, _ = rope.frequencies(head_dim, base, None)
-        scaled, _ = rope.frequencies(head_dim, base, RopeScaling(**found.model_dump()))
+        scaled, _ = rope.frequencies(head_dim, base, found.scaling(found.original_max_seq_len))
         if not np.allclose((plain / scaled).numpy(), divisors, rtol=1e-3):
             raise CheckpointError(
                 f"{_ROPE_FACTORS} is not Llama 3's scaling with its published constants"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.errors import CheckpointError
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 

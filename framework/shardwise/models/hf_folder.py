@@ -15,8 +15,10 @@ from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.common.hf import LABELS, from_hf_stream, refuse_foreign, to_hf_stream
-from shardwise.models.families import FAMILIES, family_of
+from shardwise.models.common.hf import from_hf_stream, to_hf_stream
+from shardwise.models.common.hf_config import LABELS
+from shardwise.models.families import family_of
+from shardwise.models.releases import release_for, release_of, unsupported
 from shardwise.models.weight_files import INDEX, SINGLE, read_json, read_tensors, refuse_adapter
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,16 +36,19 @@ def to_hf_tensors(
     config: ModelConfig, named: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under Hugging Face names, from a stream under ours, one at a time."""
-    return to_hf_stream(family_of(config).hf.rules(config), named, _tied(config))
+    assert isinstance(config, DecoderConfig)
+    return to_hf_stream(family_of(config).rules(config), named, _tied(config))
 
 
 def from_hf_tensors(
     config: ModelConfig, named: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors under our names, from a stream under Hugging Face's."""
-    hf = family_of(config).hf
-    ignore = (*hf.IGNORE, *(["lm_head.weight"] if _tied(config) else []))
-    return from_hf_stream(hf.rules(config), named, hf.PREFIX, ignore)
+    assert isinstance(config, DecoderConfig)
+    family = family_of(config)
+    names = family.table.names
+    ignore = (*names.ignore, *(["lm_head.weight"] if _tied(config) else []))
+    return from_hf_stream(family.rules(config), named, names.prefix, ignore)
 
 
 def _tied(config: ModelConfig) -> tuple[str, ...]:
@@ -70,24 +75,18 @@ def read_config(folder: Path) -> DecoderConfig:
     path = folder / travel.CONFIG
     raw = read_json(path)
     refuse_adapter(folder)
-    kind = raw.get("model_type")
-    for family in FAMILIES.values():
-        if kind in family.hf.MODEL_TYPES:
-            _check_counts(raw, path)
-            try:
-                refuse_foreign(raw)
-                config: DecoderConfig = family.hf.config_from_hf(raw)
-            except KeyError as error:
-                raise CheckpointError(f"{path}: no key {error}") from None
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {error}") from None
-            except (TypeError, AttributeError, ArithmeticError) as error:
-                raise CheckpointError(
-                    f"{path}: a value of a kind that cannot be: {error}"
-                ) from None
-            return config
-    known = ", ".join(t for f in FAMILIES.values() for t in f.hf.MODEL_TYPES)
-    raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {known}")
+    release = release_of(raw.get("model_type"))
+    if release is None:
+        raise CheckpointError(f"{path}: {unsupported(raw)}")
+    _check_counts(raw, path)
+    try:
+        return release.read(raw)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no key {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: a value of a kind that cannot be: {error}") from None
 
 
 def _check_counts(raw: dict[str, Any], path: Path) -> None:
@@ -100,8 +99,7 @@ def _fitting(
     path: Path, config: DecoderConfig, named: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The stream, if every tensor has the shape that ``config`` means, and numbers as they are."""
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in family_of(config).model(config).named_parameters()}
+    shapes = config.spec.shapes()
     for name, tensor in named:
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
@@ -111,7 +109,7 @@ def _fitting(
         if tensor.shape != shapes[name]:
             raise CheckpointError(
                 f"{path.parent}: {name} has the shape {tuple(tensor.shape)}, and by {path.name} it "
-                f"is {tuple(shapes[name])}; does the config belong to these weights?"
+                f"is {shapes[name]}; does the config belong to these weights?"
             )
         yield name, tensor
 
@@ -179,16 +177,18 @@ def write_config(folder: Path, config: ModelConfig, carried: Mapping[str, bytes]
 
 def _config_json(config: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]:
     """What ``carried`` says, but for what ``config`` says otherwise."""
-    hf = family_of(config).hf
-    made: dict[str, Any] = hf.config_to_hf(config)
-    if carried.get("model_type") not in hf.MODEL_TYPES:
-        return made
-    before, head = hf.config_from_hf(carried), getattr(config, "head", "vocabulary")
+    assert isinstance(config, DecoderConfig)
+    own = release_of(carried.get("model_type"))
+    if own is None or own not in family_of(config).table.releases:
+        return release_for(config).write(config)
+    before = own.read(carried)
     if before == config:
         return carried
-    kept = {k: v for k, v in carried.items() if k not in (*made, *hf.OTHER_WORDS)}
+    release = release_for(config, own)
+    made, words = release.write(config), own.words | release.words
+    kept = {k: v for k, v in carried.items() if k not in made and k not in words}
     for key in LABELS:  # names of scores
-        if before.head != head:
+        if before.head != config.head:
             kept.pop(key, None)
         elif key in carried:
             made[key] = carried[key]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
@@ -44,9 +42,9 @@ def config_class(family: str) -> type[DecoderConfig]:
     return family_of(family).config
 
 
-def sharding(family: str) -> tuple[ShardRule, ...]:
-    """The tensor-parallel table of a family."""
-    return family_of(family).sharding
+def sharding(config: DecoderConfig) -> tuple[ShardRule, ...]:
+    """The tensor-parallel table of a config's model."""
+    return family_of(config).sharding(config.spec)
 
 
 def build(config: ModelConfig) -> Decoder:
@@ -67,7 +65,5 @@ def build(config: ModelConfig) -> Decoder:
 
 def parameter_names(config: ModelConfig) -> list[str]:
     """Of all parameters of a config's model, which need not know its vocabulary yet."""
-    size = config.vocab_size or 1
-    with torch.device("meta"):
-        model = build(config.model_copy(update={"vocab_size": size}))
-    return [name for name, _ in model.named_parameters()]
+    assert isinstance(config, DecoderConfig)
+    return list(config.spec.shapes())

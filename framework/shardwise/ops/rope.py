@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from shardwise.ops.rope_scaling import RopeScaling
+from shardwise.ops.rope_scaling import RopeScaling, RopeSpec
 
-# Shape suffixes: B sequences, T tokens, H heads, K head width, R = K / 2 rotated pairs.
+# Shape suffixes: B sequences, T tokens, H heads, K head width, R rotated pairs (K / 2 at most).
 
 
 def frequencies(
@@ -33,7 +33,17 @@ def frequencies(
         return freq_R / scaling.factor, 1.0
     if scaling.kind == "llama3":
         return _llama3(freq_R, scaling), 1.0
+    if scaling.kind == "longrope":
+        factors_R = torch.tensor(scaling.pair_factors, device=device, dtype=dtype)
+        return 1.0 / (factors_R * base**exponent_R), _longrope_factor(scaling)
     return _yarn(freq_R, head_dim, base, scaling)
+
+
+def _longrope_factor(s: RopeScaling) -> float:
+    """Ding et al. 2024, "LongRoPE", section 3.3, as its release computes it."""
+    if s.attention_factor is not None or s.factor <= 1.0:
+        return 1.0 if s.attention_factor is None else s.attention_factor
+    return math.sqrt(1 + math.log(s.factor) / math.log(s.original_max_seq_len))
 
 
 def _llama3(freq_R: Tensor, s: RopeScaling) -> Tensor:
@@ -53,35 +63,47 @@ def _yarn(freq_R: Tensor, head_dim: int, base: float, s: RopeScaling) -> tuple[T
         turns = s.original_max_seq_len / (num_rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(s.beta_fast)), 0)
-    high = min(math.ceil(pair_of(s.beta_slow)), head_dim - 1)
-    width = max(high - low, 0.001)
+    ends = pair_of(s.beta_fast), pair_of(s.beta_slow)
+    if s.truncate:
+        ends = math.floor(ends[0]), math.ceil(ends[1])
+    low, high = max(ends[0], 0), min(ends[1], head_dim - 1)
+    width = high - low or 0.001
     index_R = torch.arange(head_dim // 2, device=freq_R.device, dtype=freq_R.dtype)
     interpolate_R = ((index_R - low) / width).clamp(0, 1)
     scaled_R = freq_R / s.factor * interpolate_R + freq_R * (1 - interpolate_R)
-    factor = s.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
-    return scaled_R, factor
+    if s.attention_factor is not None:
+        return scaled_R, s.attention_factor
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+
+    if s.mscale and s.mscale_all_dim:
+        return scaled_R, temperature(s.mscale) / temperature(s.mscale_all_dim)
+    return scaled_R, temperature(1.0)
 
 
 def tables(
-    position_ids_BT: Tensor,
-    head_dim: int,
-    base: float,
-    scaling: RopeScaling | None = None,
-    dtype: torch.dtype = torch.float32,
+    position_ids_BT: Tensor, spec: RopeSpec, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (BTR) of every position, in fp32, or in fp64 when ``dtype`` is fp64."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    freq_R, factor = frequencies(head_dim, base, scaling, device=position_ids_BT.device, dtype=wide)
+    freq_R, factor = frequencies(
+        spec.width, spec.base, spec.scaling, device=position_ids_BT.device, dtype=wide
+    )
     angle_BTR = position_ids_BT[..., None].to(wide) * freq_R
     return angle_BTR.cos() * factor, angle_BTR.sin() * factor
 
 
 def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Rotate queries or keys; computed in the tables' dtype, returned in the dtype of ``x``."""
+    """Rotate queries or keys; computed in the tables' dtype, returned in the dtype of ``x``.
+
+    Features behind the first 2 R are left as they are.
+    """
     cos, sin = cos_BTR[:, None], sin_BTR[:, None]
-    first, second = x_BHTK.to(cos.dtype).chunk(2, dim=-1)
+    turned = 2 * cos.shape[-1]
+    first, second = x_BHTK[..., :turned].to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x_BHTK.dtype)
+    rotated = rotated.to(x_BHTK.dtype)
+    if turned == x_BHTK.shape[-1]:
+        return rotated
+    return torch.cat((rotated, x_BHTK[..., turned:]), dim=-1)

@@ -15,13 +15,14 @@ _LAYOUT_NUMBERS = ("dp", "shard", "zero", "tp", "sp", "pp", "cp", "cp_kind")
 
 def model_shape(model: DecoderConfig, adapted: memory.Adapted | None = None) -> memory.ModelShape:
     """The sizes of a decoder. A scalar head is tied to nothing and occupies nothing to speak of."""
+    layer = model.spec.layer
     return memory.ModelShape(
-        hidden_size=model.hidden_size,
+        hidden_size=layer.hidden_size,
         num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        head_width=model.head_width,
-        ffn_size=getattr(model, "ffn_width", None) or model.ffn_size,  # type: ignore[attr-defined]
+        num_heads=layer.num_heads,
+        num_kv_heads=layer.kv_heads,
+        head_width=layer.head_width,
+        ffn_size=layer.ffn_size,
         vocab_size=max(1, model.vocab_size),
         tied=model.tie_embeddings or model.head == "scalar",
         adapted=adapted,

@@ -72,12 +72,14 @@ def split_model(config: DecoderConfig, parts: int) -> list[range]:
     The head counts with its product. The embedding's gradient is a table that is zeroed and added
     to once a micro-batch: two operations an element, shared by a sequence's tokens.
     """
-    width = config.num_heads * config.head_width
-    layer = 6.0 * config.param_counts()["layers"] / config.num_layers
-    layer += 6.0 * config.max_seq_len * width  # causal attention, forward and backward
-    table = float(config.vocab_size * config.hidden_size)
-    head = 6.0 * config.head_size * config.hidden_size
-    costs = [layer] * config.num_layers
+    spec = config.spec
+    width = spec.layer.num_heads * spec.layer.head_width
+    table = float(spec.vocab_size * spec.hidden_size)
+    head = 6.0 * spec.head_size * spec.hidden_size
+    # Causal attention, forward and backward, as if it saw all: kinds of layers are cut evenly.
+    seen = 6.0 * config.max_seq_len * width
+    of_layer = {layer: 6.0 * layer.num_parameters + seen for layer in set(spec.layers)}
+    costs = [of_layer[layer] for layer in spec.layers]
     return split_layers(costs, 2.0 * table / config.max_seq_len, head, parts)
 
 

@@ -38,7 +38,7 @@ def quantised_linears(config: DecoderConfig, fp8: Fp8Config) -> list[Quantised]:
     sizes = config.model_copy(update={"vocab_size": config.vocab_size or 1})
     with torch.device("meta"):
         model = registry.build(sizes)
-    table = registry.sharding(config.family)
+    table = registry.sharding(config)
     kept = range(fp8.first_layers, config.num_layers - fp8.last_layers)
     found = []
     for path, module in model.named_modules():

@@ -11,150 +11,39 @@ summed after the backward pass, all in one fp32 buffer and in a fixed order (`su
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from shardwise.errors import ConfigError
 from shardwise.models.common.blocks import (
     Attention,
     Dropout,
+    GeGLU,
     GeluMLP,
     RMSNorm,
+    Sinks,
     SwiGLU,
     is_exactly,
 )
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.sharding import ShardRule
 from shardwise.ops import comm
-from shardwise.ops.linear import Accumulate, linear, wide_linear
-from shardwise.ops.rms_norm import rms_norm
+from shardwise.ops.linear import wide_linear
 from shardwise.parallel import regions
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.norms import Entering, HeadNumbers, HeadsNorm
+from shardwise.parallel.norms import EnteringNorm as EnteringNorm
+from shardwise.parallel.swapped import Axis as Axis
+from shardwise.parallel.swapped import Matmul as Matmul
+from shardwise.parallel.swapped import Swapped as Swapped
+from shardwise.parallel.swapped import local as local
 
 # Shape suffixes: B sequences, T tokens, D model width, I input and O output features.
-
-
-@dataclasses.dataclass
-class Axis:
-    """The tp axis as the swapped modules see it."""
-
-    mesh: Mesh
-    group: str
-    size: int
-    rank: int
-    sequence: bool
-    overlap: bool  # of weight products with the collective behind them
-    later: regions.Later | None = None  # weight products of the region that was entered last
-
-    def parameter(self, old: Tensor, placement: Placement) -> nn.Parameter:
-        """``old`` (whole, on the meta device) as this rank's part of a DTensor."""
-        local = old.detach()
-        if isinstance(placement, Shard):
-            parts = list(local.chunk(self.size, dim=placement.dim))
-            empty = local.narrow(placement.dim, 0, 0)
-            local = parts[self.rank] if self.rank < len(parts) else empty
-        value = DTensor.from_local(
-            local.contiguous(),
-            self.mesh.tp,
-            [placement],
-            run_check=False,
-            shape=old.shape,
-            stride=old.stride(),
-        )
-        return nn.Parameter(value, requires_grad=old.requires_grad)
-
-    def leave(self, x_BTD: Tensor) -> Tensor:
-        """Sum the ranks' partial results, and keep this rank's tokens of them."""
-        if self.sequence:
-            return regions.scatter_tokens(x_BTD, self.group, self.size)
-        return regions.leave(x_BTD, self.group)
-
-    def enter(self, x_BTD: Tensor) -> Tensor:
-        """Make all tokens whole on every rank."""
-        # Without a gradient to send back, nobody would compute what was left for later.
-        self.later = [] if self.overlap and x_BTD.requires_grad else None
-        if self.sequence:
-            return regions.gather_tokens(x_BTD, self.group, self.size, self.later)
-        return regions.enter(x_BTD, self.group, self.later)
-
-    def own_tokens(self, x_BT: Tensor) -> Tensor:
-        """This rank's slice of the second dimension under sequence parallelism, else all."""
-        return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence else x_BT
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The local part; its gradient comes back as a DTensor of the same placements."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-# ``matmul(x, weight_OI, accumulate)``: ``x @ weight.T``; see `ops.linear.linear` for the last.
-Matmul = Callable[[Tensor, Tensor, Accumulate | None], Tensor]
-
-
-class Swapped(nn.Module):
-    """A module whose `partial` parameters get partial sums as gradients on each rank.
-
-    ``adapter(x, out, weight, rows)`` makes of a product over local parts an adapted one, see
-    `shardwise.adapters`; ``rows`` are those of a whole weight that this rank uses.
-    """
-
-    partial: tuple[str, ...] = ()
-    defer = False  # whether a schedule asks for weight products apart
-    matmul: Matmul | None = None  # replaces the product over local parts, as FP8 does
-    rows = slice(None)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapter: Callable[..., Any] | None = None
-
-    def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, later: regions.Later | None = None
-    ) -> Tensor:
-        """A linear layer over local parts; ``later`` takes its weight product."""
-        add = None
-        if self.defer or later is not None:
-            add = Accumulate(functools.partial(_add_grad, weight), later)
-        return self.multiply(x, local(weight), None if bias is None else local(bias), add)
-
-    def multiply(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Accumulate | None = None
-    ) -> Tensor:
-        """The same with parts in hand; with ``add``, the weight product can be deferred."""
-        if self.matmul is None and self.adapter is None:
-            return linear(x, weight, bias, add)
-        out = linear(x, weight, None, add) if self.matmul is None else self.matmul(x, weight, add)
-        if self.adapter is not None:
-            out = self.adapter(x, out, weight, self.rows)
-        return out if bias is None else out + bias
-
-    def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of a table in hand, adapted."""
-        out = F.embedding(ids, table)
-        return out if self.adapter is None else self.adapter(ids, out, table, self.rows)
-
-
-def _add_grad(parameter: Tensor, grad: Tensor) -> None:
-    """Accumulate a local gradient that no backward pass delivers, as autograd would."""
-    if isinstance(parameter, DTensor):
-        grad = DTensor.from_local(
-            grad,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-        hook(parameter)
 
 
 class UnshardedLinear(Swapped):
@@ -338,30 +227,6 @@ class TokenEmbedding(Swapped):
         return self.look_up(self.axis.own_tokens(ids_BT), local(self.weight))
 
 
-class EnteringNorm(Swapped):
-    """A norm on whole activations, or on this rank's tokens, that enters the parallel region."""
-
-    def __init__(self, old: nn.Module, axis: Axis, *, enters: bool = True) -> None:
-        super().__init__()
-        assert isinstance(old, RMSNorm | nn.LayerNorm)
-        self.axis, self.enters, self.eps = axis, enters, old.eps
-        self.centred = type(old) is nn.LayerNorm
-        self.weight = axis.parameter(old.weight, Replicate())
-        bias = getattr(old, "bias", None)
-        self.bias = None if bias is None else axis.parameter(bias, Replicate())
-        self.partial = ("weight", "bias") if axis.sequence or not enters else ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; behind it, every rank has all tokens."""
-        weight = local(self.weight)
-        if self.centred:
-            bias = None if self.bias is None else local(self.bias)
-            y = F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        else:
-            y = rms_norm(x, weight, self.eps)
-        return self.axis.enter(y) if self.enters else y
-
-
 class TokenDropout(nn.Module):
     """Dropout on this rank's tokens, with their own rng keys."""
 
@@ -375,14 +240,18 @@ class TokenDropout(nn.Module):
         return self.old(x_BTD, own, salt)  # type: ignore[no-any-return]
 
 
+_REGIONS = (Attention, SwiGLU, GeGLU, GeluMLP)
 # What each style takes the place of.
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "vocab": (nn.Embedding,),
     "kv": (nn.Linear,),
     "column": (nn.Linear,),
     "row": (nn.Linear,),
-    "sequence": (RMSNorm, nn.LayerNorm),
+    "sequence": (RMSNorm, nn.LayerNorm, nn.Identity),
+    "own_tokens": (RMSNorm, nn.LayerNorm),
     "per_head": (RMSNorm, nn.LayerNorm),
+    "heads": (RMSNorm, Sinks),
+    "kv_heads": (RMSNorm,),
     "tokens": (Dropout, nn.Embedding),
 }
 
@@ -401,8 +270,17 @@ def _swap(old: nn.Module, style: str, axis: Axis, kv_heads: int) -> nn.Module:
         if style == "row":
             return RowLinear(old, axis)
         return ScalarLinear(old, axis) if old.out_features == 1 else ColumnLinear(old, axis)
-    if style in ("sequence", "per_head"):
-        return EnteringNorm(old, axis, enters=style == "sequence")
+    if type(old) is nn.Identity:
+        return Entering(axis)
+    if style in ("sequence", "own_tokens", "per_head"):
+        enters, parts = style == "sequence", style == "per_head" or axis.sequence
+        return EnteringNorm(old, axis, enters=enters, partial=parts)
+    if isinstance(old, Sinks):
+        return HeadNumbers(old, axis)
+    if style in ("heads", "kv_heads"):
+        assert isinstance(old, RMSNorm)
+        copies = axis.size // kv_heads if style == "kv_heads" else 1
+        return HeadsNorm(old, axis, max(1, copies))
     if style == "tokens":
         if isinstance(old, Dropout):
             return TokenDropout(old, axis)
@@ -436,8 +314,8 @@ def parallelize(
         expect(module, path, *_KINDS[rule.style])
         parent, _, name = path.rpartition(".")
         around = model.get_submodule(parent)
-        if isinstance(around, Attention | SwiGLU | GeluMLP):  # which now sees parts of its features
-            expect(around, parent, Attention, SwiGLU, GeluMLP)
+        if isinstance(around, _REGIONS):  # which now sees parts of its features
+            expect(around, parent, *_REGIONS)
         new = _swap(module, rule.style, axis, model.config.kv_heads)
         setattr(model.get_submodule(parent), name, new)
         owned = dict(new.named_parameters(recurse=False))

@@ -80,7 +80,7 @@ class Fp8:
         self.sites: dict[str, Site] = {}
         self.sentinel = Sentinel(config.sentinel, list(self.layers))
         self.events: list[tuple[str, str]] = []  # kind and text, until somebody logs them
-        self.table = registry.sharding(model.family)
+        self.table = registry.sharding(model)
         self.library: TransformerEngine | None = None
         name, why = backend(engine, mesh.layout, mesh.device)
         self.events.append(("fp8", f"engine.fp8 is computed by {name}: {why}"))

@@ -64,7 +64,7 @@ class PlainBackend:
             return logits_BTV[rows_B, lengths_B - 1]
         hidden_BTD = self.model.hidden(ids_BT, positions_BT, cache=self.cache)
         self.cache.decode()
-        return self.model.head(hidden_BTD[rows_B, lengths_B - 1])  # type: ignore[no-any-return]
+        return self.model.logits(hidden_BTD[rows_B, lengths_B - 1])
 
     def decode(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
         """Append a token to each of the first N slots; logits (NV) after it."""

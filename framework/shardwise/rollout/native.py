@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -26,6 +27,7 @@ from shardwise.models.common.blocks import (
     is_exactly,
 )
 from shardwise.models.common.decoder import Decoder
+from shardwise.models.common.spec import ModelSpec, beyond
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
@@ -50,7 +52,7 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         return f"the device is {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the dtype is {dtype}"
-    if why := _unknown(model):
+    if why := _unknown(model) or _switch(model.spec):
         return why
     config = model.config
     if config.hidden_size % 32 or config.head_width % 32 or config.head_width > _MAX_HEAD_DIM:
@@ -67,6 +69,7 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
     return None
 
 
+_NORMS = (RMSNorm, nn.LayerNorm)
 # The parts that decode.cpp computes; a model of others, subclasses of these too, it cannot serve.
 _PARTS = (
     Block, Attention, RMSNorm, SwiGLU, GeluMLP, Dropout, nn.Linear, nn.Embedding, nn.LayerNorm,
@@ -82,22 +85,44 @@ def _unknown(model: Decoder) -> str | None:
     for path, module in model.named_modules():
         if path and not is_exactly(module, *_PARTS):
             return f"{path} is a {type(module).__qualname__}, which it does not know"
-    m: Any = model
-    norms = [n for n in m.modules() if isinstance(n, RMSNorm | nn.LayerNorm)]
-    if len({type(n) for b in m.layers for n in (m.norm, b.attn_norm, b.mlp_norm)}) > 1:
-        return "its norms are of two kinds"
-    if len({type(b.mlp) for b in m.layers}) > 1:
-        return "its feed-forwards are of two kinds"
-    if any(n.eps != m.config.norm_eps for n in norms):
+    if any(n.eps != model.spec.norm.eps for n in model.modules() if isinstance(n, _NORMS)):
         return "a norm has an eps of its own"
-    if any(b.attn.head_dim != m.config.head_width for b in m.layers):
-        return "a layer has another width of heads"
     return None
 
 
-def _ffn_width(model: Any) -> int:
+# Of a spec, what decode.cpp computes beside sizes; of a layer, too, which may differ in its window.
+_OF_MODEL = {"tied", "learned_positions", "embed_scale", "embed_dropout"}
+_OF_MODEL |= {"logit_scale", "logit_soft_cap"}  # of what it returns
+_OF_LAYER = {"window", "rope", "qkv_bias", "o_bias", "qk_norm", "attn_dropout", "dropout"}
+_OF_LAYER |= {"gated", "activation", "mlp_bias"}
+
+
+def _switch(spec: ModelSpec) -> str | None:
+    """What a spec asks for that decode.cpp does not compute."""
+    if field := beyond(spec, _OF_MODEL):
+        return f"it does not compute {field}"
+    layer = spec.layer
+    if any(dataclasses.replace(x, window=layer.window) != layer for x in spec.layers):
+        return "its layers differ in more than their windows"
+    field = beyond(layer, _OF_LAYER) or beyond(layer.norm, {"kind", "eps"})
+    if field is not None:
+        return f"it does not compute {field}"
+    if layer.norm != spec.norm:
+        return "its norms are of two kinds"
+    if layer.qk_norm == "projection":
+        return "it does not compute a norm over all heads"
+    if layer.rope is not None and layer.rope.width != layer.head_width:
+        return "it rotates whole heads"
+    if (layer.gated, layer.activation) not in ((True, "silu"), (False, "gelu_tanh")):
+        return f"it does not compute {layer.activation} with a gate"
+    if layer.gated and layer.mlp_bias:
+        return "it does not compute mlp_bias beside a gate"
+    return None
+
+
+def _ffn_width(spec: ModelSpec) -> int:
     """As packed: features of the feed-forward, padded."""
-    return _up32(model.layers[0].mlp.down.in_features)
+    return _up32(spec.layer.ffn_size)
 
 
 def _up32(size: int) -> int:
@@ -222,13 +247,13 @@ class NativeBackend(PlainBackend):
         self.buffers = {
             "qkv": torch.zeros(rows, _up32(width), dtype=dtype),
             "attended": torch.zeros(rows, c.num_heads * c.head_width, dtype=dtype),
-            "hidden": torch.zeros(rows, _ffn_width(self.model), dtype=dtype),
+            "hidden": torch.zeros(rows, _ffn_width(c.spec), dtype=dtype),
             "scratch": torch.zeros(threads, rows, c.hidden_size, dtype=dtype),
             "scores": torch.zeros(threads, 4 * capacity),
         }
         layers = []
         for i, packed in enumerate(self.layers):
-            window = c.window_of(i) if hasattr(c, "window_of") else None
+            window = self.model.spec.layers[i].window
             pointers = [_pointer(t) for t in packed.values()]
             caches = [self.cache.k[i].data_ptr(), self.cache.v[i].data_ptr()]
             layers.append([*pointers, *caches, window or 0])
@@ -237,7 +262,7 @@ class NativeBackend(PlainBackend):
         self.model_table = torch.tensor(
             [
                 *(c.num_layers, c.hidden_size, c.num_heads, c.kv_heads, c.head_width),
-                *(_ffn_width(m), c.vocab_size, capacity),
+                *(_ffn_width(c.spec), c.vocab_size, capacity),
                 *(isinstance(m.norm, RMSNorm), isinstance(m.layers[0].mlp, SwiGLU)),
                 self.layer_table.data_ptr(),
                 *(_pointer(t) for t in self.top.values()),
@@ -281,27 +306,25 @@ class NativeBackend(PlainBackend):
             here = wanted_W[(wanted_W >= start) & (wanted_W < start + chunk)] - start
             self._call(tokens_N[rows], slots_N[rows], positions_N[rows], here, logits_WV[done:])
             done += len(here)
-        return logits_WV[:, : c.vocab_size]
+        return self.model.shape_logits(logits_WV[:, : c.vocab_size])
 
     def _call(
         self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, wanted: Tensor, logits: Tensor
     ) -> None:
-        m: Any = self.model
-        c: Any = self.config
-        x_ND = m.embed.weight[tokens_N]
+        spec = self.model.spec
+        # As (tokens, 1): no tensor of rng keys, so no dropout.
+        x_ND = self.model.embed_tokens(tokens_N[:, None], positions_N[:, None], None)[:, 0]
         cosine = sine = None
-        if hasattr(c, "rope_base"):
-            tables = rope.tables(positions_N[:, None], c.head_width, c.rope_base, c.rope)
+        if spec.layer.rope is not None:
+            tables = rope.tables(positions_N[:, None], spec.layer.rope)
             cosine, sine = (t.contiguous() for t in tables)
-        else:
-            x_ND = x_ND + m.pos_embed.weight[positions_N]
         inputs = [t.contiguous() for t in (x_ND, slots_N, positions_N)]
         self.library.forward(
             ctypes.c_void_p(self.model_table.data_ptr()),
             ctypes.c_int64(x_ND.dtype == torch.bfloat16),
             ctypes.c_int64(len(x_ND)),
             *(ctypes.c_void_p(_pointer(t)) for t in (*inputs, cosine, sine)),
-            ctypes.c_float(c.norm_eps),
+            ctypes.c_float(spec.norm.eps),
             ctypes.c_int64(len(wanted)),
             ctypes.c_void_p(wanted.data_ptr()),
             ctypes.c_void_p(logits.data_ptr()),

@@ -167,7 +167,7 @@ def _said(model: DecoderConfig) -> dict[str, Any]:
     fields = model.model_dump()
     for name, follows in (("head_dim", "head_width"), ("ffn_size", "ffn_width")):
         if name in fields:
-            fields[name] = getattr(model, follows, fields[name])
+            fields[name] = getattr(model, follows)
     return fields
 
 

@@ -353,9 +353,10 @@ def flops_per_token(model: Any, seq_len: int, *, adapts: bool = False) -> float:
     ``adapts``: the model stands still beside an adapter, so its weights have no gradients (4 N in
     place of 6 N). The adapter's own, a few in a hundred, are left out.
     """
-    width = model.num_heads * model.head_width
-    windows = Counter(model.window_of(layer) for layer in range(model.num_layers))
-    number = model.matmul_parameters()
+    spec = model.spec
+    width = spec.layer.num_heads * spec.layer.head_width
+    windows = Counter(layer.window for layer in spec.layers)
+    number = spec.matmul_parameters()
     products = training_flops_per_token(FlopsShape(number, 0, width, seq_len))
     return (
         products

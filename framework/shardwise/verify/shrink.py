@@ -77,11 +77,11 @@ class Sizes:
         """One line, for people."""
         m, s = self.model, self.stage
         shared = f" ({m.kv_heads} KV)" if m.kv_heads != m.num_heads else ""
-        window = f", window {w}" if (w := m.window_of(m.num_layers - 1)) else ""
+        window = f", window {w}" if (w := _window_of(m)) else ""
         ramp = f" from {s.ramp_start}" if s.ramp_start is not None else ""
         return (
             f"{m.num_layers} layers of width {m.hidden_size}, {m.num_heads} heads{shared} of "
-            f"{m.head_width}, ffn {of.ffn_width(m)}, vocabulary {m.vocab_size}; {s.rows} rows"
+            f"{m.head_width}, ffn {m.ffn_width}, vocabulary {m.vocab_size}; {s.rows} rows"
             f"{ramp} in micro-batches of {s.micro_batch}, {s.seq_len} tokens{window}"
         )
 
@@ -301,7 +301,7 @@ def _widths(
     if getattr(user, "ffn_size", None) is not None:
         # With layers as dear as the head, or pipeline stages of equal depth would be rare.
         narrow = max(found.hidden_size * 3 // 2, 96)
-        left_over = of.ffn_width(user) if fp8 is None else 0
+        left_over = user.ffn_width if fp8 is None else 0
         updates["ffn_size"] = narrow + (left_over - narrow) % pieces
     return found.model_copy(update=updates)
 
@@ -326,17 +326,18 @@ def _layers(
     options = []
     # One more than the user's, where a dear head makes stages of those unequal.
     for layers in range(1, min(user.num_layers + 1, most) + 1):
-        updates: dict[str, Any] = {"num_layers": layers}
-        if start := getattr(user, "window_start_layer", 0):
-            inside = max(1, min(layers - 1, start * layers // user.num_layers))
-            updates["window_start_layer"] = layers if start >= user.num_layers else inside
-        options.append(small.model_copy(update=updates))
+        options.append(small.with_layers(layers))
     common = [x for x in _COMMON if 1 < x.pp <= user.num_layers and (x.pp == 2 or _deep(user))]
     return _choose(options, user, lambda m, x: of.layer_facts(m, x, fp8), asked, common)
 
 
 def _deep(model: DecoderConfig) -> bool:
     return model.num_layers > 10
+
+
+def _window_of(model: DecoderConfig) -> int | None:
+    """Of its layers that have one."""
+    return next((x.window for x in model.spec.layers if x.window is not None), None)
 
 
 def _window(
@@ -347,13 +348,13 @@ def _window(
     asked: Sequence[Layout],
 ) -> DecoderConfig:
     """A window that reaches as far as the user's: into ranks' tokens, or over the whole row."""
-    window = getattr(user, "sliding_window", None)
+    window = _window_of(user)
     if window is None:
         return small
     length = stage.batch.seq_len
     near = window * tokens // length
     wishes = sorted(range(2, tokens + 1), key=lambda w: (w != tokens // 3, abs(w - near)))
-    options = [(small.model_copy(update={"sliding_window": w}), tokens) for w in wishes]
+    options = [(small.with_window(w), tokens) for w in wishes]
 
     def facts(case: tuple[DecoderConfig, int], layout: Layout) -> Facts:
         return {"window": of.token_facts(*case, layout).get("window")}

@@ -80,7 +80,7 @@ def width_facts(model: DecoderConfig, layout: Layout) -> Facts:
     """What of the widths is left over when ranks share them out."""
     of_width = model.head_width * model.num_heads == model.hidden_size
     facts: Facts = {"heads make up the width": of_width}
-    widths = {"vocabulary": model.vocab_size, "ffn width": ffn_width(model)}
+    widths = {"vocabulary": model.vocab_size, "ffn width": model.ffn_width}
     for (what, width), (axis, ranks) in itertools.product(
         widths.items(), (("tp", layout.tp), ("ZeRO shards", layout.shard))
     ):
@@ -91,18 +91,13 @@ def width_facts(model: DecoderConfig, layout: Layout) -> Facts:
     return facts
 
 
-def ffn_width(model: DecoderConfig) -> int:
-    """Features of the feed-forward; 0 where a family has none by that name."""
-    return int(getattr(model, "ffn_width", 0) or getattr(model, "ffn_size", 0) or 0)
-
-
 def layer_facts(model: DecoderConfig, layout: Layout, fp8: Fp8Config | None = None) -> Facts:
     """How layers lie on pipeline stages, virtual ones counted."""
     layers = model.num_layers
     facts: Facts = {
         "layers": _several(layers),
         "layer numbers of two digits": layers > 10,
-        "layers with a window": _windowed(model),
+        "kinds of layers": ", then ".join(model.spec.kinds()),
     }
     if layout.pp > 1:
         parts = _parts(model, layout.num_chunks)
@@ -111,11 +106,6 @@ def layer_facts(model: DecoderConfig, layout: Layout, fp8: Fp8Config | None = No
     if fp8 is not None:
         facts["quantised layers"] = _several(max(0, layers - fp8.first_layers - fp8.last_layers))
     return facts
-
-
-def _windowed(model: DecoderConfig) -> str:
-    found = [model.window_of(i) is not None for i in (0, model.num_layers - 1)]
-    return "all" if all(found) else "the last ones" if any(found) else "none"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,7 +126,7 @@ def token_facts(model: DecoderConfig, seq_len: int, layout: Layout) -> Facts:
     multiple = tokens_multiple(layout)
     if multiple > 1:
         facts[f"tokens left over by pieces of {multiple}"] = seq_len % multiple
-    window = model.window_of(model.num_layers - 1)
+    window = next((x.window for x in model.spec.layers if x.window is not None), None)
     if window is not None:
         pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
         own = -(-seq_len // multiple) * multiple // pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,8 @@ from shardwise.engines import megatron
 from shardwise.engines.megatron import refusals
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.errors import ConfigError
+from shardwise.models.common.spec import ModelSpec
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.layout import Layout
 from tests.support import toy
 
@@ -28,9 +31,18 @@ def case(
     return refusals.Case(model or toy.llama(), config, layout or Layout(), device, **parts)
 
 
-OTHER = toy.llama().model_copy(update={"family": "t5"})
+class Capped(LlamaConfig):
+    """Of a switch that megatron does not know."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return dataclasses.replace(super().spec, logit_soft_cap=3.0)
+
+
+OTHER = Capped(**toy.llama().model_dump())
 REFUSED = [
-    (case(OTHER), "model.family: t5"),
+    (case(OTHER), "model.family: llama computes logit_soft_cap"),
+    (case(toy.llama(mlp_bias=True, qkv_bias=True)), "model.mlp_bias"),
     (case(device="cpu"), "cpu_shim: true"),
     (case(toy.gpt2(dropout=0.1)), "model.dropout"),
     (case(toy.llama(o_bias=True)), "model.o_bias"),

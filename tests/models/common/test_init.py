@@ -20,7 +20,7 @@ from shardwise.models.common.init import (
     load_weights,
     plain_name,
 )
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build
 from shardwise.ops import rng
 from tests.support.pool import RankPool
@@ -70,12 +70,13 @@ def test_a_small_tensor_starts_as_its_whole_block_would(shape: tuple[int, ...]) 
 
 
 def test_scheme() -> None:
-    assert init_spec("layers.0.attn.q.bias", 8).kind == "zeros"
-    assert init_spec("layers.0.attn.q_norm.weight", 8).kind == "ones"
-    assert init_spec("norm.weight", 8).kind == "ones"
-    assert init_spec("embed.weight", 8) == InitSpec("normal", 0.02)
-    assert init_spec("layers.3.attn.o.weight", 8) == InitSpec("normal", 0.005)
-    assert init_spec("layers.3.mlp.down.weight", 8) == InitSpec("normal", 0.005)
+    model = CONFIG.model_copy(update={"num_layers": 8}).spec
+    assert init_spec("layers.0.attn.q.bias", model).kind == "zeros"
+    assert init_spec("layers.0.attn.q_norm.weight", model).kind == "ones"
+    assert init_spec("norm.weight", model).kind == "ones"
+    assert init_spec("embed.weight", model) == InitSpec("normal", 0.02)
+    assert init_spec("layers.3.attn.o.weight", model) == InitSpec("normal", 0.005)
+    assert init_spec("layers.3.mlp.down.weight", model) == InitSpec("normal", 0.005)
     values = init_tensor("x", (1000, 100), InitSpec("normal", 0.02), 0)
     assert float(values.std()) == pytest.approx(0.02, rel=0.02)
     assert abs(float(values.mean())) < 0.02 / 100_000**0.5 * 5

@@ -13,7 +13,7 @@ from shardwise.models.common.init import init_weights, load_weights
 
 
 def configs() -> list[object]:
-    from shardwise.models.gpt2.config import GPT2Config
+    from shardwise.models.dense.gpt2 import GPT2Config
     from tests.support import toy
 
     gpt2 = GPT2Config(vocab_size=50, max_seq_len=32, hidden_size=16, num_layers=2, num_heads=2)
@@ -48,7 +48,7 @@ def test_folder_loads_in_transformers_with_equal_scores(tmp_path: Path, index: i
 
 
 def test_several_labels_are_refused() -> None:
-    from shardwise.models.common.hf import head_from_hf
+    from shardwise.models.common.hf_config import head_from_hf
 
     raw = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
     with pytest.raises(CheckpointError, match="2 labels"):

@@ -212,9 +212,9 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _start_weights(self) -> None:
         """A pure function of (seed, name); of each, what is here alone is made."""
-        num_layers, seed = self.model_config.num_layers, self.setup.seed
+        model, seed = self.model_config.spec, self.setup.seed
         for name, weight in self.held("weights"):
-            shape, spec = tuple(weight.shape), init_spec(name, num_layers)
+            shape, spec = tuple(weight.shape), init_spec(name, model)
             place(weight, lambda rows, n=name, s=shape, i=spec: init_tensor(n, s, i, seed, rows))  # type: ignore[misc]
         self._refresh()
 

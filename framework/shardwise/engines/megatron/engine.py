@@ -214,7 +214,7 @@ class MegatronEngine(NativeEngine):
     ) -> tuple[Tensor, Callable[..., Any]]:
         """A micro-batch through a part of the model; Megatron calls what comes with the output."""
         i = next(numbers)
-        inputs, seen = models.seen(cuts[i], self.model_config, self.precision.compute)
+        inputs, seen = models.seen(cuts[i], self.precision.compute)
         output = part(**inputs, attention_mask=seen)
         return output, lambda out, **_: finish(i, out[..., : self.words])
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,9 +38,10 @@ from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.blocks import RMSNorm
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.llama.config import LlamaConfig
+from shardwise.models.common.spec import LayerSpec
 from shardwise.ops.attention import attention, causal_mask
 from shardwise.ops.rope import rotate, tables
+from shardwise.ops.rope_scaling import RopeSpec
 from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.full_tensor import chunk_size
 from shardwise.parallel.layout import Layout
@@ -59,33 +61,31 @@ class Seen:
     """Travels through Megatron's model in place of an attention mask."""
 
     masks: Any  # by sliding window, see `models.common.decoder.Masks`
-    rope: tuple[Tensor, Tensor] | None
+    ropes: Callable[[RopeSpec], tuple[Tensor, Tensor]]
 
 
-def seen(cut: Cut, model: DecoderConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], Seen]:
+def seen(cut: Cut, dtype: torch.dtype) -> tuple[dict[str, Tensor], Seen]:
     """The inputs of a micro-batch, and what its layers see."""
     arguments = cut.arguments(None, 0, "", dtype)
     positions_BT = arguments["position_ids_BT"]
     masks = arguments.get("masks") or functools.partial(causal_mask, positions_BT, dtype, None)
-    rope = None
-    if isinstance(model, LlamaConfig):
-        rope = tables(positions_BT, model.head_width, model.rope_base, model.rope, dtype)
     inputs = {"input_ids": arguments["input_ids_BT"], "position_ids": positions_BT}
-    return inputs, Seen(functools.cache(masks), rope)
+    ropes = functools.cache(lambda spec: tables(positions_BT, spec, dtype))
+    return inputs, Seen(functools.cache(masks), ropes)
 
 
 class Core(nn.Module):
-    """Attention by `ops.attention`; ``model`` and ``mesh`` are set on a class of its own.
+    """Attention by `ops.attention`; ``layers`` and ``mesh`` are set on a class of its own.
 
     Positions are rotated here, not by Megatron, which counts them by place in the row.
     """
 
-    model: DecoderConfig
+    layers: tuple[LayerSpec, ...]
     mesh: Mesh
 
     def __init__(self, config: Any, layer_number: int, *_: Any, **__: Any) -> None:
         super().__init__()
-        self.window = self.model.window_of(layer_number - 1)
+        self.layer = self.layers[layer_number - 1]
         self.attend: Any = attention
         layout = self.mesh.layout
         if layout.cp > 1:
@@ -96,9 +96,10 @@ class Core(nn.Module):
     ) -> Tensor:
         """(T, B, H, K) and (T, B, G, K) to (T, B, H * K)."""
         q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask.rope is not None:
-            q_BHTK, k_BGTK = (rotate(x, *attention_mask.rope) for x in (q_BHTK, k_BGTK))
-        out_BHTK = self.attend(q_BHTK, k_BGTK, v_BGTK, attention_mask.masks(self.window))
+        if self.layer.rope is not None:
+            rope = attention_mask.ropes(self.layer.rope)
+            q_BHTK, k_BGTK = (rotate(x, *rope) for x in (q_BHTK, k_BGTK))
+        out_BHTK = self.attend(q_BHTK, k_BGTK, v_BGTK, attention_mask.masks(self.layer.window))
         return out_BHTK.permute(2, 0, 1, 3).flatten(2)  # type: ignore[no-any-return]
 
 
@@ -151,6 +152,12 @@ def _widen(head: nn.Module) -> None:
 
 
 # --- configs --------------------------------------------------------------------------------------
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 class Split(PipelineParallelLayerLayout):  # type: ignore[misc]
@@ -212,7 +219,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config: nothing is fused that changes what is computed."""
     layout, dtype, on_cpu = mesh.layout, precision.compute, mesh.device.type == "cpu"
-    llama = isinstance(model, LlamaConfig)
+    layer, activation = model.spec.layer, _ACTIVATIONS[model.spec.layer.activation]
     pipeline: dict[str, Any] = {}
     if layout.pp > 1:
         parts, interleaved = split_model(model, layout.num_chunks), layout.virtual > 1
@@ -233,16 +240,16 @@ def transformer_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_width,
-        ffn_hidden_size=ffn_width(model),
-        normalization="RMSNorm" if llama else "LayerNorm",
-        layernorm_epsilon=model.norm_eps,  # type: ignore[attr-defined]
-        add_bias_linear=not llama,
-        add_qkv_bias=llama and model.qkv_bias,  # type: ignore[attr-defined]
-        qk_layernorm=llama and model.qk_norm,  # type: ignore[attr-defined]
-        gated_linear_unit=llama,
-        activation_func=F.silu if llama else functools.partial(F.gelu, approximate="tanh"),
+        num_query_groups=layer.kv_heads,
+        kv_channels=layer.head_width,
+        ffn_hidden_size=layer.ffn_size,
+        normalization="RMSNorm" if layer.norm.kind == "rms" else "LayerNorm",
+        layernorm_epsilon=layer.norm.eps,
+        add_bias_linear=layer.mlp_bias,  # of all layers, see `refusals`
+        add_qkv_bias=layer.qkv_bias and not layer.mlp_bias,
+        qk_layernorm=layer.qk_norm is not None,
+        gated_linear_unit=layer.gated,
+        activation_func=activation,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -263,12 +270,6 @@ def transformer_config(
     )
 
 
-def ffn_width(model: DecoderConfig) -> int:
-    """Features of the feed-forward."""
-    width: int = model.ffn_size if isinstance(model, LlamaConfig) else model.ffn_width  # type: ignore[attr-defined]
-    return width
-
-
 def uses_te(config: MegatronConfig, device: torch.device) -> bool:
     """Whether Transformer Engine's layers compute. Raises ConfigError where they cannot."""
     can = device.type == "cuda" and find_spec("transformer_engine") is not None
@@ -284,7 +285,7 @@ def block_spec(
     model: DecoderConfig, config: TransformerConfig, mesh: Mesh, num_layers: int, te: bool
 ) -> TransformerBlockSubmodules:
     """Megatron's layers with the parts that are ours."""
-    core = type("Core", (Core,), {"model": model, "mesh": mesh})
+    core = type("Core", (Core,), {"layers": model.spec.layers, "mesh": mesh})
     qk_norm, norm = config.qk_layernorm, config.normalization
     if te:
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
@@ -330,7 +331,7 @@ def build_parts(
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # asked for under sequence parallelism
         parallel_state._set_global_memory_buffer()
     layout, groups, found = mesh.layout, groups_of(mesh), {}
-    learned = "none" if isinstance(model, LlamaConfig) else "learned_absolute"
+    learned = "none" if model.spec.learned_positions is None else "learned_absolute"
     splits = split_model(model, layout.num_chunks)
     for i, number in enumerate(chunks_of(layout, mesh.place["pp"])):
         with torch.device(mesh.device):

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from shardwise.engines.megatron.model import ffn_width
 from shardwise.errors import ShardwiseError
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.llama.config import LlamaConfig
 from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import chunk_size, join, local_tensor, tp_dim
 from shardwise.parallel.mesh import Mesh
@@ -90,8 +88,8 @@ def _rows(
 def _layer_rows(model: DecoderConfig, mesh: Mesh) -> Iterator[tuple[str, tuple[str, ...], View]]:
     attn, mlp = "self_attention.", "mlp."
     heads = _Heads(model, mesh.layout.tp)
-    wide = ffn_width(model) // mesh.layout.tp
-    gated = isinstance(model, LlamaConfig)
+    layer = model.spec.layer
+    wide, gated = layer.ffn_size // mesh.layout.tp, layer.gated
     for kind in ("weight", "bias"):
         fused = (f"{attn}linear_qkv.{kind}",)
         yield f"attn.q.{kind}", fused, heads.queries

@@ -13,9 +13,13 @@ from shardwise.config.optimizers import OptimizerConfig
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.spec import beyond
 from shardwise.parallel.layout import Layout
 
-FAMILIES = ("llama", "gpt2")
+# Of a spec, what its parts compute; windows and rotation of a layer are ours.
+OF_MODEL = {"tied", "learned_positions", "embed_dropout"}
+OF_LAYER = {"window", "rope", "qkv_bias", "o_bias", "qk_norm", "attn_dropout", "dropout"}
+OF_LAYER |= {"gated", "activation", "mlp_bias"}
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("1f1b", "interleaved")
 
@@ -41,11 +45,18 @@ def _without_gpu(case: Case) -> str | None:
     )
 
 
-def _family(case: Case) -> str | None:
-    family = case.model.family
-    if family in FAMILIES:
+def _switches(case: Case) -> str | None:
+    spec = case.model.spec
+    field = beyond(spec, OF_MODEL) or beyond(spec.norm, {"kind", "eps"})
+    field = field or next((f for x in spec.layers if (f := beyond(x, OF_LAYER))), None)
+    if field is None and spec.layer.qk_norm == "projection":
+        field = "qk_norm over all heads"
+    if field is None:
         return None
-    return f"model.family: {family}; megatron builds {', '.join(FAMILIES)}: write kind: native"
+    return (
+        f"model.family: {case.model.family} computes {field}, and megatron does not: write kind: "
+        "native"
+    )
 
 
 def _dropout(case: Case) -> str | None:
@@ -59,9 +70,11 @@ def _dropout(case: Case) -> str | None:
 
 
 def _output_bias(case: Case) -> str | None:
-    if case.model.family != "llama" or not getattr(case.model, "o_bias", False):
+    layer = case.model.spec.layer
+    if layer.o_bias == layer.mlp_bias and (layer.qkv_bias or not layer.mlp_bias):
         return None
-    return "model.o_bias: megatron has it with a bias in every layer alone; write kind: native"
+    key = "o_bias" if layer.o_bias else "mlp_bias"
+    return f"model.{key}: megatron has it with a bias in every layer alone; write kind: native"
 
 
 def _zero(case: Case) -> str | None:
@@ -99,8 +112,7 @@ def _schedule(case: Case) -> str | None:
 def _widths(case: Case) -> str | None:
     """Megatron cuts evenly, or not at all."""
     tp, model = case.layout.tp, case.model
-    ffn: int = getattr(model, "ffn_width", 0) or getattr(model, "ffn_size", 0)
-    for key, size in (("num_kv_heads", model.kv_heads), ("ffn_size", ffn)):
+    for key, size in (("num_kv_heads", model.kv_heads), ("ffn_size", model.ffn_width)):
         if size % tp:
             return (
                 f"engine.layout: {case.layout}: tp{tp} does not divide model.{key} {size}, and "
@@ -137,7 +149,7 @@ def _optimizer(case: Case) -> str | None:
 # Every row is a test (tests/engines/megatron/test_refusals.py).
 REFUSALS: tuple[Callable[[Case], str | None], ...] = (
     _without_gpu,
-    _family,
+    _switches,
     _dropout,
     _output_bias,
     _zero,

@@ -1,4 +1,4 @@
-"""The parts that decoder families share: norm, attention, feed-forward, pre-norm block.
+"""The parts that decoder families share: norm, attention, feed-forward, residual block.
 
 Every block takes ``(x_BTD, context)``. The context is computed once per forward pass by the model
 (masks, rotary tables, rng keys), so a block holds no state but its parameters, and all blocks of a
@@ -9,6 +9,7 @@ it finds in a block's arguments, and rotary tables must stay fp32.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.models.common.cache import KVCache
+from shardwise.models.common.spec import LayerSpec, NormSpec
 from shardwise.ops.attention import attention
 from shardwise.ops.dropout import dropout
 from shardwise.ops.rms_norm import rms_norm
@@ -61,61 +63,89 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale."""
+    """Root-mean-square norm with a learned scale: its weight, or one more than its weight."""
 
-    def __init__(self, num_features: int, eps: float) -> None:
+    def __init__(self, num_features: int, eps: float, plus_one: bool = False) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features))
+        self.eps, self.plus_one = eps, plus_one
+        self.weight = nn.Parameter(
+            torch.zeros(num_features) if plus_one else torch.ones(num_features)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.plus_one)
+
+
+def make_norm(spec: NormSpec, num_features: int) -> nn.Module:
+    """The norm that a spec asks for."""
+    if spec.kind == "layer":
+        return nn.LayerNorm(num_features, spec.eps)
+    return RMSNorm(num_features, spec.eps, spec.plus_one)
+
+
+class Sinks(nn.Module):
+    """A score a head that takes part in the softmax, and to which no value belongs.
+
+    A module, so that tensor parallelism cuts it as it does other parts.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads))
+
+    def forward(self) -> Tensor:
+        """The scores of the heads that are held here."""
+        return self.weight
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads, optional biases and QK-norm.
+    """Causal self-attention with grouped key/value heads, and the switches of `LayerSpec`.
 
     The numbers of heads are read from the projections' outputs, so that a swapped, head-parallel
     projection needs no change here.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        qkv_bias: bool = False,
-        o_bias: bool = False,
-        qk_norm_eps: float | None = None,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.dropout = dropout
+        d, width = spec.hidden_size, spec.head_width
+        heads, kv_heads = spec.num_heads, spec.kv_heads
+        self.head_dim = width
+        self.dropout = spec.attn_dropout
+        # Kernels divide scores by the root of the width; any other scale is put into the queries.
+        self.q_scale = 1.0 if spec.attn_scale is None else spec.attn_scale * math.sqrt(width)
+        self.soft_cap = spec.attn_soft_cap
+        self.norms_heads = spec.qk_norm == "head"  # else the whole projection
         self.head_offset = 0  # global index of the first query head held here
         self.core: Callable[..., Tensor] = attention  # swapped by context parallelism
-        self.q = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.o = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
-        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.q = nn.Linear(d, heads * width, bias=spec.qkv_bias)
+        self.k = nn.Linear(d, kv_heads * width, bias=spec.qkv_bias)
+        self.v = nn.Linear(d, kv_heads * width, bias=spec.qkv_bias)
+        self.o = nn.Linear(heads * width, d, bias=spec.o_bias)
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not None:
+            share = width if self.norms_heads else 0
+            self.q_norm = make_norm(spec.norm, share or heads * width)
+            self.k_norm = make_norm(spec.norm, share or kv_heads * width)
+        self.sinks = Sinks(heads) if spec.sinks else None
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Attend; returns BTD."""
-        q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTGK = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTGK = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BHTK, k_BGSK, v_BGSK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
+        q_BHTK = self._heads(self.q(x_BTD), self.q_norm)
+        k_BGSK = self._heads(self.k(x_BTD), self.k_norm)
+        v_BGSK = self._heads(self.v(x_BTD), None)
         if context.rope is not None:
             q_BHTK, k_BGSK = rotate(q_BHTK, *context.rope), rotate(k_BGSK, *context.rope)
+        if self.q_scale != 1.0:
+            q_BHTK = q_BHTK * self.q_scale
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.update(context.layer, k_BGSK, v_BGSK)
+        # Named only where they are: a core that has not been told of them fails, and guesses not.
+        options: dict[str, Any] = {}
+        if self.soft_cap is not None:
+            options["soft_cap"] = self.soft_cap
+        if self.sinks is not None:
+            options["sinks_H"] = self.sinks()
         out_BHTK = self.core(
             q_BHTK,
             k_BGSK,
@@ -125,59 +155,108 @@ class Attention(nn.Module):
             rng_keys_BT=context.rng_keys_BT,
             salt=_ATTENTION_SALT,
             head_offset=self.head_offset,
+            **options,
         )
         return self.o(out_BHTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """A projection's output (B, T, features), normed, as (B, heads, T, K)."""
+        if norm is not None and not self.norms_heads:
+            x = norm(x)
+        x_BTHK: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norms_heads:
+            x_BTHK = norm(x_BTHK)
+        return x_BTHK.transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward of the Llama family."""
 
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.up = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """BTD to BTD."""
         return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))  # type: ignore[no-any-return]
 
 
+class GeGLU(SwiGLU):
+    """Gated feed-forward of the Gemma family: the tanh form of GELU in place of SiLU."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """BTD to BTD."""
+        gate = F.gelu(self.gate(x_BTD), approximate="tanh")
+        return self.down(gate * self.up(x_BTD))  # type: ignore[no-any-return]
+
+
 class GeluMLP(nn.Module):
     """Feed-forward of GPT-2: biases and the tanh form of GELU."""
 
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, bias: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden_size, ffn_size)
-        self.down = nn.Linear(ffn_size, hidden_size)
+        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """BTD to BTD."""
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: ``x + attn(norm(x))``, then ``x + mlp(norm(x))``."""
+# Feed-forwards, by whether they are gated and by their activation.
+MLPS: dict[tuple[bool, str], type[SwiGLU | GeluMLP]] = {
+    (True, "silu"): SwiGLU,
+    (True, "gelu_tanh"): GeGLU,
+    (False, "gelu_tanh"): GeluMLP,
+}
 
-    def __init__(
-        self,
-        attn_norm: nn.Module,
-        attn: Attention,
-        mlp_norm: nn.Module,
-        mlp: nn.Module,
-        dropout: float = 0.0,
-    ) -> None:
+
+class Block(nn.Module):
+    """Residual block: ``x + norm(attn(norm(x)))``, then ``x + norm(mlp(norm(x)))``.
+
+    A block has both norms of a branch or one of them. One that is not there in front is an
+    `Identity`, where tensor parallelism enters; one that is not there behind is None.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.attn_norm = attn_norm
-        self.attn = attn
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
-        self.drop = Dropout(dropout)
+        d, before, behind = spec.hidden_size, spec.norms != "after", spec.norms != "before"
+
+        def norm(there: bool) -> nn.Module | None:
+            return make_norm(spec.norm, d) if there else None
+
+        self.attn_norm: nn.Module = norm(before) or nn.Identity()
+        self.attn = Attention(spec)
+        self.attn_post_norm = norm(behind)
+        self.mlp_norm: nn.Module = norm(before) or nn.Identity()
+        mlp = MLPS[spec.gated, spec.activation]
+        self.mlp = mlp(d, spec.ffn_size, bias=spec.mlp_bias)
+        self.mlp_post_norm = norm(behind)
+        self.drop = Dropout(spec.dropout)
+        self.residual_scale = spec.residual_scale
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """BTD to BTD."""
-        rng_keys_BT = context.rng_keys_BT
+        keys_BT = context.rng_keys_BT
         branch = self.attn(self.attn_norm(x_BTD), context)
-        x_BTD = x_BTD + self.drop(branch, rng_keys_BT, _AFTER_ATTENTION_SALT)
+        x_BTD = self._add(x_BTD, branch, self.attn_post_norm, keys_BT, _AFTER_ATTENTION_SALT)
         branch = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + self.drop(branch, rng_keys_BT, _AFTER_MLP_SALT)  # type: ignore[no-any-return]
+        return self._add(x_BTD, branch, self.mlp_post_norm, keys_BT, _AFTER_MLP_SALT)
+
+    def _add(
+        self,
+        x_BTD: Tensor,
+        branch_BTD: Tensor,
+        norm: nn.Module | None,
+        rng_keys_BT: Tensor | None,
+        salt: int,
+    ) -> Tensor:
+        """A branch, added to the residual stream."""
+        if norm is not None:
+            branch_BTD = norm(branch_BTD)
+        branch_BTD = self.drop(branch_BTD, rng_keys_BT, salt)
+        if self.residual_scale != 1.0:
+            branch_BTD = branch_BTD * self.residual_scale
+        return x_BTD + branch_BTD

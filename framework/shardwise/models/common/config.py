@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import ModelConfig
 from shardwise.config.section import beside
+from shardwise.models.common.spec import ModelSpec
 
 Width = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -33,6 +34,11 @@ class DecoderConfig(ModelConfig):
             raise ValueError("head scalar cannot be tied; set tie_embeddings: false")
         return self
 
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is. All else that is asked of a config follows from it."""
+        raise NotImplementedError
+
     def as_scalar(self) -> Self:
         """The same decoder with a scalar head."""
         return self.model_copy(update={"head": "scalar", "tie_embeddings": False})
@@ -40,6 +46,14 @@ class DecoderConfig(ModelConfig):
     def without_dropout(self) -> Self:
         """The same decoder, without dropout."""
         return self.model_copy(update={k: 0.0 for k in type(self).model_fields if "dropout" in k})
+
+    def with_layers(self, number: int) -> Self:
+        """The same decoder with so many layers, of each kind that this one has while they last."""
+        return self.model_copy(update={"num_layers": number})
+
+    def with_window(self, window: int) -> Self:
+        """The same decoder, whose layers with a window see so many tokens."""
+        return self
 
     @property
     def head_size(self) -> int:
@@ -56,26 +70,11 @@ class DecoderConfig(ModelConfig):
         """Features of one head."""
         return self.hidden_size // self.num_heads
 
-    def window_of(self, layer: int) -> int | None:
-        """The sliding window of a layer, None for full attention."""
-        return None
-
-    def param_counts(self) -> dict[str, int]:
-        """Parameters by part: ``embedding``, ``layers`` (all), ``norm`` (the last), ``head``.
-
-        They add up to the model's parameters; a tied head counts as 0.
-        """
-        raise NotImplementedError
+    @property
+    def ffn_width(self) -> int:
+        """Features of the feed-forward."""
+        return self.spec.layer.ffn_size
 
     def num_parameters(self) -> int:
         """All parameters."""
-        return sum(self.param_counts().values())
-
-    def matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: no input embedding, the head always.
-
-        This is N in the 6N rule for FLOPs a token (norm weights and biases are counted too; they
-        are under 0.1 % of a model of any use).
-        """
-        counts = self.param_counts()
-        return counts["layers"] + counts["norm"] + self.head_size * self.hidden_size
+        return sum(self.spec.param_counts().values())

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardwise.models.common.blocks import Context
 from shardwise.models.common.cache import KVCache
 from shardwise.models.common.config import DecoderConfig
-from shardwise.ops import rng
+from shardwise.ops import rng, rope
 from shardwise.ops.attention import Mask, causal_mask
 
 # Shape suffixes: B sequences, T tokens, D model width, V vocabulary.
@@ -21,9 +22,8 @@ Masks = Callable[[int | None], Any]  # the mask of a layer with this sliding win
 class Decoder(nn.Module):
     """``model(input_ids_BT, position_ids_BT, segment_ids_BT) -> logits_BTV`` (V 1: a scalar head).
 
-    A family derives from it, builds ``layers`` and ``norm``, and defines `embed_tokens` and, where
-    layers differ, `context`. A part of a model (`keep`) holds some of its layers; absent modules
-    are None.
+    A model derives from it and builds ``layers`` and ``norm`` as the config's `ModelSpec` says. A
+    part of a model (`keep`) holds some of its layers; absent modules are None.
     """
 
     # Whether `rollout/native.py` computes what this very class does. Never inherited: a subclass
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spec = config, config.spec
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.head_size, bias=False)
         self.retie()
@@ -99,7 +99,22 @@ class Decoder(nn.Module):
             masks=masks,
             x_BTD=x_BTD,
         )
-        return self.head(hidden_BTD) if self.is_last else hidden_BTD
+        return self.logits(hidden_BTD) if self.is_last else hidden_BTD
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """The head's outputs for normed activations."""
+        return self.shape_logits(self.head(hidden_BTD))
+
+    def shape_logits(self, logits_BTV: Tensor) -> Tensor:
+        """What the head gives, scaled and capped as the spec says; of a scalar head, as it is."""
+        spec = self.spec
+        if self.config.head == "scalar":
+            return logits_BTV
+        if spec.logit_scale != 1.0:
+            logits_BTV = logits_BTV * spec.logit_scale
+        if spec.logit_soft_cap is not None:
+            logits_BTV = torch.tanh(logits_BTV / spec.logit_soft_cap) * spec.logit_soft_cap
+        return logits_BTV
 
     def hidden(
         self,
@@ -120,17 +135,20 @@ class Decoder(nn.Module):
             masks = cache.mask
         elif masks is None:
             masks = _plain_masks(x_BTD, position_ids_BT, segment_ids_BT)
-        by_window = {w: masks(w) for w in {self.window_of(i) for i in range(len(self.layers))}}
-        shared = self.shared_context(x_BTD, position_ids_BT)
-        for i, block in enumerate(self.layers):
-            if block is None:
-                continue
+        held = [(i, b, self.spec.layers[i]) for i, b in enumerate(self.layers) if b is not None]
+        # Each mask and each table of positions once, however many layers share it.
+        by_window = {w: masks(w) for w in {s.window for _, _, s in held}}
+        by_rope = {
+            r: None if r is None else rope.tables(position_ids_BT, r, x_BTD.dtype)
+            for r in {s.rope for _, _, s in held}
+        }
+        for i, block, spec in held:
             context = Context(
-                mask=by_window[self.window_of(i)],
+                mask=by_window[spec.window],
+                rope=by_rope[spec.rope],
                 rng_keys_BT=None if rng_keys_BT is None else rng.fold(rng_keys_BT, i),
                 cache=cache,
                 layer=0 if cache is None else i,
-                **shared,
             )
             x_BTD = block(x_BTD, context)
         return self.norm(x_BTD) if self.is_last else x_BTD
@@ -139,15 +157,11 @@ class Decoder(nn.Module):
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, rng_keys_BT: Tensor | None
     ) -> Tensor:
         """Activations (BTD) in front of the first layer."""
-        return self.embed(input_ids_BT)  # type: ignore[no-any-return]
-
-    def shared_context(self, x_BTD: Tensor, position_ids_BT: Tensor) -> dict[str, Any]:
-        """Fields of `Context` that all layers share, computed once."""
-        return {}
-
-    def window_of(self, layer: int) -> int | None:
-        """The sliding window of a layer, None for full attention."""
-        return None
+        x_BTD: Tensor = self.embed(input_ids_BT)
+        if (scale := self.spec.embed_scale) != 1.0:
+            # Rounded as the weights are: Gemma was trained so.
+            x_BTD = x_BTD * torch.tensor(scale, dtype=x_BTD.dtype, device="cpu").item()
+        return x_BTD
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Typed for callers; see `forward`."""

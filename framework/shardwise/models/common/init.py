@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import CheckpointError
+from shardwise.models.common.spec import ModelSpec
 from shardwise.ops import rng
 from shardwise.ops.local_shards import local_shards
 
@@ -34,14 +35,14 @@ class InitSpec:
     std: float = STD
 
 
-def init_spec(name: str, num_layers: int) -> InitSpec:
+def init_spec(name: str, model: ModelSpec) -> InitSpec:
     """The scheme above, by parameter name."""
     if name.endswith("bias"):
         return InitSpec("zeros")
-    if name.endswith("norm.weight"):
-        return InitSpec("ones")
+    if name.endswith("norm.weight"):  # a scale of one
+        return InitSpec("zeros" if model.norm.plus_one else "ones")
     if name.endswith(_RESIDUAL_OUTPUTS):
-        return InitSpec("normal", STD / math.sqrt(2 * num_layers))
+        return InitSpec("normal", STD / math.sqrt(2 * len(model.layers)))
     return InitSpec("normal")
 
 
@@ -97,11 +98,11 @@ def place(param: Tensor, rows_of: Callable[[slice], Tensor]) -> None:
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of a model with ``model.config.num_layers``, materialised already."""
-    num_layers: int = model.config.num_layers  # type: ignore[union-attr,assignment]
+    """Fill every parameter of a decoder, materialised already."""
+    of_model: ModelSpec = model.spec  # type: ignore[assignment]
     for raw_name, param in model.named_parameters():
         name, shape = plain_name(raw_name), tuple(param.shape)
-        spec = init_spec(name, num_layers)
+        spec = init_spec(name, of_model)
         place(param, lambda rows, n=name, s=shape, i=spec: init_tensor(n, s, i, seed, rows))  # type: ignore[misc]
 
 

@@ -17,7 +17,10 @@ Style = Literal[
     "kv",  # like column, or, with fewer key/value heads than ranks, whole and used in part
     "row",  # linear: input features are cut, outputs summed
     "sequence",  # norm before column linears, on tokens cut among ranks (sp); weight whole
+    "own_tokens",  # norm behind a row linear, on the same; weight whole
     "per_head",  # norm inside a head, on activations cut along the heads; weight whole
+    "heads",  # norm over all query heads, or a number of each, cut along the heads
+    "kv_heads",  # norm over all key heads, cut so, or, with fewer than ranks, used in part
     "tokens",  # embedding or dropout on tokens cut among ranks (sp); weight whole
 ]
 
