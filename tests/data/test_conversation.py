@@ -76,7 +76,7 @@ def test_tools_and_calls_reach_the_template(tmp_path: Path) -> None:
         ({"messages": CHAT, "system": "be brief"}, "'system' cannot be used: write it as the fir"),
         ({"messages": CHAT, "prompt": "another"}, "'prompt' cannot be used"),
         ({"prompt": "hi", "completion": "ho"}, "'messages' is missing.*lists of messages"),
-        ({"messages": [{"from": "human", "value": "hi"}]}, "write role .human: user"),
+        ({"messages": [{"from": "human", "value": "hi"}]}, "kind sharegpt"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}]}, "message 1: weight must be 0 or 1"),
         ({"messages": [{**ASK, "train": True}, SAY]}, "message 0: only an assistant's turn"),
         ({"messages": [ASK, {**SAY, "train": True, "weight": 0}]}, "contradict each other"),

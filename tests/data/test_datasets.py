@@ -52,10 +52,10 @@ def _text(rows: Any) -> str:
 
 
 def test_standard_library(tmp_path: Path) -> None:
-    config = DataConfig(sources=[DataSource(path=_library(tmp_path / "lib"))])
+    config = DataConfig(sources=[DataSource(kind="stdlib", path=_library(tmp_path / "lib"))])
     data = build_pretrain_dataset(config, BYTES, 16, seed=0, cache_dir=tmp_path / "cache")
     train, held = (
-        [d.text for d in DataSource(path=tmp_path / "lib", split=s).documents()]
+        [d.text for d in DataSource(kind="stdlib", path=tmp_path / "lib", split=s).documents()]
         for s in ("train", "validation")
     )
     assert (len(train), len(held)) == (10, 40)
@@ -211,13 +211,16 @@ def test_configs_that_cannot_be(tmp_path: Path) -> None:
         DataConfig(sources=[text], validation=[text])
     with pytest.raises(ValidationError, match="held_out needs raw documents"):
         DataConfig(sources=[indexed], held_out=0.1)
-    with pytest.raises(ValidationError, match="reads chat-jsonl sources, not text"):
+    with pytest.raises(ValidationError, match=r"reads conversations .*, not text sources"):
         ChatDataConfig(sources=[text])
     with pytest.raises(ValidationError, match="must be the only one"):
         DataConfig(sources=[text], validation=[indexed, DataSource()])
-    for kind in ("chat-jsonl", "preference-jsonl"):
+    for kind in ("preference", "preference-jsonl"):
         with pytest.raises(ValidationError, match=f"reads documents, not {kind}"):
             DataConfig(sources=[DataSource(kind=kind, path=tmp_path)])
+    for kind in ("chat-jsonl", "auto"):
+        with pytest.raises(ValidationError, match=r"weight 2: .* have no weight"):
+            ChatDataConfig(sources=[DataSource(kind=kind, path=tmp_path, weight=2.0)])
     with pytest.raises(ValidationError, match="training and a validation source at once"):
         DataConfig(sources=[DataSource(split="all")], validation=[DataSource(split="validation")])
 

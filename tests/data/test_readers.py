@@ -37,7 +37,7 @@ def test_jsonl_and_parquet_round_trip(
     folder = tmp_path_factory.mktemp("rt")
     lines = [json.dumps({"body": t, "n": i}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts)]
     (folder / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8", newline="\n")
-    found = list(readers.read_jsonl([folder / "a.jsonl"], "body"))
+    found = list(readers.read_documents([folder / "a.jsonl"], "body"))
     assert [d.text for d in found] == texts
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
@@ -45,7 +45,7 @@ def test_jsonl_and_parquet_round_trip(
     pyarrow.parquet.write_table(
         pa.table({"body": texts, "n": range(len(texts))}), folder / "a.parquet"
     )
-    found = list(readers.read_parquet([folder / "a.parquet"], "body"))
+    found = list(readers.read_documents([folder / "a.parquet"], "body"))
     assert [d.text for d in found] == texts
     assert found[-1].name.endswith(f"a.parquet:{len(texts) - 1}")
 
@@ -68,19 +68,19 @@ GOOD = b'{"text": "\xc3\xa9"}\n'
 def test_bad_jsonl_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "bad.jsonl").write_bytes(GOOD + line)
     with pytest.raises(DataError, match=rf"bad\.jsonl: {message}"):
-        list(readers.read_jsonl([tmp_path / "bad.jsonl"]))
+        list(readers.read_documents([tmp_path / "bad.jsonl"]))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b'{"text": ""}\n'])
 def test_empty_jsonl(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "e.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"e\.jsonl: byte 0: "):
-        list(readers.read_jsonl([tmp_path / "e.jsonl"]))
+        list(readers.read_documents([tmp_path / "e.jsonl"]))
 
 
 def test_empty_rows_are_skipped_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "e.jsonl").write_bytes(b'{"text": ""}\n{"text": "x"}\n')
-    assert [d.text for d in readers.read_jsonl([tmp_path / "e.jsonl"])] == ["x"]
+    assert [d.text for d in readers.read_documents([tmp_path / "e.jsonl"])] == ["x"]
     assert "line 1, byte 0: empty document skipped" in caplog.text
 
 
@@ -96,17 +96,17 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
         ("a", "row group 0, row 1: column 'a' holds no"),
     ):
         with pytest.raises(DataError, match=rf"t\.parquet: {message}"):
-            list(readers.read_parquet([file], field))
+            list(readers.read_documents([file], field))
     with pytest.raises(DataError, match="row 0: column 'n' holds no string"):
-        list(readers.read_parquet([file], "n"))
+        list(readers.read_documents([file], "n"))
     for damaged in (b"", b"PAR1", whole[:-3], whole[:40] + whole[60:]):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"t\.parquet: unreadable .*{len(damaged)} bytes"):
-            list(readers.read_parquet([file], "a"))
+            list(readers.read_documents([file], "a"))
 
 
 def test_json_nested_beyond_reason_is_an_error_of_the_data(tmp_path: Path) -> None:
     file = tmp_path / "deep.jsonl"
     file.write_text('{"text": "fine"}\n' + "[" * 200_000)
     with pytest.raises(DataError, match=r"deep\.jsonl: line 2, byte 17: not JSON"):
-        list(readers.read_jsonl([file]))
+        list(readers.read_documents([file]))

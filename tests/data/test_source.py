@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from shardwise.data.formats import DOCUMENTS
 from shardwise.data.source import DataSource
 from shardwise.errors import DataError, UserError
 
@@ -33,7 +34,7 @@ def test_each_kind_reads(tmp_path: Path) -> None:
     texts = [[d.text for d in s.documents()] for s in sources]
     assert texts == [["from a text file"], ["from jsonl"], ["from parquet"]]
     with pytest.raises(UserError, match="holds no plain documents"):
-        DataSource(kind="chat-jsonl", path=tmp_path).documents()
+        DataSource(kind="preference-jsonl", path=tmp_path).documents()
 
 
 def test_exclude(tmp_path: Path) -> None:
@@ -63,25 +64,19 @@ def test_only_the_standard_library_has_a_split(split: str, tmp_path: Path) -> No
     DataSource(kind="text", path=tmp_path, split="train")  # as a resolved recipe writes it
 
 
-@pytest.mark.parametrize("kind", ["chat-jsonl", "preference-jsonl"])
-def test_no_weight_where_none_is_used(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="have no weight"):
-        DataSource(kind=kind, path=tmp_path, weight=2.0)  # type: ignore[arg-type]
-
-
 def test_check_opens_nothing_but_misses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in ("text", "jsonl", "indexed", "chat-jsonl"):
         with pytest.raises(DataError, match="nowhere"):
-            DataSource(kind=kind, path=tmp_path / "nowhere").check()  # type: ignore[arg-type]
+            DataSource(kind=kind, path=tmp_path / "nowhere").check(DOCUMENTS)  # type: ignore[arg-type]
     (tmp_path / "a.parquet").write_text("not read")
-    DataSource(kind="parquet", path=tmp_path).check()
-    DataSource().check()
+    DataSource(kind="parquet", path=tmp_path).check(DOCUMENTS)
+    DataSource().check(DOCUMENTS)
     (tmp_path / "b.txt").write_text("")
     for kind, name in (("text", "a.parquet"), ("chat-jsonl", "a.parquet"), ("parquet", "b.txt")):
         with pytest.raises(DataError, match=f"{name}: a .* file is not of kind {kind}"):
-            DataSource(kind=kind, path=tmp_path / name).check()  # type: ignore[arg-type]
-    monkeypatch.setattr("shardwise.data.readers.find_spec", lambda name: None)
+            DataSource(kind=kind, path=tmp_path / name).check(DOCUMENTS)  # type: ignore[arg-type]
+    monkeypatch.setattr("shardwise.data.tables.find_spec", lambda name: None)
     with pytest.raises(DataError, match="needs pyarrow"):
-        DataSource(kind="parquet", path=tmp_path).check()
+        DataSource(kind="parquet", path=tmp_path).check(DOCUMENTS)

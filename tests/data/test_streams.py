@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.data import readers, streams
+from shardwise.data.formats import DOCUMENTS
 from shardwise.data.source import DataSource
 from shardwise.errors import DataError
 
@@ -69,7 +70,7 @@ def test_sources_read_what_is_compressed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "one"}\n'))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "two"}\r\n'))
     source = DataSource(kind="jsonl", path=tmp_path)
-    source.check()
+    source.check(DOCUMENTS)
     assert [d.text for d in source.documents()] == ["one", "two"]
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b'{"text": "x"}\n{'))
     with pytest.raises(DataError, match=r"c\.jsonl\.xz: line 2, byte 15: not JSON"):
@@ -83,7 +84,7 @@ def test_zstd_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"x"))
     monkeypatch.setattr(streams, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"a\.txt\.zst: zstd needs zstandard: pip install"):
-        DataSource(kind="text", path=tmp_path).check()
+        DataSource(kind="text", path=tmp_path).check(DOCUMENTS)
 
 
 def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def render(
     return _draw(tokenizer, messages, variables, add_generation_prompt).text
 
 
+def write_out(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> str:
+    """`render` of messages without control tokens of their own, and without a first BOS."""
+    checked = check_messages(messages)
+    _refuse_control_tokens(tokenizer, checked, variables)
+    text = render(tokenizer, checked, **variables)
+    bos = tokenizer.special_tokens_map.get("bos_token", "")
+    return text.removeprefix(bos)
+
+
 def _draw(
     tokenizer: Tokenizer,
     messages: Sequence[Message],

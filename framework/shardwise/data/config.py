@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import DataSection, Fraction, PositiveInt
+from shardwise.data.formats import CONVERSATIONS, DOCUMENTS, PREFERENCES
 from shardwise.data.source import DataSource
 from shardwise.data.stand_ins import small_sources
 
 TooLong = Literal["truncate", "drop", "error"]
 Turns = Literal["together", "apart"]
+Texts = Literal["chat", "raw"]
+TEXTS = "a plain text is a turn of a chat, or stands as it is"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Reading:
 class DataConfig(DataSection):
     """Training sources, and what is kept for validation."""
 
+    reads: ClassVar[tuple[str, ...]] = DOCUMENTS
+
     sources: list[DataSource] = Field(
         default_factory=lambda: [DataSource()], min_length=1, description="what is trained on"
     )
@@ -61,14 +66,14 @@ class DataConfig(DataSection):
         if self.validation and self.held_out:
             raise ValueError("give validation sources or held_out, not both")
         for source in (*self.sources, *self.validation):
-            if source.kind in ("chat-jsonl", "preference-jsonl"):
+            if source.format in PREFERENCES:
                 raise ValueError(f"pre-training reads documents, not {source.kind} sources")
         if len(self.validation) > 1 and any(s.kind == "indexed" for s in self.validation):
             raise ValueError("an indexed validation source must be the only one")
         for source in self.validation:
             for other in self.sources:
                 splits = {source.split, other.split}
-                same = (source.kind, source.path) == (other.kind, other.path)
+                same = (source.subset, source.path) == (other.subset, other.path)
                 if same and (len(splits) == 1 or "all" in splits):
                     raise ValueError(
                         f"{source.label} is a training and a validation source at once"
@@ -100,15 +105,17 @@ class DataConfig(DataSection):
 class ChatDataConfig(DataSection):
     """Conversations for fine-tuning."""
 
+    reads: ClassVar[tuple[str, ...]] = CONVERSATIONS
+
     sources: list[DataSource] = Field(
         default_factory=list,
         description="what is trained on",
-        examples=[[{"kind": "chat-jsonl", "path": "chats.jsonl"}]],
+        examples=[[{"kind": "messages", "path": "chats.jsonl"}]],
     )
     validation: list[DataSource] = Field(
         default_factory=list,
         description="what is measured in between",
-        examples=[[{"kind": "chat-jsonl", "path": "held_out.jsonl"}]],
+        examples=[[{"kind": "messages", "path": "held_out.jsonl"}]],
     )
     pack: bool = Field(True, description="several examples in a row, without leaking")
     too_long: TooLong = Field("error", description="what to do with examples over seq_len")
@@ -121,11 +128,11 @@ class ChatDataConfig(DataSection):
         False, description="refuse rows with fields that nothing reads, instead of naming them"
     )
 
+    texts: Texts = Field("chat", description=f"prompt-completion: {TEXTS}")
+
     @model_validator(mode="after")
     def _only_chat(self) -> ChatDataConfig:
-        for source in (*self.sources, *self.validation):
-            if source.kind != "chat-jsonl":
-                raise ValueError(f"fine-tuning reads chat-jsonl sources, not {source.kind}")
+        _check(self, "fine-tuning reads conversations")
         return self
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:
@@ -136,15 +143,17 @@ class ChatDataConfig(DataSection):
 class PreferenceDataConfig(DataSection):
     """Preferences from files."""
 
+    reads: ClassVar[tuple[str, ...]] = PREFERENCES
+
     sources: list[DataSource] = Field(
         default_factory=list,
         description="what is trained on",
-        examples=[[{"kind": "preference-jsonl", "path": "pairs.jsonl"}]],
+        examples=[[{"kind": "preference", "path": "pairs.jsonl"}]],
     )
     validation: list[DataSource] = Field(
         default_factory=list,
         description="what is measured in between",
-        examples=[[{"kind": "preference-jsonl", "path": "held_out.jsonl"}]],
+        examples=[[{"kind": "preference", "path": "held_out.jsonl"}]],
     )
     strict_fields: bool = Field(
         False, description="refuse rows with fields that nothing reads, instead of naming them"
@@ -152,9 +161,7 @@ class PreferenceDataConfig(DataSection):
 
     @model_validator(mode="after")
     def _only_preferences(self) -> PreferenceDataConfig:
-        for source in (*self.sources, *self.validation):
-            if source.kind != "preference-jsonl":
-                raise ValueError(f"preferences are read of preference-jsonl, not of {source.kind}")
+        _check(self, "this stage reads preferences")
         return self
 
     def reading(self, seq_len: int) -> Reading:
@@ -169,9 +176,7 @@ class PreferenceDataConfig(DataSection):
 class PairDataConfig(PreferenceDataConfig):
     """Preferences of which the policy itself learns."""
 
-    texts: Literal["chat", "raw"] = Field(
-        "chat", description="a plain text is a turn of a chat, or stands as it is"
-    )
+    texts: Texts = Field("chat", description=TEXTS)
     max_prompt_length: PositiveInt | None = Field(
         None, description="longer prompts lose their first tokens, and are counted", examples=[512]
     )
@@ -193,10 +198,24 @@ class PairDataConfig(PreferenceDataConfig):
         return super().shrunk(folder, seq_len).model_copy(update={"too_long": "drop"})
 
 
+def _check(data: ChatDataConfig | PreferenceDataConfig, reads: str) -> None:
+    """Refuse sources that are known to hold something else, and what means nothing here."""
+    for source in (*data.sources, *data.validation):
+        if source.kind != "auto" and source.format not in data.reads:
+            raise ValueError(
+                f"{reads} (kind {', '.join(data.reads)}, or left out), not {source.kind} sources"
+            )
+        if source.weight != 1.0:
+            raise ValueError(
+                f"weight {source.weight:g}: sources of rows are read whole and shuffled together, "
+                "so they have no weight; leave it out, or repeat lines in the file"
+            )
+
+
 def _small(data: Any, folder: Path, longest: int | None = None) -> dict[str, list[DataSource]]:
     return {
-        "sources": small_sources(data.sources, folder, "train", longest),
-        "validation": small_sources(data.validation, folder, "validation", longest),
+        "sources": small_sources(data.sources, folder, "train", data.reads, longest),
+        "validation": small_sources(data.validation, folder, "validation", data.reads, longest),
     }
 
 

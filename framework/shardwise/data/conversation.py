@@ -33,8 +33,8 @@ _RESERVED = ("messages", "add_generation_prompt", *VARIABLES)
 SAYING = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 
 MEDIA = "pictures, sound and film cannot be learned here; leave the row out"
-_SHAREGPT = "write role (human: user, gpt: assistant) and content for from and value"
-_PAIRS = "a row of preferences belongs into a preference-jsonl source"
+_SHAREGPT = "messages of from and value are of kind sharegpt; name the source's kind so"
+_PAIRS = "a row of preferences belongs into a source of kind preference"
 # Fields that mean something elsewhere and cannot be used here, with the mend.
 _REFUSED = {
     **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), MEDIA),
@@ -42,8 +42,8 @@ _REFUSED = {
     **dict.fromkeys(
         ("weight", "train"), "rows have no weight; give the messages one, or repeat the row"
     ),
-    "prompt": "write prompt and completion (lists of messages), or messages, not both",
-    "completion": "write prompt and completion (lists of messages), or messages, not both",
+    "prompt": "write prompt and completion, or messages, not both",
+    "completion": "write prompt and completion, or messages, not both",
     "system": "write it as the first message, with the role system",
     **dict.fromkeys(("functions", "function_call"), "write them as tools and tool_calls"),
 }
@@ -64,15 +64,13 @@ class Conversation:
     unused: tuple[str, ...]
 
 
-def read_conversation(
-    row: Mapping[str, Any], field: str = "messages", ignore: Sequence[str] = ()
-) -> Conversation:
-    """A row's conversation. ``ignore``: fields that are knowingly not read.
+def read_conversation(row: Mapping[str, Any], field: str = "messages") -> Conversation:
+    """A row's conversation.
 
     Raises DataError, naming field and mend, for what is no conversation, and for fields that would
     change what is learned and cannot be used.
     """
-    said = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in ignore}
+    said = {k: v for k, v in row.items() if v not in (None, [], {})}
     if field not in row and isinstance(said.get("prompt"), list) and "completion" in said:
         prompt = _messages(said.pop("prompt"), "prompt")
         messages = [*prompt, *_messages(said.pop("completion"), "completion")]
@@ -82,7 +80,10 @@ def read_conversation(
             have = ", ".join(sorted(row)) or "none"
             hint = ""
             if "prompt" in said and "completion" in said:
-                hint = "; prompt and completion must be lists of messages"
+                hint = (
+                    "; prompt and completion must be lists of messages, or the source of kind "
+                    "prompt-completion"
+                )
             raise DataError(f"field {field!r} is missing; fields: {have}{hint}")
         messages, first = _messages(row[field], field), 0
         said.pop(field, None)
@@ -93,16 +94,21 @@ def read_conversation(
             raise DataError(f"message {i}: tool_calls must be a list of objects")
     learn = [_learns(m, i) and i >= first for i, m in enumerate(messages)]
     variables = take_variables(said)
+    refuse_fields(said)
+    labels = {
+        f"{field}[].{k}" for m in messages for k in m if k not in ("role", "content", *SAYING)
+    }
+    return Conversation(messages, learn, variables, (*sorted(said), *sorted(labels)))
+
+
+def refuse_fields(said: Mapping[str, Any]) -> None:
+    """Raise DataError for fields that mean something elsewhere and cannot be used here."""
     for name in said:
         if name in _REFUSED:
             raise DataError(
                 f"field {name!r} cannot be used: {_REFUSED[name]}, or list it under the source's "
                 "ignore"
             )
-    labels = {
-        f"{field}[].{k}" for m in messages for k in m if k not in ("role", "content", *SAYING)
-    }
-    return Conversation(messages, learn, variables, (*sorted(said), *sorted(labels)))
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:

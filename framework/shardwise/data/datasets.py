@@ -10,18 +10,27 @@ import heapq
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from shardwise.data.chat import check_use, encode_chat
-from shardwise.data.config import ChatDataConfig, DataConfig, Turns
-from shardwise.data.conversation import Conversation, read_conversation
+from shardwise.data.config import ChatDataConfig, DataConfig, Texts, Turns
+from shardwise.data.conversation import (
+    Conversation,
+    read_conversation,
+    refuse_fields,
+    take_variables,
+)
+from shardwise.data.conversions import as_conversation
+from shardwise.data.formats import CONVERSATIONS
 from shardwise.data.indexed import IndexedStore, manifest_path, read_manifest, store_paths
 from shardwise.data.mixture import MixtureSampler
 from shardwise.data.packing import Example, PackedExamples, PackedRows, Row
+from shardwise.data.preferences import encode_raw
 from shardwise.data.prepare import Progress, write_store
 from shardwise.data.readers import Document
 from shardwise.data.sampler import Sampler
@@ -39,8 +48,10 @@ def is_held_out(document: Document, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
-def _chosen(config: DataConfig, source: DataSource, validation: bool) -> Iterator[Document]:
-    for document in source.documents(config.strict_fields):
+def _chosen(
+    config: DataConfig, source: DataSource, validation: bool, tokenizer: Tokenizer | None = None
+) -> Iterator[Document]:
+    for document in source.documents(config.strict_fields, tokenizer):
         if not config.held_out or is_held_out(document, config.held_out) == validation:
             yield document
 
@@ -197,7 +208,7 @@ def _read_all(
     """Validation documents again; those of an indexed source are decoded from their tokens."""
     for source in sources:
         if source.kind != "indexed":
-            yield from _chosen(config, source, validation=True)
+            yield from _chosen(config, source, True, tokenizer)
             continue
         store = IndexedStore(source.path or "")
         for i in range(len(store)):
@@ -225,7 +236,7 @@ def _open_source(
     def documents() -> Iterator[Document]:
         found = False
         for source in sources:
-            for document in _chosen(config, source, validation):
+            for document in _chosen(config, source, validation, tokenizer):
                 found = True
                 yield document
         if not found:
@@ -296,28 +307,53 @@ def build_chat_examples(
     tokenizer: Tokenizer,
     turns: Turns = "together",
     strict: bool = False,
+    texts: Texts = "chat",
 ) -> list[Example]:
-    """Conversations of chat-jsonl sources as (ids, loss_mask, where).
+    """Conversations of sources as (ids, loss_mask, where).
 
-    Every DataError names file and line. Fields that nothing reads are named once, or with
-    ``strict`` refused.
+    Every DataError names file and row. Fields that nothing reads are named once, or with
+    ``strict`` refused. ``texts``: see `ChatDataConfig`.
     """
     examples = []
-    for source in sources:
+    for given in sources:
+        source = given.told(CONVERSATIONS)
         unused = Unused(source.label, strict, source.ignore)
         for where, row in source.rows():
             try:
-                said = read_conversation(row, source.field or "messages", source.ignore)
-                redundant = check_use(tokenizer, said.messages, said.variables)
-                found = list(_examples(said, tokenizer, turns, where))
+                if texts == "raw" and source.format == "prompt-completion" and _is_plain(row):
+                    found, rest = _raw(row, tokenizer, where)
+                else:
+                    said = read_conversation(as_conversation(source.format, row))
+                    redundant = check_use(tokenizer, said.messages, said.variables)
+                    found = list(_examples(said, tokenizer, turns, where))
+                    rest = [*said.unused, *redundant]
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-            unused.add(where, (*said.unused, *redundant))
+            unused.add(where, rest)
             if not any(any(example.loss_mask) for example in found):
                 raise DataError(f"{where}: the conversation has no assistant turn to learn")
             examples += found
         unused.say()
     return examples
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+
+
+def _raw(
+    row: Mapping[str, Any], tokenizer: Tokenizer, where: str
+) -> tuple[list[Example], list[str]]:
+    """A prompt and its completion as they stand, with EOS; and the fields that nothing reads."""
+    said = {k: v for k, v in row.items() if v not in (None, [], {})}
+    prompt, completion = said.pop("prompt"), said.pop("completion")
+    if take_variables(said):
+        raise DataError("texts that stand as they are have no template to take more than them")
+    refuse_fields(said)
+    found = encode_raw(tokenizer, prompt, [completion], [1.0])
+    [answer] = found.answers
+    mask = [False] * len(found.prompt) + [True] * len(answer)
+    return [Example([*found.prompt, *answer], mask, where)], sorted(said)
 
 
 def _examples(

@@ -1,6 +1,6 @@
 """Rankings of answers to one prompt: what reward models and preference losses learn from.
 
-A line of a preference-jsonl source is one of
+A row of a source of preferences is one of
 
     {"prompt": P, "chosen": A, "rejected": A, "margin": 1.5}
     {"prompt": P, "answers": [A, A, A], "ratings": [2, 1, 0.5]}
@@ -10,7 +10,9 @@ where P is a text or a list of chat messages and A a text, a message, or a list 
 ends with the assistant's. A list may begin with the prompt's own messages; without a prompt it is
 what ``chosen`` and ``rejected`` begin with alike (TRL's implicit prompt). The prompt may be called
 ``messages``, ``question``, ``instruction`` or ``input``, the answers ``chosen_response`` and
-``rejected_response``, and a ``system`` text may stand beside it (axolotl's formats). Answers
+``rejected_response``, and a ``system`` text may stand beside it (axolotl's formats). Messages may
+be of {from, value}, the prompt ``conversations`` of them, and ``input`` a second part of an
+``instruction`` (LLaMA-Factory's). Answers
 without ratings stand best first. ``margin`` (default 1) is by how much the chosen one is better.
 ``tools``, ``documents`` and ``chat_template_kwargs`` reach the template. Other fields that mean
 something in formats of preferences are refused.
@@ -32,6 +34,8 @@ from shardwise.data.batch import MicroBatch
 from shardwise.data.chat import check_use, encode_chat
 from shardwise.data.config import Reading
 from shardwise.data.conversation import MEDIA, Message, check_messages, take_variables
+from shardwise.data.conversions import from_sharegpt
+from shardwise.data.formats import PREFERENCES
 from shardwise.data.groups import collate_groups
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
@@ -67,7 +71,7 @@ AS_THEY_ARE = Reading()
 
 # Names that others give to what we call otherwise.
 _ALIASES = {
-    **dict.fromkeys(("messages", "question", "instruction", "input"), "prompt"),
+    **dict.fromkeys(("messages", "conversations", "question", "instruction", "input"), "prompt"),
     "chosen_response": "chosen",
     "rejected_response": "rejected",
 }
@@ -137,16 +141,17 @@ def _whole(prompt: Sequence[Message], answer: Answer) -> list[Message]:
 def read_rankings(
     sources: Sequence[DataSource], tokenizer: Tokenizer, how: Reading = AS_THEY_ARE
 ) -> Iterator[Ranking]:
-    """The rankings of preference-jsonl sources.
+    """The rankings of sources of preferences.
 
-    Every DataError names file and line: of a row that is too long, too, and of one whose answers
+    Every DataError names file and row: of a row that is too long, too, and of one whose answers
     are of different worth and the same tokens.
     """
-    for source in sources:
+    for given in sources:
+        source = given.told(PREFERENCES)
         unused, cut, dropped = Unused(source.label, how.strict, source.ignore), 0, 0
         for where, row in source.rows():
             try:
-                ranking, rest = _encoded(row, source.ignore, tokenizer, how)
+                ranking, rest = _encoded(row, tokenizer, how)
                 _check_difference(ranking)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
@@ -170,11 +175,9 @@ def read_rankings(
             warn_once(f"{source.label}: {dropped} rows of over {how.max_tokens} tokens left out")
 
 
-def _encoded(
-    row: dict[str, Any], ignore: Sequence[str], tokenizer: Tokenizer, how: Reading
-) -> tuple[Ranking, list[str]]:
+def _encoded(row: dict[str, Any], tokenizer: Tokenizer, how: Reading) -> tuple[Ranking, list[str]]:
     """A row's ranking, and the fields that nothing reads."""
-    prompt, answers, ratings, variables, rest = _parse(row, ignore, how)
+    prompt, answers, ratings, variables, rest = _parse(row, how)
     if isinstance(prompt, str):
         texts = [a for a in answers if isinstance(a, str)]
         return encode_raw(tokenizer, prompt, texts, ratings), rest
@@ -194,22 +197,24 @@ def _check_difference(ranking: Ranking) -> None:
 
 
 def _parse(
-    row: dict[str, Any], ignore: Sequence[str], how: Reading
+    row: dict[str, Any], how: Reading
 ) -> tuple[Any, list[Answer], list[float], dict[str, Any], list[str]]:
     """(prompt, answers, ratings, variables of the template, fields that nothing reads).
 
     The prompt is a text where all of the row is to be read as it stands.
     """
-    said = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in ignore}
+    said = {k: v for k, v in row.items() if v not in (None, [], {})}
     if said.get("messages") == row.get("chosen"):  # UltraFeedback says it twice
         said.pop("messages", None)
+    if "instruction" in said and isinstance(said.get("input"), str):
+        said["instruction"] = "\n".join(filter(None, (said["instruction"], said.pop("input"))))
     for name, ours in _ALIASES.items():
         if name in said and ours not in said:
             said[ours] = said.pop(name)
     variables = take_variables(said)
     answers, ratings = _rated(said, how)
     answers = [a if isinstance(a, str) else _spoken(a) for a in answers]
-    prompt = said.pop("prompt", None)
+    prompt = from_sharegpt(said.pop("prompt", None))
     plain = all(isinstance(a, str) for a in answers) and isinstance(prompt, str | None)
     if how.raw and plain:
         if variables or "system" in said:
@@ -275,8 +280,7 @@ def _implicit(answers: Sequence[Any]) -> tuple[str, list[Any]]:
 
 
 def _spoken(answer: Any) -> list[dict[str, Any]]:
-    if isinstance(answer, dict):  # axolotl's: one message
-        answer = [answer]
+    answer = from_sharegpt(answer)
     if not isinstance(answer, list) or not answer:
         raise DataError("an answer is not a text, nor a list of messages")
     messages = check_messages(answer)

@@ -61,7 +61,7 @@ def prepare(
     """
     sources = list(sources)
     _refuse_own_output(sources, prefix)
-    documents = itertools.chain.from_iterable(s.documents() for s in sources)
+    documents = itertools.chain.from_iterable(s.documents(tokenizer=tokenizer) for s in sources)
     report = write_store(documents, tokenizer, prefix, progress=progress)
     tokenizer.save(tokenizer_folder(prefix))
     sync_tree(tokenizer_folder(prefix))
@@ -99,7 +99,7 @@ def write_store(
     writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
     with writer:
         for batch in _batches(documents):
-            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
+            for document, ids in zip(batch, _encoded(batch, tokenizer)):
                 writer.add(np.append(np.asarray(ids, dtype=np.int64), tokenizer.eos_id))
                 raw = document.raw
                 num_bytes += len(raw)
@@ -115,6 +115,12 @@ def write_store(
             "num_bytes": num_bytes,
         }
     return _report(prefix, writer, num_bytes)
+
+
+def _encoded(batch: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    if not any(d.special for d in batch):
+        return tokenizer.encode_batch([d.text for d in batch])
+    return [tokenizer.encode(d.text, allow_special=d.special) for d in batch]
 
 
 def _report(prefix: Path, writer: IndexedWriter, num_bytes: int) -> PrepareReport:

@@ -12,24 +12,30 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shardwise.data import streams
+from shardwise.data import streams, tables
 from shardwise.data.streams import MAX_EXPANSION
+from shardwise.data.tables import ARROW, PARQUET
 from shardwise.data.unused import Unused
 from shardwise.errors import DataError
 
 log = logging.getLogger(__name__)
+TABLES = (PARQUET, ARROW)
+ROW_SUFFIXES = (".jsonl", ".json", *TABLES)  # of files that hold rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A piece of text and where it came from (a path, or path:line)."""
+    """A piece of text and where it came from (a path, or path:line).
+
+    ``special``: control tokens in it are such, as a template wrote them; else they are text.
+    """
 
     name: str
     text: str
+    special: bool = False
 
     @property
     def raw(self) -> bytes:
@@ -51,13 +57,79 @@ def read_text(files: Sequence[Path], max_expansion: float = MAX_EXPANSION) -> It
         raise DataError(f"{files[0]}: byte 0: the input is empty")
 
 
-def read_json_rows(
-    files: Sequence[Path], max_expansion: float = MAX_EXPANSION
+def read_rows(
+    files: Sequence[Path], max_expansion: float = MAX_EXPANSION, suffix: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(``file: line N, byte B``, object) of each line that is not blank, of `streams.MAX_ROW`."""
+    """(where, object) of each row, of at most `streams.MAX_ROW`.
+
+    Rows are those of a table, the objects of a ``.json`` file's array, or else JSON lines.
+    ``suffix``: of what the files hold, whatever their names say.
+    """
     for file in files:
-        for number, start, row in _json_lines(file, max_expansion, streams.MAX_ROW):
-            yield f"{file}: line {number}, byte {start}", row
+        kind = suffix or streams.suffix_of(file)
+        for _, where, row in _numbered(file, kind, max_expansion, streams.MAX_ROW):
+            if kind != ".jsonl":
+                tables.check_size(where, row)
+            yield where, row
+
+
+def count_rows(file: Path, max_expansion: float = MAX_EXPANSION) -> int:
+    """How many rows a file has; an array is read whole for it, lines are counted."""
+    suffix = streams.suffix_of(file)
+    if suffix in TABLES:
+        return tables.columns_of(file, suffix)[1]
+    if _is_array(file, suffix, max_expansion):
+        return sum(1 for _ in _json_array(file, max_expansion))
+    return sum(1 for line in streams.lines(file, max_expansion) if line.strip())
+
+
+def _numbered(
+    file: Path,
+    suffix: str,
+    max_expansion: float,
+    max_bytes: int = 0,
+    only: Sequence[str] | None = None,
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(number, where, row) of every row of a file."""
+    if suffix in TABLES:
+        yield from tables.read_rows(file, suffix, only)
+    elif _is_array(file, suffix, max_expansion):
+        yield from _json_array(file, max_expansion)
+    else:
+        for number, start, row in _json_lines(file, max_expansion, max_bytes):
+            yield number, f"{file}: line {number}, byte {start}", row
+
+
+def _is_array(file: Path, suffix: str, max_expansion: float) -> bool:
+    """Whether a ``.json`` file is one array; others hold lines, whatever their name."""
+    if suffix != ".json":
+        return False
+    begun = b""
+    for block in streams.blocks(file, max_expansion):
+        begun = (begun + block).removeprefix(streams.BOM).lstrip()
+        if begun:
+            break
+    return begun.startswith(b"[")
+
+
+def _json_array(file: Path, max_expansion: float) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    text = streams.decode(streams.whole(file, max_expansion), file)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+        at = error.pos if isinstance(error, json.JSONDecodeError) else 0
+        byte = len(text[:at].encode())
+        raise DataError(f"{file}: byte {byte}: not JSON: {error}") from error
+    surrogates = "\\u" in text
+    for number, row in enumerate(found):
+        where = f"{file}: row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: not a JSON object")
+        if surrogates:
+            _refuse_surrogates(row, where)
+        yield number, where, row
+    if not found:
+        raise DataError(f"{file}: row 0: the input is empty")
 
 
 def _json_lines(
@@ -106,18 +178,29 @@ def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
                     waiting += items
 
 
-def read_jsonl(
+def read_documents(
     files: Sequence[Path],
     field: str = "text",
     max_expansion: float = MAX_EXPANSION,
     unused: Unused | None = None,
+    suffix: str = "",
 ) -> Iterator[Document]:
-    """Each line is an object whose ``field`` is one document; ``unused`` counts the others."""
+    """Each row's text ``field`` is one document; ``unused`` counts the other fields.
+
+    ``suffix``: see `read_rows`.
+    """
     found = False
     for file in files:
-        for number, start, row in _json_lines(file, max_expansion):
+        kind = suffix or streams.suffix_of(file)
+        table = kind in TABLES
+        if table and unused is not None:
+            columns, num_rows = tables.columns_of(file, kind)
+            unused.add(str(file), (name for name in columns if name != field), num_rows)
+        only = [field] if table else None
+        for number, where, row in _numbered(file, kind, max_expansion, only=only):
             text = row.get(field)
-            where = f"{file}: line {number}, byte {start}"
+            if not isinstance(text, str) and table:
+                raise DataError(f"{where}: column {field!r} holds no string")
             if not isinstance(text, str):
                 have = ", ".join(sorted(row)) or "none"
                 raise DataError(f"{where}: field {field!r} is not a string; fields: {have}")
@@ -134,50 +217,3 @@ def _any_text(text: str, where: str) -> bool:
     if not text:
         log.warning("%s: empty document skipped", where)
     return bool(text)
-
-
-def require_parquet() -> None:
-    """Raise DataError when pyarrow is not installed."""
-    if find_spec("pyarrow") is None:
-        raise DataError("parquet needs pyarrow: pip install 'shardwise[data]'")
-
-
-def read_parquet(
-    files: Sequence[Path], field: str = "text", unused: Unused | None = None
-) -> Iterator[Document]:
-    """Each row's string column ``field`` is one document; needs the extra ``data`` (pyarrow).
-
-    Rows count from 0 through the whole file; ``unused`` counts the other columns.
-    """
-    require_parquet()
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    found = False
-    for file in files:
-        row = group = 0
-        try:
-            with ParquetFile(file) as table:
-                columns = table.schema_arrow.names
-                if field not in columns:
-                    raise DataError(f"{file}: no column {field!r}; columns: {', '.join(columns)}")
-                if unused is not None:
-                    others = [name for name in columns if name != field]
-                    unused.add(str(file), others, table.metadata.num_rows)
-                for group in range(table.num_row_groups):
-                    for batch in table.iter_batches(row_groups=[group], columns=[field]):
-                        for text in batch.column(0).to_pylist():
-                            where = f"{file}: row group {group}, row {row}"
-                            row += 1
-                            if not isinstance(text, str):
-                                raise DataError(f"{where}: column {field!r} holds no string")
-                            if _any_text(text, where):
-                                found = True
-                                yield Document(f"{file.as_posix()}:{row - 1}", text)
-        except (ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            where = f"{file}: unreadable parquet at row group {group}, row {row}"
-            raise DataError(f"{where} ({file.stat().st_size} bytes): {error}") from error
-    if not found:
-        raise DataError(f"{files[0]}: row 0: the input is empty")

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardwise.data.formats import CONVERSATIONS, DOCUMENTS
 from shardwise.data.source import DataSource
-from shardwise.errors import DataError
+from shardwise.errors import DataError, UserError
 
 SMALL_DATA = 1 << 20  # bytes; a user's own files up to here are used as they are
 
 
 def small_sources(
-    sources: Sequence[DataSource], folder: Path, part: str, longest: int | None = None
+    sources: Sequence[DataSource],
+    folder: Path,
+    part: str,
+    reads: Sequence[str] = DOCUMENTS,
+    longest: int | None = None,
 ) -> list[DataSource]:
     """As many sources, with the same weights, in ``folder`` where the user's own will not do.
 
-    ``part``: "train" or "validation", which hold other documents. ``longest``: bytes that a line
-    of a file may have, where longer rows are an error.
+    ``part``: "train" or "validation", which hold other documents. ``reads``: the formats of their
+    section. ``longest``: bytes that a line of a file may have, where longer rows are an error.
     """
     found = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(_told(s, reads) for s in sources):
         if is_small(source, longest):
             found.append(source)
             continue
-        kind = source.kind if source.kind in STAND_INS else "jsonl"
+        kind = _stand_in(source, reads)
         rows = STAND_INS[kind](random.Random(f"{part} {number}"))
         file = folder / f"{kind}-{part}-{number}.jsonl"
         count = 160 if part == "train" else 27  # an odd number of rows: no ranks share them evenly
@@ -37,6 +43,22 @@ def small_sources(
             DataSource.model_validate({"kind": kind, "path": file, "weight": source.weight})
         )
     return found
+
+
+def _told(source: DataSource, reads: Sequence[str]) -> DataSource:
+    with contextlib.suppress(UserError, OSError):  # files that are elsewhere have a stand-in
+        return source.told(reads)
+    return source
+
+
+def _stand_in(source: DataSource, reads: Sequence[str]) -> str:
+    """The format of what stands in for a source: its own, or one that is read like it."""
+    name = source.format
+    if name in STAND_INS:
+        return name
+    if name in CONVERSATIONS:
+        return "messages"
+    return next(n for n in reads if n in STAND_INS)
 
 
 def is_small(source: DataSource, longest: int | None = None) -> bool:
@@ -74,6 +96,12 @@ def _chats(rng: random.Random) -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": role, "content": text} for role, text in roles]}
 
 
+def _completions(rng: random.Random) -> Iterator[dict[str, Any]]:
+    for chat in _chats(rng):
+        asked, said = chat["messages"]
+        yield {"prompt": asked["content"], "completion": said["content"]}
+
+
 def _preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
     while True:
         answers: dict[str, None] = {}  # of different words, or nothing would be preferred
@@ -83,7 +111,8 @@ def _preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 STAND_INS: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
-    "jsonl": _documents,
-    "chat-jsonl": _chats,
-    "preference-jsonl": _preferences,
+    "documents": _documents,
+    "messages": _chats,
+    "prompt-completion": _completions,
+    "preference": _preferences,
 }

@@ -25,7 +25,7 @@ _MAX_WINDOW = 1 << 27  # zstd: memory that a frame may ask for (``zstd --long=27
 MAX_LINE = 1 << 28  # bytes of one line, a document
 MAX_ROW = 1 << 23  # of one conversation: as tokens with their places it takes 300 times this
 MAX_TEXT = 1 << 30  # of a file that is one document
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class _Format(NamedTuple):
@@ -220,8 +220,8 @@ def decode(data: bytes, path: Path, base: int = 0, line: int | None = None) -> s
 
     ``base``: where in the file ``data`` begins. Raises DataError with the first bad byte.
     """
-    if base == 0 and data.startswith(_BOM):
-        data, base = data[len(_BOM) :], len(_BOM)
+    if base == 0 and data.startswith(BOM):
+        data, base = data[len(BOM) :], len(BOM)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -46,3 +46,10 @@ def warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         log.warning("%s", message)
+
+
+def say_once(message: str) -> None:
+    """Log a notice about a source, once a process."""
+    if message not in _said:
+        _said.add(message)
+        log.info("%s", message)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from shardwise.config.start import located
 from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig
 from shardwise.data.datasets import training_texts
+from shardwise.data.formats import FORMATS
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from shardwise.engines.registry import check_layout
@@ -210,9 +211,9 @@ def preflight(
         for stage in run.stages:
             if stage.head == "vocabulary" and stage.name in (evaluation.stages or [stage.name]):
                 bits.data_of(evaluation, run, stage)
-    for key, source in _sources(run):
+    for key, source, reads in _sources(run):
         try:
-            source.check()
+            source.check(reads)
         except DataError as error:
             raise ConfigError(f"{named(f'{key}.path')}: {error} (from {Path.cwd()})") from error
 
@@ -226,19 +227,21 @@ def read_samples(run: RunConfig) -> None:
         samples.check_conversations(run, tokenizer)
 
 
-def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource]]:
-    """The data sources of the evaluations and of every stage still to run, and their keys."""
+def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource, Sequence[str]]]:
+    """The data sources of the evaluations and of every stage still to run, with their keys and the
+    formats that are read there.
+    """
     for i, evaluation in enumerate(run.evaluations):
         yield from _of(f"evaluations.{i}", evaluation)
     for i, stage in samples.pending_stages(run):
         yield from _of(f"stages.{i}", stage)
 
 
-def _of(key: str, part: Any) -> Iterator[tuple[str, DataSource]]:
+def _of(key: str, part: Any) -> Iterator[tuple[str, DataSource, Sequence[str]]]:
     data = getattr(part, "data", None)
     for name in ("sources", "validation"):
         for j, source in enumerate(getattr(data, name, ())):
-            yield f"{key}.data.{name}.{j}", source
+            yield f"{key}.data.{name}.{j}", source, getattr(data, "reads", tuple(FORMATS))
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:

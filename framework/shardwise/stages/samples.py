@@ -43,7 +43,7 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
         if isinstance(data, ChatDataConfig):
             for sources in (data.sources, data.validation):
                 if sources:
-                    how = data.turns, data.strict_fields
+                    how = data.turns, data.strict_fields, data.texts
                     examples = build_chat_examples(sources, tokenizer, *how)
                     pack_examples(examples, data, seq_len, tokenizer.pad_id)
         elif isinstance(stage, RankingStageConfig):

@@ -23,7 +23,7 @@ class SftStage(SupervisedStage):
         config: SftConfig = ctx.stage
         self.packed = config.data.pack
         tokenizer = ctx.tokenizer
-        how = config.data.turns, config.data.strict_fields
+        how = config.data.turns, config.data.strict_fields, config.data.texts
         examples = build_chat_examples(config.data.sources, tokenizer, *how)
         if config.task is not None:
             problems = ProblemSet(config.task, "train_sft", config.num_problems)
