@@ -49,6 +49,10 @@ class FlatShard(Tensor):
         """This rank's memory [n]."""
         return self.local
 
+    def detach(self) -> FlatShard:
+        """The same memory; below the dispatcher its counter of writes would be another."""
+        return FlatShard(self.local.detach(), self.shape, self.start)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """`detach`, `clone` and `copy_`."""

@@ -26,11 +26,18 @@ class DeepSpeedConfig(EngineConfig):
         "error, what the recipe does not say is passed on",
         examples=[{"zero_optimization": {"reduce_bucket_size": 500000000}}],
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="where optimizer states and masters live (ZeRO-Offload)"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="where optimizer states and masters live (ZeRO-Offload, ZeRO-Infinity)",
     )
-    offload_param: Literal["none", "cpu"] = Field(
+    offload_param: Literal["none", "cpu", "nvme"] = Field(
         "none", description="zero3: where parameters live between uses (ZeRO-Infinity)"
+    )
+    nvme_path: Path | None = Field(
+        None,
+        description="a folder on each node's NVMe disk, for what is offloaded to nvme; a run makes "
+        "one of its own in it and removes that at its end",
+        examples=["/local_nvme"],
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="see the native engine's"
@@ -77,4 +84,10 @@ class DeepSpeedConfig(EngineConfig):
             return "engine.offload_optimizer needs ZeRO; write zero1, zero2 or zero3"
         if self.offload_param != "none" and layout.zero != 3:
             return f"engine.offload_param needs zero3, and engine.layout is {layout}"
+        for key in ("offload_optimizer", "offload_param"):
+            if user_config.device_of(self, key) == "nvme":
+                if layout.zero != 3:
+                    return f"engine.{key}: nvme needs zero3, and engine.layout is {layout}"
+                if self.nvme_path is None:
+                    return f"engine.{key}: nvme needs engine.nvme_path, a folder on such a disk"
         return user_config.contradiction(self, layout, stage)

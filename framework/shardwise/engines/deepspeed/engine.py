@@ -34,6 +34,7 @@ from shardwise.engines import native
 from shardwise.engines.base import Engine, Scaled, Setup, Share, State
 from shardwise.engines.deepspeed import fragments, library, user_config
 from shardwise.engines.deepspeed.config import DeepSpeedConfig
+from shardwise.engines.deepspeed.swapped import Swapped
 from shardwise.engines.inputs import Cut
 from shardwise.engines.reduction import LossSums, sum_over
 from shardwise.engines.registry import as_kind
@@ -44,7 +45,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import init_spec, init_tensor, place, plain_name
 from shardwise.ops.flat_shard import FlatShard
 from shardwise.optim.build import parameter_groups, set_lr
-from shardwise.optim.torch_kinds import start_state, without_state
+from shardwise.optim.torch_kinds import without_state
 from shardwise.parallel import blocks, tensor
 from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.full_tensor import local_tensor
@@ -97,6 +98,7 @@ class DeepSpeedEngine:
         part = TrainedPart(setup.trained, setup.model)
         self.adapter = part.adapter
         self._check_trained()
+        self.folder = library.nvme_folder(self.config)
         self.model = self._build_model(deepspeed, part)
         self.parameters: dict[str, Any] = {
             plain_name(n): p for n, p in self.model.named_parameters()
@@ -152,8 +154,11 @@ class DeepSpeedEngine:
         config, narrow = self.config, self.precision.compute == torch.bfloat16
         zero: dict[str, Any] = {"stage": self.zero}
         for key in ("offload_optimizer", "offload_param"):
-            if getattr(config, key) != "none":
-                zero[key] = {"device": getattr(config, key)}
+            if (device := user_config.device_of(config, key)) != "none":
+                zero[key] = {"device": device}
+            if device == "nvme":
+                assert self.folder is not None
+                zero[key]["nvme_path"] = self.folder.name
         own: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # it counts samples for its log alone
             "train_batch_size": self.mesh.layout.world,
@@ -195,8 +200,10 @@ class DeepSpeedEngine:
             self.engine.optimizer.check_grad_overflow = True
         self.fragments = fragments.find(self.engine, self.parameters.items())
         inner.state.clear()
+        flats = fragments.masters(self.engine.optimizer)
+        self.swapped = Swapped(self.engine.optimizer, inner, flats)
         for flat, group in self._flats():
-            start_state(inner, group, flat)
+            self.swapped.start(flat, group)
 
     def _flats(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """What the optimizer updates on this rank, each with its group."""
@@ -253,6 +260,7 @@ class DeepSpeedEngine:
         if norm is not None and not math.isfinite(norm):  # without masters it checks nothing
             self.engine.zero_grad()
         else:
+            self.swapped.send_back()
             set_lr(self.inner, lr)
             self.engine.step()
         if norm is None:
@@ -304,12 +312,14 @@ class DeepSpeedEngine:
 
     def _follow(self) -> None:
         """Send masters to what computes, if somebody else has written into them."""
-        local = torch.tensor(self._versions() != self._written)
+        local = torch.tensor(self._versions() != self._written or self.swapped.written())
         if bool(sum_over(local.double(), self.mesh.groups["all"])):
             self._refresh()
+        self.swapped.send_back()
 
     def _refresh(self) -> None:
-        fragments.refresh(self.engine)
+        self.swapped.send_back()
+        fragments.refresh(self.engine, self.swapped)
         self._written = self._versions()
 
     def held(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -328,6 +338,11 @@ class DeepSpeedEngine:
         flat = fragment.flat
         if kind == "copies":
             return fragments.copy_of(fragment)
+        if flat is not None and flat in self.swapped:
+            there = self.swapped.values(flat).get(kind)
+            if there is None and kind == "grads":
+                return fragment.nothing(self.precision.gradients)
+            return None if there is None else fragment.part(there)
         if kind == "grads":
             found = fragments.gradient(self.engine.optimizer, fragment)
             return fragment.nothing(self.precision.gradients) if found is None else found
@@ -404,7 +419,11 @@ class DeepSpeedEngine:
         }
         for name, fragment in self.fragments.items():
             if fragment.flat is not None:
-                state = self.inner.state[fragment.flat]
+                flat = fragment.flat
+                away = flat in self.swapped
+                state: Mapping[str, Tensor] = self.inner.state[flat]
+                if away:
+                    state = {k: self.swapped.values(flat)[k] for k in state}
                 tensors |= {
                     f"optim.{name}.{kind}": value if value.dim() == 0 else fragment.part(value)
                     for kind, value in sorted(state.items())
@@ -475,4 +494,6 @@ class DeepSpeedEngine:
         self.engine.destroy()
         self.fragments.clear()
         self.parameters.clear()
+        if self.folder is not None:
+            self.folder.cleanup()
         self.engine = self.model = None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.engines.deepspeed.swapped import Swapped
 from shardwise.ops.flat_shard import FlatShard
 
 
@@ -147,21 +148,33 @@ def copy_of(fragment: Fragment) -> Tensor | None:
 
 
 def _computes(parameter: Any) -> FlatShard:
-    """A parameter's own part under stage 3."""
-    part = parameter.ds_tensor.detach().view(-1)
+    """A parameter's own part under stage 3; a copy, where it lies on NVMe."""
+    stored = parameter.ds_tensor
+    away = getattr(getattr(stored, "status", None), "name", "") == "NOT_AVAILABLE"
+    if away:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    part = stored.detach().view(-1)
+    if away:
+        part = part.clone()
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
     start = dist.get_rank(parameter.ds_process_group) * len(part)
     count = max(0, min(len(part), parameter.ds_numel - start))
     return FlatShard(part[:count], parameter.ds_shape, start if count else 0)
 
 
-def refresh(engine: Any) -> None:
+def refresh(engine: Any, swapped: Swapped) -> None:
     """Give the parameters that compute what their masters are; a collective call."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3, as its own step does
         optimizer._partition_all_parameters()
         for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            optimizer.fp16_partitioned_groups_flat[group].data.copy_(master.data)
-            optimizer._unflatten_partitioned_parameters(group)
+            with swapped.resident(master, write=False):
+                flat = optimizer.fp16_partitioned_groups_flat[group]
+                if flat is None:  # on NVMe, all of the group or some
+                    optimizer._partitioned_params_swap_out(group)
+                    continue
+                flat.data.copy_(master.data)
+                optimizer._unflatten_partitioned_parameters(group)
         if kept := optimizer.persistent_parameters:  # small ones stay gathered
             kept[0].all_gather(kept)
     elif hasattr(optimizer, "update_lp_params"):

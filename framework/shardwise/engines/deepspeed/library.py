@@ -9,9 +9,12 @@ import importlib.util
 import logging
 import os
 import re
+import tempfile
 import warnings
 from typing import Any
 
+from shardwise.engines.deepspeed import user_config
+from shardwise.engines.deepspeed.config import DeepSpeedConfig
 from shardwise.errors import ConfigError
 
 MEND = "pip install 'shardwise[deepspeed]'"
@@ -36,6 +39,31 @@ def untrusted(found: str) -> str | None:
         first = ".".join(map(str, FIRST))
         return f"deepspeed {found} is older than {first}, the first whose sums were checked; {MEND}"
     return None
+
+
+def nvme_folder(config: DeepSpeedConfig) -> tempfile.TemporaryDirectory[str] | None:
+    """This rank's own folder under ``engine.nvme_path``; None if nothing goes there.
+
+    Its own, because the library's names of files are the same in every run. Removed when it is no
+    longer used, and at the process's end. Raises ConfigError where the path or libaio is missing.
+    """
+    devices = [user_config.device_of(config, k) for k in ("offload_optimizer", "offload_param")]
+    if "nvme" not in devices:
+        return None
+    builder: Any = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            "engine.offload_optimizer, offload_param: nvme: DeepSpeed builds its asynchronous "
+            "reads with libaio and a C++ compiler, and one of them is missing; apt-get install "
+            "libaio-dev g++, or write cpu"
+        )
+    try:
+        return tempfile.TemporaryDirectory(prefix="shardwise-", dir=config.nvme_path)
+    except OSError as error:
+        raise ConfigError(
+            f"engine.nvme_path: {config.nvme_path}: {error.strerror}; name a folder on this "
+            "node's NVMe disk that may be written"
+        ) from None
 
 
 @functools.cache

@@ -131,12 +131,6 @@ def contradiction(config: Any, layout: Layout, stage: StageConfig | None = None)
         said = lookup(data, key)
         if said is not None and said != value:
             return f"{where(key)}: {said!r}, but {why}; leave it out, or write {value!r}"
-    for key in (
-        "zero_optimization.offload_optimizer.device",
-        "zero_optimization.offload_param.device",
-    ):
-        if lookup(data, key) == "nvme":
-            return f"{where(key)}: 'nvme' is not supported yet; write 'cpu', or leave it out"
     for key, why in FOREIGN.items():
         said = data.get(key)
         off = said in (None, False, {}) or (isinstance(said, dict) and said.get("enabled") is False)
@@ -149,6 +143,13 @@ def contradiction(config: Any, layout: Layout, stage: StageConfig | None = None)
     return None
 
 
+def device_of(config: Any, key: str) -> str:
+    """Where ``offload_optimizer`` or ``offload_param`` goes, by the recipe or by the JSON."""
+    own: str = getattr(config, key)
+    said = lookup(content(config), f"zero_optimization.{key}.device")
+    return str(said) if own == "none" and said else own
+
+
 def _said(config: Any, layout: Layout, stage: StageConfig | None) -> Iterator[tuple[str, str, Any]]:
     """What the recipe says under DeepSpeed's keys: (its key, ours, the value)."""
     yield "zero_optimization.stage", f"engine.layout {layout}, whose ZeRO stage", layout.zero
@@ -159,9 +160,12 @@ def _said(config: Any, layout: Layout, stage: StageConfig | None) -> Iterator[tu
             f"that of engine.precision {config.precision}",
             (config.precision == "bf16"),
         )
-    for ours, key in (("offload_optimizer", "offload_optimizer"), ("offload_param",) * 2):
-        if getattr(config, ours) != "none":
-            yield f"zero_optimization.{key}.device", f"engine.{ours}", getattr(config, ours)
+    for key in ("offload_optimizer", "offload_param"):
+        if getattr(config, key) != "none":
+            yield f"zero_optimization.{key}.device", f"engine.{key}", getattr(config, key)
+        if config.nvme_path is not None:
+            path = str(config.nvme_path)
+            yield f"zero_optimization.{key}.nvme_path", "engine.nvme_path", path
     if stage is None:
         return
     batch, name = stage.batch, f"stages.{stage.name}"

@@ -1,0 +1,106 @@
+"""ZeRO-Infinity: masters, moments and parameters on a disk. Slow: the library builds its reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise import checkpoint
+from shardwise.engines.deepspeed.engine import DeepSpeedEngine
+from shardwise.parallel.full_tensor import local_tensor
+from tests.engines.deepspeed.test_engine import deepspeed
+from tests.support import toy
+from tests.support.engines import LR, assert_same, copies, plain, train, update
+from tests.support.pool import RankError, RankPool
+
+pytest.importorskip("deepspeed")
+
+# Under a megabyte a rank, nothing leaves memory: two groups of more, and a small one.
+MODEL = toy.llama(hidden_size=256, ffn_size=512, num_layers=3)
+SMALL = {"sub_group_size": 700_000, "stage3_param_persistence_threshold": 0}
+# Without a limit its pinned buffers take gigabytes, and all parameters stay in memory.
+AWAY = {"offload_param": {"buffer_size": 1_000_000, "max_in_cpu": 0}}
+BUILD_S = 900.0
+
+
+def engine(folder: Path, params: bool, **keys: Any) -> DeepSpeedEngine:
+    where = {"offload_optimizer": "nvme", "nvme_path": folder}
+    where |= {"offload_param": "nvme"} if params else {}
+    zero = SMALL | (AWAY if params else {})
+    it = deepspeed("dp2.zero3", MODEL, config={"zero_optimization": zero}, **where, **keys)
+    assert isinstance(it, DeepSpeedEngine)
+    assert len(it.swapped.numbers) >= 1, "nothing was large enough to leave memory"
+    return it
+
+
+def on_rank(folder: Path, params: bool) -> dict[str, Any]:
+    it = engine(folder, params)
+    flats = list(it.swapped.numbers)
+    assert all(flat.numel() == 0 for flat in flats), "masters lie on the disk"
+    return train(it, [2, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [False, True])
+def test_updates_equal_the_plain_engines(ranks: RankPool, tmp_path: Path, params: bool) -> None:
+    wanted = train(plain(MODEL))
+    for mine in ranks.run(on_rank, tmp_path, params, world=2, timeout=BUILD_S):
+        assert_same(mine, wanted, 2e-5)
+    assert not list(tmp_path.iterdir()), "what was offloaded is removed at the end"
+
+
+def resumes(folder: Path, params: bool, precision: str) -> bool:
+    """Three updates, and two, a save, a load into another engine, one."""
+    it = engine(folder, params, precision=precision)
+    for step in range(3):
+        if step == 2:
+            state = it.state_dict()
+            checkpoint.save(folder / "saved", 2, state.tensors, state.meta)
+        update(it, step, [2, 2])
+        it.step(LR)
+    again = engine(folder, params, precision=precision)
+    state = again.state_dict()
+    again.load_state_dict(checkpoint.load(folder / "saved", state.tensors))
+    update(again, 2, [2, 2])
+    again.step(LR)
+    return all(
+        torch.equal(a, b)
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for a, b in zip(copies(it, kind).values(), copies(again, kind).values(), strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params,precision", [(False, "fp32"), (True, "bf16")])
+def test_a_resume_is_bitwise(ranks: RankPool, tmp_path: Path, params: bool, precision: str) -> None:
+    assert all(ranks.run(resumes, tmp_path, params, precision, world=2, timeout=BUILD_S))
+
+
+def written_from_outside(folder: Path) -> bool:
+    it = engine(folder, True)
+    for _, weight in it.held("weights"):
+        local_tensor(weight).mul_(1.5)
+    update(it, 0)
+    copies_of = dict(it.held("copies"))
+    return all(
+        torch.equal(local_tensor(copies_of[n]), local_tensor(w))
+        for n, w in it.held("weights")
+        if n in copies_of
+    )
+
+
+@pytest.mark.slow
+def test_what_is_written_into_masters_computes(ranks: RankPool, tmp_path: Path) -> None:
+    assert all(ranks.run(written_from_outside, tmp_path, world=2, timeout=BUILD_S))
+
+
+def nowhere(folder: Path) -> None:
+    engine(folder / "none", False)
+
+
+def test_a_folder_that_is_not_there_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"nvme_path: .*none|missing; apt-get install libaio"):
+        ranks.run(nowhere, tmp_path)
