@@ -35,7 +35,7 @@ FLOORS = [
     {"rollout"},
     {"resilience"},
     {"stages"},
-    {"report", "verify"},
+    {"report", "verify", "recipes"},
     {"launch"},
     {"cli"},
     {"__main__"},

@@ -4,7 +4,7 @@ The commands as functions, imported when first used:
 
 train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(checkpoint)
 convert(source, out, to)           load_config(recipe, overrides)   doctor()
-verify(recipe, layouts)            config_diff(a, b)
+verify(recipe, layouts)            config_diff(a, b)                  init(model, data, stage=...)
 
 and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
 `shardwise.report.api.report`.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shardwise.launch.config_diff import config_diff as config_diff
     from shardwise.launch.doctor import doctor as doctor
     from shardwise.launch.train import train as train
+    from shardwise.recipes.api import init as init
     from shardwise.rollout.api import generate as generate
     from shardwise.stages.evaluate import evaluate as evaluate
 
@@ -35,6 +36,7 @@ _PUBLIC = {
     "load_config": "shardwise.config.load",
     "config_diff": "shardwise.launch.config_diff",
     "doctor": "shardwise.launch.doctor",
+    "init": "shardwise.recipes.api",
 }
 _CALLABLE_ROOMS = ("verify",)
 __all__ = ["__version__", *_PUBLIC, *_CALLABLE_ROOMS]

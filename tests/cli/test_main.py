@@ -16,7 +16,7 @@ from shardwise.cli.main import main
 from shardwise.errors import UserError
 from tests.cli.conftest import Command, write_recipe
 
-COMMANDS = ["train", "generate", "evaluate", "convert", "report", "doctor", "schema"]
+COMMANDS = ["train", "init", "generate", "evaluate", "convert", "report", "doctor", "schema"]
 GROUPS = ["checkpoint", "data", "launch"]
 
 

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from shardwise import __version__, terminal
-from shardwise.cli import checkpoint, data, launch
+from shardwise.cli import checkpoint, data, launch, recipes
 from shardwise.cli import config as configs
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
@@ -100,6 +100,9 @@ def _options(
 ) -> None:
     """Distributed LLM training you can prove before you pay for the cluster."""
     del debug, version  # main() looks for --debug, which must hold before parsing too
+
+
+app.command()(recipes.init)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import DataSection, Fraction, PositiveInt
 from shardwise.data.formats import CONVERSATIONS, DOCUMENTS, PREFERENCES
+from shardwise.data.parts import WHOLE, Part
 from shardwise.data.source import DataSource
 from shardwise.data.stand_ins import small_sources
 
@@ -28,7 +29,8 @@ class Reading:
     a completion and its label are read, too. ``raw``: texts stand as they are, without a
     template. ``max_prompt``: longer
     prompts lose their first tokens, and that is counted. ``max_tokens``: of a prompt with its
-    longest answer; a row beyond is an error, or with ``drop`` left out and counted.
+    longest answer; a row beyond is an error, or with ``drop`` left out and counted. ``part``: of
+    the rows, by their prompts.
     """
 
     strict: bool = False
@@ -37,6 +39,7 @@ class Reading:
     max_prompt: int | None = None
     max_tokens: int | None = None
     drop: bool = False
+    part: Part = WHOLE
 
 
 class DataConfig(DataSection):
@@ -102,20 +105,63 @@ class DataConfig(DataSection):
         return self.model_copy(update=updates)
 
 
-class ChatDataConfig(DataSection):
+class RowsConfig(DataSection):
+    """What sections of rows share that are read whole: where they are, and what is held out."""
+
+    reads: ClassVar[tuple[str, ...]]
+    reader: ClassVar[str]
+
+    sources: list[DataSource] = Field(default_factory=list, description="what is trained on")
+    validation: list[DataSource] = Field(
+        default_factory=list,
+        description="what is measured in between; default: held_out",
+        examples=[[{"path": "held_out.jsonl"}]],
+    )
+    held_out: Fraction = Field(
+        0.0, description="share of the rows, by hash of what is asked, kept for validation"
+    )
+    strict_fields: bool = Field(
+        False, description="refuse rows with fields that nothing reads, instead of naming them"
+    )
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        for source in (*self.sources, *self.validation):
+            if source.kind != "auto" and source.format not in self.reads:
+                raise ValueError(
+                    f"{self.reader} (kind {', '.join(self.reads)}, or left out), not {source.kind} "
+                    "sources"
+                )
+            if source.weight != 1.0:
+                raise ValueError(
+                    f"weight {source.weight:g}: sources of rows are read whole and shuffled "
+                    "together, so they have no weight; leave it out, or repeat lines in the file"
+                )
+        if self.validation and self.held_out:
+            raise ValueError("give validation sources or held_out, not both")
+        return self
+
+    def training(self) -> tuple[list[DataSource], Part]:
+        """Where training rows are."""
+        return self.sources, Part(self.held_out)
+
+    def measured(self) -> tuple[list[DataSource], Part]:
+        """Where validation rows are."""
+        if self.held_out:
+            return self.sources, Part(self.held_out, held_out=True)
+        return self.validation, WHOLE
+
+
+class ChatDataConfig(RowsConfig):
     """Conversations for fine-tuning."""
 
-    reads: ClassVar[tuple[str, ...]] = CONVERSATIONS
+    reads = CONVERSATIONS
+    reader = "fine-tuning reads conversations"
 
     sources: list[DataSource] = Field(
         default_factory=list,
         description="what is trained on",
         examples=[[{"kind": "messages", "path": "chats.jsonl"}]],
-    )
-    validation: list[DataSource] = Field(
-        default_factory=list,
-        description="what is measured in between",
-        examples=[[{"kind": "messages", "path": "held_out.jsonl"}]],
     )
     pack: bool = Field(True, description="several examples in a row, without leaking")
     too_long: TooLong = Field("error", description="what to do with examples over seq_len")
@@ -124,45 +170,24 @@ class ChatDataConfig(DataSection):
         description="apart: an example for each assistant turn, ending with it, for templates that "
         "render earlier turns otherwise (drop their thoughts)",
     )
-    strict_fields: bool = Field(
-        False, description="refuse rows with fields that nothing reads, instead of naming them"
-    )
-
     texts: Texts = Field("chat", description=f"prompt-completion: {TEXTS}")
-
-    @model_validator(mode="after")
-    def _only_chat(self) -> ChatDataConfig:
-        _check(self, "fine-tuning reads conversations")
-        return self
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:
         """See `DataSection.shrunk`; in bytes, more is too long than in the user's tokens."""
         return self.model_copy(update=_small(self, folder) | {"too_long": "truncate"})
 
 
-class PreferenceDataConfig(DataSection):
+class PreferenceDataConfig(RowsConfig):
     """Preferences from files."""
 
-    reads: ClassVar[tuple[str, ...]] = PREFERENCES
+    reads = PREFERENCES
+    reader = "this stage reads preferences"
 
     sources: list[DataSource] = Field(
         default_factory=list,
         description="what is trained on",
         examples=[[{"kind": "preference", "path": "pairs.jsonl"}]],
     )
-    validation: list[DataSource] = Field(
-        default_factory=list,
-        description="what is measured in between",
-        examples=[[{"kind": "preference", "path": "held_out.jsonl"}]],
-    )
-    strict_fields: bool = Field(
-        False, description="refuse rows with fields that nothing reads, instead of naming them"
-    )
-
-    @model_validator(mode="after")
-    def _only_preferences(self) -> PreferenceDataConfig:
-        _check(self, "this stage reads preferences")
-        return self
 
     def reading(self, seq_len: int) -> Reading:
         """How the rows of its sources are read, for rows of ``seq_len`` tokens."""
@@ -198,25 +223,13 @@ class PairDataConfig(PreferenceDataConfig):
         return super().shrunk(folder, seq_len).model_copy(update={"too_long": "drop"})
 
 
-def _check(data: ChatDataConfig | PreferenceDataConfig, reads: str) -> None:
-    """Refuse sources that are known to hold something else, and what means nothing here."""
-    for source in (*data.sources, *data.validation):
-        if source.kind != "auto" and source.format not in data.reads:
-            raise ValueError(
-                f"{reads} (kind {', '.join(data.reads)}, or left out), not {source.kind} sources"
-            )
-        if source.weight != 1.0:
-            raise ValueError(
-                f"weight {source.weight:g}: sources of rows are read whole and shuffled together, "
-                "so they have no weight; leave it out, or repeat lines in the file"
-            )
-
-
-def _small(data: Any, folder: Path, longest: int | None = None) -> dict[str, list[DataSource]]:
-    return {
-        "sources": small_sources(data.sources, folder, "train", data.reads, longest),
-        "validation": small_sources(data.validation, folder, "validation", data.reads, longest),
-    }
+def _small(data: RowsConfig, folder: Path, longest: int | None = None) -> dict[str, Any]:
+    sources = small_sources(data.sources, folder, "train", data.reads, longest)
+    if data.held_out and sources == data.sources:
+        return {}
+    apart = data.sources if data.held_out else data.validation
+    validation = small_sources(apart, folder, "validation", data.reads, longest)
+    return {"sources": sources, "validation": validation, "held_out": 0.0}
 
 
 def __getattr__(name: str) -> Any:

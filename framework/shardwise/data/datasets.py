@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import heapq
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from shardwise.data import parts
 from shardwise.data.chat import check_use, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig, Texts, Turns
 from shardwise.data.conversation import (
@@ -30,6 +30,7 @@ from shardwise.data.formats import CONVERSATIONS
 from shardwise.data.indexed import IndexedStore, manifest_path, read_manifest, store_paths
 from shardwise.data.mixture import MixtureSampler
 from shardwise.data.packing import Example, PackedExamples, PackedRows, Row
+from shardwise.data.parts import WHOLE, Part
 from shardwise.data.preferences import encode_raw
 from shardwise.data.prepare import Progress, write_store
 from shardwise.data.readers import Document
@@ -44,8 +45,7 @@ log = logging.getLogger(__name__)
 
 def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document belongs to the held-out share: by its content, so copies go together."""
-    digest = hashlib.sha256(document.raw).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+    return parts.is_held_out(document.raw, fraction)
 
 
 def _chosen(
@@ -308,11 +308,12 @@ def build_chat_examples(
     turns: Turns = "together",
     strict: bool = False,
     texts: Texts = "chat",
+    part: Part = WHOLE,
 ) -> list[Example]:
     """Conversations of sources as (ids, loss_mask, where).
 
     Every DataError names file and row. Fields that nothing reads are named once, or with
-    ``strict`` refused. ``texts``: see `ChatDataConfig`.
+    ``strict`` refused. ``texts``: see `ChatDataConfig`. ``part``: of the rows, by what is asked.
     """
     examples = []
     for given in sources:
@@ -321,9 +322,13 @@ def build_chat_examples(
         for where, row in source.rows():
             try:
                 if texts == "raw" and source.format == "prompt-completion" and _is_plain(row):
+                    if not part.has(row["prompt"]):
+                        continue
                     found, rest = _raw(row, tokenizer, where)
                 else:
                     said = read_conversation(as_conversation(source.format, row))
+                    if not part.has(_asked(said)):
+                        continue
                     redundant = check_use(tokenizer, said.messages, said.variables)
                     found = list(_examples(said, tokenizer, turns, where))
                     rest = [*said.unused, *redundant]
@@ -335,6 +340,11 @@ def build_chat_examples(
             examples += found
         unused.say()
     return examples
+
+
+def _asked(said: Conversation) -> list[dict[str, Any]]:
+    """The messages before the first that is learned."""
+    return said.messages[: said.learn.index(True)] if True in said.learn else said.messages
 
 
 def _is_plain(row: Mapping[str, Any]) -> bool:

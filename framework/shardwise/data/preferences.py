@@ -66,6 +66,7 @@ class Ranking:
 
 
 Answer = str | Sequence[Message]
+_Parsed = tuple[Any, list[Answer], list[float], dict[str, Any], list[str]]
 
 AS_THEY_ARE = Reading()
 
@@ -151,7 +152,10 @@ def read_rankings(
         unused, cut, dropped = Unused(source.label, how.strict, source.ignore), 0, 0
         for where, row in source.rows():
             try:
-                ranking, rest = _encoded(row, tokenizer, how)
+                parsed = _parse(row, how)
+                if not how.part.has(parsed[0]):
+                    continue
+                ranking, rest = _encoded(parsed, tokenizer)
                 _check_difference(ranking)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
@@ -175,9 +179,9 @@ def read_rankings(
             warn_once(f"{source.label}: {dropped} rows of over {how.max_tokens} tokens left out")
 
 
-def _encoded(row: dict[str, Any], tokenizer: Tokenizer, how: Reading) -> tuple[Ranking, list[str]]:
+def _encoded(parsed: _Parsed, tokenizer: Tokenizer) -> tuple[Ranking, list[str]]:
     """A row's ranking, and the fields that nothing reads."""
-    prompt, answers, ratings, variables, rest = _parse(row, how)
+    prompt, answers, ratings, variables, rest = parsed
     if isinstance(prompt, str):
         texts = [a for a in answers if isinstance(a, str)]
         return encode_raw(tokenizer, prompt, texts, ratings), rest
@@ -196,9 +200,7 @@ def _check_difference(ranking: Ranking) -> None:
             )
 
 
-def _parse(
-    row: dict[str, Any], how: Reading
-) -> tuple[Any, list[Answer], list[float], dict[str, Any], list[str]]:
+def _parse(row: dict[str, Any], how: Reading) -> _Parsed:
     """(prompt, answers, ratings, variables of the template, fields that nothing reads).
 
     The prompt is a text where all of the row is to be read as it stands.

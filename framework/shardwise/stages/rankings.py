@@ -61,9 +61,10 @@ def stage_rankings(ctx: StageContext) -> tuple[list[Ranking], list[Ranking]]:
     Raises DataError for what is too long, and where nothing is left to learn from.
     """
     config: RankingStageConfig = ctx.stage
+    reading = config.reading()
     train, held_out = (
-        list(read_rankings(sources, ctx.tokenizer, config.reading()))
-        for sources in (config.data.sources, config.data.validation)
+        list(read_rankings(sources, ctx.tokenizer, dataclasses.replace(reading, part=part)))
+        for sources, part in (config.data.training(), config.data.measured())
     )
     if config.task is not None:
         made = (ctx.tokenizer, config.task, config.answers_per_problem, ctx.run.seed)

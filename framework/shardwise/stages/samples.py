@@ -41,10 +41,9 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
     for _, stage in pending_stages(run):
         data, seq_len = getattr(stage, "data", None), stage.batch.seq_len
         if isinstance(data, ChatDataConfig):
-            for sources in (data.sources, data.validation):
-                if sources:
-                    how = data.turns, data.strict_fields, data.texts
-                    examples = build_chat_examples(sources, tokenizer, *how)
+            for sources, part in (data.training(), data.measured()):
+                how = data.turns, data.strict_fields, data.texts, part
+                if examples := build_chat_examples(sources, tokenizer, *how):
                     pack_examples(examples, data, seq_len, tokenizer.pad_id)
         elif isinstance(stage, RankingStageConfig):
             sources = [*stage.data.sources, *stage.data.validation]

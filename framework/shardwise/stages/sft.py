@@ -24,7 +24,10 @@ class SftStage(SupervisedStage):
         self.packed = config.data.pack
         tokenizer = ctx.tokenizer
         how = config.data.turns, config.data.strict_fields, config.data.texts
-        examples = build_chat_examples(config.data.sources, tokenizer, *how)
+        examples, held_out = (
+            build_chat_examples(sources, tokenizer, *how, part)
+            for sources, part in (config.data.training(), config.data.measured())
+        )
         if config.task is not None:
             problems = ProblemSet(config.task, "train_sft", config.num_problems)
             examples += [
@@ -32,7 +35,6 @@ class SftStage(SupervisedStage):
             ]
         seq_len = config.batch.seq_len
         train = pack_examples(examples, config.data, seq_len, tokenizer.pad_id)
-        held_out = build_chat_examples(config.data.validation, tokenizer, *how)
         validation = (
             pack_examples(held_out, config.data, seq_len, tokenizer.pad_id) if held_out else None
         )

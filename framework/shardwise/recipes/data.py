@@ -1,0 +1,86 @@
+"""The data that a recipe is written for: their format, and whether a stage learns from such."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from shardwise.data.config import Reading
+from shardwise.data.formats import (
+    CONVERSATIONS,
+    DOCUMENTS,
+    PREFERENCES,
+    PROBLEMS,
+    Detected,
+    detect,
+)
+from shardwise.data.source import DataSource
+from shardwise.data.tokenizer import Tokenizer
+from shardwise.errors import DataError, UserError
+from shardwise.recipes.lengths import Lengths, of_conversations, of_documents, of_rankings
+
+READS = {
+    "pretrain": DOCUMENTS,
+    "sft": CONVERSATIONS,
+    "dpo": PREFERENCES,
+    "reward": PREFERENCES,
+    "grpo": PROBLEMS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A file, folder or name on the hub, as a recipe names it (``ref``)."""
+
+    ref: str
+    found: Detected
+    rows: int
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The source as a recipe has it."""
+        columns = {"columns": dict(self.found.columns)} if self.found.columns else {}
+        return {"kind": self.found.format, "path": self.ref, **columns}
+
+    @property
+    def words(self) -> str:
+        """One line on it."""
+        if self.found.format == "text":
+            return f"{self.rows:,} file{'s' * (self.rows > 1)}, {self.found.detail}"
+        return f"{self.rows:,} rows, told by {self.found.detail}"
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether its rows have one answer and a label, not a better and a worse one."""
+        return self.found.format == "preference" and "label" in self.found.seen
+
+    def lengths(self, stage: str, tokenizer: Tokenizer) -> Lengths:
+        """See `recipes.lengths`."""
+        source = DataSource.model_validate({**self.section, "path": Path(self.ref)})
+        if stage == "pretrain":
+            return of_documents(source, self.rows, tokenizer)
+        if stage == "sft":
+            return of_conversations(source, self.rows, tokenizer)
+        return of_rankings(source, self.rows, tokenizer, Reading(unpaired=self.unpaired))
+
+
+def look(ref: str, stage: str) -> Data:
+    """Raises DataError for what cannot be told, and UserError for what ``stage`` cannot learn."""
+    try:
+        found = detect(ref, READS[stage])
+    except DataError:
+        found = detect(ref)
+    if found.format not in READS[stage]:
+        fits = [name for name, formats in READS.items() if found.format in formats]
+        raise UserError(
+            f"{ref}: holds {found.format} ({found.detail}), and stage {stage} learns from "
+            f"{' or '.join(READS[stage])}; of these data, --stage {' or '.join(fits)} learns"
+        )
+    data = Data(ref, found, found.num_rows())
+    if data.unpaired and stage == "reward":
+        raise UserError(
+            f"{ref}: its rows have one answer and a label; a reward model needs chosen and "
+            "rejected. --stage dpo learns from labels, by KTO"
+        )
+    return data
