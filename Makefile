@@ -8,11 +8,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo checks test prove bench clean
+.PHONY: help venv demo checks docs test prove bench clean
 
 help:
 	@echo "make demo    install, then train a model end to end on two cores"
-	@echo "make venv    install only            make checks  lint, types, import rules, spelling"
+	@echo "make venv    install only            make checks  lint, types, rules, spelling, docs"
+	@echo "make docs    the site, docs/_build/index.html"
 	@echo "make test    all tests but the slow  make prove   the slow proofs"
 	@echo "make bench   the benchmarks          make clean   remove environment and caches"
 
@@ -34,6 +35,11 @@ checks: venv
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/codespell
+	$(MAKE) --no-print-directory docs
+
+# Strict: a link that leads nowhere, or a page in no table of contents, is an error.
+docs: venv
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build
 
 # Two workers for two cores, a file on one of them; but `tests/verify` starts up to eight ranks at a
 # time, and two such worlds at once would wait for each other's turns.
@@ -53,4 +59,4 @@ bench: venv
 
 clean:
 	rm -rf $(VENV) build *.egg-info framework/*.egg-info
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -97,7 +97,7 @@ class _World:
             self.run(
                 import_main, (getattr(sys.modules["__main__"], "__file__", None),), {}, timeout
             )
-        call = bytes(ByValue.dumps((fn, args, kwargs)))
+        call = bytes(ByValue.dumps((str(Path.cwd()), fn, args, kwargs)))
         for pipe in self.pipes:
             with contextlib.suppress(BrokenPipeError):  # it has died, as its end of the pipe tells
                 pipe.send_bytes(call)

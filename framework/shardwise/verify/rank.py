@@ -142,8 +142,9 @@ def rank_main(rank: int, world: int, folder: str, backend: str, pipe: Connection
                 return
 
 
-def _answer(fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
+def _answer(folder: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
     try:
+        os.chdir(folder)  # the caller's, of now
         return bytes(ByValue.dumps(fn(*args, **kwargs)))
     except BaseException as error:
         failure = Failure(
