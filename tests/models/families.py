@@ -1,4 +1,4 @@
-"""Small configs of every release that our two families cover, beside transformers' own."""
+"""Small configs of every release that our families cover, beside transformers' own."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -55,6 +56,22 @@ def hf_model(name: str) -> Any:
         "smollm2": lambda: t.LlamaForCausalLM(
             t.LlamaConfig(**TINY | {"num_attention_heads": 2}, tie_word_embeddings=True)
         ),
+        "ministral": lambda: t.MinistralForCausalLM(
+            t.MinistralConfig(
+                **TINY, sliding_window=5, head_dim=16, layer_types=[SLIDING, FULL, SLIDING]
+            )
+        ),
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(
+                **TINY,
+                head_dim=16,
+                query_pre_attn_scalar=24,
+                sliding_window=5,
+                attn_logit_softcapping=3.0,
+                final_logit_softcapping=5.0,
+            )
+        ),
+        "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**TINY, pad_token_id=None)),
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(
                 vocab_size=96,
@@ -87,6 +104,9 @@ FAMILIES = (
     "qwen2-window",
     "qwen3",
     "smollm2",
+    "ministral",
+    "gemma2",
+    "olmo2",
     "gpt2",
 )
 

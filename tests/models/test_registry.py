@@ -13,16 +13,17 @@ from pydantic import ValidationError
 from shardwise.config.registry import MODEL_CONFIGS
 from shardwise.errors import ConfigError
 from shardwise.models.common.sharding import style_of
+from shardwise.models.configs import TABLES
 from shardwise.models.dense.gpt2 import GPT2Config
 from shardwise.models.dense.llama import LlamaConfig
 from shardwise.models.registry import build, config_class, families, sharding
 
 
 def test_families_are_registered_with_the_config_room() -> None:
-    assert set(families()) == {"llama", "gpt2"}
+    assert set(families()) == set(TABLES)
     for family in families():
         assert MODEL_CONFIGS[family] is config_class(family)
-    with pytest.raises(ConfigError, match="known: gpt2, llama"):
+    with pytest.raises(ConfigError, match="known: gemma2, gpt2, llama"):
         config_class("gtp2")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops import cpu_attention, flash, rng
+from shardwise.ops import attention_blocks, cpu_attention, flash, rng
 from shardwise.ops.dropout import keep_mask
 
 # Shape suffixes: B sequences, T queries, S keys, H query heads, G key/value heads, K head width.
@@ -111,14 +111,32 @@ def attention(
     rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
+    soft_cap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention (BHTK), H a multiple of G (grouped-query attention).
+
+    With ``soft_cap``, scores become ``cap * tanh(scores / cap)`` (Gemma 2); ``sinks_H`` are scores
+    of a key that no value belongs to (gpt-oss). Kernels that return no log-sum-exp, or know no cap,
+    are not asked then.
 
     Dropout of the attention weights happens when ``rng_keys_BT`` is given and ``dropout_p > 0``;
     then the explicit path runs: no fused kernel draws from our keys. ``salt`` tells dropout sites
     apart; ``head_offset`` is the global index of the first query head, for a rank that holds some.
     """
-    if rng_keys_BT is not None and dropout_p > 0.0:
+    drops = rng_keys_BT is not None and dropout_p > 0.0
+    if soft_cap is not None or sinks_H is not None:
+        if drops:
+            raise ValueError("attention: no dropout of weights beside a soft cap or sinks")
+        allowed = mask.allowed_B1TS
+        if mask.flash:
+            allowed = _dense(mask, q_BHTK, q_BHTK.shape[2], k_BGSK.shape[2])
+        everything = slice(None)
+        block = attention_blocks.Block(
+            everything, everything, allowed, allowed is None, soft_cap=soft_cap
+        )
+        return attention_blocks.attend(q_BHTK, k_BGSK, v_BGSK, block, sinks_H)
+    if drops and rng_keys_BT is not None:
         rng_keys_BT = rng.fold(rng_keys_BT, salt)
         return _explicit(q_BHTK, k_BGSK, v_BGSK, mask, dropout_p, rng_keys_BT, head_offset)
     if mask.flash:

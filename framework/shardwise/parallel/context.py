@@ -161,6 +161,7 @@ class _Ring:
     dropout_p: float
     rng_keys_Bt: Tensor | None  # of this rank's queries, folded with the place's salt
     head_offset: int
+    soft_cap: float | None
 
     def block(self, owner: int) -> Block | None:
         """What this rank's queries do with the keys of rank ``owner``; None: nothing.
@@ -196,12 +197,15 @@ class _Ring:
             rng_keys_BHt=keys_BHt,
             key_index=key_t,
             head_offset=self.head_offset,
+            soft_cap=self.soft_cap,
         )
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, ring: _Ring
+    ) -> Tensor:
         group = ring.group
         rank, size = group.rank(), group.size()
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -220,14 +224,16 @@ class _RingAttention(torch.autograd.Function):
                 attention_blocks.merge(out[:, :, block.rows], lse[:, :, block.rows], *part)
             if coming is not None:
                 held = coming.wait()
+        if sinks_H is not None:
+            attention_blocks.merge_sinks(out, lse, sinks_H)
         result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.save_for_backward(q, k, v, sinks_H, result, lse)
         ctx.ring = ring
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, sinks_H, out, lse = ctx.saved_tensors
         ring: _Ring = ctx.ring
         group = ring.group
         rank, size = group.rank(), group.size()
@@ -262,7 +268,10 @@ class _RingAttention(torch.autograd.Function):
                 held = coming.wait()
         if size > 1:  # a rank cannot send to itself
             grads = comm.ring_shift(grads, group, AXIS).wait()
-        return grad_q.to(q.dtype), grads[0].to(k.dtype), grads[1].to(v.dtype), None
+        of_sinks = None
+        if sinks_H is not None:
+            of_sinks = attention_blocks.grad_of_sinks(grad, out, lse, sinks_H)
+        return grad_q.to(q.dtype), grads[0].to(k.dtype), grads[1].to(v.dtype), of_sinks, None
 
 
 def ring_attention(
@@ -276,6 +285,8 @@ def ring_attention(
     rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
+    soft_cap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention.attention` (BHtK) of this rank's queries over all ranks' keys.
 
@@ -285,8 +296,8 @@ def ring_attention(
     """
     dropped = rng_keys_BT is not None and dropout_p > 0.0
     rng_keys_Bt = rng.fold(rng_keys_BT, salt) if rng_keys_BT is not None and dropped else None
-    ring = _Ring(mask, group, dropout_p if dropped else 0.0, rng_keys_Bt, head_offset)
-    return _RingAttention.apply(q_BHtK, k_BGtK, v_BGtK, ring)  # type: ignore[no-any-return]
+    ring = _Ring(mask, group, dropout_p if dropped else 0.0, rng_keys_Bt, head_offset, soft_cap)
+    return _RingAttention.apply(q_BHtK, k_BGtK, v_BGtK, sinks_H, ring)  # type: ignore[no-any-return]
 
 
 # --- ulysses ------------------------------------------------------------------------------------
@@ -320,6 +331,8 @@ def ulysses_attention(
     rng_keys_BT: Tensor | None = None,
     salt: int = 0,
     head_offset: int = 0,
+    soft_cap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`ring_attention`'s result by two all-to-alls. Key/value heads that the ranks do not divide
     are repeated just enough. Raises ValueError when the ranks do not divide the query heads.
@@ -333,6 +346,9 @@ def ulysses_attention(
         k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)
         v_BGtK = v_BGtK.repeat_interleave(repeats, dim=1)
     q, k, v = (_Exchange.apply(x, 1, 2, group) for x in (q_BHtK, k_BGtK, v_BGtK))
+    share = num_heads // size
+    if sinks_H is not None:
+        sinks_H = sinks_H.narrow(0, group.rank() * share, share)
     if rng_keys_BT is not None and dropout_p > 0.0:
         rng_keys_BT = gather_tokens(rng_keys_BT, 1, group, "ulysses")
     out = plain.attention(
@@ -343,6 +359,8 @@ def ulysses_attention(
         dropout_p=dropout_p,
         rng_keys_BT=rng_keys_BT,
         salt=salt,
-        head_offset=head_offset + group.rank() * (num_heads // size),
+        head_offset=head_offset + group.rank() * share,
+        soft_cap=soft_cap,
+        sinks_H=sinks_H,
     )
     return _Exchange.apply(out, 2, 1, group)  # type: ignore[no-any-return]

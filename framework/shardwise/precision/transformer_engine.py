@@ -34,6 +34,7 @@ from shardwise.ops import fp8
 from shardwise.ops import transformer_engine as library
 from shardwise.ops.fp8_linear import Site
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.norms import Entering
 from shardwise.parallel.tensor import (
     EnteringNorm,
     RowLinear,
@@ -61,7 +62,8 @@ class TransformerEngine:
         """Replace forwards in a part of a model whose quantised layers are `Swapped`, in place."""
         fused: set[str] = set()
         for norm, columns in norms_and_columns(model, table):
-            if all(c in sites for c in columns) and self._fusible(model, columns):
+            known = _known_norm(model.get_submodule(norm))
+            if known and all(c in sites for c in columns) and self._fusible(model, columns):
                 self._fuse(model, norm, columns, sites)
                 fused.update(columns)
         for path, module in list(model.named_modules()):
@@ -186,6 +188,11 @@ class TransformerEngine:
         for path, history_H3, scale_3 in rows:
             module = self.modules[path]
             library.write_memory(module, history_H3, scale_3, self.recipe, self.amax_group)
+
+
+def _known_norm(norm: nn.Module) -> bool:
+    """Whether the library can compute it, in one with the layers behind it."""
+    return not isinstance(norm, Entering | nn.Identity) and not getattr(norm, "plus_one", False)
 
 
 def norms_and_columns(
