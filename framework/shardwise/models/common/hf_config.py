@@ -25,7 +25,8 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(
         ("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention", "alibi",
-         "use_qk_norm", "qk_layernorm", "num_experts", "num_local_experts"), (None, False, 0),
+         "use_qk_norm", "qk_layernorm", "mlp_bias", "num_experts", "num_local_experts"),
+        (None, False, 0),
     ),
     **dict.fromkeys(("pruned_heads", "no_rope_layers"), (None, {}, [])),
     "is_causal": (None, True),

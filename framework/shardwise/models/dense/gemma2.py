@@ -20,8 +20,8 @@ class Gemma2Config(DenseConfig):
     family: Literal["gemma2"] = "gemma2"
     qkv_bias: bool = Field(False, description="biases of queries, keys and values")
     o_bias: bool = Field(False, description="bias of attention's output")
-    query_scale: PositiveFloat = Field(
-        256.0, description="scores are divided by its root, whatever the heads' width"
+    query_scale: PositiveInt = Field(
+        256, description="scores are divided by its root, whatever the heads' width"
     )
     attn_soft_cap: PositiveFloat | None = Field(
         50.0, description="scores become cap * tanh(score / cap); null: none", examples=[50.0]

@@ -12,6 +12,7 @@ from shardwise.models.dense.config import DenseConfig, LayerTypes
 from shardwise.models.dense.release import (
     ATTENTION_BIAS,
     HEAD_WIDTH,
+    HEAD_WIDTH_BESIDE,
     WINDOW_WORDS,
     Fields,
     Part,
@@ -88,11 +89,13 @@ def _window_of_qwen(raw: Raw) -> Fields:
 
 def _qwen_window(c: LlamaConfig) -> Fields:
     windows = c.windows()
-    start = next((i for i, w in enumerate(windows) if w is not None), c.num_layers)
+    start = next((i for i, w in enumerate(windows) if w is not None), None)
+    if start is None:
+        return {"use_sliding_window": False, "sliding_window": None}
     said = {
-        "use_sliding_window": start < c.num_layers,
-        "sliding_window": c.sliding_window if start < c.num_layers else None,
-        "max_window_layers": start if start < c.num_layers else 0,
+        "use_sliding_window": True,
+        "sliding_window": c.sliding_window,
+        "max_window_layers": start,
     }
     behind = any(w is None for w in windows[start:])
     return said | ({"layer_types": types_to_hf(windows)} if behind else {})
@@ -102,34 +105,46 @@ _MISTRAL_WINDOW = Part(WINDOW_WORDS, _window_of_all, lambda c: {"sliding_window"
 _QWEN_WINDOW = Part(
     ("use_sliding_window", "max_window_layers", *WINDOW_WORDS), _window_of_qwen, _qwen_window
 )
-_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "mlp_bias": (False,)}
-_QWEN = {
-    "num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096,
-}  # fmt: skip
-_MISTRAL = {
-    "num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096,
-}  # fmt: skip
+_SILU = {"hidden_act": ("silu",)}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}
 
 
 def _release(model_type: str, name: str, *parts: Part, **rest: Any) -> Release:
-    rest = {"only": _SILU} | rest
-    parts = (HEAD_WIDTH, ROPE, *parts)
-    return Release(model_type=model_type, name=name, config=LlamaConfig, parts=parts, **rest)
+    config = LlamaConfig
+    return Release(
+        model_type=model_type, name=name, config=config, only=_SILU, parts=(ROPE, *parts), **rest
+    )
 
 
 RELEASES = (
     _release(
-        "llama", "Llama", ATTENTION_BIAS, only={"hidden_act": ("silu",)},
-        keys={"mlp_bias": "mlp_bias"}, defaults={"mlp_bias": False},
+        "llama",
+        "Llama",
+        HEAD_WIDTH,
+        ATTENTION_BIAS,
+        keys={"mlp_bias": "mlp_bias"},
+        defaults={"mlp_bias": False},
     ),
-    _release("mistral", "Mistral", _MISTRAL_WINDOW, defaults=_MISTRAL),
-    _release("ministral", "Ministral", window_types(lambda layer: False), defaults=_MISTRAL),
+    _release("mistral", "Mistral", HEAD_WIDTH, _MISTRAL_WINDOW, defaults=_MISTRAL),
     _release(
-        "qwen2", "Qwen2", _QWEN_WINDOW, defaults=_QWEN,
+        "ministral", "Ministral", HEAD_WIDTH, window_types(lambda layer: False), defaults=_MISTRAL
+    ),
+    _release(
+        "qwen2",
+        "Qwen2",
+        HEAD_WIDTH_BESIDE,
+        _QWEN_WINDOW,
         fixed={"qkv_bias": True},
+        defaults=_QWEN,
     ),
     _release(
-        "qwen3", "Qwen3", ATTENTION_BIAS, _QWEN_WINDOW, defaults=_QWEN | {"head_dim": 128},
+        "qwen3",
+        "Qwen3",
+        HEAD_WIDTH,
+        ATTENTION_BIAS,
+        _QWEN_WINDOW,
         fixed={"qk_norm": True},
+        defaults=_QWEN | {"head_dim": 128},
     ),
-)  # fmt: skip
+)

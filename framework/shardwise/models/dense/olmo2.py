@@ -9,7 +9,7 @@ from pydantic import Field
 from shardwise.models.common.spec import ModelSpec
 from shardwise.models.dense.config import DenseConfig
 from shardwise.models.dense.names import LAYER, Names
-from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH, Release
+from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH_BESIDE, Release
 from shardwise.models.dense.rope import ROPE
 
 
@@ -34,7 +34,7 @@ RELEASE = Release(
     config=Olmo2Config,
     only={"hidden_act": ("silu",)},
     defaults={"rms_norm_eps": 1e-5},
-    parts=(HEAD_WIDTH, ROPE, ATTENTION_BIAS),
+    parts=(HEAD_WIDTH_BESIDE, ROPE, ATTENTION_BIAS),
 )
 NAMES = Names(
     layer=LAYER

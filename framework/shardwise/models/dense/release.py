@@ -128,7 +128,13 @@ def _head_width_from_hf(raw: Raw) -> Fields:
     return {"head_dim": None if width is None or width * heads == hidden else width}
 
 
+def _unusual_head_width(c: Any) -> Fields:
+    return {} if c.head_dim is None else {"head_dim": c.head_dim}
+
+
 HEAD_WIDTH = Part(("head_dim",), _head_width_from_hf, lambda c: {"head_dim": c.head_width})
+# Of classes that have no such key of their own, but heed it.
+HEAD_WIDTH_BESIDE = Part(("head_dim",), _head_width_from_hf, _unusual_head_width)
 
 # --- biases of all four projections of attention, or of none --------------------------------------
 

@@ -141,7 +141,7 @@ def scaling_to_hf(said: RopeScalingConfig | None) -> dict[str, Any] | None:
     plain = RopeScalingConfig(kind="linear", factor=1.0)
     for key in _KEYS[said.kind]:
         value = getattr(said, key)
-        if said.kind == "llama3" or key.startswith("beta") or value != getattr(plain, key):
+        if said.kind == "llama3" or value != getattr(plain, key):
             raw[key] = list(value) if isinstance(value, tuple) else value
     return raw
 

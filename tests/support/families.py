@@ -1,0 +1,26 @@
+"""A small model of every family, in our keys, with all its switches on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SIZES = {
+    "hidden_size": 64,
+    "num_layers": 8,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "ffn_size": 96,
+    "max_seq_len": 256,
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": _SIZES | {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True},
+    "gemma2": _SIZES
+    | {"sliding_window": 40, "query_scale": 24, "attn_soft_cap": 2.0, "logit_soft_cap": 4.0},
+    "olmo2": _SIZES | {"tie_embeddings": False},
+    "gpt2": {k: v for k, v in _SIZES.items() if k not in ("num_kv_heads", "ffn_size")},
+}
+
+
+def small(family: str, **changes: Any) -> dict[str, Any]:
+    """A recipe's model section."""
+    return {"family": family} | SMALL[family] | changes

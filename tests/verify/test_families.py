@@ -1,0 +1,50 @@
+"""Every family on every kind of layout; each day those whose switches a layout cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from shardwise.models.families import FAMILIES
+from shardwise.verify import suite
+from shardwise.verify.verifier import Verifier
+from tests.support.families import SMALL, small
+from tests.support.pool import RankPool
+
+LAYOUTS = ("tp2.sp", "tp4", "pp2.1f1b", "pp2.zbv", "cp2.ring", "cp2.ulysses", "dp2.zero3")
+DAILY = {
+    ("gemma2", "tp2.sp"),  # norms around branches, a cut head's soft cap
+    ("gemma2", "pp2.1f1b"),  # windows and whole attention in turn
+    ("gemma2", "cp2.ring"),  # soft caps of scores that are merged
+    ("olmo2", "tp2.sp"),  # no norm in front, norms over cut heads
+    ("olmo2", "tp4"),  # of which two ranks have the same
+    ("olmo2", "dp2.zero3"),
+}
+CASES = [
+    pytest.param(f, x, marks=[] if (f, x) in DAILY else [pytest.mark.slow])
+    for f in SMALL
+    for x in LAYOUTS
+]
+
+
+@pytest.fixture(scope="module")
+def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
+    made = {
+        family: Verifier(suite.recipe("llama") | {"model": small(family)}, ranks)
+        for family in SMALL
+    }
+    yield made
+    for verifier in made.values():
+        verifier.close()
+
+
+def test_every_family_is_small_somewhere() -> None:
+    assert set(SMALL) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family,layout", CASES)
+def test_layout(verifiers: dict[str, Verifier], family: str, layout: str) -> None:
+    verdict = verifiers[family].check("pretrain", layout)
+    assert verdict.passed, verdict.sentence()
+    assert not verdict.given_up
