@@ -346,9 +346,8 @@ def ulysses_attention(
         k_BGtK = k_BGtK.repeat_interleave(repeats, dim=1)
         v_BGtK = v_BGtK.repeat_interleave(repeats, dim=1)
     q, k, v = (_Exchange.apply(x, 1, 2, group) for x in (q_BHtK, k_BGtK, v_BGtK))
-    share = num_heads // size
     if sinks_H is not None:
-        sinks_H = sinks_H.narrow(0, group.rank() * share, share)
+        sinks_H = sinks_H.chunk(size)[group.rank()]
     if rng_keys_BT is not None and dropout_p > 0.0:
         rng_keys_BT = gather_tokens(rng_keys_BT, 1, group, "ulysses")
     out = plain.attention(
@@ -359,7 +358,7 @@ def ulysses_attention(
         dropout_p=dropout_p,
         rng_keys_BT=rng_keys_BT,
         salt=salt,
-        head_offset=head_offset + group.rank() * share,
+        head_offset=head_offset + group.rank() * (num_heads // size),
         soft_cap=soft_cap,
         sinks_H=sinks_H,
     )
