@@ -42,7 +42,13 @@ def test_commands_without_tensors_import_no_torch(tmp_path: Path) -> None:
     calls: list[tuple[list[str], dict[str, str], set[str]]] = [
         *(([*filter(None, [name]), "--help"], {}, {"numpy"}) for name in helped),
         ([], completed | {"COMP_WORDS": "shardwise ver"}, {"numpy"}),
+        (
+            [],
+            completed | {"COMP_WORDS": f"shardwise train {recipe} en", "COMP_CWORD": "3"},
+            {"numpy"},
+        ),
         ([], {"_SHARDWISE_COMPLETE": "source_bash"}, {"numpy"}),
+        (["config", "explain", "stages.sft"], {}, {"numpy"}),
         (["checkpoint", "inspect", str(saved)], {}, {"numpy"}),
         (["checkpoint", "inspect", str(saved.parent), "--json", "-"], {}, {"numpy"}),
         (["train", recipe, "--print-config"], {}, {"numpy"}),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shardwise import terminal
+from shardwise.cli import complete
 from shardwise.cli.output import JsonOption, emit
-from shardwise.errors import CheckFailed, UserError
+from shardwise.errors import CheckFailed
 
 if TYPE_CHECKING:
     from shardwise.config.reference import Block, Key
@@ -33,24 +34,11 @@ def diff(a: Side, b: Side, json: JsonOption = None) -> None:
     raise CheckFailed("\n  ".join([f"{a} and {b} differ", *lines]))
 
 
-def _keys(incomplete: str) -> list[str]:
-    """For the shell: the keys that go on from what is typed."""
-    from shardwise.config.reference import find
-
-    above, dot, _ = incomplete.rpartition(".")
-    try:
-        _, block = find(above)
-    except UserError:
-        return []
-    names = [] if block is None else [*block.kinds, *(key.name for key in block.keys)]
-    return [found for name in names if (found := f"{above}{dot}{name}").startswith(incomplete)]
-
-
 @app.command()
 def explain(
     key: Annotated[
         str,
-        typer.Argument(help="As in a recipe, e.g. stages.sft.batch.", autocompletion=_keys),
+        typer.Argument(help="As in a recipe, e.g. stages.sft.batch.", autocompletion=complete.keys),
     ] = "",
     json: JsonOption = None,
 ) -> None:

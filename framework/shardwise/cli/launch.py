@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.cli import complete
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.errors import UserError
 
@@ -23,7 +24,12 @@ def _group() -> None:
 def local(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Over the recipe.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...",
+            help="Over the recipe.",
+            autocompletion=complete.overrides,
+        ),
     ] = None,
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, metavar="N", help="Default: GPUs, or 1.")

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from shardwise import __version__, terminal
-from shardwise.cli import checkpoint, data, launch, recipes
+from shardwise.cli import checkpoint, complete, data, launch, recipes
 from shardwise.cli import config as configs
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
@@ -66,7 +66,12 @@ app.add_typer(launch.app, name="launch")
 
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Over the recipe.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...",
+        help="Over the recipe.",
+        autocompletion=complete.overrides,
+    ),
 ]
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, metavar="N", help="Processes on this machine.")
@@ -146,9 +151,18 @@ def verify(
     overrides: Overrides = None,
     layout: Annotated[
         list[str] | None,
-        typer.Option("--layout", "-l", metavar="L", help="May repeat; suite: the built-in ones."),
+        typer.Option(
+            "--layout",
+            "-l",
+            metavar="L",
+            help="May repeat; suite: the built-in ones.",
+            autocompletion=complete.layouts,
+        ),
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="One stage by name; default: all.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="One stage by name; default: all.", autocompletion=complete.stages),
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks, as training does.")
     ] = False,
@@ -157,7 +171,10 @@ def verify(
         typer.Option("--updates-only", help="Compare updates; do not resume and generate: faster."),
     ] = False,
     engine: Annotated[
-        str | None, typer.Option(help="Try this engine.kind in place of the recipe's.")
+        str | None,
+        typer.Option(
+            help="Try this engine.kind in place of the recipe's.", autocompletion=complete.engines
+        ),
     ] = None,
     independence: Annotated[
         bool,
@@ -293,7 +310,13 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    to: Annotated[str, typer.Option(help="hf, native, peft or deepspeed.")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf, native, peft or deepspeed.",
+            autocompletion=complete.among("hf", "native", "peft", "deepspeed"),
+        ),
+    ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16 (hf only); default: as stored.")
     ] = None,
