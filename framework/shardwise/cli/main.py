@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from shardwise import __version__, terminal
 from shardwise.cli import checkpoint, complete, data, launch, recipes
 from shardwise.cli import config as configs
+from shardwise.cli.evaluate import Adapters, evaluate, named
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
@@ -78,15 +79,9 @@ Nproc = Annotated[
 ]
 Model = Annotated[
     Path,
-    typer.Argument(metavar="CKPT", help="A checkpoint, a Hugging Face folder or a GGUF file."),
-]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a folder of them.")
-]
-
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="A PEFT folder; each over the one base, by its name."),
+    typer.Argument(
+        metavar="CKPT", help="A checkpoint, Hugging Face folder, GGUF file or hf:org/name."
+    ),
 ]
 
 
@@ -261,43 +256,14 @@ def generate(
         system=system,
         precision=precision,  # type: ignore[arg-type]  # checked above
         seed=seed,
-        adapters=_named(adapter or []),
+        adapters=named(adapter or []),
     )
     texts = [f"{c.adapter}: {c.text}" if c.adapter else c.text for group in done for c in group]
     result = [{"prompt": p, "completions": group} for p, group in zip(prompt, done)]
     emit(result, "\n---\n".join(texts), json)
 
 
-def _named(adapters: list[str]) -> dict[str, str]:
-    """Paths by name, of ``NAME=PATH``."""
-    found: dict[str, str] = {}
-    for said in adapters:
-        name, equals, path = said.partition("=")
-        if not (name and equals and path) or name in found:
-            raise UserError(f"--adapter {said}: write NAME=PATH, each name once")
-        found[name] = path
-    return found
-
-
-@app.command()
-def evaluate(
-    ckpt: Checkpoint,
-    adapter: Adapters = None,
-    no_verify: NoVerify = False,
-    json: JsonOption = None,
-) -> None:
-    """Measure a checkpoint again: the figures its run reported, from the checkpoint alone."""
-    from shardwise.stages.evaluate import evaluate as run
-
-    with json_alone(json):
-        found = run(checkpoint.located(ckpt), _named(adapter or []))
-    by_name = found if adapter else {"": found}
-    text = "\n".join(
-        f"{name} {key}: {value}".lstrip()
-        for name, figures in by_name.items()
-        for key, value in figures.items()
-    )
-    emit(found, text, json)
+app.command()(evaluate)
 
 
 @app.command()

@@ -486,6 +486,9 @@ class EvaluationConfig(Section):
         default=[], description="measured after these; none: after all", examples=[["sft", "grpo"]]
     )
 
-    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+    def check(self) -> None:
+        """Raise UserError for what cannot be measured, before anything starts."""
+
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> EvaluationConfig:
         """The same measurement of little, after a small ``stage``: see `StageConfig.shrunk`."""
         return self

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from shardwise import hub
 from shardwise.config.schema import (
     EvaluationConfig,
     NonNegativeInt,
+    PositiveInt,
     Rows,
     SeqLen,
     SmallSizes,
     StageConfig,
 )
+from shardwise.data import files as data_files
+from shardwise.data import readers
 from shardwise.data.config import DataConfig
+from shardwise.errors import DataError, UserError
 from shardwise.rewards import RewardConfig, TaskConfig
 from shardwise.rollout.config import Sampling
 from shardwise.stages.policy_config import small_reward
@@ -110,3 +119,131 @@ class ContinuationsConfig(EvaluationConfig):
         length = min(self.sampling.max_new_tokens, 6)
         sampling = self.sampling.model_copy(update={"max_new_tokens": length})
         return self.model_copy(update={"prompts": self.prompts[:3], "sampling": sampling})
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with its choices; ``answer``: the index of the right one."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+_COLUMNS = ("question", "choices", "answer")
+
+
+class MultipleChoiceConfig(EvaluationConfig):
+    """Questions with choices, from a file: which one does the model find likeliest?"""
+
+    kind: Literal["multiple_choice"]
+    path: Path = Field(
+        description="JSON lines: question, choices (a list), answer (an index from 0, or a letter)",
+        examples=["data/questions.jsonl"],
+    )
+    columns: dict[Literal["question", "choices", "answer"], str] = Field(
+        default_factory=dict,
+        description="our name of a field to the file's, where they differ",
+        examples=[{"question": "query", "answer": "gold"}],
+    )
+    texts: Literal["raw", "chat"] = Field(
+        "raw", description="a choice goes on with the text, or answers a user's message"
+    )
+    prompt: str = Field(
+        "{question}",
+        description="what stands before a choice",
+        examples=["Question: {question}\nAnswer:"],
+    )
+    delimiter: str = Field(" ", description="between prompt and choice, in raw texts")
+    micro_batch: Rows = Field(16, description="choices that a rank computes at once")
+
+    def questions(self) -> list[Question]:
+        """Every question of the file. Raises DataError with file and line."""
+        place = hub.local_folder(self.path, "dataset")
+        rows = readers.read_json_rows(data_files.find_files(place, (".jsonl",)))
+        return [self._question(row, where) for where, row in rows]
+
+    def check(self) -> None:
+        """See `EvaluationConfig.check`."""
+        self.questions()
+
+    def _question(self, row: Mapping[str, Any], where: str) -> Question:
+        names = [self.columns.get(name, name) for name in _COLUMNS]  # type: ignore[call-overload]
+        if missing := [name for name in names if name not in row]:
+            raise DataError(
+                f"{where}: no field {', '.join(map(repr, missing))}; fields: {', '.join(row)}; "
+                f"name the file's own in columns, e.g. {{question: {next(iter(row), 'text')}}}"
+            )
+        text, said, answer = (row[name] for name in names)
+        labels = [chr(ord("A") + i) for i in range(26)]
+        if isinstance(said, dict):  # as ARC has them
+            labels = [str(x) for x in said.get("label") or ()]
+            said = said.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: {names[0]} must be a text")
+        whole = isinstance(said, list) and len(said) > 1
+        if not whole or not all(isinstance(c, str) and c for c in said):
+            raise DataError(f"{where}: {names[1]} must be a list of at least two texts")
+        if isinstance(answer, str):
+            label = answer.strip().upper()
+            answer = labels.index(label) if label in labels else label
+            if isinstance(answer, str) and answer.isdigit():
+                answer = int(answer)
+        if type(answer) is not int or not 0 <= answer < len(said):
+            raise DataError(
+                f"{where}: {names[2]} is {row[names[2]]!r}; allowed: an index from 0 to "
+                f"{len(said) - 1}, or a letter from A to {labels[len(said) - 1]}"
+            )
+        return Question(text, tuple(said), answer)
+
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
+        """See `EvaluationConfig.shrunk`."""
+        update = {"path": _small_questions(folder), "columns": {}, "prompt": "{question}"}
+        return self.model_copy(update=update | {"micro_batch": min(self.micro_batch, 2)})
+
+
+class LmEvalConfig(EvaluationConfig):
+    """Tasks of lm-eval, EleutherAI's evaluation harness."""
+
+    kind: Literal["lm_eval"]
+    tasks: list[str] = Field(
+        min_length=1,
+        description="names of tasks or groups, or paths of tasks of your own (.yaml)",
+        examples=[["arc_easy", "hellaswag"]],
+    )
+    num_fewshot: NonNegativeInt | None = Field(
+        None, description="examples before each question; None: as the task says", examples=[5]
+    )
+    limit: PositiveInt | None = Field(
+        None, description="questions of each task; None: all", examples=[100]
+    )
+    texts: Literal["raw", "chat"] = Field(
+        "raw", description="as the task writes them, or by the model's chat template"
+    )
+    micro_batch: Rows = Field(16, description="continuations that a rank computes at once")
+
+    def check(self) -> None:
+        """See `EvaluationConfig.check`."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("lm-eval is not installed: pip install 'shardwise[lm-eval]'")
+        for task in self.tasks:
+            if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+                raise UserError(f"tasks: {task}: no such file (from {Path.cwd()})")
+
+    def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> EvaluationConfig:
+        """See `EvaluationConfig.shrunk`: what tasks ask of a model, without the library."""
+        return MultipleChoiceConfig(
+            kind="multiple_choice", name=self.name, path=_small_questions(folder), micro_batch=2
+        )
+
+
+def _small_questions(folder: Path) -> Path:
+    """A file of questions whose choices differ in length, of a number that no ranks share."""
+    path = folder / "questions.jsonl"
+    words = ("one", "three", "thirteen")
+    rows = [
+        {"question": f"{'so ' * i}how many?", "choices": words[: 2 + i % 2], "answer": i % 2}
+        for i in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from shardwise.config.registry import register_evaluation_config, register_stage_config
 from shardwise.config.schema import EvaluationConfig, StageConfig
 from shardwise.stages.dpo_config import DpoConfig
-from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
+from shardwise.stages.evaluation_configs import (
+    BitsConfig,
+    ContinuationsConfig,
+    LmEvalConfig,
+    MultipleChoiceConfig,
+    ProblemsConfig,
+)
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
@@ -77,4 +83,6 @@ register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStag
 register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
 register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
 register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")
+register_evaluation("multiple_choice", MultipleChoiceConfig, f"{_HERE}.multiple_choice:evaluate")
+register_evaluation("lm_eval", LmEvalConfig, f"{_HERE}.harness:evaluate")
 register_evaluation("continuations", ContinuationsConfig, f"{_HERE}.continuations:evaluate")

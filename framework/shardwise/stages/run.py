@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from shardwise.data.chat import CHATML
 from shardwise.data.config import DataConfig
 from shardwise.data.datasets import training_texts
 from shardwise.data.formats import FORMATS
-from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from shardwise.engines.registry import check_layout
 from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError, UserError
@@ -207,15 +206,36 @@ def preflight(
             f"{named('tokenizer.kind')}: bpe is trained on text, and the sources hold tokens only; "
             "give tokenizer.path"
         )
+    check_evaluations(run, named)
+    for i, stage in samples.pending_stages(run):
+        _check_sources(f"stages.{i}", stage, named)
+
+
+def check_evaluations(run: RunConfig, named: Callable[[str], str] = str) -> None:
+    """Refuse an evaluation that has nothing to measure; ``named``: a key as a message shows it."""
+    for i, evaluation in enumerate(run.evaluations):
+        try:
+            evaluation.check()
+        except UserError as error:
+            raise ConfigError(f"{named(f'evaluations.{i}.kind')}: {error}") from error
     for evaluation in (e for e in run.evaluations if isinstance(e, BitsConfig)):
         for stage in run.stages:
             if stage.head == "vocabulary" and stage.name in (evaluation.stages or [stage.name]):
                 bits.data_of(evaluation, run, stage)
-    for key, source, reads in _sources(run):
-        try:
-            source.check(reads)
-        except DataError as error:
-            raise ConfigError(f"{named(f'{key}.path')}: {error} (from {Path.cwd()})") from error
+    for i, evaluation in enumerate(run.evaluations):
+        _check_sources(f"evaluations.{i}", evaluation, named)
+
+
+def _check_sources(key: str, part: Any, named: Callable[[str], str]) -> None:
+    """Of a stage's data or an evaluation's, those that are not there."""
+    data = getattr(part, "data", None)
+    for name in ("sources", "validation"):
+        for j, source in enumerate(getattr(data, name, ())):
+            try:
+                source.check(getattr(data, "reads", tuple(FORMATS)))
+            except DataError as error:
+                where = named(f"{key}.data.{name}.{j}.path")
+                raise ConfigError(f"{where}: {error} (from {Path.cwd()})") from error
 
 
 def read_samples(run: RunConfig) -> None:
@@ -225,23 +245,6 @@ def read_samples(run: RunConfig) -> None:
     """
     if (tokenizer := samples.ready_tokenizer(run)) is not None:
         samples.check_conversations(run, tokenizer)
-
-
-def _sources(run: RunConfig) -> Iterator[tuple[str, DataSource, Sequence[str]]]:
-    """The data sources of the evaluations and of every stage still to run, with their keys and the
-    formats that are read there.
-    """
-    for i, evaluation in enumerate(run.evaluations):
-        yield from _of(f"evaluations.{i}", evaluation)
-    for i, stage in samples.pending_stages(run):
-        yield from _of(f"stages.{i}", stage)
-
-
-def _of(key: str, part: Any) -> Iterator[tuple[str, DataSource, Sequence[str]]]:
-    data = getattr(part, "data", None)
-    for name in ("sources", "validation"):
-        for j, source in enumerate(getattr(data, name, ())):
-            yield f"{key}.data.{name}.{j}", source, getattr(data, "reads", tuple(FORMATS))
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
