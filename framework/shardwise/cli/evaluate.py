@@ -21,7 +21,6 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=PATH", help="A PEFT folder; each over the one base, by its name."),
 ]
-_TEXT = {".jsonl": "jsonl", ".parquet": "parquet"}  # a source's kind by its suffix; else text
 
 
 def _files(what: str) -> Any:
@@ -96,8 +95,7 @@ def evaluate(
 
 
 def _bits(file: Path, seq_len: int) -> dict[str, Any]:
-    source = {"kind": _TEXT.get(file.suffix, "text"), "path": file}
-    data = {"validation": [source]}
+    data = {"validation": [{"path": file}]}
     return {"kind": "bits_per_byte", "data": data, "seq_len": seq_len, "stride": seq_len // 2}
 
 

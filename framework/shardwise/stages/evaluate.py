@@ -29,6 +29,8 @@ from shardwise.stages.initial_weights import is_native
 from shardwise.stages.pipeline import evaluate_all
 from shardwise.stages.run import check_evaluations, with_vocabulary
 
+_SAY = "say what to measure (--bits-per-byte, --problems, --multiple-choice, --lm-eval)"
+
 
 def evaluate(
     ckpt: str | Path,
@@ -85,7 +87,7 @@ def _of_run(
         recipe["evaluations"] = list(evaluations)
     run = load_config(recipe).config
     if not run.evaluations:
-        raise UserError(f"{path}: its recipe has no evaluations; say what to measure")
+        raise UserError(f"{path}: its recipe has no evaluations; {_SAY}")
     tokenizer = load_tokenizer(folder)
     run = with_vocabulary(run, tokenizer)
     name = json.loads(files["stage.json"])["stage"]
@@ -105,7 +107,7 @@ def _of_folder(
 ) -> tuple[RunConfig, StageConfig, Tokenizer]:
     """A run that starts from a model and trains nothing."""
     if not evaluations:
-        raise UserError(f"{ckpt}: carries no recipe with evaluations; say what to measure")
+        raise UserError(f"{ckpt}: carries no recipe with evaluations; {_SAY}")
     recipe = {
         "init_from": str(ckpt),
         "engine": {"compile": False},

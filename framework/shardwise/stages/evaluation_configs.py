@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from shardwise import hub
 from shardwise.config.schema import (
     EvaluationConfig,
     NonNegativeInt,
@@ -21,8 +20,7 @@ from shardwise.config.schema import (
     SmallSizes,
     StageConfig,
 )
-from shardwise.data import files as data_files
-from shardwise.data import readers
+from shardwise.data import folders, readers
 from shardwise.data.config import DataConfig
 from shardwise.errors import DataError, UserError
 from shardwise.rewards import RewardConfig, TaskConfig
@@ -138,9 +136,11 @@ class MultipleChoiceConfig(EvaluationConfig):
 
     kind: Literal["multiple_choice"]
     path: Path = Field(
-        description="JSON lines: question, choices (a list), answer (an index from 0, or a letter)",
+        description="rows of question, choices (a list) and answer (an index from 0, or a letter): "
+        "a jsonl, json, parquet or arrow file, a data set's folder, or hf:org/name",
         examples=["data/questions.jsonl"],
     )
+    split: str = Field("train", description="of a data set that has several", examples=["test"])
     columns: dict[Literal["question", "choices", "answer"], str] = Field(
         default_factory=dict,
         description="our name of a field to the file's, where they differ",
@@ -159,8 +159,7 @@ class MultipleChoiceConfig(EvaluationConfig):
 
     def questions(self) -> list[Question]:
         """Every question of the file. Raises DataError with file and line."""
-        place = hub.local_folder(self.path, "dataset")
-        rows = readers.read_json_rows(data_files.find_files(place, (".jsonl",)))
+        rows = readers.read_rows(folders.row_files(self.path, self.split))
         return [self._question(row, where) for where, row in rows]
 
     def check(self) -> None:
