@@ -21,7 +21,6 @@ front of a block, which readers do not see, change this:
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import io
 import json
 import os
@@ -46,7 +45,7 @@ from shardwise.config.reference import minimal
 from shardwise.config.run import RunConfig
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
-from shardwise.stages.run import run_rank
+from shardwise.stages.run import preflight, run_rank
 from tests.support.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +134,7 @@ class Page:
         self.printed = ""
         self.monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
         self.monkeypatch.chdir(folder)
+        self.monkeypatch.syspath_prepend(folder)
         self.monkeypatch.setenv("NO_COLOR", "1")
         self.monkeypatch.setattr("shardwise.launch.train.launch_local", self._launch)
         self.monkeypatch.setattr("shardwise.launch.train.train_rank", self._train)
@@ -147,9 +147,11 @@ class Page:
         self, recipe: Any, overrides: Sequence[str] = (), token: str = "", world: int = 1
     ) -> dict[str, Any]:
         """In place of `train_rank`, which is one of them."""
+        loaded = load_config(recipe, overrides)
+        preflight(loaded.config, world, loaded.provenance)
         summary: dict[str, Any]
         summary, *_ = self.ranks.run(train, recipe, list(overrides), token, world=world)
-        page = report(load_config(recipe, overrides).config.directory)
+        page = report(loaded.config.directory)
         terminal.say("\n".join([*summary_lines(summary), f"report: {page}"]))
         return summary
 
@@ -253,12 +255,12 @@ class Page:
         assert all((self.folder / path).is_file() for path in kept)
 
     def _text(self, source: str, said: dict[str, str], _: str) -> None:
-        """Its lines stand among what was printed, in this order."""
-        found = iter([line.strip() for line in self.printed.splitlines()])
-        for line in filter(None, (" ".join(line.split()) for line in source.splitlines())):
-            pattern = re.sub(r"[\[\]?*]", "?", line).replace("...", "*")
-            seen = any(fnmatch.fnmatchcase(" ".join(other.split()), pattern) for other in found)
-            assert seen, f"not printed: {line}\n{self.printed}"
+        """Its lines were printed in this order, others between them or none."""
+        lines = (r"\s+".join(map(re.escape, line.split())) for line in source.splitlines())
+        pattern = ".*?".join(lines).replace(re.escape("..."), ".*?")
+        assert re.search(pattern, self.printed, re.DOTALL), (
+            f"not printed:\n{source}\n{self.printed}"
+        )
 
 
 def as_recipes(data: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,13 @@ from tests.support.pool import RankPool
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
+
+
+def named(page: Path) -> str:
+    """For the report of a test."""
+    return str(page.relative_to(ROOT))
+
+
 RECIPE = """\
 model: {family: llama, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, ffn_size: 64}
 engine: {compile: false}
@@ -76,7 +83,7 @@ def run_page(page: Path, folder: Path, ranks: RankPool, request: pytest.FixtureR
     return len(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_page_does_what_it_says(
     page: Path, tmp_path: Path, ranks: RankPool, request: pytest.FixtureRequest,
     capfd: pytest.CaptureFixture[str],
@@ -85,9 +92,7 @@ def test_a_page_does_what_it_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if "<!-- slow -->" in p.read_text()], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if "<!-- slow -->" in p.read_text()], ids=named)
 def test_a_slow_page_does_what_it_says(
     page: Path, tmp_path: Path, ranks: RankPool, request: pytest.FixtureRequest,
     capfd: pytest.CaptureFixture[str],
@@ -95,7 +100,7 @@ def test_a_slow_page_does_what_it_says(
     run_page(page, tmp_path, ranks, request)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not re.match(r"[a-z]+:", target):
