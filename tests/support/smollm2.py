@@ -27,6 +27,8 @@ SAID: dict[str, Any] = {
     "tokenizer": {"kind": "file", "path": f"{START}/tokenizer.json"},
 }  # fmt: skip
 
+FORMATS = {"messages": "chat-jsonl", "preference": "preference-jsonl"}  # by their names then
+
 
 def write_start(folder: Path) -> None:
     """The model's folder below ``folder``: its config, another tokenizer, an empty file."""
