@@ -59,16 +59,17 @@ def _section(block: reference.Block) -> Iterator[str]:
 
 
 def _key(key: reference.Key) -> Iterator[str]:
-    yield f"````{{key}} {key.path}"
-    yield f"{_prose(key.meaning)}\n"
     words = f"[{key.type}](#{_anchor(key.section)})" if key.section else key.type
+    words = _prose(words)
     if key.default is None:
-        words += "; **required**"
+        words += " · **required**"
     elif key.default:
-        words += f"; default `{key.default}`"
-    yield f"{_prose(words)}\n"
-    yield f"```yaml\n{key.example}\n```"
-    yield "````\n"
+        words += f" · default `{key.default}`"
+    shown = " with ".join(f"`{line}`" for line in key.example.splitlines())
+    yield f"```{{key}} {key.path}"
+    yield f"{_prose(key.meaning[:1].upper() + key.meaning[1:])}\n"
+    yield f"{words} · e.g. {shown}"
+    yield "```\n"
 
 
 def _anchor(path: str) -> str:
@@ -76,14 +77,9 @@ def _anchor(path: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Without what Markdown would take for marks."""
+    """Without what Markdown would take for marks, but for code and links."""
     parts = re.split(r"(`+[^`]*`+|\[[^\]]*\]\(#[^)]*\))", text)
-    return "".join(
-        part
-        if i % 2
-        else re.sub(r"([*_<>|\\])", r"\\\1", part).replace("\\*\\*required\\*\\*", "**required**")
-        for i, part in enumerate(parts)
-    )
+    return "".join(p if i % 2 else re.sub(r"([*_<>|\\])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 def commands(_: str) -> str:
@@ -131,8 +127,17 @@ def _fill(app: Sphinx, document: str, content: list[str]) -> None:
     content[0] = fill(content[0])
 
 
+def _signature(env: Any, path: str, node: Any) -> str:
+    """A key under its whole path, of which the last part is what is read."""
+    from sphinx import addnodes
+
+    above, dot, name = path.rpartition(".")
+    node += [addnodes.desc_addname(above + dot, above + dot), addnodes.desc_name(name, name)]
+    return path
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """For Sphinx."""
-    app.add_object_type("key", "key", objname="recipe key")
+    app.add_object_type("key", "key", objname="recipe key", parse_node=_signature)
     app.connect("source-read", _fill)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -226,6 +226,8 @@ class Page:
 
     def _yaml(self, source: str, said: dict[str, str], named: str) -> None:
         data = yaml12.parse(source, "page").data
+        if named and "fresh" in said:  # the commands behind it know more than this process
+            return
         if "jobs" in data:  # a workflow of GitHub's
             self._workflow(data, said)
             return
