@@ -50,6 +50,17 @@ def test_any_form_of_a_model_gives_the_same_figures(
     assert code == 0 and "choice_accuracy_norm: " in out
 
 
+def test_problems_of_a_file(shardwise: Command, folder: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"How many are {i} and {i}?", "answer": str(2 * i)} for i in range(9)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--problems", tmp_path / "problems.jsonl", "--column", "prompt=q"]
+    code, out, err = shardwise("evaluate", folder, *asked, "--max-new-tokens", "3", "--json", "-")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["num_problems"] == 9 and figures["accuracy"] == 0.0
+    assert {s["prompt"] for s in figures["samples"]} <= {row["q"] for row in rows}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -11,6 +11,7 @@ import torch
 
 from shardwise import checkpoint
 from tests.cli.conftest import write_recipe
+from tests.models.test_travel import write_folder
 from tests.report import synthetic
 
 # One process calls them in this order, since imports only add up.
@@ -35,6 +36,9 @@ COMPUTING = {"torch", "safetensors", "tokenizers", "transformers", "plotly", "tr
 
 def test_commands_without_tensors_import_no_torch(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path))
+    write_folder(tmp_path / "hf")
+    ten_lines = tmp_path / "ten_lines.yaml"
+    ten_lines.write_text(f"init_from: {tmp_path}/hf\nstages: [{{kind: pretrain, steps: 1}}]\n")
     run = synthetic.write_run(tmp_path / "seen", summary_=synthetic.summary())
     saved = checkpoint.save(tmp_path / "checkpoints", 1, {"w": torch.zeros(2, 3)}, {})
     helped = ["", "train", "verify", "generate", "evaluate", "convert", "report", "schema", "data"]
@@ -53,6 +57,7 @@ def test_commands_without_tensors_import_no_torch(tmp_path: Path) -> None:
         (["checkpoint", "inspect", str(saved.parent), "--json", "-"], {}, {"numpy"}),
         (["train", recipe, "--print-config"], {}, {"numpy"}),
         (["train", recipe, "stages.0.steps=3", "--print-config", "--json", "-"], {}, {"numpy"}),
+        (["train", str(ten_lines), "--print-config"], {}, {"numpy"}),
         (["schema"], {}, {"numpy"}),
         (["config", "diff", recipe, recipe], {}, {"numpy"}),
         (["config", "diff", "dpo_paper", "dpo:trl_default"], {}, {"numpy"}),

@@ -30,7 +30,7 @@ from shardwise.adapters.peft import rules as rules_of
 from shardwise.adapters.peft_write import BASE_HASH
 from shardwise.errors import CheckpointError
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.weight_files import read_json
+from shardwise.models.config_file import read_json
 
 PICKLED = "adapter_model.bin"
 ALL_LINEAR = "all-linear"

@@ -47,7 +47,7 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.weight_files import read_json
+from shardwise.models.config_file import read_json
 
 log = logging.getLogger(__name__)
 Target = Literal["hf", "native", "peft", "deepspeed"]
@@ -88,14 +88,6 @@ class OpenModel:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer of a kind that we read came with it."""
         return bool(self.files.keys() & {travel.TOKENIZER, travel.SENTENCEPIECE})
-
-
-def describe(path: Path) -> ModelConfig:
-    """The model that `open_model` finds there; of a Hugging Face folder, weights may be missing."""
-    foreign = (path / travel.CONFIG).is_file() and not peft_read.is_adapter_folder(path)
-    if foreign and steps.latest(path) is None and not (path / manifest.NAME).exists():
-        return models.read_config(path)
-    return open_model(path).config
 
 
 def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = False) -> OpenModel:

@@ -1,6 +1,6 @@
 """Describes to the config room the models that recipes start from; see `config.start`.
 
-Nothing here imports torch before a folder is read.
+A Hugging Face folder is described without torch; other forms import what opens them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shardwise.checkpoint import manifest, steps
+from shardwise.config.schema import ModelConfig
 from shardwise.config.start import Start, located, register_start_reader
+from shardwise.models import travel
+from shardwise.models.config_file import ADAPTER, read_config
 
 _TOKENIZERS = {
     "tokenizer.json": "file",
@@ -23,19 +27,25 @@ def read_start(ref: str) -> Start:
 
     Weights are not read. Raises ShardwiseError for what is none of these.
     """
-    from shardwise.checkpoint.convert import describe
-
     place = located(ref)
-    section = describe(place).model_dump(mode="json")
-    return Start(section, _tokenizer(place, ref))
+    return Start(_model(place).model_dump(mode="json"), _tokenizer(place, ref))
+
+
+def _model(place: Path) -> ModelConfig:
+    folder = (place / travel.CONFIG).is_file() and not _is_adapter(place)
+    if folder and steps.latest(place) is None and not (place / manifest.NAME).exists():
+        return read_config(place)  # without torch
+    from shardwise.checkpoint.convert import open_model
+
+    return open_model(place).config
+
+
+def _is_adapter(place: Path) -> bool:
+    return (place / ADAPTER).exists()
 
 
 def _tokenizer(place: Path, ref: str) -> dict[str, Any] | None:
     """The section for the tokenizer that came with a model; ``ref``: how the recipe names it."""
-    from shardwise.adapters.peft_read import is_adapter_folder
-    from shardwise.checkpoint import steps
-    from shardwise.checkpoint.convert import peft_base
-
     if place.is_file():
         return {"kind": "file", "path": ref}
     if (own := steps.latest(place)) is not None:
@@ -43,7 +53,9 @@ def _tokenizer(place: Path, ref: str) -> dict[str, Any] | None:
     for pattern, kind in _TOKENIZERS.items():
         for file in sorted(place.glob(pattern)):
             return {"kind": kind, "path": f"{ref}/{file.name}"}
-    if is_adapter_folder(place):
+    if _is_adapter(place):
+        from shardwise.checkpoint.convert import peft_base
+
         base = peft_base(place)
         return _tokenizer(base, str(base))
     return None

@@ -17,19 +17,13 @@ from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.hf import from_hf_stream, to_hf_stream
 from shardwise.models.common.hf_config import LABELS
+from shardwise.models.config_file import read_config as read_config
 from shardwise.models.families import family_of
-from shardwise.models.releases import release_for, release_of, unsupported
-from shardwise.models.weight_files import INDEX, SINGLE, read_json, read_tensors, refuse_adapter
+from shardwise.models.releases import release_for, release_of
+from shardwise.models.weight_files import INDEX, SINGLE, read_tensors
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TIED = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-
-# Counts in a config.json, of every family; 0 or a text would only fail much later.
-_COUNTS = (
-    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
-    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "n_positions", "n_embd", "n_inner", "n_layer", "n_head",
-)  # fmt: skip
 
 
 def to_hf_tensors(
@@ -68,31 +62,6 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     config = read_config(folder)
     stored = _tied_alike(folder, config, read_tensors(folder))
     return config, _fitting(folder / travel.CONFIG, config, from_hf_tensors(config, stored))
-
-
-def read_config(folder: Path) -> DecoderConfig:
-    """The config of a Hugging Face folder, with or without weights; raises as `from_hf`."""
-    path = folder / travel.CONFIG
-    raw = read_json(path)
-    refuse_adapter(folder)
-    release = release_of(raw.get("model_type"))
-    if release is None:
-        raise CheckpointError(f"{path}: {unsupported(raw)}")
-    _check_counts(raw, path)
-    try:
-        return release.read(raw)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: no key {error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: a value of a kind that cannot be: {error}") from None
-
-
-def _check_counts(raw: dict[str, Any], path: Path) -> None:
-    for key in _COUNTS:
-        if (count := raw.get(key)) is not None and (type(count) is not int or count < 1):
-            raise CheckpointError(f"{path}: {key} is {count!r}; allowed: an integer, at least 1")
 
 
 def _fitting(

@@ -8,47 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shardwise import safe_files
-from shardwise.errors import CheckpointError, UserError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_ADAPTER = "adapter_config.json"
-
-
-class MissingModelError(UserError, CheckpointError):
-    """There is no model at a path; nothing of it is damaged."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises CheckpointError, MissingModelError when there is no file."""
-    try:
-        found = safe_files.parse_json(safe_files.read_bytes(path))
-    except FileNotFoundError:
-        raise MissingModelError(
-            f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors"
-            f"{_instead(path.parent)}"
-        ) from None
-    except (OSError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return found
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError for a folder that transformers would take for an adapter's."""
-    if (folder / _ADAPTER).exists():
-        raise CheckpointError(
-            f"{folder / _ADAPTER}: the folder holds an adapter, whose base model is elsewhere, and "
-            "adapters are not read; merge it (peft: merge_and_unload, then save_pretrained), or "
-            f"remove {_ADAPTER} if the folder's own weights are meant"
-        )
+from shardwise.errors import CheckpointError
+from shardwise.models.config_file import INDEX as INDEX
+from shardwise.models.config_file import SINGLE as SINGLE
+from shardwise.models.config_file import instead, read_json
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +40,7 @@ def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE).exists():  # counts more than an index, which may be an older model's
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{_instead(folder)}")
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{instead(folder)}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     outside = [n for n in files if not isinstance(n, str) or Path(n).name != n]
@@ -110,19 +78,3 @@ def _check_shard(folder: Path, shard: str, weight_map: dict[str, str]) -> None:
                 f"{index} does not fit its shards: it gives {name} to {shard}, which does not hold "
                 "it; write index and shards anew"
             )
-
-
-def _instead(folder: Path) -> str:
-    """What a folder without readable weights holds, and what to do with it."""
-    for pattern, mend in (
-        (_ADAPTER, "it is an adapter: merge it into its base model first"),
-        ("*.gguf", "give the .gguf file itself"),
-        ("*-of-*.safetensors", f"shards are read by their index, {INDEX}: fetch it too"),
-        ("model.*.safetensors", f"a variant is not chosen by itself: rename it to {SINGLE}"),
-        ("*.safetensors", f"rename it to {SINGLE} if it has Hugging Face's names"),
-        ("*.bin", "pickled weights are not loaded: convert them to safetensors first"),
-        ("*.pt*", "pickled weights are not loaded: convert them to safetensors first"),
-    ):
-        if found := sorted(folder.glob(pattern)):
-            return f" (there is {found[0].name}; {mend})"
-    return ""
