@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.rewards.families import arithmetic, count_letters
-from shardwise.rewards.tasks import TaskConfig
+from shardwise.rewards.task_configs import ArithmeticConfig, CountLettersConfig
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -28,7 +28,7 @@ def value(node: ast.expr) -> int:
 @given(st.integers(0, 2**31), st.integers(0, 10**9))
 @settings(max_examples=40)
 def test_count_letters(seed: int, index: int) -> None:
-    config = TaskConfig(letters="xyz", min_length=3, max_length=5)
+    config = CountLettersConfig(letters="xyz", min_length=3, max_length=5)
     problem = count_letters(config, seed, index)
     target, _, text = problem.question.removeprefix("Count the letter ").partition(": ")
     letters = text.split()
@@ -42,7 +42,7 @@ def test_count_letters(seed: int, index: int) -> None:
 @given(seed=st.integers(0, 2**31), index=st.integers(0, 10**6))
 @settings(max_examples=30)
 def test_arithmetic(operation: str, seed: int, index: int) -> None:
-    config = TaskConfig(kind="arithmetic", operations=(operation,), max_digits=4)
+    config = ArithmeticConfig(operations=(operation,), max_digits=4)
     problem = arithmetic(config, seed, index)
     expression = problem.question.removeprefix("What is ").removesuffix("?")
     assert problem.answer == str(value(ast.parse(expression, mode="eval").body))
@@ -54,13 +54,13 @@ def test_arithmetic(operation: str, seed: int, index: int) -> None:
 @given(st.integers(0, 2**31), st.integers(0, 10**6))
 @settings(max_examples=40)
 def test_comparison(seed: int, index: int) -> None:
-    problem = arithmetic(TaskConfig(kind="arithmetic", operations=("compare",)), seed, index)
+    problem = arithmetic(ArithmeticConfig(operations=("compare",)), seed, index)
     a, _, b = problem.question.removeprefix("Which is larger, ").removesuffix("?").partition(" or ")
     assert a != b and problem.answer == str(max(int(a), int(b)))
 
 
 def test_digits_are_as_configured() -> None:
-    config = TaskConfig(kind="arithmetic", operations=("add",), min_digits=3, max_digits=3)
+    config = ArithmeticConfig(operations=("add",), min_digits=3, max_digits=3)
     for index in range(50):
         a, _, b = arithmetic(config, 0, index).question[8:-1].partition(" + ")
         assert len(a) == len(b) == 3

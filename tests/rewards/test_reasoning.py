@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from shardwise.errors import ConfigError
-from shardwise.rewards import ProblemSet, RewardConfig, RewardItem, TaskConfig, build_reward
+from shardwise.rewards import ProblemSet, RewardConfig, RewardItem, build_reward
+from shardwise.rewards.task_configs import ReasoningGymTaskConfig
 
 pytest.importorskip("reasoning_gym")
 
 
 def test_problems_and_their_own_score() -> None:
-    config = TaskConfig(kind="reasoning_gym", name="basic_arithmetic")
+    config = ReasoningGymTaskConfig(name="basic_arithmetic")
     problems = ProblemSet(config, "held_out", 4)
     other = ProblemSet(config.model_copy(update={"seed": 1}), "train_rl", 20)
     assert not {p.question for p in problems} & {p.question for p in other}
@@ -25,7 +26,7 @@ def test_problems_and_their_own_score() -> None:
 
 def test_unknown_names_and_options() -> None:
     with pytest.raises(ConfigError, match="did you mean 'letter_counting'"):
-        ProblemSet(TaskConfig(kind="reasoning_gym", name="leter_counting"), "held_out", 1)
-    config = TaskConfig(kind="reasoning_gym", name="letter_counting", options={"min_words": 0})
+        ProblemSet(ReasoningGymTaskConfig(name="leter_counting"), "held_out", 1)
+    config = ReasoningGymTaskConfig(name="letter_counting", options={"min_words": 0})
     with pytest.raises(ConfigError, match=r"task\.options"):
         ProblemSet(config, "held_out", 1)

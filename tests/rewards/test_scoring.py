@@ -82,3 +82,35 @@ def test_a_user_function_beside_a_verifier(tmp_path: Path) -> None:
 def test_wrong_configs(part: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         RewardConfig.model_validate({"parts": [part]})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("so it is 42.", "42", True),
+        ("42 or 43", "42", False),
+        ("\\boxed{1/2}, not 7", "0.5", True),
+        ("<answer>4</answer> 5", "4", True),
+        ("4 <answer>5", "4", False),
+        ("I think.\nAnswer: Paris", "paris", True),
+        ("paris", "Paris", True),
+        ("It is Paris.", "Paris", False),
+        ("none at all", "3", False),
+    ],
+)
+def test_an_answer_in_whichever_way_it_is_marked(text: str, answer: str, right: bool) -> None:
+    assert score([{"kind": "answer"}], text, answer).value == float(right)
+
+
+def test_any_of_several_answers_is_right(tmp_path: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "def all_of(q, c, answer, meta):\n    return len(meta['answers']) + (answer == 'a')"
+    )
+    for parts, text, value in (
+        ([{"kind": "exact"}], "b", 1.0),
+        ([{"kind": "exact"}], "c", 0.0),
+        ([{"kind": "numeric"}], "it is 7", 1.0),
+        ([{"kind": "user", "function": f"{file}:all_of"}], "", 4.0),
+    ):
+        assert score(parts, text, "a", others=("b", "7")).value == value

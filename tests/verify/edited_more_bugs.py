@@ -134,9 +134,9 @@ add(
          "        self._score(groups)\n        if world == 1:",
          "        self._problems = problems\n        self._score(groups)\n        if world == 1:"),
     Edit("stages/rollout_worker.py",
-         "RewardItem(g.problem.question, text, g.problem.answer, g.problem.meta, len(tokens))\n"
+         "_item(g.problem, text, len(tokens))\n"
          "            for g in groups\n",
-         "RewardItem(p.question, text, p.answer, p.meta, len(tokens))\n"
+         "_item(p, text, len(tokens))\n"
          "            for g, p in zip(groups, self._problems)\n"),
     blind=True,
 )  # fmt: skip

@@ -100,7 +100,7 @@ def _bits(file: Path, seq_len: int) -> dict[str, Any]:
 
 
 def _problems(file: Path, columns: dict[str, str], max_new_tokens: int) -> dict[str, Any]:
-    task = {"kind": "file", "path": file, "columns": columns}
+    task = {"kind": "file", "path": file, "columns": columns, "held_out": 1.0}
     return {"kind": "problems", "task": task, "max_new_tokens": max_new_tokens}
 
 

@@ -9,18 +9,27 @@ from shardwise.rewards.scoring import (
     Scorer,
     build_reward,
 )
+from shardwise.rewards.task_configs import (
+    AnyTask,
+    CountLettersConfig,
+    FileTaskConfig,
+    TaskConfig,
+    fill_for_file,
+    split_of,
+)
 from shardwise.rewards.tasks import (
     ProblemSet,
-    TaskConfig,
     majority_baseline,
     messages,
     prompt_messages,
     solution_text,
-    split_of,
 )
 from shardwise.rewards.user import UserRewardConfig
 
 __all__ = [
+    "AnyTask",
+    "CountLettersConfig",
+    "FileTaskConfig",
     "Problem",
     "ProblemSet",
     "RewardConfig",
@@ -30,6 +39,7 @@ __all__ = [
     "TaskConfig",
     "UserRewardConfig",
     "build_reward",
+    "fill_for_file",
     "is_usable",
     "kind_of",
     "majority_baseline",

@@ -7,23 +7,29 @@ thought in ``meta["steps"]``, so that a stage may fine-tune with or without one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import xxhash
 
 
 class Problem(NamedTuple):
-    """A question with a verifiable answer. ``meta`` is plain JSON."""
+    """A question with a verifiable answer. ``meta`` is plain JSON.
+
+    ``messages``: the prompt where it is more than the question as a user's message. ``others``:
+    further answers that are as right.
+    """
 
     id: str
     question: str
     answer: str
     meta: Mapping[str, Any]
+    messages: Sequence[Mapping[str, Any]] | None = None
+    others: tuple[str, ...] = ()
 
 
-class FamilyConfig(Protocol):
-    """What the built-in families read from `tasks.TaskConfig`."""
+class LettersConfig(Protocol):
+    """What `count_letters` reads of its config."""
 
     @property
     def min_length(self) -> int: ...
@@ -33,6 +39,11 @@ class FamilyConfig(Protocol):
     def letters(self) -> str: ...
     @property
     def targets(self) -> str: ...
+
+
+class SumsConfig(Protocol):
+    """What `arithmetic` reads of its config."""
+
     @property
     def operations(self) -> tuple[Operation, ...]: ...
     @property
@@ -44,14 +55,13 @@ class FamilyConfig(Protocol):
 
 
 Operation = Literal["add", "subtract", "multiply", "compare", "chain"]
-Family = Callable[[FamilyConfig, int, int], Problem]
 
 
 def _rng(kind: str, seed: int, index: int) -> random.Random:
     return random.Random(xxhash.xxh3_128_intdigest(f"{kind}/{seed}/{index}".encode()))
 
 
-def count_letters(config: FamilyConfig, seed: int, index: int) -> Problem:
+def count_letters(config: LettersConfig, seed: int, index: int) -> Problem:
     """``Count the letter a: b a c a`` -> ``2``; letters and length uniform."""
     rng = _rng("count_letters", seed, index)
     target = rng.choice(config.targets or config.letters)
@@ -68,7 +78,7 @@ def count_letters(config: FamilyConfig, seed: int, index: int) -> Problem:
     )
 
 
-def arithmetic(config: FamilyConfig, seed: int, index: int) -> Problem:
+def arithmetic(config: SumsConfig, seed: int, index: int) -> Problem:
     """One of ``config.operations`` on numbers of ``min_digits`` to ``max_digits`` digits."""
     rng = _rng("arithmetic", seed, index)
     operation = rng.choice(config.operations)
@@ -143,14 +153,3 @@ _OPERATIONS: dict[str, Callable[[random.Random, Callable[[], int], int], Parts]]
     "compare": _compare,
     "chain": _chain,
 }
-
-
-def stream(family: Family, config: FamilyConfig, seed: int) -> Iterator[Problem]:
-    """Problems 0, 1, 2, ... of one seed."""
-    index = 0
-    while True:
-        yield family(config, seed, index)
-        index += 1
-
-
-FAMILIES: dict[str, Family] = {"count_letters": count_letters, "arithmetic": arithmetic}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -39,6 +39,13 @@ class NumericConfig(Section):
         1e-6, description="allowed difference, relative to the reference"
     )
     abs_tol: NonNegativeFloat = Field(0.0, description="allowed difference", examples=[0.01])
+
+
+class AnswerConfig(Section):
+    """1 when the completion gives the reference, a number or a text, marked in whichever way."""
+
+    kind: Literal["answer"] = "answer"
+    weight: Weight = Field(1.0, description="in the sum of the parts")
 
 
 class FormatConfig(Section):
@@ -117,6 +124,7 @@ class MathConfig(_LibraryConfig):
 PartConfig = Annotated[
     ExactConfig
     | NumericConfig
+    | AnswerConfig
     | FormatConfig
     | LanguageConfig
     | LengthConfig
@@ -140,13 +148,22 @@ class RewardConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RewardItem:
-    """One completion to score. ``num_tokens`` counts its tokens, for a length penalty."""
+    """One completion to score. ``num_tokens`` counts its tokens, for a length penalty.
+
+    ``others``: answers that are as right as ``answer``.
+    """
 
     question: str
     completion_text: str
     answer: str
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_tokens: int | None = None
+    others: tuple[str, ...] = ()
+
+    def each(self) -> Iterator[RewardItem]:
+        """The item with each of its right answers."""
+        for answer in (self.answer, *self.others):
+            yield dataclasses.replace(self, answer=answer, others=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +193,8 @@ def _pure(part: Any) -> _Part:
                 return verifiers.numeric_match(
                     got, item.answer, rel_tol=part.rel_tol, abs_tol=part.abs_tol
                 )
+            case AnswerConfig():
+                return verifiers.answer_match(text, item.answer)
             case FormatConfig():
                 return verifiers.template_match(text, part.template)
             case LanguageConfig():
@@ -192,30 +211,50 @@ def _pure(part: Any) -> _Part:
     }.get(part.kind, "")
 
     def batch(items: Sequence[RewardItem]) -> list[Scored]:
-        return [Scored(value, "" if value is not None else why) for value in map(one, items)]
+        scores = [one(each) for item in items for each in item.each()]
+        return _best(items, [Scored(s, "" if s is not None else why) for s in scores])
 
     return batch
 
 
-def _sandboxed(reward: UserReward, extract: verifiers.Extract = "whole") -> _Part:
-    raw = extract == "whole"
+def _best(items: Sequence[RewardItem], scores: Sequence[Scored]) -> list[Scored]:
+    """Of the scores by each right answer, every item's highest; one without, if it has no other."""
+    left = iter(scores)
+    parts = ([next(left) for _ in item.each()] for item in items)
+    return [max(part, key=lambda s: -math.inf if s.value is None else s.value) for part in parts]
+
+
+def _sandboxed(reward: UserReward) -> _Part:
+    """A user's function; of several right answers it gets the first, all as ``meta["answers"]``."""
 
     def batch(items: Sequence[RewardItem]) -> list[Scored]:
-        return reward.score(
-            [
-                {
-                    "question": i.question,
-                    "completion": i.completion_text
-                    if raw
-                    else verifiers.extract_answer(i.completion_text, extract) or "",
-                    "answer": i.answer,
-                    "meta": dict(i.meta),
-                }
-                for i in items
-            ]
-        )
+        return reward.score([_asked(i, i.completion_text) for i in items])
 
     return batch
+
+
+def _by_each(reward: UserReward, extract: verifiers.Extract) -> _Part:
+    """A library's function, asked about each right answer."""
+
+    def batch(items: Sequence[RewardItem]) -> list[Scored]:
+        asked = [
+            _asked(each, verifiers.extract_answer(item.completion_text, extract) or "")
+            for item in items
+            for each in item.each()
+        ]
+        return _best(items, reward.score(asked))
+
+    return batch
+
+
+def _asked(item: RewardItem, completion: str) -> dict[str, Any]:
+    every = {"answers": [item.answer, *item.others]} if item.others else {}
+    return {
+        "question": item.question,
+        "completion": completion,
+        "answer": item.answer,
+        "meta": {**item.meta, **every},
+    }
 
 
 class Scorer:
@@ -251,7 +290,7 @@ class Scorer:
         limits = part.model_dump(include={"timeout_s", "batch_timeout_s", "num_workers"})
         config = UserRewardConfig(function=function, reads=True, preload=[library], **limits)
         self.sandboxes.append(UserReward(config))
-        return _sandboxed(self.sandboxes[-1], part.extract)
+        return _by_each(self.sandboxes[-1], part.extract)
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """One result an item, in order. A part without a value makes its item unscorable."""

@@ -117,6 +117,22 @@ def numeric_match(
     )
 
 
+def answer_match(text: str, want: str) -> float:
+    """1 when a completion gives the answer, however it is marked.
+
+    The answer is what stands in ``<answer>`` tags, or else in a box, or else behind ``Answer:``;
+    of a completion without such marks, its last number where the reference is a number, else all
+    of it. Numbers are compared as `numeric_match` does, texts without case.
+    """
+    way: Extract | None = (
+        "tag" if "<answer>" in text else "boxed" if _BOX.search(text)
+        else "marker" if _MARKER.search(text) else None
+    )  # fmt: skip
+    got = text if way is None else extract_answer(text, way)
+    number = numeric_match(None if got is None else last_number(got), want)
+    return exact_match(got, want, ignore_case=True) if number is None else number
+
+
 def template_match(text: str, template: str) -> float:
     """1 when the text is the template with each ``{}`` replaced by something not blank.
 

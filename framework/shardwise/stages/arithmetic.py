@@ -19,6 +19,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.memory_inputs import model_shape, place_of
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
+from shardwise.rewards.tasks import count
 from shardwise.rollout.generator import MAX_SLOTS
 from shardwise.stages.base import (
     ACTOR,
@@ -144,6 +145,7 @@ def arithmetic(run: RunConfig, stage: Any, world_size: int, row: int) -> str:
     prompts, samples = stage.batch.global_batch, stage.samples_per_prompt
     cuts, epochs, steps = stage.updates_per_rollout, stage.epochs_per_rollout, stage.steps
     longest = stage.sampling.max_new_tokens
+    problems = count(stage.task, "train_rl", stage.num_problems)
     lines = [
         f"{stage.name}: {steps} steps of one rollout each",
         f"  a rollout: {prompts} prompts x {samples} samples = {prompts * samples} completions "
@@ -151,7 +153,7 @@ def arithmetic(run: RunConfig, stage: Any, world_size: int, row: int) -> str:
         f"  its updates: {cuts} mini-batches of {prompts // cuts} prompts "
         f"({prompts * samples // cuts} completions) x {epochs} epochs = {cuts * epochs}",
         f"  in all: {steps * prompts * samples:,} completions, {steps * cuts * epochs:,} updates, "
-        f"{steps * prompts / stage.num_problems:.2f} times through {stage.num_problems:,} problems",
+        f"{steps * prompts / problems:.2f} times through {problems:,} problems",
         f"  {'role':<10} {'ranks':<10} {'layout':<22} {'parameters':>11} "
         f"{'micro-batches':>14} {'memory a rank':>14}",
     ]

@@ -29,7 +29,7 @@ from shardwise.optim.schedules import consumed_before
 from shardwise.parallel import blocks
 from shardwise.parallel.mesh import pick_device
 from shardwise.rewards import TaskConfig
-from shardwise.rewards.tasks import candidates, messages, prompt_messages
+from shardwise.rewards.tasks import count, messages, prompt_messages
 from shardwise.stages.arithmetic import TRAINED, roles_in_use
 from shardwise.stages.base import ACTOR, SCORERS, evaluations_of, role_layout, role_of
 from shardwise.stages.bits import data_of
@@ -132,7 +132,9 @@ def _preferences(stage: DpoConfig, case: Case) -> Work | None:
     flops = case.train(row, int(row))
     rows = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
     if stage.reference_in_use == "precomputed":
-        return Work(rows=flops * (rows + (stage.num_problems + stage.num_held_out) / 3))
+        held_out = count(stage.task, "held_out", stage.num_held_out)
+        read = count(stage.task, "train_sft", stage.num_problems) + held_out
+        return Work(rows=flops * (rows + read / 3))
     reads = (1 + (not stage.loss.paired)) * (stage.reference_in_use == "model")
     return Work(rows=flops * rows * (1 + (reads + (not stage.loss.paired)) / 3))
 
@@ -159,7 +161,8 @@ def _rollouts(stage: GrpoConfig | OnlineDpoConfig | PpoConfig, case: Case) -> Wo
 @work_of.register
 def _problems(evaluation: ProblemsConfig, case: Case) -> Work:
     prompt, answer = lengths(evaluation.task, case.tokenizer)
-    tokens = evaluation.num_problems * (prompt + min(answer, evaluation.max_new_tokens))
+    number = count(evaluation.task, "held_out", evaluation.num_problems)
+    tokens = number * (prompt + min(answer, evaluation.max_new_tokens))
     return Work(decode=case.train(tokens, int(prompt)) / 3)
 
 
@@ -191,12 +194,13 @@ def _bytes(sources: Sequence[DataSource]) -> float:
 
 def lengths(task: TaskConfig, tokenizer: Tokenizer) -> tuple[float, float]:
     """Mean tokens of a task's prompts and of their solutions, ends included."""
-    prompts = answers = 0
-    for problem in itertools.islice(candidates(task), SAMPLED):
+    prompts = answers = number = 0
+    for problem in itertools.islice(task.problems("train_rl"), SAMPLED):
         asked = prompt_messages(problem, task)
         prompts += len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
         answers += sum(encode_chat(tokenizer, messages(problem, task))[1])
-    return prompts / SAMPLED, answers / SAMPLED
+        number += 1
+    return prompts / max(number, 1), answers / max(number, 1)
 
 
 def estimate(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shardwise.config.schema import (
     EvaluationConfig,
@@ -23,7 +23,12 @@ from shardwise.config.schema import (
 from shardwise.data import folders, readers
 from shardwise.data.config import DataConfig
 from shardwise.errors import DataError, UserError
-from shardwise.rewards import RewardConfig, TaskConfig
+from shardwise.rewards import (
+    AnyTask,
+    CountLettersConfig,
+    RewardConfig,
+    fill_for_file,
+)
 from shardwise.rollout.config import Sampling
 from shardwise.stages.policy_config import small_reward
 
@@ -82,19 +87,27 @@ class ProblemsConfig(EvaluationConfig):
     small_seq_len = 160
 
     kind: Literal["problems"]
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: Rows = Field(512, description="how many")
+    task: AnyTask = Field(default_factory=CountLettersConfig)
+    num_problems: Rows | None = Field(512, description="how many; null: all of a file, its default")
     max_new_tokens: SeqLen = Field(16, description="of an answer")
     reward: RewardConfig = Field(
-        default_factory=RewardConfig, description="an answer is right when it earns the maximum"
+        default_factory=RewardConfig,
+        description="an answer is right when it earns the maximum; default: exact, or answer for a "
+        "file's problems",
     )
     num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
+
+    @model_validator(mode="after")
+    def _all_of_a_file(self) -> Self:
+        fill_for_file(self, "num_problems")
+        return self
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """See `EvaluationConfig.shrunk`; an untrained model is right here and there."""
         return self.model_copy(
             update={
-                "num_problems": min(self.num_problems, 11),
+                "task": self.task.shrunk(folder, small.seq_len),
+                "num_problems": min(self.num_problems or 11, 11),
                 "max_new_tokens": min(self.max_new_tokens, 4),
                 "reward": small_reward(folder),
             }

@@ -44,7 +44,7 @@ class PolicyStage(Stage):
 
     def initial_weights_hash(self, engines: Mapping[str, Engine | None]) -> str:
         """A hash of the problems and of the weights that the roles in use start from."""
-        said = [self.config.task.model_dump(mode="json"), self.config.num_problems]
+        said = [self.config.task.identity(), self.config.num_problems]
         roles = [ACTOR, *(role for role, engine in engines.items() if engine is not None)]
         said += [folder_hash(self.ctx.initial_checkpoint(role)) for role in roles]
         return xxhash.xxh3_128_hexdigest(json.dumps(said).encode())

@@ -17,7 +17,12 @@ from shardwise.config.schema import (
     StageConfig,
     Weight,
 )
-from shardwise.rewards import RewardConfig, TaskConfig
+from shardwise.rewards import (
+    AnyTask,
+    CountLettersConfig,
+    RewardConfig,
+    fill_for_file,
+)
 from shardwise.rollout.config import Sampling
 
 SMALL_REWARD = '''"""Rewards that any text earns some of, an untrained model's too."""
@@ -63,13 +68,18 @@ class PolicyConfig(StageConfig):
 
     on_policy = exact_logprobs = True
 
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    num_problems: Rows = Field(4096, description="problems of the task's train_rl split")
+    task: AnyTask = Field(default_factory=CountLettersConfig)
+    num_problems: Rows | None = Field(
+        4096, description="problems of the task's train_rl split; null: all of a file, its default"
+    )
     samples_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = Field(
         1, description="completions of each prompt"
     )
     sampling: Sampling = Field(default_factory=Sampling)
-    reward: RewardConfig = Field(default_factory=RewardConfig, description="the verifier")
+    reward: RewardConfig = Field(
+        default_factory=RewardConfig,
+        description="the verifier; default: exact, or answer for a file's problems",
+    )
     updates_per_rollout: PositiveInt = Field(1, description="mini-batches, by prompts")
     epochs_per_rollout: PositiveInt = Field(1, description="times that a rollout is learnt from")
     keep_rollouts_every: NonNegativeInt = Field(
@@ -79,6 +89,11 @@ class PolicyConfig(StageConfig):
     max_unscorable_steps: PositiveInt = Field(
         5, description="steps in a row without any scored completion before the run ends"
     )
+
+    @model_validator(mode="after")
+    def _all_of_a_file(self) -> Self:
+        fill_for_file(self, "num_problems")
+        return self
 
     @model_validator(mode="after")
     def _can_learn(self) -> PolicyConfig:
@@ -108,7 +123,7 @@ class PolicyConfig(StageConfig):
         """
         samples = min(self.samples_per_prompt, 3)
         updates = {
-            "num_problems": min(self.num_problems, 64),
+            "num_problems": min(self.num_problems or 64, 64),
             "samples_per_prompt": samples,
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
             "reward": small_reward(folder, refuses=True),

@@ -9,17 +9,26 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import NonNegativeInt, Rows, SmallSizes, StageConfig
 from shardwise.data.config import PreferenceDataConfig, Reading
-from shardwise.rewards import TaskConfig
+from shardwise.rewards import AnyTask, fill_for_file
 
 
 class RankingStageConfig(StageConfig):
     """``batch`` counts rankings; all answers to a prompt stand in one row, the prompt once."""
 
     data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
-    task: TaskConfig | None = Field(None, description="also make preferences of these problems")
-    num_problems: Rows = Field(4096, description="problems of the task's train_sft split")
-    num_held_out: NonNegativeInt = Field(256, description="validation: of its held_out split")
+    task: AnyTask | None = Field(None, description="also make preferences of these problems")
+    num_problems: Rows | None = Field(
+        4096, description="problems of the task's train_sft split; null: all of a file, its default"
+    )
+    num_held_out: NonNegativeInt | None = Field(
+        256, description="validation: of its held_out split; null: all of a file, its default"
+    )
     answers_per_problem: int = Field(4, ge=2, le=1024, description="one right, the others wrong")
+
+    @model_validator(mode="after")
+    def _all_of_a_file(self) -> Self:
+        fill_for_file(self, "num_problems", "num_held_out")
+        return self
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
@@ -34,8 +43,8 @@ class RankingStageConfig(StageConfig):
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `StageConfig.shrunk`."""
         updates = {
-            "num_problems": min(self.num_problems, 64),
-            "num_held_out": min(self.num_held_out, 24),
+            "num_problems": min(self.num_problems or 64, 64),
+            "num_held_out": 24 if self.num_held_out is None else min(self.num_held_out, 24),
             "answers_per_problem": min(self.answers_per_problem, 3),
         }
         return super().shrunk(small, folder).model_copy(update=updates)

@@ -20,7 +20,8 @@ from shardwise.data.tokenizer import Tokenizer
 from shardwise.errors import DataError
 from shardwise.ops import rng
 from shardwise.rewards import Problem, ProblemSet, TaskConfig, prompt_messages
-from shardwise.rewards.tasks import Split, solution_text
+from shardwise.rewards.task_configs import Split
+from shardwise.rewards.tasks import solution_text
 from shardwise.stages.base import StageContext
 from shardwise.stages.ranking_config import RankingStageConfig
 
@@ -88,10 +89,10 @@ def rankings_hash(*parts: Sequence[Ranking]) -> str:
 
 
 def made_rankings(
-    tokenizer: Tokenizer, task: TaskConfig, number: int, seed: int, split: Split, num: int
+    tokenizer: Tokenizer, task: TaskConfig, number: int, seed: int, split: Split, num: int | None
 ) -> list[Ranking]:
     """The right answer first, then distinct answers of other problems that are wrong here."""
-    problems = ProblemSet(task, split, num) if num else []
+    problems = [] if num == 0 else ProblemSet(task, split, num)
     pool = [p.answer for p in problems]
     rankings = []
     for problem in problems:
@@ -107,7 +108,7 @@ def _wrong_answers(problem: Problem, pool: Sequence[str], number: int, seed: int
     found: list[str] = []
     for draw in range(50 * number):
         answer = pool[rng.key(seed, "wrong answer", problem.question, draw) % len(pool)]
-        if answer != problem.answer and answer not in found:
+        if answer not in (problem.answer, *problem.others, *found):
             found.append(answer)
         if len(found) == number:
             break

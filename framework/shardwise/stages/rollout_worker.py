@@ -91,6 +91,12 @@ class Group:
         ]
 
 
+def _item(problem: Problem, text: str, num_tokens: int) -> RewardItem:
+    """A completion with what its verifier is told of the problem."""
+    _, question, answer, meta, _, others = problem
+    return RewardItem(question, text, answer, meta, num_tokens, others)
+
+
 def _without_problem(group: Group) -> dict[str, Any]:
     fields = dataclasses.fields(group)
     return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}
@@ -223,7 +229,7 @@ class RolloutWorker:
 
     def _score(self, groups: Sequence[Group]) -> None:
         items = [
-            RewardItem(g.problem.question, text, g.problem.answer, g.problem.meta, len(tokens))
+            _item(g.problem, text, len(tokens))
             for g in groups
             for text, tokens in zip(g.texts, g.tokens, strict=True)
         ]

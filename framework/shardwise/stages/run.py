@@ -43,6 +43,7 @@ from shardwise.resilience.ending import clear_ending, write_ending
 from shardwise.resilience.gate import Gate
 from shardwise.resilience.hang import BACKSTOP_S, watched
 from shardwise.resilience.stop import Stop
+from shardwise.rewards import FileTaskConfig
 from shardwise.stages import bits, samples
 from shardwise.stages.arithmetic import TRAINED
 from shardwise.stages.base import ACTOR, CACHE_FOLDER, role_of, roles_of
@@ -236,6 +237,11 @@ def _check_sources(key: str, part: Any, named: Callable[[str], str]) -> None:
             except DataError as error:
                 where = named(f"{key}.data.{name}.{j}.path")
                 raise ConfigError(f"{where}: {error} (from {Path.cwd()})") from error
+    if isinstance(task := getattr(part, "task", None), FileTaskConfig):
+        try:
+            task.check()
+        except DataError as error:
+            raise ConfigError(f"{named(f'{key}.task.path')}: {error}") from error
 
 
 def read_samples(run: RunConfig) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import StageConfig
-from shardwise.data.chat import CHATML
+from shardwise.data.chat import CHATML, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig
 from shardwise.data.datasets import build_chat_examples, build_pretrain_dataset, pack_examples
 from shardwise.data.preferences import read_rankings
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
+from shardwise.errors import DataError
+from shardwise.rewards import FileTaskConfig, prompt_messages
+from shardwise.rewards.task_configs import Split
+from shardwise.stages.evaluation_configs import ProblemsConfig
 from shardwise.stages.pipeline import RESULT_FILE
 from shardwise.stages.ranking_config import RankingStageConfig
 
@@ -25,6 +30,14 @@ def pending_stages(run: RunConfig) -> Iterator[tuple[int, StageConfig]]:
     for i, stage in enumerate(run.stages):
         if not (run.directory / "stages" / stage.name / RESULT_FILE).exists():
             yield i, stage
+
+
+def pending_parts(run: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Evaluations and stages that are still to run, and their keys."""
+    for i, evaluation in enumerate(run.evaluations):
+        yield f"evaluations.{i}", evaluation
+    for i, stage in pending_stages(run):
+        yield f"stages.{i}", stage
 
 
 def ready_tokenizer(run: RunConfig) -> Tokenizer | None:
@@ -49,6 +62,29 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
             sources = [*stage.data.sources, *stage.data.validation]
             for _ in read_rankings(sources, tokenizer, stage.reading()):
                 pass
+    for _, part in pending_parts(run):
+        if isinstance(task := getattr(part, "task", None), FileTaskConfig):
+            _check_prompts(task, part, run.model.max_seq_len, tokenizer)
+
+
+def _check_prompts(task: FileTaskConfig, part: Any, longest: int, tokenizer: Tokenizer) -> None:
+    """Refuse prompts that cannot be written, or that leave an answer no room in the model."""
+    room = getattr(getattr(part, "sampling", part), "max_new_tokens", 0)
+    splits: list[Split] = ["held_out"]
+    if not isinstance(part, ProblemsConfig):
+        splits.append("train_rl")
+    for problem in (p for split in splits for p in task.problems(split)):
+        try:
+            asked = prompt_messages(problem, task)
+            ids, _ = encode_chat(tokenizer, asked, add_generation_prompt=True)
+        except DataError as error:
+            raise DataError(f"{task.path}: {problem.id}: {error}") from error
+        if len(ids) + room > longest:
+            raise DataError(
+                f"{task.path}: {problem.id}: the prompt has {len(ids)} tokens and its answer may "
+                f"have {room}, model.max_seq_len is {longest}; raise it, ask for shorter answers, "
+                "or drop the row"
+            )
 
 
 def check_documents(run: RunConfig, tokenizer: Tokenizer, cache: Path) -> None:

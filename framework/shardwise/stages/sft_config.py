@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import Rows, SmallSizes, StageConfig, shown
 from shardwise.data.config import ChatDataConfig
-from shardwise.rewards import TaskConfig
+from shardwise.rewards import AnyTask, fill_for_file
 
 
 class SftConfig(StageConfig):
@@ -23,8 +23,15 @@ class SftConfig(StageConfig):
 
     kind: Literal["sft"]
     data: ChatDataConfig = Field(default_factory=ChatDataConfig)
-    task: TaskConfig | None = Field(None, description="also learn solutions of these problems")
-    num_problems: Rows = Field(2048, description="problems of the task's train_sft split")
+    task: AnyTask | None = Field(None, description="also learn solutions of these problems")
+    num_problems: Rows | None = Field(
+        2048, description="problems of the task's train_sft split; null: all of a file, its default"
+    )
+
+    @model_validator(mode="after")
+    def _all_of_a_file(self) -> Self:
+        fill_for_file(self, "num_problems")
+        return self
 
     @model_validator(mode="after")
     def _has_data(self) -> SftConfig:
@@ -35,4 +42,4 @@ class SftConfig(StageConfig):
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `StageConfig.shrunk`."""
         found = super().shrunk(small, folder)
-        return found.model_copy(update={"num_problems": min(self.num_problems, 64)})
+        return found.model_copy(update={"num_problems": min(self.num_problems or 64, 64)})
