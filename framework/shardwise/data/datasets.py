@@ -315,31 +315,41 @@ def build_chat_examples(
     Every DataError names file and row. Fields that nothing reads are named once, or with
     ``strict`` refused. ``texts``: see `ChatDataConfig`. ``part``: of the rows, by what is asked.
     """
-    examples = []
-    for given in sources:
-        source = given.told(CONVERSATIONS)
-        unused = Unused(source.label, strict, source.ignore)
-        for where, row in source.rows():
-            try:
-                if texts == "raw" and source.format == "prompt-completion" and _is_plain(row):
-                    if not part.has(row["prompt"]):
-                        continue
-                    found, rest = _raw(row, tokenizer, where)
-                else:
-                    said = read_conversation(as_conversation(source.format, row))
-                    if not part.has(_asked(said)):
-                        continue
-                    redundant = check_use(tokenizer, said.messages, said.variables)
-                    found = list(_examples(said, tokenizer, turns, where))
-                    rest = [*said.unused, *redundant]
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            unused.add(where, rest)
-            if not any(any(example.loss_mask) for example in found):
-                raise DataError(f"{where}: the conversation has no assistant turn to learn")
-            examples += found
-        unused.say()
-    return examples
+    how = tokenizer, turns, strict, texts, part
+    return [example for source in sources for example in chat_examples(source, *how)]
+
+
+def chat_examples(
+    given: DataSource,
+    tokenizer: Tokenizer,
+    turns: Turns = "together",
+    strict: bool = False,
+    texts: Texts = "chat",
+    part: Part = WHOLE,
+) -> Iterator[Example]:
+    """`build_chat_examples` of one source, row by row."""
+    source = given.told(CONVERSATIONS)
+    unused = Unused(source.label, strict, source.ignore)
+    for where, row in source.rows():
+        try:
+            if texts == "raw" and source.format == "prompt-completion" and _is_plain(row):
+                if not part.has(row["prompt"]):
+                    continue
+                found, rest = _raw(row, tokenizer, where)
+            else:
+                said = read_conversation(as_conversation(source.format, row))
+                if not part.has(_asked(said)):
+                    continue
+                redundant = check_use(tokenizer, said.messages, said.variables)
+                found = list(_examples(said, tokenizer, turns, where))
+                rest = [*said.unused, *redundant]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        unused.add(where, rest)
+        if not any(any(example.loss_mask) for example in found):
+            raise DataError(f"{where}: the conversation has no assistant turn to learn")
+        yield from found
+    unused.say()
 
 
 def _asked(said: Conversation) -> list[dict[str, Any]]:

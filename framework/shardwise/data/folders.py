@@ -96,16 +96,13 @@ def _subsets(folder: Path) -> Subsets:
     told = _of_readme(folder)
     if told:
         return told
-    files = [f for f in data_files.find_files(folder) if _holds_rows(f)]
+    files = [f for f in data_files.find_files(folder, ROW_SUFFIXES) if _holds_rows(f)]
     return {"default": _by_name(folder, files)} if files else {}
 
 
 def _holds_rows(file: Path) -> bool:
-    return (
-        suffix_of(file) in ROW_SUFFIXES
-        and file.name not in ABOUT
-        and not file.name.startswith("cache-")  # what ``datasets`` computed from others
-    )
+    # cache-: what ``datasets`` computed from others.
+    return file.name not in ABOUT and not file.name.startswith("cache-")
 
 
 def _saved(folder: Path) -> dict[str, list[Path]] | None:

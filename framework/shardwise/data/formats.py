@@ -45,6 +45,10 @@ class Format(NamedTuple):
         """All of its columns, ours by name."""
         return tuple(dict.fromkeys((*itertools.chain(*self.needed), *self.more, *self.inner)))
 
+    def columns_hold(self, columns: Mapping[str, str]) -> bool:
+        """Whether a mapping is of columns that it has."""
+        return set(self.columns).issuperset(columns)
+
 
 _ROW = ("tools", "documents", "chat_template_kwargs")
 # In the order in which they are tried: what asks for more comes first.
@@ -140,7 +144,7 @@ def detect(
     container = suffix_of(files[0]).removeprefix(".") or "jsonl"
     fits = {name: told for name in FORMATS if (told := _told(name, renamed)) is not None}
     for name, (mapped, detail) in fits.items():
-        if name in among:
+        if name in among and FORMATS[name].columns_hold(columns or {}):
             return Detected(name, mapped, seen, container, detail, tuple(files), tuple(rows))
     raise DataError(f"{path}: {_near(seen, fits, among, columns or {})}")
 

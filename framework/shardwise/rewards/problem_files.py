@@ -16,6 +16,7 @@ from shardwise.config.explain import nearest
 from shardwise.data import folders, formats, readers
 from shardwise.data.conversation import MEDIA, check_messages
 from shardwise.data.conversions import from_sharegpt
+from shardwise.data.parts import Part
 from shardwise.data.unused import say_once, warn_once
 from shardwise.errors import DataError
 from shardwise.rewards.families import Problem
@@ -70,8 +71,9 @@ def read_splits(config: FileTask) -> tuple[list[Problem], list[Problem]]:
     every = _read(config, config.path, config.split)
     if not isinstance(config.held_out, Path):
         share = config.held_out
-        held_out = [p for p in every if _share(p) < share]
-        train = [p for p in every if _share(p) >= share]
+        train, held_out = (
+            [p for p in every if Part(share, side).has(_messages(p))] for side in (False, True)
+        )
         none = share < 1.0 and not train, share > 0.0 and not held_out
         part = "trained on" if none[0] else "held out" if none[1] else ""
         if part:
@@ -106,14 +108,14 @@ def contents_hash(config: FileTask) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
 
 
-def _share(problem: Problem) -> float:
-    """Where a prompt lies in [0, 1), whatever else is in its file."""
-    return float(xxhash.xxh3_64_intdigest(f"split/{_asked(problem)}".encode()) / 2.0**64)
+def _messages(problem: Problem) -> list[Any]:
+    """What is asked, as a row of messages that asks it has it: both are on one side."""
+    return [*(problem.messages or [{"role": "user", "content": problem.question}])]
 
 
 def _asked(problem: Problem) -> str:
     """A prompt as a text that no other prompt has."""
-    return problem.question if problem.messages is None else json.dumps(problem.messages)
+    return json.dumps(_messages(problem))
 
 
 def _read(config: FileTask, path: Path, split: str) -> list[Problem]:
