@@ -19,7 +19,7 @@ from shardwise.rewards.tasks import (
 
 def task(**settings: object) -> TaskConfig:
     """A task as a recipe has it."""
-    found: TaskConfig = TypeAdapter(AnyTask).validate_json(json.dumps(settings))
+    found: TaskConfig = TypeAdapter(AnyTask).validate_json(json.dumps(settings), strict=True)
     return found
 
 

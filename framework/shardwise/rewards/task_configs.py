@@ -126,14 +126,18 @@ class CountLettersConfig(GeneratedConfig):
         return (families.count_letters(self, self.seed, i) for i in itertools.count())
 
 
+def _as_tuple(value: Any) -> Any:
+    """A recipe has lists alone, and a strict tuple takes none once `_filled` has seen it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ArithmeticConfig(GeneratedConfig):
     """Sums, differences, products, comparisons and chains of them."""
 
     kind: Literal["arithmetic"] = Field("arithmetic", description="which problems")
-    operations: tuple[Operation, ...] = Field(
+    operations: Annotated[tuple[Operation, ...], BeforeValidator(_as_tuple)] = Field(
         ("add", "subtract", "multiply", "compare", "chain"),
         min_length=1,
-        strict=False,  # a list, whatever came before has made of the recipe
         description="drawn uniformly",
     )
     min_digits: Annotated[int, Field(ge=1, le=1000)] = Field(
