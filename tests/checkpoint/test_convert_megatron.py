@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import pickle
 import queue
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def in_this_process(
     results.put(dict(found.get() for _ in buckets))
 
 
-def save(layout: str, model: Any, out: str, **options: Any) -> dict[str, Tensor]:
-    """One update, so that no weight is what it began as; then a checkpoint of Megatron's own."""
+@contextlib.contextmanager
+def its_own(layout: str, model: Any, out: str) -> Iterator[Any]:
+    """An engine after one update, so that no weight is what it began as; what saves and loads."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -81,14 +83,23 @@ def save(layout: str, model: Any, out: str, **options: Any) -> dict[str, Tensor]
     filesystem_async._results_queue = queue.Queue()
     writer.write_preloaded_data_multiproc = staticmethod(in_this_process)
     parallel_state._DATA_PARALLEL_GROUP_WITH_CP = it.groups.dp_cp  # asked for a tied embedding
+
+    def state(**options: Any) -> Any:
+        metadata = {"dp_cp_group": it.groups.dp_cp, **options}
+        return it.parts[0].module.sharded_state_dict(metadata=metadata)
+
     try:
         with it._inside():
-            metadata = {"dp_cp_group": it.groups.dp_cp, **options}
-            state = it.parts[0].module.sharded_state_dict(metadata=metadata)
-            dist_checkpointing.save(state, out)
+            yield it, state, dist_checkpointing
     finally:
         filesystem_async._results_queue = parallel_state._DATA_PARALLEL_GROUP_WITH_CP = None
         writer.write_preloaded_data_multiproc = staticmethod(kept)
+
+
+def save(layout: str, model: Any, out: str, **options: Any) -> dict[str, Tensor]:
+    """A checkpoint of Megatron's own, and the weights in it."""
+    with its_own(layout, model, out) as (it, state, dist_checkpointing):
+        dist_checkpointing.save(state(**options), out)
     found = copies(it, "weights")
     it.close()
     return found
@@ -182,6 +193,85 @@ def test_a_run_s_folder_a_base_and_names_of_the_local_layers(
     found = dict(open_model(tmp_path / "hf").tensors)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def save_with_its_optimizer(layout: str, model: Any, out: str) -> None:
+    """As Megatron saves torch's Adam; moments that tell whose they are, after seven updates."""
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+    with its_own(layout, model, out) as (it, state_of, dist_checkpointing):
+        module = it.parts[0].module
+        inner = torch.optim.Adam(module.parameters())
+        for p in module.parameters():
+            moments = {"exp_avg": 2 * p.data, "exp_avg_sq": p.data.square()}
+            inner.state[p] = {"step": torch.tensor(7.0), **moments}
+        theirs = FP32Optimizer(inner, OptimizerConfig(optimizer="adam"), lambda *_: None)
+        state = state_of()
+        state |= {"optimizer": theirs.sharded_state_dict(state), "iteration": 9}
+        dist_checkpointing.save(state, out)
+    it.close()
+
+
+@pytest.mark.parametrize("layout,model", [("tp2", LLAMA), ("pp2", UNTIED)])
+def test_moments_come_with_the_weights(
+    ranks: RankPool, tmp_path: Path, layout: str, model: Any
+) -> None:
+    source = tmp_path / "in"
+    ranks.run(save_with_its_optimizer, layout, model, str(source), world=2)
+    registry.write_config(source, model, {})
+    convert(source, tmp_path / "native", "native", trust_pickle=True)
+    found = dict(checkpoint.read_tensors(tmp_path / "native"))
+    weights = {n.removeprefix("model."): t for n, t in found.items() if n.startswith("model.")}
+    for name, weight in weights.items():
+        assert torch.equal(found[f"optim.{name}.exp_avg"], 2 * weight), name
+        assert torch.equal(found[f"optim.{name}.exp_avg_sq"], weight.square()), name
+        assert float(found[f"optim.{name}.step"]) == 7.0
+    meta = checkpoint.read_meta(tmp_path / "native")
+    assert meta["engine"] == {"updates": 9, "skipped": 2}
+
+
+# --- written --------------------------------------------------------------------------------------
+
+
+def through_megatron(layout: str, model: Any, source: str, out: str) -> None:
+    """Loaded by Megatron into an engine's model of other weights, and saved by it."""
+    with its_own(layout, model, out) as (it, state_of, dist_checkpointing):
+        found = dist_checkpointing.load(state_of(), source)
+        assert found.pop("checkpoint_version") == 3.0 and found.pop("iteration") == 0
+        it.parts[0].module.load_state_dict(found)
+        dist_checkpointing.save(state_of(), out)
+    it.close()
+
+
+@pytest.mark.parametrize("layout,model", [("tp2", LLAMA), ("pp2", UNTIED), ("tp2", GPT2)])
+def test_megatron_loads_what_is_written(
+    ranks: RankPool, tmp_path: Path, layout: str, model: Any
+) -> None:
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in registry.build(model).named_parameters()}
+    wanted = {n: torch.randn(shape) for n, shape in shapes.items()}
+    registry.to_hf(tmp_path / "hf", model, wanted.items())
+    done = convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    assert done["format"] == "megatron"
+    for name in (torch_dist.POINTER, "release/.metadata", "release/common.pt"):
+        assert (tmp_path / "megatron" / name).exists()
+    # Read by us, and by Megatron on two ranks.
+    convert(tmp_path / "megatron", tmp_path / "back", "native", trust_pickle=True)
+    assert_equal(tmp_path / "back", wanted)
+    source, again = tmp_path / "megatron" / "release", tmp_path / "again"
+    ranks.run(through_megatron, layout, model, str(source), str(again), world=2)
+    registry.write_config(again, model, {})
+    convert(again, tmp_path / "native", "native", trust_pickle=True)
+    assert_equal(tmp_path / "native", wanted)
+
+
+def test_what_megatron_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model = toy.llama(qkv_bias=True)
+    named = [("layers.0.attn.q.norm", torch.zeros(1))]
+    assert not list(megatron_names.parts(model, []))
+    with pytest.raises(KeyError):
+        list(megatron_names.parts(model, named))
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from shardwise.checkpoint import (
     saving,
     steps,
     torch_dist,
+    torch_dist_write,
 )
 from shardwise.checkpoint.optimizer_state import OptimizerState
 from shardwise.config import yaml12
@@ -50,7 +51,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.config_file import read_json
 
 log = logging.getLogger(__name__)
-Target = Literal["hf", "native", "peft", "deepspeed"]
+Target = Literal["hf", "native", "peft", "deepspeed", "megatron"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,10 +164,16 @@ def _open_deepspeed(folder: Path, config: DecoderConfig, files: dict[str, bytes]
 
 def _open_megatron(folder: Path, config: DecoderConfig, files: dict[str, bytes]) -> OpenModel:
     found = torch_dist.read(folder)
-    if found.has_optimizer:
-        log.warning("%s: its optimizer's state is left out: weights alone are read", folder)
-    tensors = megatron_names.weights(found, config)
-    return OpenModel("megatron", config, tensors, files, path=folder)
+    if found.unread:
+        log.warning("%s: its optimizer's state is left out: %s", folder, found.unread)
+    return OpenModel(
+        "megatron",
+        config,
+        megatron_names.weights(found, config),
+        files,
+        path=folder,
+        optimizer=megatron_names.optimizer(found, config),
+    )
 
 
 def peft_base(folder: Path, base: Path | None = None) -> Path:
@@ -279,7 +286,8 @@ def convert(
 
     ``dtype`` (fp32, bf16, fp16; Hugging Face only) defaults to the stored one. A native checkpoint
     is always fp32, ready for ``init_from``. ``to`` deepspeed: a universal checkpoint, under the
-    names of transformers' model.
+    names of transformers' model. ``to`` megatron: weights in Megatron-core's ``torch_dist``, in the
+    dtype that they have.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -310,8 +318,10 @@ def convert(
         written = _write_native(model, out, str(source))
     elif to == "deepspeed":
         written = _write_deepspeed(model, Path(source), out)
+    elif to == "megatron":
+        written = _write_megatron(model, out)
     else:
-        raise UserError(f"--to {to}: allowed: hf, native, peft, deepspeed")
+        raise UserError(f"--to {to}: allowed: hf, native, peft, deepspeed, megatron")
     return {
         "source": str(source),
         "source_format": model.format,
@@ -419,6 +429,16 @@ def _write_deepspeed(model: OpenModel, source: Path, out: Path) -> Path:
     assert isinstance(model.config, DecoderConfig)
     with _staged(out) as folder:
         deepspeed_universal.write(folder, model.config, model.tensors, state)
+        models.write_config(folder, model.config, model.files)
+        travel.write(folder, {n: d for n, d in model.files.items() if n not in travel.MODEL})
+    return out
+
+
+def _write_megatron(model: OpenModel, out: Path) -> Path:
+    assert isinstance(model.config, DecoderConfig)
+    with _staged(out) as folder:
+        parts = megatron_names.parts(model.config, model.tensors)
+        torch_dist_write.write(folder, parts, megatron_names.objects(model.config))
         models.write_config(folder, model.config, model.files)
         travel.write(folder, {n: d for n, d in model.files.items() if n not in travel.MODEL})
     return out

@@ -7,12 +7,14 @@ the linear layer behind it, or by its own name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from shardwise.checkpoint.torch_dist import Checkpoint
+from shardwise.checkpoint.optimizer_state import OptimizerState
+from shardwise.checkpoint.torch_dist import MASTERS, Checkpoint
+from shardwise.checkpoint.torch_dist_write import Part
 from shardwise.errors import UserError
 from shardwise.models.common.config import DecoderConfig
 
@@ -21,7 +23,25 @@ LAYERS = "decoder.layers."
 
 
 def weights(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
-    """In the dtype that they have. Raises UserError for those of another model."""
+    """Masters where there are some. Raises UserError for those of another model."""
+    masters = next((found.states[kind] for kind in MASTERS if kind in found.states), found)
+    return _named(masters, config)
+
+
+def optimizer(found: Checkpoint, config: DecoderConfig) -> OptimizerState | None:
+    """What it keeps of each parameter; None: nothing that can be read."""
+    kinds = tuple(sorted(set(found.states) - set(MASTERS)))
+    if not kinds:
+        return None
+    steps = max(found.iteration, found.updates or 0)
+    skipped = steps - (found.updates or 0)
+    return OptimizerState(
+        kinds, found.updates, steps, skipped, lambda kind: _named(found.states[kind], config)
+    )
+
+
+def _named(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    """In the dtype that they have."""
     shapes = {name: torch.Size(shape) for name, shape in config.spec.shapes().items()}
     left, plan = set(found.shapes), []
     for ours, options, view in _rows(config):
@@ -62,6 +82,49 @@ def _viewed(
         f"{found.path}: {theirs} has the shape {tuple(fused.shape)}, which does not hold "
         f"{tuple(shape)} as the config says; does it belong to these weights?"
     )
+
+
+def parts(config: DecoderConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[Part]:
+    """Megatron's tensors of a stream of ours, each as soon as all of ours in it have come.
+
+    Raises UserError for a part that Megatron's model does not have.
+    """
+    rows = {ours: (options[0], view) for ours, options, view in _rows(config)}
+    shapes = config.spec.shapes()
+    within: dict[tuple[str, int | None], list[str]] = {}
+    for ours in shapes:
+        if ours not in rows:
+            raise UserError(f"Megatron's model has no {ours}; write --to hf or native")
+        within.setdefault(rows[ours][0], []).append(ours)
+    waiting: dict[tuple[str, int | None], dict[str, Tensor]] = {}
+    for ours, tensor in named:
+        place = rows[ours][0]
+        have = waiting.setdefault(place, {})
+        have[ours] = tensor
+        if len(have) < len(within[place]):
+            continue
+        fused = tensor.new_empty(sum(len(t) for t in have.values()), *tensor.shape[1:])
+        for name, value in waiting.pop(place).items():
+            # Which of their rows are ours: as for numbers of rows, so for rows.
+            fused[rows[name][1](torch.arange(len(fused)))] = value
+        yield Part(place[0], fused, place[1], config.num_layers)
+
+
+# Modules that Transformer Engine would keep scales for; Megatron's own ask for them as well.
+SCALED = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def objects(config: DecoderConfig) -> Iterator[str]:
+    """Names of what modules keep besides tensors."""
+    for layer in range(config.num_layers):
+        for module in SCALED:
+            yield f"{LAYERS}{module}._extra_state/shard_{layer}_{config.num_layers}"
 
 
 Places = tuple[tuple[str, int | None], ...]  # names that it may have, and the layer of a stack

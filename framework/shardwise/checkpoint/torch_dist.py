@@ -27,6 +27,8 @@ from shardwise.errors import DataError, UserError
 METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
 POINTER = "latest_checkpointed_iteration.txt"
 OTHERS = re.compile(r"(chained_\d+\.)?optimizer\..*")  # tensors that are no weights
+STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")  # kind, parameter
+MASTERS = ("fp32_param", "param")  # kinds that are weights
 _DCP = "torch.distributed.checkpoint."
 # Options of Megatron's that change what its weights mean, by its names.
 MEANINGS = ("rotary_interleaved", "apply_layernorm_1p")
@@ -41,7 +43,10 @@ class Checkpoint:
     path: Path  # of what describes them
     boxes: Mapping[str, Mapping[Box, Stored]]
     shapes: Mapping[str, tuple[int, ...]]
-    has_optimizer: bool
+    states: Mapping[str, Checkpoint] = dataclasses.field(default_factory=dict)  # by kind
+    unread: str = ""  # why the optimizer's state is left out
+    updates: int | None = None
+    iteration: int = 0
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         """Or of layers, stacked on the first axis, one of them."""
@@ -113,19 +118,38 @@ def read(folder: Path) -> Checkpoint:
                 f"{folder / name}: is missing; read are checkpoints of Megatron-core's torch_dist "
                 "format, all of their files in one folder"
             )
-    _check_meaning(folder / COMMON)
+    common = archive.read([folder / COMMON])[0].value
+    _check_meaning(folder / COMMON, common)
     path = folder / METADATA
     try:
-        return _described(path, archive.read_plain(path))
+        found = _described(path, archive.read_plain(path))
+        iteration = common.get("iteration") if isinstance(common, dict) else None
+        iteration = iteration if isinstance(iteration, int) else 0
+        updates = _updates(common.get("optimizer")) if isinstance(common, dict) else None
+        updates = iteration if updates is None and found.states else updates
+        return dataclasses.replace(found, updates=updates, iteration=iteration)
     except UserError:  # a ValueError too, where it is of damage
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"{path}: describes no tensors: {error!r}") from None
 
 
-def _check_meaning(path: Path) -> None:
+def _updates(said: Any) -> int | None:
+    """How many an optimizer has made, where one of several forms says so."""
+    if isinstance(said, dict):
+        for key in ("common_step", "step"):
+            if isinstance(said.get(key), Stored):
+                return int(said[key].tensor())
+            if isinstance(said.get(key), int | float):
+                return int(said[key])
+        return next((n for v in said.values() if (n := _updates(v)) is not None), None)
+    if isinstance(said, list):
+        return next((n for v in said if (n := _updates(v)) is not None), None)
+    return None
+
+
+def _check_meaning(path: Path, value: Any) -> None:
     """Raise UserError for weights that are not what their names say."""
-    value = archive.read([path])[0].value
     found = value.get("args") if isinstance(value, dict) else None
     said = found.state if isinstance(found, Thing) and isinstance(found.state, dict) else {}
     for option in MEANINGS:
@@ -152,20 +176,31 @@ def _described(path: Path, said: Any) -> Checkpoint:
         if not file.exists():
             raise UserError(f"{file}: is missing; {path} names it")
     shapes: dict[str, tuple[int, ...]] = {}
-    parts: list[_Part] = []
-    others = False
+    kinds: dict[str, dict[str, str]] = {}  # of states: parameter, under which name
+    unread = ""
     for name, about in said.state["state_dict_metadata"].items():
         if about.of == f"{_DCP}metadata.BytesStorageMetadata":
             continue
         if about.of != f"{_DCP}metadata.TensorStorageMetadata":
             raise UnreadableError(f"{path}: {name} is {about.of}, which is no tensor")
         if OTHERS.fullmatch(name):
-            others = True
-            continue
+            state = STATE.fullmatch(name)
+            if state is None:
+                unread = f"{name} is of no parameter (Megatron-LM's fully_reshardable form is read)"
+                continue
+            kinds.setdefault(state[1], {})[state[2]] = name
         shapes[name] = _numbers(about.state["size"])
-        parts += _parts(path, name, about, places)
+    wanted = {name: shape for name, shape in shapes.items() if not OTHERS.fullmatch(name)}
+    for kind, names in kinds.items():
+        if {n: shapes[own] for n, own in names.items()} != wanted:
+            unread = unread or f"{kind} is not of the parameters' shapes, each once"
+    if unread:
+        kinds = {}
+    read = [*wanted, *(own for names in kinds.values() for own in names.values())]
+    described = said.state["state_dict_metadata"]
+    parts = [part for name in read for part in _parts(path, name, described[name], places)]
     opened = archive.read([part.at for part in parts])
-    boxes: dict[str, dict[Box, Stored]] = {name: {} for name in shapes}
+    boxes: dict[str, dict[Box, Stored]] = {part.name: {} for part in parts}
     for part, one in zip(parts, opened):
         value, beside = one.value, boxes[part.name]
         same = {stored.dtype for stored in beside.values()}
@@ -177,7 +212,11 @@ def _described(path: Path, said: Any) -> Checkpoint:
         ):
             raise UnreadableError(f"{part.at.path}: holds another {part.name} than {path} says")
         beside[part.box] = value
-    return Checkpoint(path, boxes, shapes, others)
+    states = {
+        kind: Checkpoint(path, {name: boxes[own] for name, own in names.items()}, wanted)
+        for kind, names in kinds.items()
+    }
+    return Checkpoint(path, {name: boxes[name] for name in wanted}, wanted, states, unread)
 
 
 def _parts(

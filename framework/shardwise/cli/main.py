@@ -279,8 +279,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="hf, native, peft or deepspeed.",
-            autocompletion=complete.among("hf", "native", "peft", "deepspeed"),
+            help="hf, native, peft, deepspeed or megatron.",
+            autocompletion=complete.among("hf", "native", "peft", "deepspeed", "megatron"),
         ),
     ] = "hf",
     dtype: Annotated[

@@ -5,6 +5,7 @@ The few instructions are put down by hand, as nothing here can make a pickle of 
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zipfile
@@ -23,15 +24,23 @@ _PROTOCOL, _STOP, _CALL, _ELSEWHERE = b"\x80\x02", b".", b"R", b"Q"
 
 def write(path: Path, value: Any) -> None:
     """An archive of nested dicts, lists and tuples of numbers, texts, None and tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(archived(value, path.stem))
+
+
+def archived(value: Any, name: str) -> bytes:
+    """The same as bytes; ``name``: of the folder in it."""
     stored: list[Tensor] = []
     program = _PROTOCOL + _encode(value, stored) + _STOP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as file:
-        file.writestr(f"{path.stem}/data.pkl", program)
-        file.writestr(f"{path.stem}/byteorder", b"little")
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(f"{name}/data.pkl", program)
+        file.writestr(f"{name}/byteorder", b"little")
         for key, tensor in enumerate(stored):
-            file.writestr(f"{path.stem}/data/{key}", bytes_of(tensor))
-        file.writestr(f"{path.stem}/version", b"3\n")
+            file.writestr(f"{name}/data/{key}", bytes_of(tensor))
+        file.writestr(f"{name}/version", b"3\n")
+    return made.getvalue()
 
 
 def _encode(value: Any, stored: list[Tensor]) -> bytes:
