@@ -15,7 +15,7 @@ def test_init(shardwise: Command, tmp_path: Path) -> None:
     args = ["init", model, data, "--stage", "sft", "--out", out]
     code, text, err = shardwise(*args)
     assert code == 0, err
-    assert "batch.seq_len: " in text and text.splitlines()[-1].startswith(f"written: {out}")
+    assert "batch.seq_len: 64: 95 %" in text and text.splitlines()[-1].startswith(f"written: {out}")
     code, _, err = shardwise(*args)
     assert code == 2 and "--force" in err and len(err.splitlines()) == 1
     code, text, _ = shardwise(*args, "--force", "--adapter", "lora", "--json", "-")

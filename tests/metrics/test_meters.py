@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from shardwise.launch.local import rank_environment
+from shardwise.metrics import meters
 from shardwise.metrics.meters import Throughput, host_info, memory_metrics, num_cores
 
 
@@ -25,6 +27,18 @@ def test_throughput() -> None:
 def test_throughput_without_a_limit() -> None:
     assert set(Throughput().update(5, 1.0)) == {"tokens_per_second"}
     assert Throughput().total() == {}
+
+
+def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    files = (tmp_path / "memory.max", tmp_path / "limit_in_bytes", tmp_path / "none")
+    monkeypatch.setattr(meters, "_LIMITS", files)
+    assert meters.total_memory() == whole
+    files[0].write_text("max\n")
+    files[1].write_text(f"{2**62}\n")
+    assert meters.total_memory() == whole
+    files[0].write_text("1000000\n")
+    assert meters.total_memory() == 1_000_000
 
 
 def test_memory_grows_with_what_is_held() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from shardwise.config.load import load_config
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import UserError
 from shardwise.recipes.api import Written, init
+from shardwise.recipes.model import open_start
 from tests.recipes.tiny import data_file, model_folder
+from tests.support.hub import HubCache
 
 SEVEN_B = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,6 +97,10 @@ def test_long_rows_are_dropped_where_nearly_all_are_short(model: Path, tmp_path:
     stage = load_config(tmp_path / "a.yaml").config.stages[0]
     assert stage.batch.seq_len == 64 and stage.data.too_long == "drop"  # type: ignore[attr-defined]
     assert "(1 row dropped)" in why(written)["stages.0.batch.seq_len"]
+    short = data_file("sft", "messages", tmp_path)
+    init(model, short, stage="sft", held_out=data, out=tmp_path / "c.yaml")
+    stage = load_config(tmp_path / "c.yaml").config.stages[0]
+    assert stage.data.too_long == "drop", "for the data apart"  # type: ignore[attr-defined]
     whole = init(model, data, stage="sft", seq_len=500, out=tmp_path / "b.yaml")
     assert "dropped" not in why(whole)["stages.0.batch.seq_len"]
 
@@ -105,6 +112,66 @@ def test_ranks_elsewhere_need_nothing_of_this_machine(large: Path, tmp_path: Pat
     assert engine.layout in ("zero2", "zero3")
     assert written.train == f"shardwise train {out} --nproc 8"
     assert 8 < written.gib_a_rank < 21
+
+
+def test_problems_are_parted_and_their_answers_found(model: Path, tmp_path: Path) -> None:
+    data = data_file("grpo", "with steps", tmp_path, rows=150)
+    written = init(model, data, stage="grpo", out=tmp_path / "a.yaml")
+    run = load_config(tmp_path / "a.yaml").config
+    task = run.stages[0].task  # type: ignore[attr-defined]
+    assert (task.kind, task.answer_after, task.held_out) == ("file", "####", 0.2)
+    assert run.evaluations[0].task == task and run.evaluate_start  # type: ignore[attr-defined]
+    prompt = int(why(written)["stages.0.batch.seq_len"].split()[4])
+    sampling = run.stages[0].sampling  # type: ignore[attr-defined]
+    assert prompt + sampling.max_new_tokens <= run.stages[0].batch.seq_len <= 512
+    (tmp_path / "apart").mkdir()
+    apart = data_file("grpo", "with steps", tmp_path / "apart", rows=30)
+    text = refused(tmp_path, model, data, stage="grpo", held_out=apart, out=tmp_path / "b.yaml")
+    assert "which is trained on" in text
+
+
+def test_prompts_that_leave_no_room(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "x" * 600, "answer": 1}) + "\n")
+    assert "512" in refused(tmp_path, model, data, stage="grpo")
+    data.write_text(json.dumps({"prompt": "x" * 600, "completion": "y"}) + "\n")
+    assert "512" in refused(tmp_path, model, data, stage="sft")
+    assert "--seq-len is 8" in refused(tmp_path, model, data, stage="sft", seq_len=8)
+
+
+def test_disks_that_are_nearly_full(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_file("sft", "messages", tmp_path)
+    size = 12 * open_start(str(model)).config.num_parameters()
+
+    def free(number: int) -> None:
+        usage = SimpleNamespace(free=number)
+        monkeypatch.setattr("shardwise.recipes.choices.shutil.disk_usage", lambda _: usage)
+
+    free(2 * size)
+    init(model, data, stage="sft", out=tmp_path / "a.yaml")
+    saved = load_config(tmp_path / "a.yaml").config.stages[0].checkpoint
+    assert (saved.every, saved.keep, saved.keep_best) == (0, 1, False)
+    free(size - 1)
+    assert "--adapter lora" in refused(tmp_path, model, data, stage="sft")
+    init(model, data, stage="sft", adapter="lora", out=tmp_path / "b.yaml")
+    free(4 * size)
+    init(model, data, stage="sft", out=tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml").config.stages[0].checkpoint.every > 0
+
+
+def test_names_on_the_hub(hub_cache: HubCache, model: Path, tmp_path: Path) -> None:
+    data = data_file("sft", "alpaca", tmp_path)
+    hub_cache.add("org/model", model)
+    hub_cache.add("org/data", {"data/train.jsonl": data.read_bytes()}, kind="dataset")
+    out = tmp_path / "a.yaml"
+    init("hf:org/model", "hf:org/data", stage="sft", out=out)
+    run = load_config(out).config
+    assert str(run.init_from) == "hf:org/model"
+    assert str(run.stages[0].data.sources[0].path) == "hf:org/data"  # type: ignore[attr-defined]
+    text = refused(tmp_path, "hf:org/model", "hf:org/other", stage="sft")
+    assert "hf:org/other" in text and "not in the cache" in text
 
 
 def refused(tmp_path: Path, *args: Any, **options: Any) -> str:

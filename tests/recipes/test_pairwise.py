@@ -29,6 +29,7 @@ DAILY = [
     ("gpt2", ("pretrain", "documents"), None, "parquet", 2),
     ("qwen3", ("dpo", "conversational"), "lora", "jsonl", 2),
     ("mistral", ("reward", "preference"), None, "jsonl", 1),
+    ("qwen2", ("grpo", "with steps"), "lora", "jsonl", 1),
 ]
 
 
@@ -59,12 +60,15 @@ def first_try(case: tuple[Any, ...], folder: Path, ranks: RankPool) -> None:
     run_dir = folder / "run"
     fewer = ["stages.0.steps=2", f"run_dir={run_dir}", "engine.compile=false"]
     fewer += ["stages.0.schedule.warmup_steps=0"]
+    if stage == "grpo":
+        fewer += ["stages.0.sampling.max_new_tokens=6", "evaluations.0.max_new_tokens=6"]
     ranks.run(train, str(written.path), fewer, world=world)
     summary = json.loads((run_dir / "summary.json").read_text())
     [stage_summary] = summary["stages"]
     assert stage_summary["steps"] == 2
-    assert stage_summary["figures"]["val_loss"] > 0
-    assert ("val_bits_per_byte" in stage_summary["metrics"]) == (stage == "pretrain")
+    assert ("val_loss" in stage_summary["figures"]) == (stage != "grpo")
+    measured = {"pretrain": {"val_bits_per_byte"}, "grpo": {"accuracy"}}.get(stage, set())
+    assert measured <= stage_summary["metrics"].keys()
 
 
 @pytest.mark.parametrize("case", DAILY, ids=lambda c: "-".join(map(str, (c[0], *c[1]))))

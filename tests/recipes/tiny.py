@@ -58,6 +58,10 @@ ROWS: dict[tuple[str, str], Callable[[int], dict[str, Any]]] = {
     ("reward", "preference"): lambda i: {
         "prompt": _asked(i), "answers": [_said(i), _said(i + 1), _said(i + 2)]
     },
+    ("grpo", "problems"): lambda i: {"prompt": _asked(i), "answer": i + i % 7, "level": i % 3},
+    ("grpo", "with steps"): lambda i: {
+        "prompt": _turns(i)[:1], "answer": f"It is {i} and {i % 7}.\n#### {i + i % 7}"
+    },
 }  # fmt: skip
 
 

@@ -188,10 +188,14 @@ class PreferenceDataConfig(RowsConfig):
         description="what is trained on",
         examples=[[{"kind": "preference", "path": "pairs.jsonl"}]],
     )
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="rows over batch.seq_len; answers are never cut"
+    )
 
     def reading(self, seq_len: int) -> Reading:
         """How the rows of its sources are read, for rows of ``seq_len`` tokens."""
-        return Reading(strict=self.strict_fields, max_tokens=seq_len)
+        drop = self.too_long == "drop"
+        return Reading(strict=self.strict_fields, max_tokens=seq_len, drop=drop)
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:
         """See `DataSection.shrunk`."""
@@ -205,9 +209,6 @@ class PairDataConfig(PreferenceDataConfig):
     max_prompt_length: PositiveInt | None = Field(
         None, description="longer prompts lose their first tokens, and are counted", examples=[512]
     )
-    too_long: Literal["error", "drop"] = Field(
-        "error", description="rows over batch.seq_len; answers are never cut"
-    )
 
     def reading(self, seq_len: int) -> Reading:
         """See `PreferenceDataConfig.reading`."""
@@ -215,7 +216,6 @@ class PairDataConfig(PreferenceDataConfig):
             super().reading(seq_len),
             raw=self.texts == "raw",
             max_prompt=self.max_prompt_length,
-            drop=self.too_long == "drop",
         )
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:

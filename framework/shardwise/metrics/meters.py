@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -122,12 +123,22 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+# What a container may use, as it sees it: cgroup v2 and v1.
+_LIMITS = tuple(
+    Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")
+)
+
+
 def total_memory() -> int:
-    """Bytes of this machine's memory; 0 if it does not say."""
+    """Bytes that this machine has, or a container around this process may use; 0: not known."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (ValueError, OSError):
         return 0
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found.append(int(limit.read_text()))
+    return min(found)
 
 
 def _processor() -> str:

@@ -13,8 +13,8 @@ from shardwise.config import yaml12
 from shardwise.config.load import LoadedConfig, load_config
 from shardwise.config.run import RunConfig
 from shardwise.errors import UserError
-from shardwise.recipes.choices import stage_choices
-from shardwise.recipes.data import READS, look
+from shardwise.recipes.choices import REWARD, stage_choices, task_of
+from shardwise.recipes.data import READS, as_task, look
 from shardwise.recipes.facts import Asked, Facts
 from shardwise.recipes.machine import GIB, Machine, find_machine
 from shardwise.recipes.model import open_start
@@ -75,7 +75,9 @@ def init(
     found = look(str(data), stage)
     apart = None if asked.held_out is None else look(asked.held_out, stage)
     lengths = found.lengths(stage, start.tokenizer)
-    facts = Facts(asked, start, found, lengths, machine, apart)
+    measured = None if apart is None else apart.lengths(stage, start.tokenizer)
+    facts = Facts(asked, start, found, lengths, machine, apart, measured)
+    _check_lengths(facts)
     choices, size = _sized(facts, target)
     text = as_yaml(choices, _head(facts, target, size))
     _check(load_config(yaml12.parse(text, f"{target}").data), machine)
@@ -95,6 +97,22 @@ def _asked(
     if epochs is not None and epochs <= 0:
         raise UserError(f"--epochs {epochs:g}: more than 0")
     return Asked(stage, adapter, None if held_out is None else str(held_out), seq_len, epochs)
+
+
+def _check_lengths(facts: Facts) -> None:
+    """Raise UserError where no row fits, or the model reads no such rows."""
+    if facts.asked.stage == "grpo" and facts.validation:
+        any(as_task(task_of(facts)).problems("held_out"))  # says which prompts are in both
+    most, said = facts.start.config.max_seq_len, facts.asked.seq_len
+    if said is not None and said > most:
+        raise UserError(f"--seq-len {said}: the model reads {most} tokens at most")
+    shortest = int(facts.lengths.own.min()) + (facts.asked.stage == "grpo")
+    longest = most if said is None else said
+    if facts.asked.stage != "pretrain" and shortest > longest:
+        raise UserError(
+            f"{facts.data.ref}: no row has fewer than {shortest} tokens, and "
+            + (f"the model reads {most} at most" if said is None else f"--seq-len is {said}")
+        )
 
 
 def _target(out: Path, force: bool) -> Path:
@@ -149,12 +167,22 @@ def _choices(facts: Facts, target: Path, size: Size) -> list[Choice]:
 
 def _measured(facts: Facts) -> list[Choice]:
     """Evaluations, with what the model is worth before."""
-    if facts.asked.stage != "pretrain" or not facts.measures:
+    kind = {"pretrain": "bits_per_byte", "grpo": "problems"}.get(facts.asked.stage)
+    if kind is None or not facts.measures:
         return []
+    evaluation: dict[str, Any] = {"kind": kind, "seq_len": facts.seq_len}
     why = "of the data held out, before and after; figures of any tokenizer can be compared"
+    if kind == "problems":
+        why = "right answers to the problems held out, before and after"
+        evaluation = {
+            "kind": kind,
+            "task": task_of(facts),
+            "max_new_tokens": facts.new_tokens,
+            "reward": {"parts": REWARD},
+        }
     return [
         Choice(("evaluate_start",), True, ""),
-        Choice(("evaluations",), [{"kind": "bits_per_byte", "seq_len": facts.seq_len}], why),
+        Choice(("evaluations",), [evaluation], why),
     ]
 
 

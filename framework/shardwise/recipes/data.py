@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ from shardwise.data.formats import (
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.errors import DataError, UserError
-from shardwise.recipes.lengths import Lengths, of_conversations, of_documents, of_rankings
+from shardwise.recipes.lengths import (
+    Lengths,
+    of_conversations,
+    of_documents,
+    of_problems,
+    of_rankings,
+)
+from shardwise.rewards import FileTaskConfig
 
+MARK = "####"  # what GSM8K (Cobbe et al. 2021) puts before an answer, behind its steps
 READS = {
     "pretrain": DOCUMENTS,
     "sft": CONVERSATIONS,
@@ -55,14 +64,42 @@ class Data:
         """Whether its rows have one answer and a label, not a better and a worse one."""
         return self.found.format == "preference" and "label" in self.found.seen
 
+    def task(self, held_out: float | str = 0.0) -> dict[str, Any]:
+        """Problems as a recipe has them."""
+        section: dict[str, Any] = {**self.section, "kind": "file"}
+        if self._marked:
+            section["answer_after"] = MARK
+        return {**section, "held_out": held_out}
+
+    @property
+    def _marked(self) -> bool:
+        """Whether every answer that was seen stands behind a mark."""
+        name = self.found.columns.get("answer", "answer")
+        answers = [row.get(name) for row in self.found.rows]
+        return bool(answers) and all(isinstance(a, str) and MARK in a for a in answers)
+
+    def can_be_parted(self, share: float) -> bool:
+        """Whether a share of its problems leaves some to learn from, and some held out."""
+        try:
+            return any(True for _ in as_task(self.task(share)).problems("held_out"))
+        except DataError:
+            return False
+
     def lengths(self, stage: str, tokenizer: Tokenizer) -> Lengths:
         """See `recipes.lengths`."""
+        if stage == "grpo":
+            return of_problems(as_task(self.task()), tokenizer)
         source = DataSource.model_validate({**self.section, "path": Path(self.ref)})
         if stage == "pretrain":
             return of_documents(source, self.rows, tokenizer)
         if stage == "sft":
             return of_conversations(source, self.rows, tokenizer)
         return of_rankings(source, self.rows, tokenizer, Reading(unpaired=self.unpaired))
+
+
+def as_task(section: dict[str, Any]) -> FileTaskConfig:
+    """Problems that a recipe names so."""
+    return FileTaskConfig.model_validate_json(json.dumps(section), strict=True)
 
 
 def look(ref: str, stage: str) -> Data:

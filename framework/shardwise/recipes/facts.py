@@ -7,8 +7,9 @@ import functools
 import math
 
 from shardwise.data.packing import best_fit
+from shardwise.recipes import rates
 from shardwise.recipes.data import Data
-from shardwise.recipes.lengths import Lengths, fitting
+from shardwise.recipes.lengths import MULTIPLE, Lengths, fitting
 from shardwise.recipes.machine import Machine
 from shardwise.recipes.model import Start
 
@@ -16,6 +17,8 @@ ROW = 2048  # tokens of a row of documents, as Touvron et al. 2023 (Llama) train
 FEWEST_ROWS = 16  # of documents, however few they are
 # Shares of the data that may be held out: the smallest that gives rows enough to measure on.
 HELD_OUT, MEASURED = (0.05, 0.1, 0.2), 8
+# A share of right answers is 0.05 off, at most, with as many problems as this (one deviation).
+MEASURED_PROBLEMS = 100
 PACKED = ("pretrain", "sft")  # stages whose rows hold several examples
 
 
@@ -32,7 +35,9 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """``validation``: data of their own to measure on; None: a share of ``data``."""
+    """``validation``: data of their own to measure on, and ``apart`` their lengths; else a share of
+    ``data`` is.
+    """
 
     asked: Asked
     start: Start
@@ -40,6 +45,7 @@ class Facts:
     lengths: Lengths
     machine: Machine
     validation: Data | None = None
+    apart: Lengths | None = None
 
     @functools.cached_property
     def seq_len(self) -> int:
@@ -47,6 +53,9 @@ class Facts:
         if self.asked.seq_len is not None:
             return self.asked.seq_len
         most = self.start.config.max_seq_len
+        if self.asked.stage == "grpo":
+            whole = self.lengths.longest + self.new_tokens
+            return min(most, math.ceil(whole / MULTIPLE) * MULTIPLE)
         if self.asked.stage != "pretrain":
             return fitting(self.lengths, most)
         wanted = min(ROW, most, 1 << math.ceil(math.log2(max(2, self.lengths.longest))))
@@ -59,8 +68,16 @@ class Facts:
         """Tokens of the longest row of a batch."""
         if self.asked.stage in PACKED:
             return self.seq_len
+        if self.asked.stage == "grpo":
+            return self.lengths.longest + rates.SAMPLES * self.new_tokens
         kept = self.lengths.row[self.lengths.own <= self.seq_len]
         return int(kept.max()) if kept.size else self.seq_len
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of a completion, at most."""
+        room = self.start.config.max_seq_len - self.lengths.longest
+        return max(1, min(rates.NEW_TOKENS[self.machine.device], room))
 
     @property
     def rows(self) -> int:
@@ -92,11 +109,15 @@ class Facts:
         """Share of the data that is kept for validation; 0: there are too few, or others."""
         if self.validation:
             return 0.0
-        found = (s for s in HELD_OUT if s * self.lengths.rows >= MEASURED and self._parted(s))
-        return next(found, 0.0)
+        rows, problems = self.lengths.rows, self.asked.stage == "grpo"
+        least = MEASURED_PROBLEMS if problems else MEASURED
+        shares = [s for s in HELD_OUT if s * rows >= least] or [HELD_OUT[-1]][:problems]
+        return next(filter(self._parted, shares), 0.0)
 
     def _parted(self, share: float) -> bool:
         """Whether some documents are held out, and some are not; of rows it is next to certain."""
+        if self.asked.stage == "grpo":
+            return self.data.can_be_parted(share)
         out = self.lengths.draws < share
         return not out.size or bool(out.any() and not out.all())
 
@@ -113,4 +134,5 @@ class Facts:
     @property
     def drops(self) -> bool:
         """Whether some rows do, or may, not fit."""
-        return not self.whole or self.lengths.longest > self.seq_len
+        every = [self.lengths] if self.apart is None else [self.lengths, self.apart]
+        return any(len(x.own) < x.rows or x.longest > self.seq_len for x in every)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import PrivateAttr
 
+from shardwise.data.chat import encode_chat
 from shardwise.data.config import Reading
 from shardwise.data.datasets import build_chat_examples
 from shardwise.data.parts import draw
@@ -18,6 +19,7 @@ from shardwise.data.preferences import read_rankings
 from shardwise.data.readers import Document
 from shardwise.data.source import DataSource
 from shardwise.data.tokenizer import Tokenizer
+from shardwise.rewards import FileTaskConfig, prompt_messages
 
 SAMPLE = 2000  # rows; a template is rendered for each in a process of its own, 1,000 or so a second
 HEAD = 1 << 16  # characters of a document
@@ -116,6 +118,16 @@ def of_documents(source: DataSource, rows: int, tokenizer: Tokenizer) -> Lengths
     scales = (max(1.0, len(text) / HEAD) for text in texts)
     own = np.asarray([round(len(i) * s) + 1 for i, s in zip(heads, scales, strict=True)])
     return Lengths(rows, own, own, np.asarray([draw(text.encode()) for text in texts]))
+
+
+def of_problems(task: FileTaskConfig, tokenizer: Tokenizer) -> Lengths:
+    """Tokens of each prompt, as the model is given it."""
+    problems = list(task.problems("train_rl"))
+    prompts = (
+        encode_chat(tokenizer, prompt_messages(p, task), add_generation_prompt=True)[0]
+        for p in problems[:: max(1, len(problems) // SAMPLE)]
+    )
+    return _lengths(len(problems), [len(ids) for ids in prompts])
 
 
 def _lengths(rows: int, own: Sequence[int], row: Sequence[int] | None = None) -> Lengths:

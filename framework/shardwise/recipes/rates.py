@@ -61,8 +61,8 @@ USUAL = {
 
 SAMPLES = 8
 SAMPLES_WHY = "size of a group: TRL 1.16's default (DeepSeekMath: 64)"
-NEW_TOKENS = 512
-NEW_TOKENS_WHY = "TRL 1.16's default"
+NEW_TOKENS = {"cpu": 128, "cuda": 512}
+NEW_TOKENS_WHY = "a completion at most; TRL 1.16's default is 512, which takes long on a CPU"
 ADAPTER_WHY = f"all linear layers, alpha 32 ({SCHULMAN}); rank 16: TRL's default"
 QUANTISED_WHY = "the base in 4 bits (QLoRA, Dettmers et al. 2023)"
 BETA_WHY = "Rafailov et al. 2023, and TRL's default"
@@ -92,7 +92,7 @@ def global_batch(usual: Usual, rows: int, epochs: float, multiple: int) -> tuple
     chosen = -(-found // multiple) * multiple
     if 2 * found > usual.batch:
         return chosen, f"as usual ({usual.source})"
-    why = f"so few that {rows:,} rows give steps enough (usual: {usual.batch}, {usual.source})"
+    why = f"few, for {rows:,} rows; usual: {usual.batch} ({usual.source})"
     if chosen > found:
         why += f"; one for each of {multiple} data ranks"
     return chosen, why

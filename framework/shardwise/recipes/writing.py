@@ -12,6 +12,7 @@ from shardwise.config import yaml12
 
 WIDTH = 100  # columns of a comment
 INLINE = 92  # of a mapping that stands on one line
+SHOWN = 60  # of a value on a terminal
 
 Keys = tuple[str | int, ...]
 
@@ -31,8 +32,10 @@ class Choice:
 
     @property
     def line(self) -> str:
-        """For a terminal."""
-        return f"{self.name}: {yaml12.inline(self.value)}: {self.why}"
+        """For a terminal; a long value stands in the recipe alone."""
+        value = yaml12.inline(self.value)
+        shown = f" {value}:" if len(value) <= SHOWN else ""
+        return f"{self.name}:{shown} {self.why}"
 
 
 def as_tree(choices: Sequence[Choice]) -> dict[str, Any]:
