@@ -130,6 +130,39 @@ def test_ramps_keep_their_structure(layout: Layout, full: int, start: int, steps
         assert "batch ramp: no, in the recipe yes" in found.given_up
 
 
+def test_windows_that_alternate_meet_pipeline_stages_as_the_users_do() -> None:
+    """Six layers of two kinds on two stages: the second begins with the other kind."""
+    gemma = {"family": "gemma2", "num_layers": 6, "sliding_window": 64, "head_dim": 16}
+    run = pretrain(gemma | {"tie_embeddings": True})
+    fact = "every pipeline stage has kinds of layers as the first has"
+    had, has = facts(run, sized(run, "pp2"), Layout(pp=2))
+    assert had[fact] is has[fact] is False
+
+
+def test_a_width_that_tensor_ranks_cannot_share_stays_one() -> None:
+    run = pretrain({"num_heads": 8, "num_kv_heads": 4, "hidden_size": 250, "head_dim": 32})
+    found = sized(run, "tp4")
+    assert found.model.hidden_size % 4 == 2 and not found.given_up
+
+
+def test_a_window_reaches_into_a_rings_pieces_as_the_users_does() -> None:
+    for window, words in ((40, "within a piece"), (100, "within a rank"), (192, "beyond a rank")):
+        run = pretrain({"sliding_window": window}, {"seq_len": 256})
+        had, has = facts(run, sized(run, "cp2.ring"), Layout(cp=2))
+        assert had["window"] == has["window"] and had["window"].startswith(words)
+
+
+def test_ranks_have_several_prompts_where_the_users_have() -> None:
+    recipe = suite.recipe("llama")
+    [stage] = [s for s in recipe["stages"] if s["kind"] == "grpo"]
+    stage["batch"] = {**stage["batch"], "global_batch": 32, "micro_batch": 32}
+    recipe["stages"] = [stage]
+    run = load_config(recipe).config
+    assert sized(run, "tp4").stage.rows * run.stages[0].updates_per_batch >= 8
+    stage["batch"]["global_batch"] = 6
+    assert sized(load_config(recipe).config, "tp4").stage.rows % 4 != 0
+
+
 def test_several_kv_heads_a_rank_stay_several() -> None:
     run = pretrain({"num_heads": 32, "num_kv_heads": 8, "hidden_size": 256})
     for layout, kv in (("tp2", 3), ("tp4", 2), ("tp8", 1)):

@@ -175,6 +175,13 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
     given_up: dict[str, None] = {}
     for layout in asked:
         options: dict[str, Any] = {"fp8": stage.engine.fp8}
+        if stage.on_policy:
+            given_up |= dict.fromkeys(
+                of.lost(
+                    of.prompt_facts(stage.batch.global_batch, layout),
+                    of.prompt_facts(rows.rows * stage.updates_per_batch, layout),
+                )
+            )
         had = structure(user, stage.batch, layout, updates=stage.updates_per_batch, **options)
         has = structure(small, batch, layout, **options)
         has["updates a global batch"] = stage.updates_per_batch
@@ -278,9 +285,12 @@ def _widths(
     options: list[DecoderConfig] = []
     for head_dim in head_widths:
         width = heads * head_dim
-        if user.head_width * user.num_heads != user.hidden_size:
-            width += math.lcm(head_dim, multiple)
-        options.append(_with_widths(small, width, head_dim))
+        if user.head_width * user.num_heads == user.hidden_size:
+            options.append(_with_widths(small, width, head_dim))
+            continue
+        width += math.lcm(head_dim, multiple)
+        more = range(0, max(1, tp if fp8 is None else 1))  # of which tp ranks leave something over
+        options += [_with_widths(small, width + n, head_dim) for n in more]
     if stage.on_policy and user.hidden_size % DECODED == user.head_width % DECODED == 0:
         # What serves the user's rollouts serves the small model's. A head as wide as that is dear:
         # where a family allows it, the model is narrower than its heads.
@@ -289,12 +299,13 @@ def _widths(
             width = min(width, 2 * max(DECODED, multiple))
         if width <= WIDEST_DECODED:
             options = [_with_widths(small, width, max(DECODED, least))]
-    shards = [x for x in asked if x.shard > 1]
+    cut = [x for x in asked if x.shard > 1 or x.tp > 1]
 
     def divides(model: DecoderConfig, layout: Layout) -> Facts:
-        return {"": _divides(model.hidden_size, 0, layout.shard)}
+        left_over = model.hidden_size % layout.tp if fp8 is None else 0
+        return {"": (_divides(model.hidden_size, 0, layout.shard), left_over)}
 
-    found = _choose(options, user, divides, shards or asked, [x for x in _COMMON if x.shard > 1])
+    found = _choose(options, user, divides, cut or asked, [x for x in _COMMON if x.shard > 1])
     pieces = math.lcm(PIECES, tp * multiple, *(x.shard for x in asked))
     words = user.vocab_size or BYTE_WORDS
     updates = {"vocab_size": BYTE_WORDS + (words - BYTE_WORDS) % pieces}
@@ -399,6 +410,8 @@ def _batch(
         batch = _batch_config(small, stage)
         refused = _refusal(user, batch, [layout]) is not None
         found = of.batch_facts(batch, layout) | {"refused": refused}
+        if stage.on_policy and layout in asked:
+            found |= of.prompt_facts(small.rows * stage.updates_per_batch, layout)
         if layout not in asked:  # many rows, for a layout that nobody asked for
             found.pop(of.TIMES, None)
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.config.schema import BatchConfig, Fp8Config
@@ -86,6 +86,8 @@ def width_facts(model: DecoderConfig, layout: Layout) -> Facts:
     ):
         if ranks > 1 and width:
             facts[f"{what} left over by {axis}"] = width % ranks
+    if layout.tp > 1:  # as a head of one number shares it out
+        facts["width left over by tp"] = model.hidden_size % layout.tp
     if layout.shard > 1:
         facts["width divides by ZeRO shards"] = model.hidden_size % layout.shard == 0
     return facts
@@ -103,9 +105,19 @@ def layer_facts(model: DecoderConfig, layout: Layout, fp8: Fp8Config | None = No
         parts = _parts(model, layout.num_chunks)
         facts["layers a pipeline stage"] = _several(layers // layout.num_chunks)
         facts["pipeline stages of unequal depth"] = len(set(parts)) > 1
+        if len(model.spec.kinds()) > 1:
+            facts["every pipeline stage has kinds of layers as the first has"] = _alike(
+                [layer.kind for layer in model.spec.layers], parts
+            )
     if fp8 is not None:
         facts["quantised layers"] = _several(max(0, layers - fp8.first_layers - fp8.last_layers))
     return facts
+
+
+def _alike(kinds: Sequence[str], parts: Sequence[int]) -> bool:
+    """Whether a layer's number within its stage tells its kind."""
+    starts = itertools.accumulate(parts, initial=0)
+    return all(list(kinds[s : s + n]) == list(kinds[:n]) for s, n in zip(starts, parts))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -129,8 +141,12 @@ def token_facts(model: DecoderConfig, seq_len: int, layout: Layout) -> Facts:
     window = next((x.window for x in model.spec.layers if x.window is not None), None)
     if window is not None:
         pieces = multiple_of(layout.cp, layout.cp_kind) if layout.cp > 1 else 1
-        own = -(-seq_len // multiple) * multiple // pieces
-        reach = "within a rank's tokens" if window <= own else "beyond a rank's tokens"
+        padded = -(-seq_len // multiple) * multiple
+        reach = "beyond a rank's tokens"
+        if window <= padded // layout.cp:
+            reach = "within a rank's tokens"
+        if window <= padded // pieces:  # a ring's rank has two pieces of the row
+            reach = "within a piece of a rank's tokens"
         facts["window"] = "the whole row" if window >= seq_len else reach
     return facts
 
@@ -144,6 +160,16 @@ def batch_facts(batch: BatchConfig, layout: Layout, updates: int = 1) -> Facts:
         start = _row_facts(batch.ramp_start, batch.micro_batch, layout)
         facts |= {f"{name}, at a ramp's start": value for name, value in start.items()}
     return facts
+
+
+def prompt_facts(prompts: int, layout: Layout) -> Facts:
+    """How the prompts of a rollout are dealt to all ranks."""
+    world = layout.world
+    return {
+        "prompts a rank": _several(-(-prompts // world)),
+        "ranks have unequal prompts": prompts % world != 0,
+        "ranks without prompts": _several(max(0, world - prompts)),
+    }
 
 
 def _row_facts(rows: int, micro_batch: int, layout: Layout) -> Facts:

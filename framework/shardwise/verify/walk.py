@@ -29,6 +29,7 @@ from shardwise.engines.registry import as_kind
 from shardwise.errors import CheckFailed, CheckpointError, UserError
 from shardwise.metrics.progress import Progress
 from shardwise.ops import rng
+from shardwise.ops.flat_shard import FlatShard
 from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.mesh import pick_device
@@ -166,12 +167,27 @@ class _WatchedLoop(Loop):
         return start
 
     def _open_whole(self) -> None:
-        """What one process loaded in place is what opens whole, as for a conversion."""
+        """What one process loaded in place is what opens whole, as for a conversion.
+
+        And in part, as another cut would ask for: from within one of the parts that were saved.
+        """
         held = stage_state(self.stage).tensors
-        for name, whole in checkpoint.read_tensors(self.root):
+        wholes = dict(checkpoint.read_tensors(self.root))
+        ends = {
+            name: FlatShard(whole.new_empty(n - n * 5 // 6), whole.shape, n * 5 // 6)
+            for name, whole in wholes.items()
+            if (n := whole.numel()) > 1
+        }
+        checkpoint.load(self.root, ends, partial=True)
+        for name, whole in wholes.items():
             own = local_tensor(held[name]).cpu().view(whole.shape)
             if not torch.equal(whole.nan_to_num(), own.nan_to_num()):
                 self.notes.problems.append(f"{name} opens whole as it was not saved")
+            end = ends.get(name)
+            if end is not None and not torch.equal(
+                whole.view(-1)[end.start :].nan_to_num(), end.local.nan_to_num()
+            ):
+                self.notes.problems.append(f"{name} opens in part as it was not saved")
 
     def _note_state(self) -> None:
         """What a checkpoint brings back, as it is behind a resume, or goes on without one."""
