@@ -166,7 +166,7 @@ def test_generate(shardwise: Command, ckpt: Path) -> None:
 
 def test_evaluate_needs_evaluations(shardwise: Command, ckpt: Path) -> None:
     code, _, err = shardwise("evaluate", ckpt)
-    assert code == 1 and "no evaluations" in err
+    assert code == 2 and "no evaluations" in err
 
 
 def test_data_inspect_knows_the_byte_tokenizer(shardwise: Command, tmp_path: Path) -> None:

@@ -29,12 +29,19 @@ from shardwise.optim.schedules import consumed_before
 from shardwise.parallel import blocks
 from shardwise.parallel.mesh import pick_device
 from shardwise.rewards import TaskConfig
+from shardwise.rewards.task_configs import FileTaskConfig
 from shardwise.rewards.tasks import count, messages, prompt_messages
 from shardwise.stages.arithmetic import TRAINED, roles_in_use
 from shardwise.stages.base import ACTOR, SCORERS, evaluations_of, role_layout, role_of
 from shardwise.stages.bits import data_of
 from shardwise.stages.dpo_config import DpoConfig
-from shardwise.stages.evaluation_configs import BitsConfig, ContinuationsConfig, ProblemsConfig
+from shardwise.stages.evaluation_configs import (
+    BitsConfig,
+    ContinuationsConfig,
+    LmEvalConfig,
+    MultipleChoiceConfig,
+    ProblemsConfig,
+)
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.loop import flops_per_token
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
@@ -145,7 +152,9 @@ def _preferences(stage: DpoConfig, case: Case) -> Work | None:
 def _rollouts(stage: GrpoConfig | OnlineDpoConfig | PpoConfig, case: Case) -> Work:
     """Decoding, a forward pass of every role that is read, epochs of those that are trained."""
     prompt, answer = lengths(stage.task, case.tokenizer)
-    answer = min(answer, stage.sampling.max_new_tokens)
+    most = stage.sampling.max_new_tokens
+    # A file has bare answers; how much a model thinks before it is not in it.
+    answer = most if isinstance(stage.task, FileTaskConfig) else min(answer, most)
     row = prompt + stage.samples_per_prompt * answer
     read_first = getattr(stage, "needs_old_logprobs", isinstance(stage, PpoConfig))
     work = Work(decode=case.train(row, int(row)) / 3)
@@ -184,6 +193,22 @@ def _bits(evaluation: BitsConfig, case: Case) -> Work | None:
 def _continuations(evaluation: ContinuationsConfig, case: Case) -> Work:
     tokens = len(evaluation.prompts) * evaluation.sampling.max_new_tokens
     return Work(decode=case.train(tokens, evaluation.sampling.max_new_tokens) / 3)
+
+
+@work_of.register
+def _choices(evaluation: MultipleChoiceConfig, case: Case) -> Work:
+    """A row for each choice, with the question before it."""
+    questions = evaluation.questions()
+    sampled = [(q.text, c) for q in questions[:SAMPLED] for c in q.choices]
+    tokens = sum(len(case.tokenizer.encode(f"{text} {choice}")) for text, choice in sampled)
+    row = tokens / max(1, len(sampled))
+    return Work(rows=case.train(sum(len(q.choices) for q in questions) * row, int(row)) / 3)
+
+
+@work_of.register
+def _tasks(evaluation: LmEvalConfig, case: Case) -> None:
+    """The library alone knows them."""
+    return None
 
 
 def _bytes(sources: Sequence[DataSource]) -> float:
