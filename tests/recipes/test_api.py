@@ -12,7 +12,7 @@ import pytest
 import shardwise
 from shardwise.config.load import load_config
 from shardwise.data.tokenizer import ByteTokenizer
-from shardwise.errors import UserError
+from shardwise.errors import DataError, UserError
 from shardwise.recipes.api import Written, init
 from shardwise.recipes.model import open_start
 from tests.recipes.tiny import data_file, model_folder
@@ -128,6 +128,18 @@ def test_problems_are_parted_and_their_answers_found(model: Path, tmp_path: Path
     apart = data_file("grpo", "with steps", tmp_path / "apart", rows=30)
     text = refused(tmp_path, model, data, stage="grpo", held_out=apart, out=tmp_path / "b.yaml")
     assert "which is trained on" in text
+
+
+def test_columns_by_other_names(model: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i} and 1?", "answer": i + 1, "level": 2} for i in range(40)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"problems with columns: \{prompt: question\}"):
+        init(model, data, stage="grpo", out=tmp_path / "none.yaml")
+    named = {"prompt": "question"}
+    init(model, data, stage="grpo", columns=named, out=tmp_path / "recipe.yaml")
+    [stage] = load_config(tmp_path / "recipe.yaml").config.stages
+    assert stage.task.columns == named  # type: ignore[attr-defined]
 
 
 def test_prompts_that_leave_no_room(model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.cli.evaluate import named
 from shardwise.cli.output import JsonOption, NoVerify, emit
 
 
@@ -57,6 +58,10 @@ def init(
         str | None,
         typer.Option(metavar="FILE", help="Data to measure on; default: a share of DATA."),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="A column of DATA by another name; may repeat."),
+    ] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens of a row; default: by the data.")
     ] = None,
@@ -79,6 +84,7 @@ def init(
         ranks=ranks,
         gpu_memory=gpu_memory,
         held_out=held_out,
+        columns=named(column or [], "--column"),
         seq_len=seq_len,
         epochs=epochs,
         out=out,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def init(
     ranks: int | None = None,
     gpu_memory: float | None = None,
     held_out: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
     seq_len: int | None = None,
     epochs: float | None = None,
     out: str | Path = "recipe.yaml",
@@ -61,7 +63,8 @@ def init(
     file, folder, glob or ``hf:org/name``; its format is told from its rows. ``stage``: pretrain,
     sft, dpo, reward or grpo; ``adapter``: lora or qlora. Sizes are for ``ranks`` processes on this
     machine (default: one for each GPU, or one), or for GPUs of ``gpu_memory`` GiB on another.
-    ``held_out``: data to measure on; default: a share of ``data``. ``seq_len`` and ``epochs`` are
+    ``held_out``: data to measure on; default: a share of ``data``. ``columns``: our names of some
+    columns to the data's own, where they differ. ``seq_len`` and ``epochs`` are
     chosen unless they are given.
 
     Nothing is written unless the recipe loads, its layout and its memory fit and a sample of the
@@ -72,8 +75,8 @@ def init(
     target = _target(Path(out), force)
     machine = find_machine(ranks, gpu_memory)
     start = open_start(str(model))
-    found = look(str(data), stage)
-    apart = None if asked.held_out is None else look(asked.held_out, stage)
+    found = look(str(data), stage, columns)
+    apart = None if asked.held_out is None else look(asked.held_out, stage, columns)
     lengths = found.lengths(stage, start.tokenizer)
     measured = None if apart is None else apart.lengths(stage, start.tokenizer)
     facts = Facts(asked, start, found, lengths, machine, apart, measured)

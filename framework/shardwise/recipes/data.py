@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,17 @@ def as_task(section: dict[str, Any]) -> FileTaskConfig:
     return FileTaskConfig.model_validate_json(json.dumps(section), strict=True)
 
 
-def look(ref: str, stage: str) -> Data:
-    """Raises DataError for what cannot be told, and UserError for what ``stage`` cannot learn."""
+def look(ref: str, stage: str, columns: Mapping[str, str] | None = None) -> Data:
+    """``columns``: our names of some to the data's own.
+
+    Raises DataError for what cannot be told, and UserError for what ``stage`` cannot learn.
+    """
+    columns = dict(columns or {})
     try:
-        found = detect(ref, READS[stage])
+        found = detect(ref, READS[stage], columns=columns)
     except DataError:
-        found = detect(ref)
+        found = detect(ref, columns=columns)
+    found = dataclasses.replace(found, columns={**found.columns, **columns})
     if found.format not in READS[stage]:
         fits = [name for name, formats in READS.items() if found.format in formats]
         raise UserError(
