@@ -35,6 +35,14 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GEMMA3_ROPE = {
+    FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+OLMO3_ROPE = {
+    FULL: YARN_ROPE | {"rope_theta": 5e5, "attention_factor": 1.1},
+    SLIDING: {"rope_type": "default", "rope_theta": 5e5},
+}
 
 
 def hf_model(name: str) -> Any:
@@ -69,6 +77,26 @@ def hf_model(name: str) -> Any:
                 sliding_window=5,
                 attn_logit_softcapping=3.0,
                 final_logit_softcapping=5.0,
+            )
+        ),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(
+                **TINY,
+                head_dim=16,
+                query_pre_attn_scalar=24,
+                sliding_window=5,
+                final_logit_softcapping=5.0,
+                layer_types=[SLIDING, FULL, SLIDING],
+                rope_parameters=GEMMA3_ROPE,
+            )
+        ),
+        "olmo3": lambda: t.Olmo3ForCausalLM(
+            t.Olmo3Config(
+                **TINY,
+                pad_token_id=None,
+                sliding_window=5,
+                layer_types=[SLIDING, FULL, SLIDING],
+                rope_parameters=OLMO3_ROPE,
             )
         ),
         "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**TINY, pad_token_id=None)),
@@ -106,7 +134,9 @@ FAMILIES = (
     "smollm2",
     "ministral",
     "gemma2",
+    "gemma3",
     "olmo2",
+    "olmo3",
     "gpt2",
 )
 

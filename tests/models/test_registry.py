@@ -23,7 +23,7 @@ def test_families_are_registered_with_the_config_room() -> None:
     assert set(families()) == set(TABLES)
     for family in families():
         assert MODEL_CONFIGS[family] is config_class(family)
-    with pytest.raises(ConfigError, match="known: gemma2, gpt2, llama"):
+    with pytest.raises(ConfigError, match="known: gemma2, gemma3, gpt2, llama"):
         config_class("gtp2")
 
 

@@ -16,6 +16,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "llama": _SIZES | {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True},
     "gemma2": _SIZES
     | {"sliding_window": 40, "query_scale": 24, "attn_soft_cap": 2.0, "logit_soft_cap": 4.0},
+    "gemma3": _SIZES | {"sliding_window": 40, "query_scale": 24, "logit_soft_cap": 4.0},
+    "olmo3": _SIZES | {"sliding_window": 40, "tie_embeddings": False},
     "olmo2": _SIZES | {"tie_embeddings": False},
     "gpt2": {k: v for k, v in _SIZES.items() if k not in ("num_kv_heads", "ffn_size")},
 }

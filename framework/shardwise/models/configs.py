@@ -6,7 +6,7 @@ import dataclasses
 
 from shardwise.config.registry import register_model_config
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.dense import gemma2, gpt2, llama, olmo2
+from shardwise.models.dense import gemma2, gemma3, gpt2, llama, olmo2, olmo3
 from shardwise.models.dense.names import Names
 from shardwise.models.dense.release import Release
 
@@ -24,7 +24,9 @@ TABLES: dict[str, Table] = {
     "llama": Table(llama.LlamaConfig, llama.RELEASES),
     "gpt2": Table(gpt2.GPT2Config, (gpt2.RELEASE,), gpt2.NAMES),
     "gemma2": Table(gemma2.Gemma2Config, (gemma2.RELEASE,), gemma2.NAMES),
+    "gemma3": Table(gemma3.Gemma3Config, (gemma3.RELEASE,), gemma2.NAMES),
     "olmo2": Table(olmo2.Olmo2Config, (olmo2.RELEASE,), olmo2.NAMES),
+    "olmo3": Table(olmo3.Olmo3Config, (olmo3.RELEASE,), olmo2.NAMES),
 }
 
 for family, table in TABLES.items():

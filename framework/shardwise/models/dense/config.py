@@ -68,12 +68,14 @@ class DenseConfig(DecoderConfig):
         """Features of one head."""
         return self.head_dim or self.hidden_size // self.num_heads
 
+    def types(self) -> list[LayerType]:
+        """The attention of every layer."""
+        pattern: tuple[LayerType, ...] = getattr(self, "layer_types", None) or ("window",)
+        return [pattern[i % len(pattern)] for i in range(self.num_layers)]
+
     def windows(self) -> list[int | None]:
         """The sliding window of every layer, None for full attention."""
-        types: tuple[LayerType, ...] = getattr(self, "layer_types", None) or ("window",)
-        window = self.sliding_window
-        of_type = {"window": window, "full": None}
-        return [of_type[types[i % len(types)]] for i in range(self.num_layers)]
+        return [self.sliding_window if type_ == "window" else None for type_ in self.types()]
 
     def ropes(self) -> list[RopeSpec | None]:
         """The rotary positions of every layer, None for none."""

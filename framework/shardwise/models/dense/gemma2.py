@@ -54,6 +54,7 @@ class Gemma2Config(DenseConfig):
         )
 
 
+GEMMA_ONLY = {"hidden_activation": ("gelu_pytorch_tanh",)}
 GEMMA_DEFAULTS = {
     "head_dim": 256,
     "tie_word_embeddings": True,
@@ -71,9 +72,9 @@ RELEASE = Release(
         "attn_soft_cap": "attn_logit_softcapping",
         "logit_soft_cap": "final_logit_softcapping",
     },
-    only={"hidden_activation": ("gelu_pytorch_tanh",)},
+    only=GEMMA_ONLY,
     defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    parts=(HEAD_WIDTH, ROPE, ATTENTION_BIAS, window_types(lambda layer: layer % 2 == 1)),
+    parts=(HEAD_WIDTH, ROPE, ATTENTION_BIAS, window_types(2)),
 )
 NAMES = Names(
     layer=LAYER

@@ -127,9 +127,7 @@ RELEASES = (
         defaults={"mlp_bias": False},
     ),
     _release("mistral", "Mistral", HEAD_WIDTH, _MISTRAL_WINDOW, defaults=_MISTRAL),
-    _release(
-        "ministral", "Ministral", HEAD_WIDTH, window_types(lambda layer: False), defaults=_MISTRAL
-    ),
+    _release("ministral", "Ministral", HEAD_WIDTH, window_types(), defaults=_MISTRAL),
     _release(
         "qwen2",
         "Qwen2",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from shardwise.config.schema import PositiveFloat, PositiveInt, Section
 from shardwise.errors import CheckpointError
-from shardwise.models.dense.release import ROPE_WORDS, Fields, Part, Raw
+from shardwise.models.dense.release import ROPE_WORDS, WINDOW_WORDS, Fields, Part, Raw
 from shardwise.ops.rope_scaling import RopeScaling
 
 
@@ -184,13 +183,17 @@ def types_to_hf(windows: list[int | None]) -> list[str]:
     return [_NAMES["full" if w is None else "window"] for w in windows]
 
 
-def window_types(is_full: Callable[[int], bool]) -> Part:
-    """Layers by ``layer_types``; where they are not said, those of a number that is full are."""
+def window_types(every: int = 0, word: str | None = None) -> Part:
+    """Layers by ``layer_types``; where they are not said, one of ``every`` so many is full.
+
+    0: none is. ``word``: a key that may say another number.
+    """
 
     def read(raw: Raw) -> Fields:
         layers = range(raw["num_hidden_layers"])
         if raw.get("layer_types") is None:
-            types = ["full" if is_full(i) else "window" for i in layers]
+            number = every if word is None else raw.get(word, every)
+            types = ["full" if number and (i + 1) % number == 0 else "window" for i in layers]
         else:
             types = types_from_hf(raw)
         return {"sliding_window": raw["sliding_window"], "layer_types": pattern_of(types)}
@@ -198,7 +201,7 @@ def window_types(is_full: Callable[[int], bool]) -> Part:
     def write(c: Any) -> Fields:
         return {"sliding_window": c.sliding_window, "layer_types": types_to_hf(c.windows())}
 
-    return Part(("layer_types", "sliding_window"), read, write)
+    return Part(WINDOW_WORDS if word is None else (*WINDOW_WORDS, word), read, write)
 
 
 def pattern_of(values: list[Any]) -> tuple[Any, ...]:
