@@ -116,6 +116,10 @@ def _edit(path: Path, **changes: Any) -> None:
     ("changes", "said"),
     [
         ({"model_type": "bert"}, "'bert' is not supported"),
+        (
+            {"model_type": "gpt_oss", "num_local_experts": 8, "sinks": True},
+            "missing here: a mixture of experts; the nearest by its keys is llama, which does not",
+        ),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"mlp_bias": True}, r"missing.*mlp\.gate_proj\.bias"),
         ({"rope_scaling": {"rope_type": "fourier", "factor": 2.0}}, "'fourier'"),
