@@ -169,7 +169,7 @@ def compare(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]
             call(prompts)
             laps.add(title, clock.now() - start)
     rate = bandwidth()
-    num_bytes = config.matmul_parameters() * dtype.itemsize
+    num_bytes = config.spec.matmul_parameters() * dtype.itemsize
     limit = args.rows * rate / num_bytes
     total = args.rows * args.new
     rows, figures = [], {}

@@ -237,7 +237,7 @@ class Smoke:
         model = self.size.model
         tokens = self.size.rows * self.size.seq_len * self.world
         shape = FlopsShape(
-            num_params=model.matmul_parameters(),
+            num_params=model.spec.matmul_parameters(),
             num_layers=model.num_layers,
             attention_width=model.num_heads * model.head_width,
             seq_len=self.size.seq_len,

@@ -26,7 +26,7 @@ def _differences(layout: str) -> list[str]:
         for name, value in engine.full("weights")
         if not torch.equal(
             value,
-            init_tensor(name, tuple(value.shape), init_spec(name, 4), 5).double(),
+            init_tensor(name, tuple(value.shape), init_spec(name, MODEL.spec), 5).double(),
         )
     ]
 

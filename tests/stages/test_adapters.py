@@ -189,7 +189,7 @@ def refused(config: dict[str, Any]) -> tuple[int, str]:
 def test_weights_that_stand_still_have_no_gradients_to_count() -> None:
     model = toy.llama()
     saved = flops_per_token(model, 16) - flops_per_token(model, 16, adapts=True)
-    assert saved == 2 * model.matmul_parameters()
+    assert saved == 2 * model.spec.matmul_parameters()
 
 
 @pytest.mark.parametrize(

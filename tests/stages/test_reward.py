@@ -16,6 +16,7 @@ from shardwise.data.tokenizer import load_tokenizer
 from shardwise.models import registry
 from shardwise.models.common.init import load_weights
 from shardwise.ops.logits import selected_values
+from shardwise.rewards.task_configs import CountLettersConfig
 from shardwise.stages.rankings import made_rankings
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import TASK, metrics, recipe, run, run_and_die, weights
@@ -111,9 +112,8 @@ def test_transformers_gives_the_same_scores(ranks: RankPool, tmp_path: Path) -> 
     again = open_model(tmp_path / "hf")
     assert again.config == opened.config
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
-    from shardwise.rewards import TaskConfig
-
-    made = made_rankings(tokenizer, TaskConfig.model_validate(TASK), 3, 5, "held_out", 4)
+    task = CountLettersConfig.model_validate(TASK)
+    made = made_rankings(tokenizer, task, 3, 5, "held_out", 4)
     for ranking in made:
         batch = collate_rankings([ranking], [0], tokenizer.pad_id, num_real=1)
         with torch.no_grad():
