@@ -16,6 +16,7 @@ from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of, with_layouts, world_of
 from shardwise.verify.shrink import sizes
+from tests.support.families import SMALL, small
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 # Stages with roles cost many times what the others do.
@@ -106,7 +107,7 @@ def _layouts(rng: random.Random, stage: str) -> str:
 
 def _recipe(rng: random.Random, stage: str, precision: str, fp8: bool) -> dict[str, Any]:
     """A recipe of one stage."""
-    model = _quantised(rng) if fp8 else rng.choice((_llama, _llama, _gpt2))(rng)
+    model = _quantised(rng) if fp8 else rng.choice((_llama, _llama, _gpt2, _other))(rng)
     engine: dict[str, Any] = {
         "compile": False,
         "recompute": rng.choice(("none", "none", "selective", "full")),
@@ -202,6 +203,16 @@ def _gpt2(rng: random.Random) -> dict[str, Any]:
         "dropout": rng.choice((0.0, 0.1)),
         "max_seq_len": 1024,
     }
+
+
+def _other(rng: random.Random) -> dict[str, Any]:
+    """A family that neither of those is, with all its switches on."""
+    family = rng.choice([name for name in SMALL if name not in ("llama", "gpt2")])
+    model = small(family, num_layers=rng.choice((2, 3, 4, 6)), max_seq_len=1024)
+    model["vocab_size"] = rng.choice((0, 512, 1000 + rng.randrange(500)))
+    if "sliding_window" in model:
+        model["sliding_window"] = rng.randrange(8, 100)
+    return model
 
 
 def _quantised(rng: random.Random) -> dict[str, Any]:
