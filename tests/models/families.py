@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
+import transformers as t
 from torch import Tensor
 
 TINY: dict[str, Any] = {
@@ -43,102 +44,147 @@ OLMO3_ROPE = {
     FULL: YARN_ROPE | {"rope_theta": 5e5, "attention_factor": 1.1},
     SLIDING: {"rope_type": "default", "rope_theta": 5e5},
 }
+# Of all rows that tests have, none is shorter than the original: transformers turns by each batch.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.0, 1.0],
+    "long_factor": [1.0, 2.0, 4.0],
+}
+
+
+_MAKERS: dict[str, Callable[[], Any]] = {
+    "llama2": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY)),
+    "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE)),
+    "llama-yarn": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=YARN_ROPE)),
+    "llama-linear": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(
+            **TINY,
+            rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            mlp_bias=True,
+        )
+    ),
+    "llama-dynamic": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(
+            **TINY, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        )
+    ),
+    "llama-bias": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, attention_bias=True)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**TINY, sliding_window=5, head_dim=16)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**TINY, tie_word_embeddings=True)),
+    "qwen2-window": lambda: t.Qwen2ForCausalLM(
+        t.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    ),
+    "qwen3-types": lambda: t.Qwen3ForCausalLM(
+        t.Qwen3Config(
+            **TINY,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=0,
+            layer_types=[SLIDING, FULL, SLIDING],
+            rope_parameters=YARN_ROPE | {"truncate": False, "mscale": 1.5, "mscale_all_dim": 0.5},
+        )
+    ),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TINY, head_dim=16)),
+    "smollm2": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(**TINY | {"num_attention_heads": 2}, tie_word_embeddings=True)
+    ),
+    "ministral": lambda: t.MinistralForCausalLM(
+        t.MinistralConfig(
+            **TINY, sliding_window=5, head_dim=16, layer_types=[SLIDING, FULL, SLIDING]
+        )
+    ),
+    "gemma2": lambda: t.Gemma2ForCausalLM(
+        t.Gemma2Config(
+            **TINY,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=5,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=5.0,
+        )
+    ),
+    "gemma3": lambda: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(
+            **TINY,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=5,
+            final_logit_softcapping=5.0,
+            layer_types=[SLIDING, FULL, SLIDING],
+            rope_parameters=GEMMA3_ROPE,
+        )
+    ),
+    "olmo3": lambda: t.Olmo3ForCausalLM(
+        t.Olmo3Config(
+            **TINY,
+            pad_token_id=None,
+            sliding_window=5,
+            layer_types=[SLIDING, FULL, SLIDING],
+            rope_parameters=OLMO3_ROPE,
+        )
+    ),
+    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**TINY, pad_token_id=None)),
+    "gpt2": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(
+            vocab_size=96,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
+        )
+    ),
+    "smollm3": lambda: t.SmolLM3ForCausalLM(
+        t.SmolLM3Config(**TINY, pad_token_id=None, no_rope_layers=[1, 0, 1])
+    ),
+    "smollm3-window": lambda: t.SmolLM3ForCausalLM(
+        t.SmolLM3Config(
+            **TINY,
+            pad_token_id=None,
+            no_rope_layers=[1, 0, 1],
+            attention_bias=True,
+            mlp_bias=True,
+            use_sliding_window=True,
+            sliding_window=5,
+        )
+    ),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**TINY, pad_token_id=None, sliding_window=5)),
+    "phi4-longrope": lambda: t.Phi3ForCausalLM(
+        t.Phi3Config(
+            **TINY,
+            pad_token_id=None,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=4,
+            rope_parameters=LONGROPE,
+        )
+    ),
+    "granite": lambda: t.GraniteForCausalLM(
+        t.GraniteConfig(
+            **TINY,
+            embedding_multiplier=12.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.22,
+            logits_scaling=1.5,
+        )
+    ),
+}
+FAMILIES = tuple(_MAKERS)
 
 
 def hf_model(name: str) -> Any:
     """A transformers model with random weights that make every part of it matter."""
-    t = transformers
-    makers = {
-        "llama2": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY)),
-        "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE)),
-        "llama-yarn": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, rope_parameters=YARN_ROPE)),
-        "llama-bias": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TINY, attention_bias=True)),
-        "mistral": lambda: t.MistralForCausalLM(
-            t.MistralConfig(**TINY, sliding_window=5, head_dim=16)
-        ),
-        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**TINY, tie_word_embeddings=True)),
-        "qwen2-window": lambda: t.Qwen2ForCausalLM(
-            t.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-        ),
-        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TINY, head_dim=16)),
-        "smollm2": lambda: t.LlamaForCausalLM(
-            t.LlamaConfig(**TINY | {"num_attention_heads": 2}, tie_word_embeddings=True)
-        ),
-        "ministral": lambda: t.MinistralForCausalLM(
-            t.MinistralConfig(
-                **TINY, sliding_window=5, head_dim=16, layer_types=[SLIDING, FULL, SLIDING]
-            )
-        ),
-        "gemma2": lambda: t.Gemma2ForCausalLM(
-            t.Gemma2Config(
-                **TINY,
-                head_dim=16,
-                query_pre_attn_scalar=24,
-                sliding_window=5,
-                attn_logit_softcapping=3.0,
-                final_logit_softcapping=5.0,
-            )
-        ),
-        "gemma3": lambda: t.Gemma3ForCausalLM(
-            t.Gemma3TextConfig(
-                **TINY,
-                head_dim=16,
-                query_pre_attn_scalar=24,
-                sliding_window=5,
-                final_logit_softcapping=5.0,
-                layer_types=[SLIDING, FULL, SLIDING],
-                rope_parameters=GEMMA3_ROPE,
-            )
-        ),
-        "olmo3": lambda: t.Olmo3ForCausalLM(
-            t.Olmo3Config(
-                **TINY,
-                pad_token_id=None,
-                sliding_window=5,
-                layer_types=[SLIDING, FULL, SLIDING],
-                rope_parameters=OLMO3_ROPE,
-            )
-        ),
-        "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**TINY, pad_token_id=None)),
-        "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(
-                vocab_size=96,
-                n_embd=32,
-                n_layer=3,
-                n_head=4,
-                n_positions=64,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="eager",
-            )
-        ),
-    }
     torch.manual_seed(0)
-    model = makers[name]().eval()
+    model = _MAKERS[name]().eval()
     with torch.no_grad():
         for param in model.parameters():
             # Norms near one, biases near zero, but none of them trivially so.
             param.copy_(param + 0.2 * torch.randn_like(param))
     return model
-
-
-FAMILIES = (
-    "llama2",
-    "llama3",
-    "llama-yarn",
-    "llama-bias",
-    "mistral",
-    "qwen2",
-    "qwen2-window",
-    "qwen3",
-    "smollm2",
-    "ministral",
-    "gemma2",
-    "gemma3",
-    "olmo2",
-    "olmo3",
-    "gpt2",
-)
 
 
 def inputs(num_rows: int = 2, num_tokens: int = 40) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import CheckpointError
+from shardwise.models import travel
 from shardwise.models.common.init import init_weights, load_weights
 from shardwise.models.dense.gpt2 import GPT2Config
 from shardwise.models.dense.llama import LlamaConfig
@@ -139,6 +140,10 @@ def _edit(path: Path, **changes: Any) -> None:
         ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_local_experts": 8}, "num_local_experts"),
+        ({"model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers are 0, and there are 1"),
+        ({"model_type": "smollm3", "layer_types": ["sliding_attention"]}, "set use_sliding_window"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.3}, "rotates 1 of 4 features"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "longrope"),
         ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types of mistral"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
@@ -152,6 +157,17 @@ def test_configs_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], said: 
     _edit(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=said):
         _load(folder)
+
+
+def test_code_that_a_phi3_folder_names_is_not_needed(tmp_path: Path) -> None:
+    """Its releases came before transformers' class, and still name theirs."""
+    hf_model("phi3").save_pretrained(tmp_path / "theirs")
+    _edit(tmp_path / "theirs" / "config.json", auto_map={"AutoModelForCausalLM": "modeling_phi3.X"})
+    ours = _load(tmp_path / "theirs")
+    carried = travel.read(tmp_path / "theirs")
+    to_hf(tmp_path / "ours", ours.config, ours.named_parameters(), carried=carried)  # type: ignore[arg-type]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again).__module__ == "transformers.models.phi3.modeling_phi3"
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:

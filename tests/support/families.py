@@ -19,6 +19,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma3": _SIZES | {"sliding_window": 40, "query_scale": 24, "logit_soft_cap": 4.0},
     "olmo3": _SIZES | {"sliding_window": 40, "tie_embeddings": False},
     "olmo2": _SIZES | {"tie_embeddings": False},
+    "smollm3": _SIZES | {"sliding_window": 40, "layer_types": ["full", "window"]},
+    "phi3": _SIZES
+    | {
+        "partial_rotary_factor": 0.8,
+        "rope_scaling": {
+            "kind": "longrope",
+            "factor": 2.0,
+            "original_max_seq_len": 8,
+            "short_factor": [1.0, 1.0, 1.0],
+            "long_factor": [1.0, 1.5, 3.0],
+        },
+    },
+    "granite": _SIZES
+    | {"embed_scale": 12.0, "attn_scale": 0.1, "residual_scale": 0.22, "logit_divisor": 8.0},
     "gpt2": {k: v for k, v in _SIZES.items() if k not in ("num_kv_heads", "ffn_size")},
 }
 

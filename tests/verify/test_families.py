@@ -20,6 +20,9 @@ DAILY = {
     ("olmo2", "tp2.sp"),  # no norm in front, norms over cut heads
     ("olmo2", "tp4"),  # of which two ranks have the same
     ("olmo2", "dp2.zero3"),
+    ("smollm3", "pp2.1f1b"),  # layers without rotation
+    ("phi3", "cp2.ring"),  # heads rotated in part
+    ("granite", "tp2.sp"),  # constants in front of a cut head and behind row-parallel outputs
 }
 CASES = [
     pytest.param(f, x, marks=[] if (f, x) in DAILY else [pytest.mark.slow])

@@ -6,7 +6,7 @@ import dataclasses
 
 from shardwise.config.registry import register_model_config
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.dense import gemma2, gemma3, gpt2, llama, olmo2, olmo3
+from shardwise.models.dense import gemma2, gemma3, gpt2, granite, llama, olmo2, olmo3, phi3, smollm3
 from shardwise.models.dense.names import Names
 from shardwise.models.dense.release import Release
 
@@ -27,6 +27,9 @@ TABLES: dict[str, Table] = {
     "gemma3": Table(gemma3.Gemma3Config, (gemma3.RELEASE,), gemma2.NAMES),
     "olmo2": Table(olmo2.Olmo2Config, (olmo2.RELEASE,), olmo2.NAMES),
     "olmo3": Table(olmo3.Olmo3Config, (olmo3.RELEASE,), olmo2.NAMES),
+    "smollm3": Table(smollm3.SmolLM3Config, (smollm3.RELEASE,)),
+    "phi3": Table(phi3.Phi3Config, (phi3.RELEASE,), phi3.NAMES),
+    "granite": Table(granite.GraniteConfig, (granite.RELEASE,)),
 }
 
 for family, table in TABLES.items():

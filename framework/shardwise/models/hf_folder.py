@@ -133,8 +133,8 @@ def to_hf(
         said["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if said:
         _write_json(folder / travel.GENERATION, said)
-    # An absent bos or eos would fall back to the class's own, which may be outside the vocabulary.
-    raw = {"bos_token_id": None, "eos_token_id": None} | tokens | raw
+    # An absent one would fall back to the class's own, which may be outside the vocabulary.
+    raw = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | tokens | raw
     raw |= {"dtype" if "dtype" in raw else "torch_dtype": stored}
     _write_json(folder / travel.CONFIG, raw)
 

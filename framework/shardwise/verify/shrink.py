@@ -286,11 +286,11 @@ def _widths(
     for head_dim in head_widths:
         width = heads * head_dim
         if user.head_width * user.num_heads == user.hidden_size:
-            options.append(_with_widths(small, width, head_dim))
+            options.append(small.with_widths(width, head_dim))
             continue
         width += math.lcm(head_dim, multiple)
         more = range(0, max(1, tp if fp8 is None else 1))  # of which tp ranks leave something over
-        options += [_with_widths(small, width + n, head_dim) for n in more]
+        options += [small.with_widths(width + n, head_dim) for n in more]
     if stage.on_policy and user.hidden_size % DECODED == user.head_width % DECODED == 0:
         # What serves the user's rollouts serves the small model's. A head as wide as that is dear:
         # where a family allows it, the model is narrower than its heads.
@@ -298,7 +298,7 @@ def _widths(
         if own:
             width = min(width, 2 * max(DECODED, multiple))
         if width <= WIDEST_DECODED:
-            options = [_with_widths(small, width, max(DECODED, least))]
+            options = [small.with_widths(width, max(DECODED, least))]
     cut = [x for x in asked if x.shard > 1 or x.tp > 1]
 
     def divides(model: DecoderConfig, layout: Layout) -> Facts:
@@ -315,15 +315,6 @@ def _widths(
         left_over = user.ffn_width if fp8 is None else 0
         updates["ffn_size"] = narrow + (left_over - narrow) % pieces
     return found.model_copy(update=updates)
-
-
-def _with_widths(model: DecoderConfig, width: int, head_dim: int) -> DecoderConfig:
-    """Widths of a model and its heads; a head's is said where it does not follow."""
-    updates: dict[str, Any] = {"hidden_size": width}
-    if "head_dim" in type(model).model_fields:
-        said = getattr(model, "head_dim", None) or width != model.num_heads * head_dim
-        updates["head_dim"] = head_dim if said else None
-    return model.model_copy(update=updates)
 
 
 def _layers(

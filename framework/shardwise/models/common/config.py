@@ -51,6 +51,10 @@ class DecoderConfig(ModelConfig):
         """The same decoder with so many layers, of each kind that this one has while they last."""
         return self.model_copy(update={"num_layers": number})
 
+    def with_widths(self, hidden_size: int, head_width: int) -> Self:
+        """The same decoder with other widths, of heads too where a family's may be said."""
+        return self.model_copy(update={"hidden_size": hidden_size})
+
     def with_window(self, window: int) -> Self:
         """The same decoder, whose layers with a window see so many tokens."""
         return self

@@ -38,7 +38,7 @@ def refuse_foreign(raw: Mapping[str, Any], known: Collection[str] = ()) -> None:
 
     ``known`` keys are those that its family reads.
     """
-    if raw.get("auto_map"):
+    if raw.get("auto_map") and "auto_map" not in known:
         raise CheckpointError(
             "config.json: auto_map names code that computes the model, and such code is never run; "
             f"remove the key if transformers' own {raw.get('model_type')} computes the same"

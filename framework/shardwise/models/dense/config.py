@@ -59,6 +59,11 @@ class DenseConfig(DecoderConfig):
         return self
 
     @property
+    def spec(self) -> ModelSpec:
+        """See `DecoderConfig.spec`; of a family with switches of its own, that says them."""
+        return self.make_spec()
+
+    @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.num_kv_heads
@@ -125,13 +130,23 @@ class DenseConfig(DecoderConfig):
                 updates[key] = shortened(pattern, self.num_layers, number)
         return self.model_copy(update=updates)
 
+    def with_widths(self, hidden_size: int, head_width: int) -> Self:
+        """See `DecoderConfig.with_widths`."""
+        said = self.head_dim is not None or hidden_size != self.num_heads * head_width
+        updates = {"hidden_size": hidden_size, "head_dim": head_width if said else None}
+        made = self.model_copy(update=updates)
+        if (scaling := self.rope_scaling) is None:
+            return made
+        fitting = scaling.for_pairs(made.rope().width // 2)
+        return made.model_copy(update={"rope_scaling": fitting})
+
     def with_window(self, window: int) -> Self:
         """See `DecoderConfig.with_window`."""
         return self.model_copy(update={"sliding_window": window})
 
 
 # Keys whose values are repeated over the layers.
-PATTERNS = ("layer_types",)
+PATTERNS = ("layer_types", "rope_layers")
 
 
 def shortened(pattern: tuple[Any, ...], layers: int, number: int) -> tuple[Any, ...]:

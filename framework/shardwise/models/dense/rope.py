@@ -36,6 +36,9 @@ class RopeScalingConfig(Section):
 
     ``dynamic`` stretches nothing up to the original length, and no model is made for more with it:
     frequencies that follow a batch's length are another computation on each layout.
+    ``longrope`` has the long factors for all rows of a model whose max_seq_len is beyond the
+    original length, where transformers takes the short ones for short batches: for those, set
+    max_seq_len to the original length.
     """
 
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"] = Field(
@@ -86,6 +89,14 @@ class RopeScalingConfig(Section):
                 "each rotated pair"
             )
 
+    def for_pairs(self, number: int) -> RopeScalingConfig:
+        """The same for so many rotated pairs: of the factors that there are a pair each, some."""
+        updates = {}
+        for key in ("short_factor", "long_factor"):
+            if held := getattr(self, key):
+                updates[key] = tuple(held[i * len(held) // number] for i in range(number))
+        return self.model_copy(update=updates)
+
     def scaling(self, max_seq_len: int) -> RopeScaling | None:
         """As the rotary op takes it, for a model of this context."""
         if self.kind == "dynamic":
@@ -102,7 +113,7 @@ class RopeScalingConfig(Section):
 # --- transformers ---------------------------------------------------------------------------------
 
 _KINDS = {"su": "longrope"}  # words of old
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_of(raw: Raw) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def scaling_from_hf(rope: Raw, raw: Raw) -> RopeScalingConfig | None:
             f"{', '.join(_KEYS)}"
         )
     longest = int(raw.get("max_position_embeddings") or 2048)
-    original = int(rope.get(_ORIGINAL) or raw.get(_ORIGINAL) or longest)
+    original = int(raw.get(ORIGINAL) or rope.get(ORIGINAL) or longest)  # as theirs
     numbers: dict[str, Any] = {k: rope[k] for k in _KEYS[kind] if rope.get(k) is not None}
     if kind != "linear":
         numbers["original_max_seq_len"] = longest if kind == "dynamic" else original
@@ -136,7 +147,7 @@ def scaling_to_hf(said: RopeScalingConfig | None) -> dict[str, Any] | None:
         return None
     raw: dict[str, Any] = {"rope_type": said.kind, "factor": said.factor}
     if said.kind not in ("linear", "dynamic"):
-        raw[_ORIGINAL] = said.original_max_seq_len
+        raw[ORIGINAL] = said.original_max_seq_len
     plain = RopeScalingConfig(kind="linear", factor=1.0)
     for key in _KEYS[said.kind]:
         value = getattr(said, key)
