@@ -15,6 +15,7 @@ from shardwise.models import travel
 from shardwise.models.common.init import init_weights, load_weights
 from shardwise.models.dense.gpt2 import GPT2Config
 from shardwise.models.dense.llama import LlamaConfig
+from shardwise.models.dense.phi3 import Phi3Config
 from shardwise.models.registry import build, from_hf, from_hf_tensors, to_hf, to_hf_tensors
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -203,6 +204,13 @@ def test_index_cannot_point_outside(tmp_path: Path) -> None:
 def test_export_refuses_what_transformers_lacks(tmp_path: Path) -> None:
     config = LlamaConfig(**TINY, o_bias=True)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="no transformers class"):
+        to_hf(tmp_path, config, build(config).named_parameters())
+
+
+def test_export_refuses_a_rope_scaling_that_phi3_lacks(tmp_path: Path) -> None:
+    scaling = {"kind": "linear", "factor": 2.0}
+    config = Phi3Config(**TINY | {"rope_scaling": scaling})  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"linear: phi3.s class has longrope"):
         to_hf(tmp_path, config, build(config).named_parameters())
 
 

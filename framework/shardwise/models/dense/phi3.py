@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shardwise.errors import CheckpointError
 from shardwise.models.dense.config import DenseConfig
 from shardwise.models.dense.names import LAYER, Names
 from shardwise.models.dense.release import HEAD_WIDTH_BESIDE, ROPE_WORDS, Fields, Part, Raw, Release
@@ -32,10 +33,6 @@ class Phi3Config(DenseConfig):
                 f"partial_rotary_factor ({self.partial_rotary_factor}) rotates {width} of "
                 f"{self.head_width} features of a head; their number must be even"
             )
-        if self.rope_scaling is not None and self.rope_scaling.kind != "longrope":
-            raise ValueError(
-                f"rope_scaling.kind {self.rope_scaling.kind}: phi3 has longrope, llama has others"
-            )
         return self
 
     def rope(self) -> RopeSpec:
@@ -55,11 +52,14 @@ def _rope_from_hf(raw: Raw) -> Fields:
     rope = rope_of(raw)
     if rope.get("rope_type", rope.get("type")) == "yarn":  # what its first releases called it
         rope["rope_type"] = "longrope"
+    scaling = scaling_from_hf(rope, raw)
+    if scaling is not None and scaling.kind != "longrope":
+        raise CheckpointError(f"config.json: rope type {scaling.kind}: phi3's class has longrope")
     said = {"rope_theta": raw["rope_theta"], _PARTIAL: raw.get(_PARTIAL, 1.0)} | rope
     return {
         "rope_base": float(said["rope_theta"]),
         "partial_rotary_factor": said[_PARTIAL],
-        "rope_scaling": scaling_from_hf(rope, raw),
+        "rope_scaling": scaling,
     }
 
 
@@ -72,7 +72,7 @@ def _rope_to_hf(c: Any) -> Fields:
     rope, left_out = scaling_to_hf(scaling) or {}, {"rope_type", ORIGINAL}
     if scaling.factor == c.max_seq_len / scaling.original_max_seq_len:
         left_out.add("factor")  # transformers 4 takes three keys, and the factor from the lengths
-    rope = {"type": "longrope"} | {k: v for k, v in rope.items() if k not in left_out}
+    rope = {"type": scaling.kind} | {k: v for k, v in rope.items() if k not in left_out}
     return said | {"rope_scaling": rope, ORIGINAL: scaling.original_max_seq_len}
 
 
