@@ -278,14 +278,16 @@ def a_micro_batch_dropped() -> Iterator[Any]:
 
 @bug("llama", "pretrain", "dp2.zero3.pp2.zbv")
 def weight_pass_after_zero3_freed_the_weights() -> Iterator[Any]:
-    real = tensor._add_grad
+    from shardwise.parallel import swapped
+
+    real = swapped._add_grad
 
     def add(parameter: Tensor, grad: Tensor) -> None:
         freed = tensor.local(parameter).untyped_storage().size() == 0
         real(parameter, grad * 0.0 if freed else grad)
 
     # Only here are blocks wrapped one by one on a CPU, hence freed between passes.
-    yield _patch(tensor, "_add_grad", add)
+    yield _patch(swapped, "_add_grad", add)
 
 
 @bug("llama", "pretrain", "pp2.interleavedzb.v2")
