@@ -23,6 +23,7 @@ from torch import Tensor
 from shardwise import checkpoint
 from shardwise.checkpoint import megatron_names, torch_dist
 from shardwise.checkpoint.convert import convert, open_model
+from shardwise.config.load import load_config
 from shardwise.engines.base import Setup
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.registry import build_engine
@@ -32,6 +33,7 @@ from shardwise.models import registry
 from shardwise.parallel.layout import parse_layout
 from tests.support import toy
 from tests.support.engines import CPU, LR, OPTIMIZER, copies
+from tests.support.families import small
 from tests.support.pool import RankPool
 
 pytest.importorskip("megatron.core")
@@ -39,6 +41,7 @@ pytest.importorskip("megatron.core")
 LLAMA = toy.llama(num_layers=4, qkv_bias=True)
 UNTIED = toy.llama(num_layers=3, tie_embeddings=False, head_dim=12, qk_norm=True)
 GPT2 = toy.gpt2(dropout=0.0, attn_dropout=0.0, embed_dropout=0.0)
+PRETRAIN = {"kind": "pretrain", "steps": 1}
 CASES = [("tp2", LLAMA), ("pp2", LLAMA), ("tp2", UNTIED), ("pp2", UNTIED), ("tp2", GPT2)]
 
 
@@ -266,12 +269,20 @@ def test_megatron_loads_what_is_written(
     assert_equal(tmp_path / "native", wanted)
 
 
-def test_what_megatron_has_no_place_for_is_refused(tmp_path: Path) -> None:
-    model = toy.llama(qkv_bias=True)
-    named = [("layers.0.attn.q.norm", torch.zeros(1))]
-    assert not list(megatron_names.parts(model, []))
-    with pytest.raises(KeyError):
-        list(megatron_names.parts(model, named))
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "olmo2", "olmo3"])
+def test_a_model_that_megatron_would_compute_otherwise_is_refused(
+    saved: Callable[..., Saved], tmp_path: Path, family: str
+) -> None:
+    """Granite's tensors have Llama's names: its multipliers would be lost in silence."""
+    model = load_config({"model": small(family, vocab_size=61), "stages": [PRETRAIN]}).config.model
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in registry.build(model).named_parameters()}
+    registry.to_hf(tmp_path / "hf", model, ((n, torch.zeros(s)) for n, s in shapes.items()))
+    with pytest.raises(UserError, match=f"{family} computes"):
+        convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    with pytest.raises(UserError, match=f"{family} computes"):
+        convert(saved()[0], tmp_path / "out", "native", base=tmp_path / "hf", trust_pickle=True)
+    assert not (tmp_path / "megatron").exists() and not (tmp_path / "out").exists()
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -17,13 +17,38 @@ from shardwise.checkpoint.torch_dist import MASTERS, Checkpoint
 from shardwise.checkpoint.torch_dist_write import Part
 from shardwise.errors import UserError
 from shardwise.models.common.config import DecoderConfig
+from shardwise.models.common.spec import beyond
+
+# Of a spec, what Megatron's parts compute; windows and rotation are of its arguments.
+_OF_MODEL = {"tied", "learned_positions", "embed_dropout"}
+_OF_LAYER = {"window", "rope", "qkv_bias", "o_bias", "qk_norm", "attn_dropout", "dropout"}
+_OF_LAYER |= {"gated", "activation", "mlp_bias"}
 
 View = Callable[[Tensor], Tensor]  # our part of theirs
 LAYERS = "decoder.layers."
 
 
+def beyond_megatron(config: DecoderConfig) -> str | None:
+    """The first switch of a model that Megatron's would leave out; None: there is none."""
+    spec = config.spec
+    field = beyond(spec, _OF_MODEL) or beyond(spec.norm, {"kind", "eps"})
+    field = field or next((f for x in spec.layers if (f := beyond(x, _OF_LAYER))), None)
+    if field is None and spec.layer.qk_norm == "projection":
+        return "qk_norm over all heads"
+    return field
+
+
+def _refuse(config: DecoderConfig) -> None:
+    """Raise UserError for a model whose tensors would fit, and compute something else."""
+    if (field := beyond_megatron(config)) is not None:
+        raise UserError(
+            f"model.family: {config.family} computes {field}, and Megatron's model does not"
+        )
+
+
 def weights(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
     """Masters where there are some. Raises UserError for those of another model."""
+    _refuse(config)
     masters = next((found.states[kind] for kind in MASTERS if kind in found.states), found)
     return _named(masters, config)
 
@@ -87,8 +112,9 @@ def _viewed(
 def parts(config: DecoderConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[Part]:
     """Megatron's tensors of a stream of ours, each as soon as all of ours in it have come.
 
-    Raises UserError for a part that Megatron's model does not have.
+    Raises UserError for a part or a switch that Megatron's model does not have.
     """
+    _refuse(config)
     rows = {ours: (options[0], view) for ours, options, view in _rows(config)}
     shapes = config.spec.shapes()
     within: dict[tuple[str, int | None], list[str]] = {}

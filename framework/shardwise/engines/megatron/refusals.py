@@ -9,17 +9,13 @@ import dataclasses
 from collections.abc import Callable
 
 from shardwise.adapters.trained import EVERYTHING, Trained
+from shardwise.checkpoint.megatron_names import beyond_megatron
 from shardwise.config.optimizers import OptimizerConfig
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.common.spec import beyond
 from shardwise.parallel.layout import Layout
 
-# Of a spec, what its parts compute; windows and rotation of a layer are ours.
-OF_MODEL = {"tied", "learned_positions", "embed_dropout"}
-OF_LAYER = {"window", "rope", "qkv_bias", "o_bias", "qk_norm", "attn_dropout", "dropout"}
-OF_LAYER |= {"gated", "activation", "mlp_bias"}
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("1f1b", "interleaved")
 
@@ -46,11 +42,7 @@ def _without_gpu(case: Case) -> str | None:
 
 
 def _switches(case: Case) -> str | None:
-    spec = case.model.spec
-    field = beyond(spec, OF_MODEL) or beyond(spec.norm, {"kind", "eps"})
-    field = field or next((f for x in spec.layers if (f := beyond(x, OF_LAYER))), None)
-    if field is None and spec.layer.qk_norm == "projection":
-        field = "qk_norm over all heads"
+    field = beyond_megatron(case.model)
     if field is None:
         return None
     return (

@@ -149,6 +149,13 @@ class DenseConfig(DecoderConfig):
 PATTERNS = ("layer_types", "rope_layers")
 
 
+class BiasedConfig(DenseConfig):
+    """What families have that may have biases in attention."""
+
+    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
+    o_bias: bool = Field(False, description="bias of attention's output")
+
+
 def shortened(pattern: tuple[Any, ...], layers: int, number: int) -> tuple[Any, ...]:
     """A pattern for fewer layers that has each of its values, in order, while there is room."""
     whole = [pattern[i % len(pattern)] for i in range(layers)]

@@ -8,18 +8,16 @@ from pydantic import Field
 
 from shardwise.config.schema import PositiveFloat, PositiveInt
 from shardwise.models.common.spec import ModelSpec, NormSpec
-from shardwise.models.dense.config import DenseConfig, LayerTypes
+from shardwise.models.dense.config import BiasedConfig, LayerTypes
 from shardwise.models.dense.names import LAYER, Names
 from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH, Release
 from shardwise.models.dense.rope import ROPE, window_types
 
 
-class Gemma2Config(DenseConfig):
+class Gemma2Config(BiasedConfig):
     """Norms scale by 1 + weight, and the embedding by the root of its width."""
 
     family: Literal["gemma2"] = "gemma2"
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
     query_scale: PositiveInt = Field(
         256, description="scores are divided by its root, whatever the heads' width"
     )

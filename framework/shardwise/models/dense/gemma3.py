@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shardwise.config.schema import PositiveFloat, PositiveInt
 from shardwise.models.common.spec import ModelSpec, NormSpec
-from shardwise.models.dense.config import Base, DenseConfig, LayerTypes
+from shardwise.models.dense.config import Base, BiasedConfig, LayerTypes
 from shardwise.models.dense.gemma2 import GEMMA_DEFAULTS, GEMMA_ONLY
 from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH, Release
 from shardwise.models.dense.rope import window_types
@@ -16,12 +16,10 @@ from shardwise.models.dense.rope_by_type import ropes_by_type, ropes_of
 from shardwise.ops.rope_scaling import RopeSpec
 
 
-class Gemma3Config(DenseConfig):
+class Gemma3Config(BiasedConfig):
     """Gemma 2's blocks, with norms of queries and keys in place of soft caps."""
 
     family: Literal["gemma3"] = "gemma3"
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
     query_scale: PositiveInt = Field(
         256, description="scores are divided by its root, whatever the heads' width"
     )

@@ -8,17 +8,15 @@ from pydantic import Field
 
 from shardwise.config.schema import PositiveFloat
 from shardwise.models.common.spec import ModelSpec
-from shardwise.models.dense.config import DenseConfig
+from shardwise.models.dense.config import BiasedConfig
 from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH_BESIDE, Release
 from shardwise.models.dense.rope import ROPE
 
 
-class GraniteConfig(DenseConfig):
+class GraniteConfig(BiasedConfig):
     """The constants keep activations alike at every width and depth (maximal update)."""
 
     family: Literal["granite"] = "granite"
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
     mlp_bias: bool = Field(False, description="biases of the feed-forward")
     embed_scale: PositiveFloat = Field(1.0, description="of embeddings", examples=[12.0])
     attn_scale: PositiveFloat = Field(

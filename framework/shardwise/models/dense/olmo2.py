@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from shardwise.models.common.spec import ModelSpec
-from shardwise.models.dense.config import DenseConfig
+from shardwise.models.dense.config import BiasedConfig
 from shardwise.models.dense.names import LAYER, Names
 from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH_BESIDE, Release
 from shardwise.models.dense.rope import ROPE
 
 
-class Olmo2Config(DenseConfig):
+class Olmo2Config(BiasedConfig):
     """A decoder whose branches read the residual stream as it is."""
 
     family: Literal["olmo2"] = "olmo2"
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
 
     @property
     def spec(self) -> ModelSpec:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shardwise.config.schema import PositiveInt
 from shardwise.models.common.spec import ModelSpec
-from shardwise.models.dense.config import Base, DenseConfig, LayerTypes
+from shardwise.models.dense.config import Base, BiasedConfig, LayerTypes
 from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH_BESIDE, Release
 from shardwise.models.dense.rope import window_types
 from shardwise.models.dense.rope_by_type import ropes_by_type, ropes_of
@@ -17,12 +17,10 @@ from shardwise.ops.rope_scaling import RopeSpec
 _BASE = 500_000.0
 
 
-class Olmo3Config(DenseConfig):
+class Olmo3Config(BiasedConfig):
     """A decoder whose branches read the residual stream as it is."""
 
     family: Literal["olmo3"] = "olmo3"
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
     rope_base: Base = Field(_BASE, description="base of the rotary wavelengths, in full attention")
     local_rope_base: Base = Field(_BASE, description="the same in layers with a window")
     sliding_window: PositiveInt | None = Field(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shardwise.errors import CheckpointError
 from shardwise.models.common.spec import ModelSpec
-from shardwise.models.dense.config import Base, DenseConfig, LayerTypes
+from shardwise.models.dense.config import Base, BiasedConfig, LayerTypes
 from shardwise.models.dense.release import (
     ATTENTION_BIAS,
     HEAD_WIDTH_BESIDE,
@@ -22,7 +22,7 @@ from shardwise.models.dense.rope import ROPE, AsTuple, pattern_of, types_from_hf
 from shardwise.ops.rope_scaling import RopeSpec
 
 
-class SmolLM3Config(DenseConfig):
+class SmolLM3Config(BiasedConfig):
     """Layers without positions see the order of tokens by the causal mask alone."""
 
     family: Literal["smollm3"] = "smollm3"
@@ -37,8 +37,6 @@ class SmolLM3Config(DenseConfig):
         description="attention of the layers, repeated over them; null: all with the window",
         examples=[["window", "full"]],
     )
-    qkv_bias: bool = Field(False, description="biases of queries, keys and values")
-    o_bias: bool = Field(False, description="bias of attention's output")
     mlp_bias: bool = Field(False, description="biases of the feed-forward")
 
     def ropes(self) -> list[RopeSpec | None]:
