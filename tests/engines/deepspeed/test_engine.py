@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,8 @@ def test_ranks_hold_parts_of_masters(ranks: RankPool, layout: str) -> None:
     assert max(held) < 0.6 * sum(sizes.values())
 
 
-def written_from_outside(layout: str) -> bool:
-    it = deepspeed(layout)
+def written_from_outside(make: Callable[..., Engine], *how: Any, **keys: Any) -> bool:
+    it = make(*how, **keys)
     for _, weight in it.held("weights"):
         local_tensor(weight).mul_(1.5)
     update(it, 0)
@@ -165,19 +166,19 @@ def written_from_outside(layout: str) -> bool:
 
 @pytest.mark.parametrize("layout", ["dp2.zero2", "dp2.zero3"])
 def test_what_is_written_into_masters_computes(ranks: RankPool, layout: str) -> None:
-    assert all(ranks.run(written_from_outside, layout, world=2))
+    assert all(ranks.run(written_from_outside, deepspeed, layout, world=2))
 
 
-def resumes(layout: str, precision: str, folder: Path) -> bool:
+def resumes(folder: Path, make: Callable[..., Engine], *how: Any, **keys: Any) -> bool:
     """Three updates, and two, a save, a load into another engine, one."""
-    it = deepspeed(layout, precision=precision)
+    it = make(*how, **keys)
     for step in range(3):
         if step == 2:
             state = it.state_dict()
             checkpoint.save(folder, 2, state.tensors, state.meta)
         update(it, step, [2, 2])
         it.step(LR)
-    again = deepspeed(layout, precision=precision)
+    again = make(*how, **keys)
     state = again.state_dict()
     again.load_state_dict(checkpoint.load(folder, state.tensors))
     update(again, 2, [2, 2])
@@ -193,7 +194,8 @@ def resumes(layout: str, precision: str, folder: Path) -> bool:
     "layout,precision", [("dp2.zero0", "fp32"), ("dp2.zero1", "bf16"), ("dp2.zero3", "bf16")]
 )
 def test_a_resume_is_bitwise(ranks: RankPool, layout: str, precision: str, tmp_path: Path) -> None:
-    assert all(ranks.run(resumes, layout, precision, tmp_path / "saved", world=2))
+    saved = tmp_path / "saved"
+    assert all(ranks.run(resumes, saved, deepspeed, layout, precision=precision, world=2))
 
 
 # --- roles, adapters, refusals ------------------------------------------------------------------

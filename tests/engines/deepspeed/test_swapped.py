@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from shardwise import checkpoint
 from shardwise.engines.deepspeed.engine import DeepSpeedEngine
-from shardwise.parallel.full_tensor import local_tensor
-from tests.engines.deepspeed.test_engine import deepspeed
+from tests.engines.deepspeed.test_engine import deepspeed, resumes, written_from_outside
 from tests.support import toy
-from tests.support.engines import LR, assert_same, copies, plain, train, update
+from tests.support.engines import assert_same, plain, train
 from tests.support.pool import RankError, RankPool
 
 pytest.importorskip("deepspeed")
@@ -52,49 +49,17 @@ def test_updates_equal_the_plain_engines(ranks: RankPool, tmp_path: Path, params
     assert not list(tmp_path.iterdir()), "what was offloaded is removed at the end"
 
 
-def resumes(folder: Path, params: bool, precision: str) -> bool:
-    """Three updates, and two, a save, a load into another engine, one."""
-    it = engine(folder, params, precision=precision)
-    for step in range(3):
-        if step == 2:
-            state = it.state_dict()
-            checkpoint.save(folder / "saved", 2, state.tensors, state.meta)
-        update(it, step, [2, 2])
-        it.step(LR)
-    again = engine(folder, params, precision=precision)
-    state = again.state_dict()
-    again.load_state_dict(checkpoint.load(folder / "saved", state.tensors))
-    update(again, 2, [2, 2])
-    again.step(LR)
-    return all(
-        torch.equal(a, b)
-        for kind in ("weights", "exp_avg", "exp_avg_sq")
-        for a, b in zip(copies(it, kind).values(), copies(again, kind).values(), strict=True)
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("params,precision", [(False, "fp32"), (True, "bf16")])
 def test_a_resume_is_bitwise(ranks: RankPool, tmp_path: Path, params: bool, precision: str) -> None:
-    assert all(ranks.run(resumes, tmp_path, params, precision, world=2, timeout=BUILD_S))
-
-
-def written_from_outside(folder: Path) -> bool:
-    it = engine(folder, True)
-    for _, weight in it.held("weights"):
-        local_tensor(weight).mul_(1.5)
-    update(it, 0)
-    copies_of = dict(it.held("copies"))
-    return all(
-        torch.equal(local_tensor(copies_of[n]), local_tensor(w))
-        for n, w in it.held("weights")
-        if n in copies_of
-    )
+    how = (tmp_path / "saved", engine, tmp_path, params)
+    assert all(ranks.run(resumes, *how, precision=precision, world=2, timeout=BUILD_S))
 
 
 @pytest.mark.slow
 def test_what_is_written_into_masters_computes(ranks: RankPool, tmp_path: Path) -> None:
-    assert all(ranks.run(written_from_outside, tmp_path, world=2, timeout=BUILD_S))
+    how = (engine, tmp_path, True)
+    assert all(ranks.run(written_from_outside, *how, world=2, timeout=BUILD_S))
 
 
 def nowhere(folder: Path) -> None:
