@@ -41,11 +41,9 @@ checks: venv
 docs: venv
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build
 
-# Two workers for two cores, a file on one of them; but `tests/verify` starts up to eight ranks at a
-# time, and two such worlds at once would wait for each other's turns.
+# Two workers for two cores, a file on one of them.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore tests/verify -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 prove: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[prove]'

@@ -55,6 +55,14 @@ add(
     changes=of("adafactor"),
 )  # fmt: skip
 add(
+    "adafactors_mean_of_rows_that_ranks_share",
+    PARTS, "llama pretrain tp2", "tp", "weight",
+    Edit("optim/factored.py",
+         "mean = parts.total(row.sum(), param, 0) / rows",
+         "mean = parts.total(row.sum(), param) / rows"),
+    changes=of("adafactor"),
+)  # fmt: skip
+add(
     "adafactors_size_of_the_local_part",
     PARTS, "llama pretrain dp2.zero3", "dp", "weight",
     Edit("optim/factored.py",

@@ -46,6 +46,10 @@ def test_every_word_once_in_and_out_over_all_data_ranks(size: int) -> None:
     assert samples.unique().numel() == samples.numel()
 
 
+def test_a_rank_outside_of_an_engine_has_no_rows() -> None:
+    assert extremes.extreme_batches(engine_of(rank=-1, size=2), MODEL, 2) == []
+
+
 def test_a_row_begins_documents_where_another_does_not() -> None:
     [batch] = extremes.extreme_batches(engine_of(), MODEL, 1)
     assert batch.segment_ids_BT is not None

@@ -49,6 +49,15 @@ def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> Non
     assert {"values", "advantages", "returns", "gradient", "loss"} <= verdict.worst.keys()
 
 
+@pytest.mark.slow
+def test_the_whole_path_of_roles_that_share_no_rank(ranks: RankPool) -> None:
+    """The first rank is outside of the actor."""
+    whole = Verifier(suite.recipe("llama"), ranks, whole=True)
+    verdict = whole.check("ppo", "critic=dp1@0,actor=dp1@1")
+    whole.close()
+    assert verdict.passed, verdict.sentence()
+
+
 # Every day, one that is first seen in each kind of value.
 DAILY = {first: name for name, first in FIRST.items()}.values()
 

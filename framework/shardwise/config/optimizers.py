@@ -20,6 +20,8 @@ SMALL_RATE = 3e-4
 # Sizes that some elements or tensors of a small model are below and others above: of gradients,
 # clipped to `verify.shrink.SMALL_NORM`, of their mean squares, and of weights.
 SMALL_GRADIENT, SMALL_SQUARE, SMALL_WEIGHT = 1e-5, 2.5e-9, 1e-2
+# At 1, every matrix's update is cut to it, and what all of it is multiplied by leaves no trace.
+SMALL_UPDATE = 1.1
 
 
 class ParameterGroup(Section):
@@ -199,7 +201,7 @@ class FactoredConfig(OptimizerConfig):
         bounds = {
             "eps1": max(self.eps1, SMALL_SQUARE),
             "eps2": max(self.eps2, SMALL_WEIGHT),
-            "clip_threshold": 1.0,
+            "clip_threshold": SMALL_UPDATE,
         }
         return super().shrunk().model_copy(update=bounds)
 

@@ -86,8 +86,11 @@ def _unit(value: Tensor) -> Tensor:
 def extreme_batches(engine: Engine, model: DecoderConfig, count: int) -> list[MicroBatch]:
     """This rank's ``count`` micro-batches of rows in which every word stands, and is a target.
 
-    On all ranks together the same rows, and others behind them without a valid token.
+    On all ranks together the same rows, and others behind them without a valid token; none on a
+    rank that is outside of the engine.
     """
+    if engine.data_rank < 0:
+        return []
     words, count = model.vocab_size, max(count, 1)
     num_tokens = min(MOST_TOKENS, model.max_seq_len)
     needed = -(-words // num_tokens)
@@ -111,8 +114,7 @@ def extreme_batches(engine: Engine, model: DecoderConfig, count: int) -> list[Mi
         sample_ids_B=FIRST_SAMPLE + torch.arange(rows),
         segment_ids_BT=(index_T >= first_R1).long(),
     )
-    own = max(engine.data_rank, 0)
-    return whole.split(rows // parts)[own :: engine.data_size]
+    return whole.split(rows // parts)[engine.data_rank :: engine.data_size]
 
 
 def _read(model: DecoderConfig, outputs: Any, batch: MicroBatch) -> Tensor:
