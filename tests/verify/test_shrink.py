@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardwise.config.load import load_config
-from shardwise.config.registry import register_stage_config
+from shardwise.config.registry import STAGE_CONFIGS
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import BatchConfig, SmallSizes, StageConfig
 from shardwise.data.config import DataConfig
@@ -285,14 +285,16 @@ def test_the_actor_is_trained_whatever_its_warm_up(tmp_path: Path) -> None:
     assert small(ppo(critic_warmup_steps=0), "ppo", tmp_path).critic_warmup_steps == 0
 
 
-def test_a_stage_that_declares_nothing_is_made_small(tmp_path: Path) -> None:
+def test_a_stage_that_declares_nothing_is_made_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As one of another package may."""
 
     class Plain(StageConfig):
         kind: Literal["plain_stage"]
         texts: DataConfig = DataConfig()
 
-    register_stage_config("plain_stage", Plain)
+    monkeypatch.setitem(STAGE_CONFIGS, "plain_stage", Plain)
     recipe = suite.recipe("llama")
     recipe["stages"] = [{"kind": "plain_stage", "steps": 100, "batch": {"global_batch": 512}}]
     stage = small(load_config(recipe).config, "plain_stage", tmp_path)
