@@ -15,9 +15,11 @@ import torch.distributed as dist
 from shardwise.config.schema import AdamWConfig, NativeConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.memory import activations
+from shardwise.models.registry import config_class
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh
 from tests.support import toy
+from tests.support.families import small
 from tests.support.pool import RankPool
 
 
@@ -102,7 +104,11 @@ def step(
 ) -> tuple[dict[str, int], dict[str, int], int]:
     """(measured, by the formulas, what of buffers is not known) of one step in micro-batches."""
     sizes = {"hidden_size": 64, "num_layers": 3, "ffn_size": 160, "vocab_size": 512}
-    model = toy.llama(**sizes | changes)
+    if (family := changes.get("family")) is not None:
+        heads = {"num_heads": 4, "num_kv_heads": 2}
+        model = config_class(family).model_validate(small(family, **sizes, **heads))
+    else:
+        model: Any = toy.llama(**sizes | changes)
     mesh = build_mesh(parse_layout(layout, dist.get_world_size()), torch.device("cpu"))
     config = NativeConfig.model_validate({"layout": layout, "compile": False} | engine)
     it = NativeEngine(model, config, mesh, seed=3, optimizer=AdamWConfig())
@@ -148,6 +154,11 @@ ODD = {"vocab_size": 301, "tie_embeddings": False}
         ({"num_layers": 4}, "pp2.zbv", 2, 4, {"precision": "bf16"}),
         ({}, "cp2", 2, 1, {"precision": "bf16"}),
         ({"num_kv_heads": 1}, "cp2.ulysses", 2, 1, {"precision": "bf16"}),
+        ({"qk_norm": True}, "tp2", 2, 1, {"precision": "bf16"}),
+        ({"family": "gemma2"}, "dp1.zero0", 1, 1, {"precision": "bf16"}),
+        ({"family": "gemma3"}, "tp2.sp", 2, 1, {"precision": "bf16"}),
+        ({"family": "olmo2"}, "pp2", 2, 4, {"precision": "fp32"}),
+        ({"family": "olmo3"}, "tp2", 2, 1, {"precision": "bf16"}),
     ],
 )
 def test_formulas_describe_the_engine(

@@ -37,6 +37,15 @@ def _norm(model: ModelShape, place: Place, work: Work) -> int:
     return work.wide_bytes * stream_tokens(place, work) * (2 * model.hidden_size + 1)
 
 
+def _qk_norms(model: ModelShape, place: Place, work: Work) -> int:
+    """The same of queries and keys, over each head or over all of them."""
+    if model.qk_norm is None:
+        return 0
+    width = query_width(model, place) + used_kv_width(model, place)
+    sums = width // model.head_width if model.qk_norm == "head" else 2
+    return work.wide_bytes * tokens(place, work) * (2 * width + sums)
+
+
 def _attention(model: ModelShape, place: Place, work: Work) -> int:
     """Rotated queries and keys, values, log-sum-exp, and the result.
 
@@ -49,13 +58,14 @@ def _attention(model: ModelShape, place: Place, work: Work) -> int:
         kv *= math.lcm(model.num_kv_heads, place.cp) // model.num_kv_heads
     ring = place.cp > 1 and place.cp_kind == "ring"
     ours = work.device == "cpu" and work.compute_bytes < 8 and model.head_width % 16 == 0
+    ours = ours and not model.soft_capped_scores  # no kernel knows a cap
     results = 1 if ours and not ring else 2
     lse = work.wide_bytes * q // model.head_width
     return n * (work.compute_bytes * (q + 2 * kv + results * q) + lse)
 
 
 def block(model: ModelShape, place: Place, work: Work) -> int:
-    """A block without recompute: 2 norms, 2 inputs of products, attention, 4 x feed-forward.
+    """A block without recompute: norms, 2 inputs of products, attention, 4 x feed-forward.
 
     Of the feed-forward: gate, silu(gate), up, and their product.
     """
@@ -71,7 +81,8 @@ def block(model: ModelShape, place: Place, work: Work) -> int:
             seen, between = n, -(-between // place.tp)
         kept = 2 * between + (0 if adapted.cut else model.hidden_size)
         ffn += seen * c * kept * adapted.per_block
-    return 2 * _norm(model, place, work) + inputs + _attention(model, place, work) + ffn
+    norms = model.norms_per_block * _norm(model, place, work) + _qk_norms(model, place, work)
+    return norms + inputs + _attention(model, place, work) + ffn
 
 
 def kept_block(model: ModelShape, place: Place, work: Work) -> int:
@@ -91,14 +102,22 @@ def kept_block(model: ModelShape, place: Place, work: Work) -> int:
     return kept + n * (results + work.wide_bytes * q // model.head_width)
 
 
+def logits(model: ModelShape, place: Place, work: Work) -> int:
+    """This rank's words of the logits of one micro-batch."""
+    words = -(-model.vocab_size // place.tp)
+    size = work.wide_bytes if work.wide_logits else work.compute_bytes
+    return size * tokens(place, work) * words
+
+
 def ends(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """Outside of the blocks: rotary tables (fp32 at least), the last norm, the head's input."""
     n = tokens(place, work)
     total = n * work.wide_bytes * model.head_width
     if part.last:
         total += _norm(model, place, work) + n * work.compute_bytes * model.hidden_size
-    if not part.first and work.compute_bytes == work.wide_bytes:
-        # What the stage received is what its first norm keeps: it counts as in transit.
+        total += logits(model, place, work) if model.soft_capped_logits else 0  # their tanh
+    if not part.first and (work.compute_bytes == work.wide_bytes or model.norms == "after"):
+        # What the stage received is what its first norm or product keeps: it counts as in transit.
         total -= boundary(model, place, work)
     return total
 

@@ -158,13 +158,6 @@ def buffers(model: ModelShape, place: Place, work: Work) -> int:
     return max(map(of_part, place.parts))
 
 
-def logits(model: ModelShape, place: Place, work: Work) -> int:
-    """This rank's words of the logits of one micro-batch."""
-    words = -(-model.vocab_size // place.tp)
-    size = work.wide_bytes if work.wide_logits else work.compute_bytes
-    return size * activations.tokens(place, work) * words
-
-
 def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """Logits in flight, a gradient of theirs, and a chunk widened (see `ops.cross_entropy`).
 
@@ -173,7 +166,7 @@ def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int
     if not part.last:
         return 0
     words = -(-model.vocab_size // place.tp)
-    held = (part.in_flight + 1) * logits(model, place, work)
+    held = (part.in_flight + 1) * activations.logits(model, place, work)
     if work.device == "cpu" and work.wide_bytes == 4:
         return held
     rows = min(activations.tokens(place, work), LOSS_CHUNK[work.device] // words)
@@ -183,13 +176,19 @@ def loss_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int
 def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
     """The widest moment of a block's backward pass, and what waits beside it.
 
-    It is an RMS norm's (five tensors in fp32 at least) or the feed-forward's (three).
+    It is an RMS norm's (five tensors in fp32 at least), the feed-forward's (three), or that of
+    attention with a soft cap, for which no kernel serves: five tensors of all scores.
     """
     norm = 5 * work.wide_bytes * activations.stream_tokens(place, work) * model.hidden_size
     width = -(-model.ffn_size // place.tp)
     ffn = 3 * work.compute_bytes * activations.tokens(place, work) * width
     made = quantised.in_full(model, place, work)
-    return max(norm, ffn) + made + _waiting(model, place, work, part)
+    scores = 0
+    if model.soft_capped_scores:
+        pairs = activations.tokens(place, work) * -(-work.seq_len // place.cp)
+        q = activations.tokens(place, work) * query_width(model, place)
+        scores = work.wide_bytes * (5 * pairs * model.num_heads // place.tp + 2 * q)
+    return max(norm, ffn, scores) + made + _waiting(model, place, work, part)
 
 
 def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:
@@ -220,7 +219,7 @@ def gather_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> i
     moving = result * (2 if work.device == "cpu" else 1)
     moving += c * sharded(largest, n) if c != work.master_bytes else 0
     last = found[-2:][0]  # the last block, or everything
-    waiting = logits(model, place, work) if part.last else 0
+    waiting = activations.logits(model, place, work) if part.last else 0
     return max(moving, c * gathered(last, n) + waiting)
 
 
@@ -251,7 +250,8 @@ def deferred_buffers(model: ModelShape, place: Place, work: Work) -> int:
     block = q + 2 * kv + 2 * model.hidden_size + 2 * -(-model.ffn_size // place.tp)
     of_layer = work.compute_bytes * activations.tokens(place, work) * block
     of_part = [
-        p.layers * of_layer + (logits(model, place, work) if p.last else 0) for p in place.parts
+        p.layers * of_layer + (activations.logits(model, place, work) if p.last else 0)
+        for p in place.parts
     ]
     cases = (sum(n * size for n, size in zip(c, of_part, strict=True)) for c in place.halves)
     return max(cases, default=0)

@@ -42,13 +42,19 @@ def products(model: ModelShape, place: Place) -> dict[str, tuple[int, int]]:
 
 
 def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:
-    """One block's parameters: `products` and two norms, which are whole, and what is beside them.
+    """One block's parameters: `products`, norms, and what is beside them.
+
+    Norms are whole; one over all queries or keys is cut as they are.
 
     A quantised weight is no parameter (`memory.quantised`).
     """
     d, tp, linear = model.hidden_size, place.tp, products(model, place)
     adapted, learns = model.adapted, model.adapted is None
-    found = [Matrix(d, 1, learns), Matrix(d, 1, learns)]
+    found = [Matrix(d, 1, learns)] * model.norms_per_block
+    if model.qk_norm is not None:
+        each = model.qk_norm == "head"
+        widths = [model.head_width if each else linear[name][0] for name in ("q", "k")]
+        found += [Matrix(width, 1, learns) for width in widths]
     if adapted is None or adapted.quantised is None:
         found = [Matrix(rows, columns, learns) for rows, columns in linear.values()] + found
     if adapted is None:

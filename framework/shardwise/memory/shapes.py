@@ -32,9 +32,10 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A decoder of the Llama family; biases, under 0.1 % of any model of use, are left out.
+    """A decoder of gated blocks; biases, under 0.1 % of any model of use, are left out.
 
-    ``adapted``: None, and everything is trained.
+    ``norms``, ``qk_norm`` and soft caps: as the model's spec has them. ``adapted``: None, and
+    everything is trained.
     """
 
     hidden_size: int
@@ -46,6 +47,15 @@ class ModelShape:
     vocab_size: int
     tied: bool = True
     adapted: Adapted | None = None
+    norms: Literal["before", "around", "after"] = "before"
+    qk_norm: Literal["head", "projection"] | None = None
+    soft_capped_scores: bool = False
+    soft_capped_logits: bool = False
+
+    @property
+    def norms_per_block(self) -> int:
+        """Those of the residual stream's width."""
+        return 4 if self.norms == "around" else 2
 
 
 @dataclasses.dataclass(frozen=True)

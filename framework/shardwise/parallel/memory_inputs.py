@@ -26,6 +26,10 @@ def model_shape(model: DecoderConfig, adapted: memory.Adapted | None = None) -> 
         vocab_size=max(1, model.vocab_size),
         tied=model.tie_embeddings or model.head == "scalar",
         adapted=adapted,
+        norms=layer.norms,
+        qk_norm=layer.qk_norm,
+        soft_capped_scores=any(one.attn_soft_cap is not None for one in model.spec.layers),
+        soft_capped_logits=model.spec.logit_soft_cap is not None,
     )
 
 
