@@ -38,6 +38,8 @@ class Scene:
     kv_heads: int = KV_HEADS
     head_offset: int = 0
     by_columns: bool = False  # memory order of the inputs' last two dimensions swapped
+    soft_cap: float | None = None
+    sinks: bool = False
 
     def masks(self) -> tuple[Tensor, Tensor | None]:
         positions = torch.arange(TOKENS).expand(ROWS, -1).clone()
@@ -60,6 +62,13 @@ class Scene:
         shapes = [(ROWS, h, TOKENS, WIDTH) for h in heads]
         return tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
 
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What is named only where it is."""
+        found: dict[str, Any] = {} if self.soft_cap is None else {"soft_cap": self.soft_cap}
+        if self.sinks:
+            found["sinks_H"] = torch.linspace(-2.0, 2.0, HEADS, dtype=dtype).requires_grad_()
+        return found
+
     def rng(self) -> Tensor | None:
         if not self.dropout:
             return None
@@ -80,6 +89,9 @@ SCENES = [
     Scene("dropout", dropout=0.3),
     Scene("dropout of later heads", dropout=0.3, head_offset=5),
     Scene("packed dropout", segments=True, dropout=0.3),
+    Scene("soft cap", soft_cap=0.5),
+    Scene("sinks", sinks=True),
+    Scene("sinks of a packed window", sinks=True, segments=True, window=3),
 ]
 
 
@@ -88,16 +100,23 @@ def _whole(scene: Scene, dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.requires_grad_() for t in (q, k, v)]
     positions, segments = scene.masks()
     mask = causal_mask(positions, dtype, segments, scene.window)
+    options = scene.options(dtype)
     out = attention(
         *leaves,
         mask,
+        **options,
         dropout_p=scene.dropout,
         rng_keys_BT=scene.rng(),
         salt=1,
         head_offset=scene.head_offset,
     )
     out.backward(grad)
-    return [out.detach(), *(t.grad for t in leaves)]  # type: ignore[list-item]
+    found = [out.detach(), *(t.grad for t in (*leaves, *_sinks(options)))]
+    return found  # type: ignore[return-value]
+
+
+def _sinks(options: dict[str, Any]) -> list[Tensor]:
+    return [options["sinks_H"]] if "sinks_H" in options else []
 
 
 def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
@@ -109,10 +128,11 @@ def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     positions, segments = scene.masks()
-    keys = scene.rng()
+    keys, options = scene.rng(), scene.options(dtype)
     out = ContextAttention(group, kind)(
         *leaves,
         ContextMask(index, segments, positions, scene.window),
+        **options,
         dropout_p=scene.dropout,
         rng_keys_BT=None if keys is None else keys[:, index],
         salt=1,
@@ -120,7 +140,11 @@ def _parts(scene: Scene, kind: str, dtype: torch.dtype) -> list[Tensor]:
     )
     out.backward(grad)
     found = [out.detach(), *(t.grad for t in leaves)]
-    return [gather_tokens(t, 2, group, kind) for t in found]  # type: ignore[arg-type]
+    for sinks in _sinks(options):  # a parameter: its gradient is summed over the ranks
+        assert sinks.grad is not None
+        dist.all_reduce(sinks.grad)
+    whole = [gather_tokens(t, 2, group, kind) for t in found]  # type: ignore[arg-type]
+    return [*whole, *(t.grad for t in _sinks(options))]  # type: ignore[list-item]
 
 
 def _error(got: Tensor, want: Tensor) -> float:

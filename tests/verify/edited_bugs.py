@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.verify import suite
+from tests.support.families import small
 from tests.verify.edits import Edit
 
 
@@ -58,7 +59,9 @@ class EditedBug:
 
     def recipe(self) -> dict[str, Any]:
         """The suite's, with this stage alone."""
-        recipe = suite.recipe(self.model)
+        recipe = suite.recipe(self.model if self.model in suite.MODELS else "llama")
+        if self.model not in suite.MODELS:
+            recipe["model"] = small(self.model)
         stage = copy.deepcopy(suite.STAGES[self.stage])
         recipe["stages"] = [stage]
         for key, value in self.changes.items():

@@ -17,6 +17,7 @@ from tests.support.pool import RankPool
 from tests.verify.edited_bugs import BUGS, EditedBug
 from tests.verify.edited_company_bugs import COMPANY_BUGS
 from tests.verify.edited_extreme_bugs import EXTREME_BUGS
+from tests.verify.edited_family_bugs import FAMILY_BUGS
 from tests.verify.edited_more_bugs import MORE_BUGS
 from tests.verify.edited_path_bugs import PATH_BUGS
 from tests.verify.edited_reach_bugs import REACH_BUGS
@@ -27,7 +28,7 @@ from tests.verify.tracker_bugs import TRACKER_BUGS
 
 TABLES = (
     *(BUGS, PATH_BUGS, MORE_BUGS, EXTREME_BUGS, REACH_BUGS),
-    *(COMPANY_BUGS, TRACKER_BUGS, OPTIMIZER_BUGS, PREFERENCE_BUGS),
+    *(FAMILY_BUGS, COMPANY_BUGS, TRACKER_BUGS, OPTIMIZER_BUGS, PREFERENCE_BUGS),
 )
 ALL = {name: bug for table in TABLES for name, bug in table.items()}
 BY_KIND = {  # the cheapest of each

@@ -34,6 +34,7 @@ from shardwise.verify.structure import Facts, structure
 
 STEPS = 3
 SMALL_NORM = 0.1  # of all gradients: a fresh small model's are beyond it, and are clipped
+SMALL_CAPS = (0.02, 0.2)  # of scores and logits: about what fresh small ones are, so they bend
 SMALL_ERROR = 1e-6  # of a product: below that of any in 8 bits
 SMALL_HISTORY = 2  # updates, so that an amax is forgotten within three
 DECODED, WIDEST_DECODED = 32, 256  # multiples that `rollout.native` serves; where that costs much
@@ -168,6 +169,7 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
     longest = max(tokens, *(e.small_seq_len for e in evaluations_of(run, stage)), 0)
     small = small.model_copy(update={"max_seq_len": longest})
     small = _window(user, _layers(user, small, stage, asked), stage, tokens, asked)
+    small = small.with_soft_caps(*SMALL_CAPS)
     rows = _batch(user, stage, tokens, asked)
     batch = _batch_config(rows, stage)
     if why := _refusal(small, batch, asked, stage.engine.fp8):

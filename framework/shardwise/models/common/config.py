@@ -59,6 +59,13 @@ class DecoderConfig(ModelConfig):
         """The same decoder, whose layers with a window see so many tokens."""
         return self
 
+    def with_soft_caps(self, scores: float, logits: float) -> Self:
+        """The same decoder; where it has soft caps, they are at most these."""
+        least = {"attn_soft_cap": scores, "logit_soft_cap": logits}
+        had = {key: getattr(self, key, None) for key in least}
+        caps = {key: min(cap, least[key]) for key, cap in had.items() if cap is not None}
+        return self.model_copy(update=caps)
+
     @property
     def head_size(self) -> int:
         """Outputs of the head."""
