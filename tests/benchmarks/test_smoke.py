@@ -50,6 +50,7 @@ def test_plain_python_compiled(dry: list[str]) -> None:
     assert set(result["losses"]) == {"zero1", "zero2", "zero3"}
 
 
+@pytest.mark.slow
 def test_torchrun(dry: list[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     code, result = run([*torchrun, "--nproc-per-node", "2", str(SCRIPT), *dry, "--no-compile"])

@@ -78,7 +78,13 @@ def _held_out(config: dict[str, Any]) -> Any:
     return load_config(config).config.stages[0].task.problems("held_out")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", ["grpo", "ppo", "online_dpo", "reward", "dpo"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("grpo", "reward") else [pytest.mark.slow])
+        for kind in ("grpo", "ppo", "online_dpo", "reward", "dpo")
+    ],
+)
 def test_a_killed_run_goes_on_bitwise_and_notices_another_file(
     ranks: RankPool, tmp_path: Path, kind: str
 ) -> None:

@@ -28,7 +28,7 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
     "options",
     [
         [],
-        ["stages.grpo.loss.preset=dr_grpo"],
+        pytest.param(["stages.grpo.loss.preset=dr_grpo"], marks=pytest.mark.slow),
         pytest.param(["stages.grpo.loss.advantage=reinforce_pp"], marks=pytest.mark.slow),
         ["stages.grpo.updates_per_rollout=2", "stages.grpo.epochs_per_rollout=2"],
         pytest.param(["stages.grpo.loss.preset=grpo_deepseekmath"], marks=pytest.mark.slow),

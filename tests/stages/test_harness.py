@@ -114,7 +114,9 @@ def with_bos(folder: Path) -> None:
         (folder / name).write_text(json.dumps(said))
 
 
-@pytest.mark.parametrize(("texts", "world"), [("raw", 2), ("chat", 1)])
+@pytest.mark.parametrize(
+    ("texts", "world"), [("raw", 2), pytest.param("chat", 1, marks=pytest.mark.slow)]
+)
 def test_figures_and_samples_are_the_librarys_own(
     ranks: RankPool, tmp_path: Path, texts: str, world: int, cache: None
 ) -> None:

@@ -24,7 +24,7 @@ ARCHIVE = Path(__file__).parents[1] / "fixtures" / "old_runs.zip"
 PORTABLE = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("name", ["policies", "dropout"])
+@pytest.mark.parametrize("name", ["policies", pytest.param("dropout", marks=pytest.mark.slow)])
 def test_an_old_run_goes_on_bitwise(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(ARCHIVE) as archive:
         archive.extractall(tmp_path)

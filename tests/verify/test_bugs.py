@@ -43,7 +43,13 @@ def verifiers(ranks: RankPool) -> Iterator[dict[str, Verifier]]:
         verifier.close()
 
 
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if world_of(bug.layout) < 4 else [pytest.mark.slow])
+        for n, bug in BUGS.items()
+    ],
+)
 def test_planted_bug_is_caught(name: str, verifiers: dict[str, Verifier], ranks: RankPool) -> None:
     bug = BUGS[name]
     verifier = verifiers[bug.model]

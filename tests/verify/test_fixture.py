@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import write_recipe
 
 TESTS = """
@@ -34,6 +36,7 @@ def test_one_that_differs(verify_layouts, monkeypatch):
 """
 
 
+@pytest.mark.slow
 def test_in_a_project_of_its_own(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     (tmp_path / "test_layouts.py").write_text(TESTS)

@@ -74,6 +74,7 @@ def test_planted_bug_is_caught(name: str, verifier: Verifier, ranks: RankPool) -
     assert wrong[0].kind in FIRST[name].split(" or "), wrong[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", sorted({b.layout for b in PPO_BUGS.values()} - set(ROLES)))
 def test_the_sound_code_is_not_flagged(verifier: Verifier, layout: str) -> None:
     verdict = verifier.check("ppo", layout)
