@@ -198,7 +198,7 @@ def test_metrics_say_where_both_sides_go() -> None:
     said = {name: float(total) / float(number) for name, (total, number) in found.items()}
     assert said["margin"] == pytest.approx(B * sum(map(gap, PAIRS)) / 2)
     assert said["margin"] == pytest.approx(said["rewards_chosen"] - said["rewards_rejected"])
-    assert said["accuracy"] == sum(gap(p) > 0 for p in PAIRS) / 2
+    assert said["pair_accuracy"] == sum(gap(p) > 0 for p in PAIRS) / 2
     assert said["ranking_accuracy"] == sum(sum(p[0][0]) > sum(p[0][1]) for p in PAIRS) / 2
     assert said["drift_chosen"] == pytest.approx(sum(ratios(p)[0] for p in PAIRS) / 2)
     assert said["logps_rejected"] == pytest.approx(sum(sum(p[0][1]) for p in PAIRS) / 2)
@@ -212,7 +212,7 @@ def test_a_gap_of_roundings_is_a_tie(kind: str) -> None:
     for off, accuracy in ((1e-15, 0.5), (-1e-15, 0.5), (1e-6, 1.0), (-1e-6, 0.0)):
         first_of_pair = torch.isin(theirs.answer_M, torch.tensor([0, 2]))
         moved = dataclasses.replace(theirs, logp_M=ours + off * first_of_pair)
-        right, number = PreferenceLoss(config(kind=kind)).of(moved).metrics["accuracy"]
+        right, number = PreferenceLoss(config(kind=kind)).of(moved).metrics["pair_accuracy"]
         assert float(right / number) == accuracy
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.metrics.declared import Metric, by_name
 from shardwise.metrics.progress import Progress, describe, duration, number
 
 
@@ -52,8 +53,8 @@ def test_messages_and_unannounced_stage() -> None:
     stream = io.StringIO()
     with Progress([], stream=stream) as progress:
         progress.message("a [bold]note[/bold]")
-        progress.update("extra", 1, {"reward_mean": 0.5, "loss": None})
-    assert stream.getvalue() == "a [bold]note[/bold]\nextra 1/?  reward 0.500\n"
+        progress.update("extra", 1, {"grad_norm": 0.5, "loss": None})
+    assert stream.getvalue() == "a [bold]note[/bold]\nextra 1/?  grad 0.5\n"
 
 
 def test_other_ranks_are_silent() -> None:
@@ -119,6 +120,18 @@ def test_number_is_short(value: float) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_stage_says_what_is_shown_of_it_and_how() -> None:
+    metrics = (
+        Metric("hits", "hits a step", format=".1f", line="hits"),
+        Metric("seen", "documents seen", format="short", line="docs"),
+        Metric("quiet", "not in a line"),
+    )
+    stream = io.StringIO()
+    with Progress([("mine", 9)], declared={"mine": by_name(metrics)}, stream=stream) as progress:
+        progress.update("mine", 1, {"quiet": 1, "seen": 12_345, "hits": 0.25, "loss": 1.0})
+    assert stream.getvalue() == "mine 1/9  hits 0.2  docs 12.3k\n"
 
 
 def test_describe_ignores_what_is_no_number() -> None:

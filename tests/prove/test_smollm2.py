@@ -92,7 +92,7 @@ def test_a_frozen_base_takes_little(folder: Path) -> None:
 def test_preferences_are_learnt_and_prose_is_not_forgotten(finished: Any) -> None:
     dpo = finished("dpo_lora")
     ranking, prose = dpo.values("val_ranking_accuracy"), dpo.values("val_bits_per_byte")
-    accuracy = dpo.values("val_accuracy")
+    accuracy = dpo.values("val_pair_accuracy")
     print(f"\nranking accuracy {ranking}, against the reference {accuracy}, prose {prose}")
     assert accuracy[0] == 0.5 and accuracy[-1] >= 0.6
     assert ranking[-1] >= ranking[0] + 0.1  # knows no ties at the start

@@ -77,7 +77,7 @@ def test_it_learns(ranks: RankPool, tmp_path: Path, loss: dict[str, Any]) -> Non
     )
     first, last = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]
     if loss.get("kind") != "kto":
-        assert first["loss"] == pytest.approx(math.log(2)) and last["accuracy"] == 1.0
+        assert first["loss"] == pytest.approx(math.log(2)) and last["pair_accuracy"] == 1.0
     # The policy was its reference.
     names = ("margin", "drift_chosen", "drift_rejected", "rewards_chosen")
     assert all(abs(first[name]) < 1e-5 for name in names)

@@ -68,9 +68,9 @@ def test_it_learns_and_says_how_well_calibrated_it_is(ranks: RankPool, tmp_path:
     del config["stages"][0]["task"]
     ranks.run(run, config, "stages.reward.steps=20", world=1)
     first, last = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]
-    assert last["loss"] < 0.5 * first["loss"] and last["accuracy"] == 1.0
+    assert last["loss"] < 0.5 * first["loss"] and last["pair_accuracy"] == 1.0
     said = rows(tmp_path / "run", "validation")[-1]
-    assert said["val_accuracy"] == 1.0 and said["val_score_gap"] > 0.5
+    assert said["val_pair_accuracy"] == 1.0 and said["val_score_gap"] > 0.5
     # Always right, so the error is what its probabilities fall short of 1.
     assert 0.0 < said["val_calibration_error"] < 0.4
 

@@ -26,6 +26,7 @@ from shardwise.config import registry
 from shardwise.config.adapters import AnyAdapter, FreezeConfig
 from shardwise.config.fp8 import Fp8Config as Fp8Config
 from shardwise.config.fp8 import SentinelConfig as SentinelConfig
+from shardwise.config.metrics import Logs, StageLogs
 from shardwise.config.optimizers import AdamWConfig as AdamWConfig
 from shardwise.config.optimizers import AnyOptimizer
 from shardwise.config.optimizers import OptimizerConfig as OptimizerConfig
@@ -344,7 +345,7 @@ class SmallSizes:
     ramp_start: int | None = None
 
 
-class StageConfig(Section):
+class StageConfig(Section, StageLogs):
     """What every stage has.
 
     Stages derive from it, fix ``kind`` and register themselves.
@@ -470,7 +471,7 @@ class RoleConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Section, Logs):
     """What every evaluation has.
 
     Evaluations derive from it, fix ``kind`` and register.

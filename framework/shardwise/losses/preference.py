@@ -387,7 +387,7 @@ class PreferenceLoss:
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,
             "margin": chosen - rejected,
-            "accuracy": rights(chosen - rejected, noise_P),
+            "pair_accuracy": rights(chosen - rejected, noise_P),
             "ranking_accuracy": rights(logps[0].double() - logps[1].double(), error_P),
         }
         told = {"logps": pair.logps} | ({} if answers.ref_M is None else {"drift": pair.ratios})

@@ -182,7 +182,7 @@ def _metrics(score_N: Tensor, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
     sizes_P = (score_N[pairs.better_P].abs() + score_N[pairs.worse_P].abs()).double()
     right_P = rights(d_P, torch.finfo(score_N.dtype).eps * sizes_P)
     return {
-        "accuracy": (right_P.sum(), number),
+        "pair_accuracy": (right_P.sum(), number),
         "score_gap": (d_P.sum(), number),
         "score_mean": (score_N.double().sum(), answers),
     }

@@ -14,17 +14,7 @@ from rich.progress import Progress as RichProgress
 
 from shardwise import terminal
 from shardwise.config.redact import redact
-
-# What is shown of a step's metrics, in this order: name, label, how it is written.
-_SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("loss", "loss", ".4g"),
-    ("val_loss", "val loss", ".4g"),
-    ("reward_mean", "reward", ".3f"),
-    ("val_bits_per_byte", "val bits/byte", ".3f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("grad_norm", "grad", ".3g"),
-    ("tokens_per_second", "tok/s", "number"),
-)
+from shardwise.metrics.declared import EVERY, Metric, Table
 
 
 def number(value: float) -> str:
@@ -50,15 +40,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
-def describe(metrics: Mapping[str, Any]) -> str:
+def written(metric: Metric, value: float) -> str:
+    """A figure as its declaration wants it."""
+    return number(value) if metric.format == "short" else format(value, metric.format)
+
+
+def describe(values: Mapping[str, Any], declared: Mapping[str, Metric] = EVERY) -> str:
     """The metrics worth a line: "loss 2.31  grad 0.8  tok/s 5.8k"."""
-    parts = []
-    for name, label, form in _SHOWN:
-        value = metrics.get(name)
-        if isinstance(value, (int, float)):
-            text = number(value) if form == "number" else format(value, form)
-            parts.append(f"{label} {text}")
-    return "  ".join(parts)
+    shown = [
+        f"{m.line} {written(m, value)}"
+        for m in declared.values()
+        if m.line and isinstance(value := values.get(m.name), (int, float))
+    ]
+    return "  ".join(shown)
 
 
 class Progress:
@@ -74,12 +68,15 @@ class Progress:
         self,
         stages: Sequence[tuple[str, int]],
         *,
+        declared: Table | None = None,
         rank: int = 0,
         stream: IO[str] | None = None,
         interval_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``declared``: what each stage says of its metrics; default: what every stage has."""
         self._steps = dict(stages)
+        self._declared = declared or {}
         self._enabled = rank == 0
         self._stream = stream if stream is not None else sys.stderr
         self._interval = interval_s
@@ -99,7 +96,7 @@ class Progress:
             return
         now = self._clock()
         self._first.setdefault(stage, (step, now))
-        text = describe(metrics or {})
+        text = describe(metrics or {}, self._declared.get(stage, EVERY))
         left = self._left(stage, step, now)
         if self._console.is_terminal:
             self._draw(stage, step, text, left)

@@ -263,7 +263,7 @@ class Stage:
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Metrics on data that is not trained on; ``val_loss`` decides which is best."""
+        """Metrics on data that is not trained on; the config's ``best()`` says which decides."""
         return {}
 
     def events(self) -> list[tuple[str, str]]:

@@ -7,9 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric
 from shardwise.config.section import shown
 from shardwise.data.config import PairDataConfig, Reading
 from shardwise.losses.preference_config import AnyPreference, SigmoidConfig
+from shardwise.stages.declarations import PREFERENCES, with_validation
 from shardwise.stages.policy_config import PolicyRoles
 from shardwise.stages.ranking_config import RankingStageConfig
 
@@ -58,6 +60,11 @@ class DpoConfig(RankingStageConfig):
                 ("batch",), f"loss.kind {loss.kind} mismatches answers; a step needs 2 rows or more"
             )
         return self
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        return (*super().metrics(), *with_validation(*PREFERENCES))
 
     @property
     def reference_in_use(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric, Plot
 from shardwise.config.schema import (
     EvaluationConfig,
     NonNegativeInt,
@@ -48,6 +49,33 @@ class BitsConfig(EvaluationConfig):
         examples=[128],
     )
     micro_batch: Rows = Field(16, description="rows that a rank computes at once")
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `Logs.metrics`."""
+        unit, size = "bits per byte", ("gzip_bits_per_byte", "xz_bits_per_byte")
+        return (
+            Metric(
+                "val_bits_per_byte",
+                "validation bits per byte",
+                unit,
+                better="lower",
+                format=".3f",
+                line="val bits/byte",
+                plot=Plot(
+                    "Validation, bits per byte",
+                    "Learning",
+                    across=True,
+                    caption="Lower is better. gzip and xz compress each held-out file alone.",
+                ),
+                summary="first",
+                references=size,
+            ),
+            Metric(size[0], "gzip -9", unit, format=".3f", summary="first"),
+            Metric(size[1], "xz", unit, format=".3f", summary="first"),
+            Metric("val_bytes", "bytes of validation", format="short"),
+            Metric("val_documents", "documents of validation", format="short"),
+        )
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """See `EvaluationConfig.shrunk`.
@@ -96,6 +124,29 @@ class ProblemsConfig(EvaluationConfig):
         "file's problems",
     )
     num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `Logs.metrics`."""
+        return (
+            Metric(
+                "accuracy",
+                "held-out accuracy",
+                "share of problems solved",
+                better="higher",
+                format=".3f",
+                line="accuracy",
+                plot=Plot("Held-out accuracy", "Learning"),
+                summary="stages",
+                count="num_problems",
+                references=("majority_baseline",),
+            ),
+            Metric("majority_baseline", "majority answer", format=".3f", summary="first"),
+            Metric("num_problems", "problems", format=".0f", summary="first"),
+            Metric("num_unscorable", "answers without a score", format=".0f", better="lower"),
+            Metric("score", "mean score of held-out answers", better="higher"),
+            Metric("answer_length", "length of held-out answers", "tokens"),
+        )
 
     @model_validator(mode="after")
     def _all_of_a_file(self) -> Self:
@@ -169,6 +220,32 @@ class MultipleChoiceConfig(EvaluationConfig):
     )
     delimiter: str = Field(" ", description="between prompt and choice, in raw texts")
     micro_batch: Rows = Field(16, description="choices that a rank computes at once")
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `Logs.metrics`."""
+        share, right = "share of questions", "choices that are right"
+        likeliest, by_character = "choice_accuracy", "choice_accuracy_norm"
+        return (
+            *(
+                Metric(
+                    name,
+                    words,
+                    share,
+                    better="higher",
+                    format=".3f",
+                    count="num_questions",
+                    references=("choice_chance",),
+                )
+                for name, words in (
+                    (likeliest, right),
+                    (by_character, f"{right}, by their likelihood a character"),
+                )
+            ),
+            Metric("choice_chance", "guessing", share, format=".3f"),
+            Metric("num_questions", "questions", format=".0f"),
+            Metric("num_cut", "choices that lost their question's beginning", format=".0f"),
+        )
 
     def questions(self) -> list[Question]:
         """Every question of the file. Raises DataError with file and line."""

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from shardwise.config.metrics import Metric
 from shardwise.losses.config import PolicyLossConfig
+from shardwise.stages.declarations import GROUPS, POLICY
 from shardwise.stages.policy_config import PolicyConfig, PolicyRoles
 
 
@@ -20,6 +22,11 @@ class GrpoConfig(PolicyConfig):
     samples_per_prompt: int = Field(8, ge=2, le=2**16, description="size of a group")
     loss: PolicyLossConfig = Field(default_factory=PolicyLossConfig)
     roles: PolicyRoles = Field(default_factory=PolicyRoles)
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        return (*super().metrics(), *POLICY, *GROUPS)
 
     @property
     def unused_roles(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import resolved_yaml
 from shardwise.engines.base import State
 from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
+from shardwise.metrics.declared import by_name
 from shardwise.metrics.flops import FlopsShape, training_flops_per_token
 from shardwise.metrics.meters import Throughput, memory_metrics
 from shardwise.metrics.progress import Progress
@@ -32,8 +34,6 @@ from shardwise.stages.trace import TRACED_STEP, trace_step
 _UPDATED_ONLY = ("model.", "optim.")
 # Updates in a row whose gradients were not finite before the run gives up.
 MAX_SKIPPED = 10
-# What the end of a stage is told by, besides its evaluations.
-FIGURES = ("loss", "val_loss", "reward_mean")
 
 
 class DivergedError(ShardwiseError):
@@ -75,12 +75,17 @@ class Loop:
         self.meter = Throughput(flops, gemm)
         keep = self.config.checkpoint.keep
         behind = self.config.checkpoint.asynchronous
-        self.saver = checkpoint.AsyncSaver(self.root, keep=keep) if behind else None
+        self.best = self.config.best() if self.config.checkpoint.keep_best else None
+        self.lower = self.best is None or self.best.better == "lower"
+        later = functools.partial(checkpoint.AsyncSaver, keep=keep, lower_is_better=self.lower)
+        self.saver = later(self.root) if behind else None
         self.seconds = 0.0
         self.tokens = 0.0
         self.skipped = 0
         self.files = checkpoint_files(ctx)  # once: whoever removes the folder later harms nothing
-        self.figures: dict[str, float] = {}  # the newest of `FIGURES`
+        # What the end of a stage is told by, besides its evaluations: the newest values.
+        self.figures: dict[str, float] = {}
+        self.told = [m.name for m in by_name(self.config.metrics()).values() if m.figure]
         # Groups are made by all ranks at once, so not when a signal comes.
         self.ranks = Ranks.of(None, background=True)
         self.sent = self.saved = -1  # the steps last given to the saver, and last made durable
@@ -147,7 +152,7 @@ class Loop:
         return self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
 
     def _keep(self, metrics: dict[str, float]) -> None:
-        found = {k: metrics[k] for k in FIGURES if math.isfinite(metrics.get(k, math.nan))}
+        found = {k: metrics[k] for k in self.told if math.isfinite(metrics.get(k, math.nan))}
         self.figures |= found
 
     def _after_step(
@@ -233,7 +238,7 @@ class Loop:
         state = stage_state(self.stage)
         meta = self._meta(done, state)
         files = self.files
-        metric = validated.get("val_loss") if self.config.checkpoint.keep_best else None
+        metric = None if self.best is None else validated.get(self.best.name)
         options: dict[str, Any] = {"metric": metric, "nonfinite": state.nonfinite}
         try:
             with Ranks.of(None).together():
@@ -243,7 +248,7 @@ class Loop:
                     self.saver.save(done, state.tensors, meta, files, **options)
                     self.sent = done
                 else:
-                    options["keep"] = self.config.checkpoint.keep
+                    options |= {"keep": self.config.checkpoint.keep, "lower_is_better": self.lower}
                     checkpoint.save(self.root, done, state.tensors, meta, files, **options)
                     self.saved = done
         except CheckpointError as error:

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric
 from shardwise.losses.preference_config import AnyPreference, SigmoidConfig
+from shardwise.stages.declarations import PREFERENCES
 from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 
 
@@ -26,6 +28,12 @@ class OnlineDpoConfig(ScoredConfig):
         if not self.loss.paired:
             self.refuse(("loss",), f"kind {self.loss.kind} compares no answers; take one that does")
         return self
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        pairs = Metric("pair_fraction", "prompts whose answers differ in score", "share of prompts")
+        return (*super().metrics(), pairs, *PREFERENCES)
 
     @property
     def unused_roles(self) -> frozenset[str]:

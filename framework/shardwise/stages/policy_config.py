@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric
 from shardwise.config.schema import (
     NonNegativeInt,
     PositiveInt,
@@ -24,6 +25,7 @@ from shardwise.rewards import (
     fill_for_file,
 )
 from shardwise.rollout.config import Sampling
+from shardwise.stages.declarations import POLICY_LOSS, REWARD, ROLLOUT
 
 SMALL_REWARD = '''"""Rewards that any text earns some of, an untrained model's too."""
 
@@ -109,6 +111,16 @@ class PolicyConfig(StageConfig):
                 "batch.ramp_start: every rollout has the same number of prompts; leave it out"
             )
         return self
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`; the reward comes first."""
+        return (*ROLLOUT, *super().metrics(), POLICY_LOSS)
+
+    @classmethod
+    def best(cls) -> Metric | None:
+        """See `StageLogs.best`."""
+        return REWARD
 
     @property
     def updates_per_batch(self) -> int:

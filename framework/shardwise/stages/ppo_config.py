@@ -7,8 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric
 from shardwise.config.schema import NonNegativeInt, PositiveInt, RoleConfig, SmallSizes
 from shardwise.losses.config import PpoLossConfig
+from shardwise.stages.declarations import CRITIC, POLICY
 from shardwise.stages.policy_config import ScoredConfig, ScoredRoles
 
 
@@ -41,6 +43,11 @@ class PpoConfig(ScoredConfig):
                 "alone; the actor would never be trained; give fewer, or more steps",
             )
         return self
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        return (*super().metrics(), *POLICY, *CRITIC)
 
     @property
     def unused_roles(self) -> frozenset[str]:

@@ -7,9 +7,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from shardwise.config.metrics import Metric
 from shardwise.config.schema import NonNegativeInt, Rows, SmallSizes, StageConfig
 from shardwise.data.config import PreferenceDataConfig, Reading
 from shardwise.rewards import AnyTask, fill_for_file
+from shardwise.stages.declarations import COMPARISON_LOSS
 
 
 class RankingStageConfig(StageConfig):
@@ -35,6 +37,11 @@ class RankingStageConfig(StageConfig):
         if not self.data.sources and self.task is None:
             raise ValueError("give data.sources, or a task, to learn preferences from")
         return self
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        return (*super().metrics(), *COMPARISON_LOSS)
 
     def reading(self) -> Reading:
         """How rows of its sources are read."""

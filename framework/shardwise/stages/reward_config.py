@@ -6,8 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from shardwise.config.metrics import Metric
 from shardwise.config.section import shown
 from shardwise.losses.config import RankingLossConfig
+from shardwise.stages.declarations import RANKINGS, with_validation
 from shardwise.stages.ranking_config import RankingStageConfig
 
 
@@ -27,3 +29,11 @@ class RewardModelConfig(RankingStageConfig):
 
     kind: Literal["reward"]
     loss: RankingLossConfig = Field(default_factory=RankingLossConfig)
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        calibration = Metric(
+            "val_calibration_error", "calibration error", "probability", better="lower"
+        )
+        return (*super().metrics(), *with_validation(*RANKINGS), calibration)

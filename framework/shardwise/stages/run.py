@@ -29,6 +29,7 @@ from shardwise.data.formats import FORMATS
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from shardwise.engines.registry import check_layout
 from shardwise.errors import ConfigError, DataError, ExitCode, ShardwiseError, UserError
+from shardwise.metrics import declared
 from shardwise.metrics.meters import host_info
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger, check_listeners
@@ -123,8 +124,9 @@ def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
     if samples.ready_tokenizer(run) is None:
         samples.check_conversations(run, tokenizer)
     samples.check_documents(run, tokenizer, directory / CACHE_FOLDER)
-    progress = Progress([(s.name, s.steps) for s in run.stages], rank=rank)
     resolved = run.model_dump(mode="json")
+    steps = [(s.name, s.steps) for s in run.stages]
+    progress = Progress(steps, declared=declared.of(resolved), rank=rank)
     logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)
     pipeline = Pipeline(run, tokenizer, logger, progress, gate)
     try:
