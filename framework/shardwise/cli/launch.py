@@ -1,7 +1,8 @@
-"""`shardwise launch local`: what `train --nproc` does, and what it would do."""
+"""`shardwise launch`: start a run on this machine, or hand it to a cluster's scheduler."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,33 +11,35 @@ import typer
 
 from shardwise.cli import complete
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
-from shardwise.errors import UserError
+from shardwise.errors import CheckFailed, UserError
 
-app = typer.Typer(no_args_is_help=True, help="Start the ranks of a run.")
+app = typer.Typer(no_args_is_help=True, help="Start a run here, or on a cluster.")
+profiles = typer.Typer(no_args_is_help=True, help="The profile of a cluster.")
+app.add_typer(profiles, name="profile")
 
-
-@app.callback()
-def _group() -> None:
-    """Keeps `local` a subcommand while it is the only one."""
+Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...",
+        help="Over the recipe.",
+        autocompletion=complete.overrides,
+    ),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, print what would be done, do nothing.")
+]
 
 
 @app.command()
 def local(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[section.key=value]...",
-            help="Over the recipe.",
-            autocompletion=complete.overrides,
-        ),
-    ] = None,
+    config: Recipe,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, metavar="N", help="Default: GPUs, or 1.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, show the ranks, start nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
@@ -58,6 +61,88 @@ def local(
         summary = train(config, overrides or (), nproc)
     if json is not None:
         emit(summary, "", json)
+
+
+def _on_cluster(target: str, words: str) -> None:
+    """The command ``launch TARGET``, alike for all schedulers."""
+
+    def command(
+        config: Recipe,
+        overrides: Overrides = None,
+        nodes: Annotated[
+            int, typer.Option("--nodes", metavar="N", help="How many; each with the same ranks.")
+        ] = 1,
+        profile: Annotated[
+            Path | None,
+            typer.Option(
+                "--profile", metavar="P", help="The cluster's; default: $SHARDWISE_CLUSTER."
+            ),
+        ] = None,
+        dry_run: DryRun = False,
+        json: JsonOption = None,
+    ) -> None:
+        from shardwise.launch.cluster import prepare
+        from shardwise.launch.profile import find_profile, load_profile
+
+        path = find_profile(profile)
+        job = prepare(target, config, overrides or (), nodes, load_profile(path), str(path))
+        scheduler = importlib.import_module(f"shardwise.launch.{target}")
+        text: str = scheduler.render(job)
+        result = {"target": target, "run_dir": job.task.run_dir, "submitted": text, "job": None}
+        if dry_run:
+            emit(result, text.rstrip("\n"), json)
+            return
+        id = scheduler.submit(job, text)
+        told = f"{target} job {id}: {nodes} x {job.ranks} ranks; `shardwise launch status "
+        emit({**result, "job": id}, f"{told}{job.task.run_dir}`", json)
+
+    command.__doc__ = words
+    app.command(target)(command)
+
+
+_on_cluster("slurm", "Submit a recipe to Slurm: a batch script with one torchrun agent a node.")
+
+
+@profiles.command()
+def check(
+    profile: Annotated[
+        Path | None,
+        typer.Argument(metavar="PROFILE", help="A YAML file; default: $SHARDWISE_CLUSTER."),
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Say what a cluster's profile lacks here; exit code 1 if anything is missing."""
+    from shardwise.launch.profile import find_profile, load_profile, missing
+
+    path = find_profile(profile)
+    found = missing(load_profile(path))
+    result = {"profile": path, "missing": found}
+    if not found:
+        emit(result, f"{path}: nothing is missing", json)
+        return
+    emit(result, "", json) if json else None
+    raise CheckFailed("\n  ".join([f"{path}: {len(found)} things are missing", *found]))
+
+
+@app.command()
+def decide(
+    run: Run,
+    code: Annotated[int, typer.Option("--code", metavar="N", help="Exit code of the agents.")],
+    wait: Annotated[
+        float,
+        typer.Option("--wait", min=0.0, metavar="S", help="Seconds for another node to say why."),
+    ] = 0.0,
+    json: JsonOption = None,
+) -> None:
+    """Say whether to start a run once more after an attempt: exit code 85, else the run's own.
+
+    For batch scripts.
+    """
+    from shardwise.launch.decide import decide as ask
+
+    found = ask(run, code, wait)
+    emit(found, f"{found.action}: {found.reason}", json)
+    raise typer.Exit(found.exit_code)
 
 
 def check_ranks(nproc: int | None) -> None:

@@ -353,6 +353,10 @@ def main() -> None:
         if rank == "0" or not isinstance(error, ConfigError):  # a bad recipe is bad on all ranks
             kind = "" if error.exit_code == ExitCode.REQUEUE else "error: "
             _complain(f"{kind}{error}" if rank == "0" else f"rank {rank}: {error}")
+        if "RANK" in os.environ and (rank == "0" or error.exit_code == ExitCode.USAGE):
+            from shardwise.resilience.attempts import refused
+
+            refused(error.exit_code, str(error))
         sys.exit(error.exit_code)
     except OSError as error:
         if debug:

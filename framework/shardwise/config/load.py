@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,11 +19,13 @@ from shardwise.config import overrides as override_room
 from shardwise.config import registry, start, yaml12
 from shardwise.config.explain import explain
 from shardwise.config.run import RunConfig, inherit_engines
+from shardwise.config.section import Section
 from shardwise.config.source import Path as Keys
 from shardwise.config.source import Problem, Source, Tree, dotted, places
 from shardwise.errors import ConfigError, DataError
 
 MAX_BYTES = 4_000_000
+S = TypeVar("S", bound=Section)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,24 @@ def load_config(
     if config is None:
         raise ConfigError(_message(title, problems))
     return LoadedConfig(config, _provenance(config, tree))
+
+
+def load_section(path: str | Path, kind: type[S]) -> S:
+    """Read a YAML file that is one section, as strictly as a recipe. Raises ConfigError."""
+    title = str(path)
+    tree = yaml12.parse(_read(Path(path)), title)
+    if not isinstance(tree.data, dict):
+        known = ", ".join(kind.model_fields)
+        raise ConfigError(f"{title}: empty, or not a mapping; known keys: {known}")
+    problems, found = list(tree.problems), None
+    try:
+        found = kind.model_validate_json(json.dumps(tree.data), strict=True)
+    except ValidationError as error:
+        told = {p.path for p in problems}
+        problems += [p for p in explain(error, tree, kind) if p.path not in told]
+    if found is None or problems:
+        raise ConfigError(_message(title, problems))
+    return found
 
 
 def _validate(tree: Tree) -> tuple[RunConfig | None, list[Problem]]:

@@ -14,6 +14,7 @@ from shardwise.launch.local import LaunchError, launch_local
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
 from shardwise.resilience import process
+from shardwise.resilience.attempts import attempt_id
 from shardwise.resilience.ending import write_ending
 from shardwise.stages.run import preflight, read_samples, run_rank
 from shardwise.stages.skipped import SkippedError
@@ -46,7 +47,7 @@ def train(
         try:
             launch_local(target, args, nproc or 1, logs, grace)
         except LaunchError as error:
-            write_ending(run.directory, error.exit_code, f"{error}")
+            write_ending(run.directory, error.exit_code, f"{error}", attempt_id(lock.token))
             raise
     summary: dict[str, Any] = json.loads((run.directory / "summary.json").read_text())
     return summary

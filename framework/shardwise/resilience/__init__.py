@@ -6,4 +6,5 @@ sequence.py  which collective each rank is in, and who left one out
 hang.py      a stopped or stuck rank is noticed and named, with the stacks of all
 process.py   what the kernel says of a process
 ending.py    how a run ended, for whoever starts it again (``exit.json``)
+attempts.py  every attempt at a run, and how each ended (``attempts.jsonl``)
 """

@@ -1,6 +1,7 @@
 """How a run ended, for whoever starts it again: ``exit.json`` in the run's folder.
 
-torchrun never passes a rank's exit code on, so a batch script reads it here.
+torchrun never passes a rank's exit code on, so a batch script reads it here. The history of ends is
+in `attempts`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NoReturn
 from shardwise import terminal
 from shardwise.config.redact import redact
 from shardwise.errors import ShardwiseError
+from shardwise.resilience import attempts
 
 EXIT_FILE = "exit.json"
 TOLD_HERE = "this rank tells the user, though it is not rank 0"  # a note on an error
@@ -33,8 +35,11 @@ def lost(ranks: Sequence[int]) -> str:
     return f"lost rank {names}, which ended first: killed, out of memory, or by its own message"
 
 
-def write_ending(directory: Path, exit_code: int, reason: str) -> None:
-    """Say how the run ended. A disk that cannot take it must not hide the end itself."""
+def write_ending(directory: Path, exit_code: int, reason: str, id: str = "") -> None:
+    """Say how the run ended. A disk that cannot take it must not hide the end itself.
+
+    ``id``: of the attempt (`attempts.end`).
+    """
     if not directory.is_dir():  # it ended before it began
         return
     body = {"exit_code": int(exit_code), "reason": redact(reason), "time": round(time.time(), 3)}
@@ -44,6 +49,7 @@ def write_ending(directory: Path, exit_code: int, reason: str) -> None:
         staged.replace(directory / EXIT_FILE)
     except OSError as error:
         terminal.say(f"{directory / EXIT_FILE}: {error}", sys.stderr)
+    attempts.end(directory, exit_code, reason, id)
 
 
 def clear_ending(directory: Path) -> None:

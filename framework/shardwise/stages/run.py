@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardwise.checkpoint.convert import open_model
+from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
 from shardwise.config.run import RunConfig
@@ -40,6 +42,7 @@ from shardwise.parallel import blocks, feasible
 from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.precision.policy import multiplies_bf16
+from shardwise.resilience import attempts
 from shardwise.resilience.ending import clear_ending, write_ending
 from shardwise.resilience.gate import Gate
 from shardwise.resilience.hang import BACKSTOP_S, watched
@@ -103,9 +106,22 @@ def _run(loaded: LoadedConfig, token: str, gate: Gate, stop: Stop) -> dict[str, 
     init_distributed(device, BACKSTOP_S if device.type == "cpu" else run.engine.timeout_s)
     with claimed(run.directory, token):
         stop.join(run.directory)
-        clear_ending(run.directory)
+        _begin(run, token)
         with watched(stop, run.directory / "logs", run.engine.timeout_s):
             return _run_stages(loaded, gate)
+
+
+def _begin(run: RunConfig, token: str) -> None:
+    """Note in the run's folder, which is ours, that an attempt starts; a collective call."""
+    hosts = Ranks.of(None).exchange(socket.gethostname())
+    if dist.get_rank() == 0:
+        world = len(hosts)
+        layouts = {
+            s.name: str(parse_layout(s.engine.layout, world_of(s.engine.layout, world)))
+            for s in run.stages
+        }
+        attempts.begin(run.directory, hosts, layouts, attempts.attempt_id(token))
+    clear_ending(run.directory)
 
 
 def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
@@ -159,11 +175,16 @@ def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
 
 
 def preflight(
-    run: RunConfig, world_size: int, provenance: Mapping[str, Source] | None = None
+    run: RunConfig,
+    world_size: int,
+    provenance: Mapping[str, Source] | None = None,
+    *,
+    files: bool = True,
 ) -> None:
     """Refuse what cannot work, before a process group, a file or a model exists.
 
     ``provenance`` (of `LoadedConfig`) lets the message say which line of which file to mend.
+    ``files``: whether those that the recipe names lie on this machine, or only where it will run.
     """
 
     def named(key: str) -> str:
@@ -187,6 +208,18 @@ def preflight(
                 f"{named('model.max_seq_len')} {run.model.max_seq_len}; lower one or raise the "
                 "other"
             )
+    trains = run.tokenizer.kind == "bpe" and run.tokenizer.path is None
+    if trains and all(source.kind == "indexed" for source in tokenizer_data(run).sources):
+        raise ConfigError(
+            f"{named('tokenizer.kind')}: bpe is trained on text, and the sources hold tokens only; "
+            "give tokenizer.path"
+        )
+    if files:
+        _check_files(run, named)
+
+
+def _check_files(run: RunConfig, named: Callable[[str], str]) -> None:
+    """Refuse a run whose start, tokenizer or data is not there, or does not fit."""
     try:
         start = run.start
     except UserError as error:
@@ -203,12 +236,6 @@ def preflight(
             located(run.tokenizer.path)
         except UserError as error:
             raise ConfigError(f"{named('tokenizer.path')}: {error}") from error
-    trains = run.tokenizer.kind == "bpe" and run.tokenizer.path is None
-    if trains and all(source.kind == "indexed" for source in tokenizer_data(run).sources):
-        raise ConfigError(
-            f"{named('tokenizer.kind')}: bpe is trained on text, and the sources hold tokens only; "
-            "give tokenizer.path"
-        )
     check_evaluations(run, named)
     for i, stage in samples.pending_stages(run):
         _check_sources(f"stages.{i}", stage, named)

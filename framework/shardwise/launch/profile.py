@@ -1,0 +1,204 @@
+"""A cluster's profile: what a job must know of the place it runs in, apart from any recipe.
+
+One YAML file a cluster, named by ``--profile`` or ``$SHARDWISE_CLUSTER``. It holds names of secrets
+(variables of the environment, keys of a Kubernetes secret), never their values.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shardwise.config.load import load_section
+from shardwise.config.redact import redact_data
+from shardwise.config.section import PositiveInt, Section
+from shardwise.errors import ConfigError
+
+VARIABLE = "SHARDWISE_CLUSTER"
+
+# One word in a scheduler's own lines, where no shell quotes: no spaces, quotes, # or backslashes.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+/*&|()\[\]-]+$", max_length=200)]
+Folder = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_.@+/-]*$", max_length=500)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+Mount = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_.@+/-]*:/[A-Za-z0-9_.@+/-]*(:ro)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)]
+Memory = Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")]
+
+
+class SlurmProfile(Section):
+    """What sbatch and srun are told."""
+
+    partition: Word | None = Field(None, description="default: the cluster's own")
+    account: Word | None = None
+    qos: Word | None = None
+    time: str | None = Field(
+        None,
+        pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$",
+        description="limit of one attempt, as sbatch takes it; default: the partition's",
+    )
+    constraint: Word | None = Field(None, description="features that all nodes must have")
+    reservation: Word | None = None
+    exclude: Word | None = Field(None, description="nodes that are not to be used")
+    cpus_per_node: PositiveInt | None = Field(
+        None, description="cores a node; default: one a CPU rank, what the partition gives to GPUs"
+    )
+    memory: Memory | None = Field(None, description="a node's; 0: all of it")
+    exclusive: bool = Field(False, description="whole nodes")
+    gpu_type: Word | None = Field(None, description="as --gpus-per-node names it")
+    max_nodes: PositiveInt | None = Field(None, description="that a job of ours may ask for")
+    signal_s: PositiveInt = Field(
+        300, description="seconds before the time limit at which a run saves and is requeued"
+    )
+    container: Literal["pyxis", "apptainer"] | None = Field(
+        None, description="what runs `image`; pyxis is enroot's plugin of srun"
+    )
+    mounts: list[Mount] = Field([], description="of the container, FROM:TO; default: `shared`")
+
+
+class KubernetesProfile(Section):
+    """What a TrainJob or JobSet is told."""
+
+    kind: Literal["trainjob", "jobset"] = Field(
+        "trainjob", description="Kubeflow Trainer's TrainJob, or a plain JobSet"
+    )
+    namespace: Name = "default"
+    claim: Name | None = Field(
+        None, description="the persistent volume claim that is mounted at `shared`"
+    )
+    secret: Name | None = Field(None, description="the Kubernetes secret that holds `secrets`")
+    service_account: Name | None = None
+    queue: Name | None = Field(None, description="a local queue of Kueue")
+    gpu: Word = Field("nvidia.com/gpu", description="the resource that is a GPU")
+    cpus: PositiveInt | None = Field(None, description="cores a node; default: one a CPU rank")
+    memory: Annotated[str, Field(pattern=r"^[0-9]+([EPTGMk]i?)?$")] | None = Field(
+        None, description="a node's, as Kubernetes writes it"
+    )
+    shared_memory: Annotated[str, Field(pattern=r"^[0-9]+([EPTGMk]i?)?$")] = Field(
+        "16Gi", description="of /dev/shm, through which ranks of a node talk"
+    )
+    node_selector: dict[str, str] = {}
+    max_restarts: PositiveInt = Field(100, description="of a job, whatever the reason")
+    max_nodes: PositiveInt | None = None
+
+
+class SkyPilotProfile(Section):
+    """What a task of SkyPilot is told."""
+
+    infra: Word | None = Field(None, description="aws, k8s/context, ...; default: the cheapest")
+    accelerator: Word | None = Field(None, description="SkyPilot's name of the GPU, e.g. H100")
+    spot: bool = False
+    cpus: Word | None = Field(None, description="cores a node, e.g. 8+")
+    memory: Word | None = Field(None, description="GiB a node, e.g. 32+")
+    disk_size: PositiveInt | None = Field(None, description="GB")
+    storage: Word | None = Field(
+        None, description="the bucket that is mounted at `shared`: s3://..., gs://..."
+    )
+    max_nodes: PositiveInt | None = None
+
+
+class ClusterProfile(Section):
+    """One cluster."""
+
+    shared: Folder = Field(description="the folder that all nodes see; runs live in it")
+    workdir: Folder | None = Field(
+        None, description="where jobs run, on the nodes; default: where `launch` is called"
+    )
+    python: str = Field(
+        "python", min_length=1, description="the interpreter on the nodes, in the image if any"
+    )
+    gpus: PositiveInt | None = Field(None, description="GPUs a node: one rank for each")
+    cpu_ranks: PositiveInt | None = Field(None, description="ranks a node without GPUs")
+    env: dict[Variable, str] = Field(
+        {},
+        description="variables of every rank, as the interconnect's",
+        examples=[{"NCCL_SOCKET_IFNAME": "ib0"}],
+    )
+    secrets: list[Variable] = Field([], description="names of variables whose values are secret")
+    setup: list[str] = Field([], description="lines of shell before the ranks start, as module")
+    image: str | None = Field(
+        None, pattern=r"^\S+$", description="the container's; default: none, or the runtime's"
+    )
+    preflight: bool = Field(True, description="doctor --cluster on every node before step 1")
+    slurm: SlurmProfile | None = None
+    kubernetes: KubernetesProfile | None = None
+    skypilot: SkyPilotProfile | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.gpus is None) == (self.cpu_ranks is None):
+            raise ValueError("say how many ranks a node has: gpus, or cpu_ranks, and not both")
+        if not (self.slurm or self.kubernetes or self.skypilot):
+            raise ValueError("which scheduler is it? Give slurm, kubernetes or skypilot")
+        if self.slurm and (self.slurm.container is None) != (self.image is None):
+            raise ValueError("image and slurm.container go together; give both or none")
+        for key, value in self.env.items():
+            if any(ord(letter) < 32 for letter in value):
+                self.refuse(("env", key), "holds a line break or a control character")
+        plain: Any = self.model_dump(mode="json", exclude={"secrets"})
+        for key, clean in redact_data(plain).items():
+            if clean != plain[key]:
+                self.refuse((key,), "holds what looks like a secret; name its variable in secrets")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Ranks a node."""
+        return self.gpus or self.cpu_ranks or 1
+
+
+def find_profile(given: Path | None) -> Path:
+    """The profile that is meant: ``--profile``, else ``$SHARDWISE_CLUSTER``. Raises ConfigError."""
+    path = given or Path(os.environ.get(VARIABLE, ""))
+    if path == Path():
+        raise ConfigError(
+            f"which cluster? Give --profile PROFILE.yaml, or name it once in ${VARIABLE}; "
+            "docs/cluster.md shows one to begin with"
+        )
+    return path
+
+
+def load_profile(path: Path) -> ClusterProfile:
+    """Read a profile. Raises ConfigError with every problem: key, line, what is allowed."""
+    return load_section(path, ClusterProfile)
+
+
+def missing(profile: ClusterProfile) -> list[str]:
+    """What a profile names that is not here, in words; to be asked where jobs are submitted."""
+    found = [
+        f"secrets: {name} is not in the environment"
+        for name in profile.secrets
+        if not os.environ.get(name)
+    ]
+    tools = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
+    for target, tool in tools.items():
+        if getattr(profile, target) is not None and shutil.which(tool) is None:
+            found.append(f"{target}: there is no command {tool} here")
+    if (slurm := profile.slurm) is not None:
+        folders = {"shared": profile.shared, "workdir": profile.workdir}
+        folders |= {f"slurm.mounts.{i}": m.split(":")[0] for i, m in enumerate(slurm.mounts)}
+        if slurm.container == "apptainer" and f"{profile.image}".startswith("/"):
+            folders["image"] = profile.image
+        if slurm.container is None and profile.python.startswith("/"):
+            folders["python"] = profile.python
+        for key, folder in folders.items():
+            if folder is not None and not Path(folder).exists():
+                found.append(f"{key}: {folder} does not exist here")
+        if slurm.time is None:
+            found.append("slurm.time: not given; the partition's default may be minutes")
+    if (kubernetes := profile.kubernetes) is not None:
+        if profile.image is None:
+            found.append("image: pods need one")
+        if kubernetes.claim is None:
+            found.append("kubernetes.claim: without a volume at shared no run outlives its pods")
+        if profile.secrets and kubernetes.secret is None:
+            found.append("kubernetes.secret: in which secret of the namespace are they?")
+    if (sky := profile.skypilot) is not None:
+        if sky.storage is None:
+            found.append("skypilot.storage: without a bucket at shared no run outlives its nodes")
+        if profile.gpus and sky.accelerator is None:
+            found.append("skypilot.accelerator: which GPUs?")
+    return found

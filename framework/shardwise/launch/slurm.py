@@ -1,0 +1,135 @@
+"""Slurm: a batch script with one torchrun agent a node, and its submission."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardwise.errors import ConfigError, ShardwiseError
+from shardwise.launch.cluster import ClusterJob, Task, fill, prelude, quoted
+from shardwise.launch.profile import SlurmProfile
+
+
+class SchedulerError(ShardwiseError):
+    """The scheduler did not take the job; the message is its own."""
+
+
+def render(job: ClusterJob, tasks: Sequence[Task] = (), at_once: int | None = None) -> str:
+    """The batch script of a job.
+
+    ``tasks``: an array of runs in place of the job's own one, each on nodes of its own,
+    ``at_once`` of them at a time.
+    """
+    slurm = _section(job)
+    gpus = f"{slurm.gpu_type}:{job.profile.gpus}" if slurm.gpu_type else job.profile.gpus
+    given = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+        "exclude": slurm.exclude,
+        "gpus-per-node": gpus,
+        "cpus-per-task": slurm.cpus_per_node or job.profile.cpu_ranks,
+        "mem": slurm.memory,
+        "array": f"0-{len(tasks) - 1}" + (f"%{at_once}" if at_once else "") if tasks else None,
+    }
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    options += ["exclusive"] if slurm.exclusive else []
+    flags, wrapper = _container(job)
+    python = [*wrapper, job.profile.python]
+    # In a container of srun's, what runs on one node is a step too.
+    alone = ["srun", "--nodes=1", "--ntasks=1", "--overlap", *flags] if flags else []
+    return fill(
+        "slurm.sh.j2",
+        job=job,
+        profile=job.profile,
+        slurm=slurm,
+        options=options,
+        tasks=list(tasks),
+        logs=logs(job),
+        prelude=prelude(job),
+        container=quoted([*flags, *python]),
+        alone=quoted([*alone, *python]),
+    )
+
+
+def submit(job: ClusterJob, script: str) -> str:
+    """Hand a rendered script to sbatch; returns the job's id.
+
+    Raises ConfigError for what the cluster cannot run (a secret that is not in the environment,
+    nodes that differ), SchedulerError with sbatch's own words.
+    """
+    missing = [name for name in job.profile.secrets if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(f"secrets: {', '.join(missing)} not in the environment; export them")
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch: no such command; run this where Slurm's commands are")
+    check_nodes(job)
+    Path(logs(job)).mkdir(parents=True, exist_ok=True)
+    Path(job.task.run_dir).mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SchedulerError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def check_nodes(job: ClusterJob) -> None:
+    """Refuse a partition whose nodes differ, or has too few, as far as sinfo tells.
+
+    Every rank must find what the others find: torchrun starts the same number on each node, and
+    the slowest sets the pace.
+    """
+    slurm = _section(job)
+    if shutil.which("sinfo") is None:
+        return
+    partition = ["--partition", slurm.partition] if slurm.partition else []
+    command = ["sinfo", "--noheader", "--Node", *partition, "--format", "%N|%c|%G|%f"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = {tuple(line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 3}
+    if done.returncode != 0 or not rows:
+        return  # sbatch will say it
+    asked = set(re.findall(r"\w+", slurm.constraint or ""))
+    fit = {row[:3] for row in rows if asked <= {*row[3].split(",")}} or {row[:3] for row in rows}
+    kinds = {row[1:] for row in fit}
+    where = slurm.partition or "the default partition"
+    if len({row[0] for row in fit}) < job.nodes:
+        raise ConfigError(
+            f"--nodes {job.nodes}: {where} has {len({row[0] for row in fit})} such nodes"
+        )
+    if len(kinds) > 1:
+        listed = "; ".join(f"{cores} cores, GPUs {gres}" for cores, gres in sorted(kinds))
+        raise ConfigError(
+            f"{where}: its nodes differ ({listed}), and a run needs the same on each; choose those "
+            "of one kind by slurm.constraint or slurm.exclude in the profile"
+        )
+
+
+def logs(job: ClusterJob) -> str:
+    """Where Slurm writes what a job prints."""
+    return f"{job.profile.shared.rstrip('/')}/shardwise-logs"
+
+
+def _section(job: ClusterJob) -> SlurmProfile:
+    assert job.profile.slurm is not None
+    return job.profile.slurm
+
+
+def _container(job: ClusterJob) -> tuple[list[str], list[str]]:
+    """Flags of srun, and what stands before the interpreter."""
+    slurm, profile = _section(job), job.profile
+    mounts = ",".join(slurm.mounts or [f"{profile.shared}:{profile.shared}"])
+    if slurm.container == "pyxis":
+        flags = {"image": profile.image, "mounts": mounts, "workdir": job.workdir}
+        return [f"--container-{key}={value}" for key, value in flags.items()], []
+    if slurm.container == "apptainer":
+        gpus = ["--nv"] if profile.gpus else []
+        return [], [
+            "apptainer", "exec", *gpus, "--bind", mounts, "--pwd", job.workdir, f"{profile.image}",
+        ]  # fmt: skip
+    return [], []
