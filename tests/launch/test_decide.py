@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -66,16 +64,6 @@ def test_success_is_what_rank_0_says(tmp_path: Path) -> None:
     assert attempt(tmp_path, None) == 85
     assert decide(tmp_path, 0).exit_code == 85
     assert attempts.read(tmp_path)[0].exit_code == 1
-
-
-def test_another_node_may_still_tell(tmp_path: Path) -> None:
-    attempts.begin(tmp_path, ["n1"], {}, "kubernetes.x.0")
-    teller = threading.Thread(
-        target=lambda: (time.sleep(0.3), ending.write_ending(tmp_path, 3, "diverged"))
-    )
-    teller.start()
-    assert decide(tmp_path, 1, wait_s=60.0).exit_code == 3
-    teller.join()
 
 
 def test_the_command_gives_the_verdict_as_its_exit_code(

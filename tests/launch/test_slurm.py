@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from shardwise.launch import slurm
 from shardwise.launch.cluster import ClusterJob, Task
 from shardwise.launch.profile import ClusterProfile, SlurmProfile
 from shardwise.resilience import attempts
@@ -90,28 +86,3 @@ def test_two_nodes_train_through_a_requeue(
         json.loads(line)["step"] for line in metrics.read_text().splitlines() if "grad_norm" in line
     ]
     assert steps == list(range(1, 401))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(
-        st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map("k=".__add__),
-        max_size=3,
-    ),
-    st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/"), min_size=1),
-)
-def test_a_shell_reads_back_every_path_and_override(words: list[str], name: str) -> None:
-    """Through a real shell: the fake srun prints what the agents would be started with."""
-    folder = f"/tmp/{name}"
-    script = slurm.render(job(folder, f"{name}.yaml", *words), [])
-    told = "printf '%s\\0'"
-    tools = f'cd() {{ {told} "$1"; }}; srun() {{ {told} "$@"; }}; python() {{ {told} "$@"; }}\n'
-    script = script.replace("#!/bin/sh\n", f"scontrol() {{ echo n1; }}\n{tools}")
-    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1"}
-    done = subprocess.run(["/bin/sh"], input=script, env=given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.split("\0")
-    assert said[0] == folder
-    at = said.index("train")
-    assert said[at + 1 : at + 2 + len(words)] == [f"{name}.yaml", *words]
-    assert said[said.index("decide") + 1] == f"{folder}/run"

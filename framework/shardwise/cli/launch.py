@@ -101,6 +101,8 @@ def _on_cluster(target: str, words: str) -> None:
 
 
 _on_cluster("slurm", "Submit a recipe to Slurm: a batch script with one torchrun agent a node.")
+_on_cluster("kubernetes", "Submit a recipe to Kubernetes: a TrainJob, or a plain JobSet.")
+_on_cluster("skypilot", "Submit a recipe to SkyPilot as a managed job.")
 
 
 @profiles.command()
@@ -128,10 +130,6 @@ def check(
 def decide(
     run: Run,
     code: Annotated[int, typer.Option("--code", metavar="N", help="Exit code of the agents.")],
-    wait: Annotated[
-        float,
-        typer.Option("--wait", min=0.0, metavar="S", help="Seconds for another node to say why."),
-    ] = 0.0,
     json: JsonOption = None,
 ) -> None:
     """Say whether to start a run once more after an attempt: exit code 85, else the run's own.
@@ -140,9 +138,19 @@ def decide(
     """
     from shardwise.launch.decide import decide as ask
 
-    found = ask(run, code, wait)
+    found = ask(run, code)
     emit(found, f"{found.action}: {found.reason}", json)
     raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def status(run: Run, json: JsonOption = None) -> None:
+    """Show a run's attempts, steps and goodput, from its folder alone."""
+    from shardwise.launch.status import as_text
+    from shardwise.launch.status import status as ask
+
+    found = ask(run)
+    emit(found, as_text(found), json)
 
 
 def check_ranks(nproc: int | None) -> None:

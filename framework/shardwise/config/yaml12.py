@@ -95,6 +95,23 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
+class _Readable(_Dumper):
+    """Text of several lines as lines; PyYAML quotes it where they would not come back."""
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: (
+        dumper.represent_scalar(_TAG + "str", text, "|") if "\n" in text else _text(dumper, text)
+    ),
+)
+
+
+def readable(data: Any) -> str:
+    """As `dump`, with scripts and the like as people write them."""
+    return str(yaml.dump(data, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6))
+
+
 class _Inline(_Dumper):
     """On one line, with the shortest form of each number."""
 

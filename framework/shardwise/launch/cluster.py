@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import jinja2
 
 from shardwise.config.load import LoadedConfig, load_config
 from shardwise.config.redact import redact
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, ShardwiseError
 from shardwise.launch.profile import ClusterProfile
 from shardwise.terminal import printable
 
@@ -57,6 +60,10 @@ class ClusterJob:
         return math.ceil(self.grace_s) + SPARE_SECONDS
 
 
+class SchedulerError(ShardwiseError):
+    """The scheduler did not take the job; the message is its own."""
+
+
 def prepare(
     target: str,
     config: str | Path,
@@ -86,22 +93,24 @@ def prepare(
     _refuse_unfit(words)
     loaded = load_config(config, overrides)
     run, world = loaded.config, nodes * profile.ranks
-    try:
-        # Only a Slurm cluster sees here what its nodes see.
-        preflight(run, world, loaded.provenance, files=target == "slurm")
-    except ConfigError as error:
-        if "engine.layout" not in str(error):
-            raise
-        raise ConfigError(
-            f"{error}\n  launch starts {world} ranks: --nodes {nodes} x {profile.ranks} a node "
-            f"({named}: {'gpus' if profile.gpus else 'cpu_ranks'})"
-        ) from error
-    workdir = profile.workdir or os.getcwd()  # noqa: PTH109  # as the nodes name it
+    # SkyPilot copies the working folder to every node and begins there.
+    workdir = profile.workdir or ("." if target == "skypilot" else str(Path.cwd()))
     run_dir = os.path.normpath(os.path.join(workdir, run.directory))  # noqa: PTH118
     job = ClusterJob(
         run.name, Task(run_dir, words), nodes, workdir, run.resilience.grace_s, profile
     )
     _refuse_misfits(target, job, loaded, named)
+    try:
+        # Only a Slurm cluster sees here what its nodes see.
+        preflight(run, world, loaded.provenance, here=False, files=target == "slurm")
+    except ConfigError as error:
+        if "engine.layout" not in str(error):
+            raise
+        said = re.sub(r"; use --nproc \d+", "", str(error))  # here it is the profile's word
+        raise ConfigError(
+            f"{said}\n  launch starts {world} ranks: --nodes {nodes} x {profile.ranks} a node "
+            f"({named}: {'gpus' if profile.gpus else 'cpu_ranks'})"
+        ) from error
     return job
 
 
@@ -126,17 +135,19 @@ def _refuse_misfits(target: str, job: ClusterJob, loaded: LoadedConfig, named: s
         source = loaded.provenance.get(key)
         return key if source is None or source.kind == "default" else f"{key} ({source})"
 
-    where = {"run_dir": job.task.run_dir}
-    if target != "skypilot":  # which copies the working folder to every node
+    recipe = os.path.normpath(os.path.join(job.workdir, job.task.words[0]))  # noqa: PTH118
+    where = {at("run_dir"): job.task.run_dir, "the recipe": recipe}
+    if job.workdir == ".":  # and with it the recipe
+        if recipe.startswith(("/", "..")):
+            raise ConfigError(f"{recipe}: is not in the folder that SkyPilot copies, {Path.cwd()}")
+        del where["the recipe"]
+    else:
         where["the working folder"] = job.workdir
-        recipe = os.path.join(job.workdir, job.task.words[0])  # noqa: PTH118
-        where["the recipe"] = os.path.normpath(recipe)
     for what, path in where.items():
         if not Path(path).is_relative_to(profile.shared):
-            key = at(what) if what == "run_dir" else what
             raise ConfigError(
-                f"{key}: {path} is not in {profile.shared}, which all nodes see ({named}: shared); "
-                "put it there"
+                f"{what}: {path} is not in {profile.shared}, the folder that all nodes see "
+                f"({named}: shared); put it there"
             )
     devices = {run.engine.device, *(stage.engine.device for stage in run.stages)}
     if profile.cpu_ranks and "cuda" in devices:
@@ -162,8 +173,8 @@ def quoted(words: str | Iterable[str]) -> str:
     return shlex.quote(words) if isinstance(words, str) else shlex.join(words)
 
 
-def fill(template: str, **values: Any) -> str:
-    """A file of ``templates/`` with its values; every one that a shell reads goes through ``q``."""
+def fill(template: str, job: ClusterJob, **values: Any) -> str:
+    """A job as one of ``templates/``; every value that a shell reads goes through ``q``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         undefined=jinja2.StrictUndefined,
@@ -173,7 +184,29 @@ def fill(template: str, **values: Any) -> str:
         autoescape=False,  # these are shell scripts, not HTML
     )
     environment.filters["q"] = quoted
-    return environment.get_template(template).render(values)
+    text = environment.get_template(template).render(job=job, prelude=prelude(job), **values)
+    return text.lstrip("\n")
+
+
+def hand_over(command: Sequence[str], job: ClusterJob, text: str) -> str:
+    """Give what was rendered to a scheduler's own command; returns what that prints.
+
+    Raises ConfigError when the command is not here, SchedulerError with its own words.
+    """
+    if shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"{command[0]}: no such command; run this where it is, or take --dry-run's output there"
+        )
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SchedulerError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def need_secrets(job: ClusterJob) -> None:
+    """Refuse to submit without the secrets that travel with this environment."""
+    if missing := [name for name in job.profile.secrets if not os.environ.get(name)]:
+        raise ConfigError(f"secrets: {', '.join(missing)} not in the environment; export them")
 
 
 def prelude(job: ClusterJob) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,6 @@ FINAL: dict[int, str] = {
     ExitCode.BUG: "a bug in shardwise",
     exit_code_of_signal(signal.SIGINT): "interrupted by hand",
 }
-POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +43,18 @@ class Decision:
     reason: str
 
 
-def decide(run: Path, code: int, wait_s: float = 0.0) -> Decision:
+def decide(run: Path, code: int) -> Decision:
     """What to do with the run in ``run`` after an attempt whose agent ended with ``code``.
 
     The attempt is that of this process's environment (`attempts.ATTEMPT`), or the last one. If it
-    told no end it is given one here; ``wait_s``: another node may still tell. Raises DataError.
+    told no end it is given one here. Raises DataError.
     """
     id = os.environ.get(attempts.ATTEMPT, "")
-    deadline = time.monotonic() + wait_s
-    while (mine := _find(run, id)) is None or mine.exit_code is None:
-        if time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            continue
+    mine = _find(run, id)
+    if mine is None or mine.exit_code is None:
         when = "before it began" if mine is None or mine.began is None else "without a word of it"
         attempts.end(run, code or ExitCode.FAILED, f"ended with exit code {code}, {when}", id)
         mine = _find(run, id)
-        break
     if mine is None or mine.exit_code is None:  # the disk took nothing
         return Decision("requeue", ExitCode.REQUEUE, f"ended with {code}; {run} takes no word")
     return judge([a for a in attempts.read(run) if a.number <= mine.number])

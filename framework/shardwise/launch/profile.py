@@ -19,6 +19,7 @@ from shardwise.config.section import PositiveInt, Section
 from shardwise.errors import ConfigError
 
 VARIABLE = "SHARDWISE_CLUSTER"
+TOOLS = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}  # that take a job
 
 # One word in a scheduler's own lines, where no shell quotes: no spaces, quotes, # or backslashes.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@+/*&|()\[\]-]+$", max_length=200)]
@@ -66,9 +67,7 @@ class KubernetesProfile(Section):
         "trainjob", description="Kubeflow Trainer's TrainJob, or a plain JobSet"
     )
     namespace: Name = "default"
-    claim: Name | None = Field(
-        None, description="the persistent volume claim that is mounted at `shared`"
-    )
+    claim: Name = Field(description="the persistent volume claim that is mounted at `shared`")
     secret: Name | None = Field(None, description="the Kubernetes secret that holds `secrets`")
     service_account: Name | None = None
     queue: Name | None = Field(None, description="a local queue of Kueue")
@@ -89,13 +88,14 @@ class SkyPilotProfile(Section):
     """What a task of SkyPilot is told."""
 
     infra: Word | None = Field(None, description="aws, k8s/context, ...; default: the cheapest")
-    accelerator: Word | None = Field(None, description="SkyPilot's name of the GPU, e.g. H100")
+    accelerator: Word | None = Field(None, description="the GPU as SkyPilot names it, e.g. H100")
     spot: bool = False
     cpus: Word | None = Field(None, description="cores a node, e.g. 8+")
     memory: Word | None = Field(None, description="GiB a node, e.g. 32+")
     disk_size: PositiveInt | None = Field(None, description="GB")
-    storage: Word | None = Field(
-        None, description="the bucket that is mounted at `shared`: s3://..., gs://..."
+    volume: Name = Field(
+        description="the volume of SkyPilot's that is mounted at `shared`; a bucket is none, since "
+        "checkpoints are committed by renaming folders"
     )
     max_nodes: PositiveInt | None = None
 
@@ -105,7 +105,7 @@ class ClusterProfile(Section):
 
     shared: Folder = Field(description="the folder that all nodes see; runs live in it")
     workdir: Folder | None = Field(
-        None, description="where jobs run, on the nodes; default: where `launch` is called"
+        None, description="where jobs run, on the nodes; default: the folder `launch` is called in"
     )
     python: str = Field(
         "python", min_length=1, description="the interpreter on the nodes, in the image if any"
@@ -135,10 +135,17 @@ class ClusterProfile(Section):
             raise ValueError("which scheduler is it? Give slurm, kubernetes or skypilot")
         if self.slurm and (self.slurm.container is None) != (self.image is None):
             raise ValueError("image and slurm.container go together; give both or none")
+        if self.kubernetes and self.image is None:
+            raise ValueError("image: pods need one")
+        if self.kubernetes and self.secrets and self.kubernetes.secret is None:
+            raise ValueError("kubernetes.secret: which secret of the namespace holds `secrets`?")
+        if self.skypilot and (self.gpus is None) != (self.skypilot.accelerator is None):
+            raise ValueError("gpus and skypilot.accelerator go together; give both or none")
         for key, value in self.env.items():
             if any(ord(letter) < 32 for letter in value):
                 self.refuse(("env", key), "holds a line break or a control character")
-        plain: Any = self.model_dump(mode="json", exclude={"secrets"})
+        names: Any = {"secrets": True, "kubernetes": {"secret"}}
+        plain: Any = self.model_dump(mode="json", exclude=names)
         for key, clean in redact_data(plain).items():
             if clean != plain[key]:
                 self.refuse((key,), "holds what looks like a secret; name its variable in secrets")
@@ -171,10 +178,9 @@ def missing(profile: ClusterProfile) -> list[str]:
     found = [
         f"secrets: {name} is not in the environment"
         for name in profile.secrets
-        if not os.environ.get(name)
+        if not profile.kubernetes and not os.environ.get(name)
     ]
-    tools = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
-    for target, tool in tools.items():
+    for target, tool in TOOLS.items():
         if getattr(profile, target) is not None and shutil.which(tool) is None:
             found.append(f"{target}: there is no command {tool} here")
     if (slurm := profile.slurm) is not None:
@@ -189,16 +195,4 @@ def missing(profile: ClusterProfile) -> list[str]:
                 found.append(f"{key}: {folder} does not exist here")
         if slurm.time is None:
             found.append("slurm.time: not given; the partition's default may be minutes")
-    if (kubernetes := profile.kubernetes) is not None:
-        if profile.image is None:
-            found.append("image: pods need one")
-        if kubernetes.claim is None:
-            found.append("kubernetes.claim: without a volume at shared no run outlives its pods")
-        if profile.secrets and kubernetes.secret is None:
-            found.append("kubernetes.secret: in which secret of the namespace are they?")
-    if (sky := profile.skypilot) is not None:
-        if sky.storage is None:
-            found.append("skypilot.storage: without a bucket at shared no run outlives its nodes")
-        if profile.gpus and sky.accelerator is None:
-            found.append("skypilot.accelerator: which GPUs?")
     return found

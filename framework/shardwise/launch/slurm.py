@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardwise.errors import ConfigError, ShardwiseError
-from shardwise.launch.cluster import ClusterJob, Task, fill, prelude, quoted
+from shardwise.errors import ConfigError
+from shardwise.launch.cluster import ClusterJob, Task, fill, hand_over, need_secrets
 from shardwise.launch.profile import SlurmProfile
-
-
-class SchedulerError(ShardwiseError):
-    """The scheduler did not take the job; the message is its own."""
 
 
 def render(job: ClusterJob, tasks: Sequence[Task] = (), at_once: int | None = None) -> str:
@@ -47,36 +42,27 @@ def render(job: ClusterJob, tasks: Sequence[Task] = (), at_once: int | None = No
     alone = ["srun", "--nodes=1", "--ntasks=1", "--overlap", *flags] if flags else []
     return fill(
         "slurm.sh.j2",
-        job=job,
-        profile=job.profile,
+        job,
+        target="slurm",
         slurm=slurm,
         options=options,
         tasks=list(tasks),
         logs=logs(job),
-        prelude=prelude(job),
-        container=quoted([*flags, *python]),
-        alone=quoted([*alone, *python]),
+        container=[*flags, *python],
+        alone=[*alone, *python],
     )
 
 
 def submit(job: ClusterJob, script: str) -> str:
     """Hand a rendered script to sbatch; returns the job's id.
 
-    Raises ConfigError for what the cluster cannot run (a secret that is not in the environment,
-    nodes that differ), SchedulerError with sbatch's own words.
+    Raises ConfigError for what the cluster cannot run, and as `hand_over`.
     """
-    missing = [name for name in job.profile.secrets if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(f"secrets: {', '.join(missing)} not in the environment; export them")
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch: no such command; run this where Slurm's commands are")
+    need_secrets(job)
     check_nodes(job)
     Path(logs(job)).mkdir(parents=True, exist_ok=True)
     Path(job.task.run_dir).mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SchedulerError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip().partition(";")[0]
+    return hand_over(["sbatch", "--parsable"], job, script).partition(";")[0]
 
 
 def check_nodes(job: ClusterJob) -> None:

@@ -56,16 +56,18 @@ def compiler_available(device: torch.device) -> bool:
     return any(shutil.which(c) for c in ("g++", "clang++", "c++"))
 
 
-def wants_compile(engine: EngineConfig, device: torch.device) -> bool:
+def wants_compile(engine: EngineConfig, device: torch.device | None) -> bool:
     """Resolve ``engine.compile``; ``auto`` compiles where a compiler exists and can follow.
+
+    ``device`` None: on another machine, which is taken to have a compiler.
 
     It cannot follow quantised products (`feasible` refuses ``true``). Kinds of engines without the
     key do not compile.
     """
     setting: bool | str = getattr(engine, "compile", False)
     if setting == "auto":
-        return engine.fp8 is None and compiler_available(device)
-    if setting and not compiler_available(device):
+        return engine.fp8 is None and (device is None or compiler_available(device))
+    if setting and device is not None and not compiler_available(device):
         raise ConfigError(
             "engine.compile=true, but no C++ compiler (or Triton, for GPUs) was found; "
             "install g++ or use engine.compile=false"

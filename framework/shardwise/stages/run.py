@@ -179,12 +179,14 @@ def preflight(
     world_size: int,
     provenance: Mapping[str, Source] | None = None,
     *,
+    here: bool = True,
     files: bool = True,
 ) -> None:
     """Refuse what cannot work, before a process group, a file or a model exists.
 
     ``provenance`` (of `LoadedConfig`) lets the message say which line of which file to mend.
-    ``files``: whether those that the recipe names lie on this machine, or only where it will run.
+    ``here``: it will run on this machine, whose devices it may have; ``files``: what the recipe
+    names lies on this machine.
     """
 
     def named(key: str) -> str:
@@ -197,7 +199,7 @@ def preflight(
     for i, stage in enumerate(run.stages):
         key = f"stages.{i}"
         try:
-            check_stage(run, stage, world_size)
+            check_stage(run, stage, world_size, here=here)
         except ConfigError as error:
             where = named(f"{key}.engine.layout").removeprefix(f"{key}.engine.layout")
             raise ConfigError(f"{key}, {stage.name}{where}: {error}") from error
@@ -282,8 +284,8 @@ def read_samples(run: RunConfig) -> None:
         samples.check_conversations(run, tokenizer)
 
 
-def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
-    """Refuse a layout that this model, batch or engine cannot have."""
+def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bool = True) -> None:
+    """Refuse a layout that this model, batch or engine cannot have; ``here``: see `preflight`."""
     assert isinstance(run.model, DecoderConfig)
     updates = getattr(stage, "updates_per_rollout", 1)
     sizes = {global_batch_at(stage.batch, s) for s in range(stage.batch.ramp_steps + 1)}
@@ -299,7 +301,8 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int) -> None:
         check_layout(role.engine, wanted, stage)
         optimizer = role.optimizer or stage.optimizer
         fused = optimizer.kind if optimizer.in_backward and name in TRAINED else ""
-        compiled = blocks.wants_compile(role.engine, pick_device(role.engine.device))
+        device = pick_device(role.engine.device) if here else None
+        compiled = blocks.wants_compile(role.engine, device)
         cases = [
             feasible.Case(
                 wanted,
