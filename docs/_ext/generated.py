@@ -6,6 +6,7 @@ name is put in its place, as Markdown.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,33 @@ def exit_codes(_: str) -> str:
     return "\n".join(["| exit code | meaning |", "|---|---|", *rows])
 
 
-GENERATORS = {"keys": keys, "commands": commands, "exit-codes": exit_codes}
+def profile(_: str) -> str:
+    """Every key of a cluster's profile."""
+    from shardwise.launch.profile import ClusterProfile
+
+    return "\n".join(["| key | meaning | default |", "|---|---|---|", *_rows(ClusterProfile, "")])
+
+
+def _rows(section: Any, above: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from _rows(inner, f"{above}{name}.")
+            continue
+        default = "**required**" if field.is_required() else f"`{json.dumps(field.default)}`"
+        default = "" if default == "`null`" else default
+        yield f"| `{above}{name}` | {_prose(field.description)} | {default} |"
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section that an optional key holds, or None."""
+    for part in getattr(annotation, "__args__", ()):
+        if hasattr(part, "model_fields"):
+            return part
+    return None
+
+
+GENERATORS = {"profile": profile, "keys": keys, "commands": commands, "exit-codes": exit_codes}
 
 
 def fill(text: str) -> str:

@@ -3,7 +3,7 @@
 - ``sh``: each command must end with 0. Those of ours run in this process, what they train in the
   rank pool; others in a shell.
 - ``python``: executed, all of a page in one namespace. Its test functions are called.
-- ``yaml`` and ``json``: a recipe, or sections of one; other JSON is only read.
+- ``yaml`` and ``json``: a recipe, or sections of one; a cluster's profile; other JSON is only read.
 - ``text``: what the command before it printed, ``...`` for what may differ.
 
 A block that follows a line like "`recipe.yaml`:" is written to a file of that name. Comments in
@@ -43,6 +43,7 @@ from shardwise.config import registry, yaml12
 from shardwise.config.load import load_config
 from shardwise.config.reference import minimal
 from shardwise.config.run import RunConfig
+from shardwise.launch.profile import load_profile
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
 from shardwise.stages.run import preflight, run_rank
@@ -230,6 +231,9 @@ class Page:
             return
         if "jobs" in data:  # a workflow of GitHub's
             self._workflow(data, said)
+            return
+        if "shared" in data:
+            load_profile(self.folder / named)
             return
         errors = []
         for recipe in as_recipes(data):

@@ -34,15 +34,15 @@ class SlurmProfile(Section):
     """What sbatch and srun are told."""
 
     partition: Word | None = Field(None, description="default: the cluster's own")
-    account: Word | None = None
-    qos: Word | None = None
+    account: Word | None = Field(None, description="who pays")
+    qos: Word | None = Field(None, description="quality of service")
     time: str | None = Field(
         None,
         pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$",
         description="limit of one attempt, as sbatch takes it; default: the partition's",
     )
     constraint: Word | None = Field(None, description="features that all nodes must have")
-    reservation: Word | None = None
+    reservation: Word | None = Field(None, description="nodes kept for us")
     exclude: Word | None = Field(None, description="nodes that are not to be used")
     cpus_per_node: PositiveInt | None = Field(
         None, description="cores a node; default: one a CPU rank, what the partition gives to GPUs"
@@ -66,10 +66,10 @@ class KubernetesProfile(Section):
     kind: Literal["trainjob", "jobset"] = Field(
         "trainjob", description="Kubeflow Trainer's TrainJob, or a plain JobSet"
     )
-    namespace: Name = "default"
+    namespace: Name = Field("default", description="where its objects are made")
     claim: Name = Field(description="the persistent volume claim that is mounted at `shared`")
     secret: Name | None = Field(None, description="the Kubernetes secret that holds `secrets`")
-    service_account: Name | None = None
+    service_account: Name | None = Field(None, description="of the pods")
     queue: Name | None = Field(None, description="a local queue of Kueue")
     gpu: Word = Field("nvidia.com/gpu", description="the resource that is a GPU")
     cpus: PositiveInt | None = Field(None, description="cores a node; default: one a CPU rank")
@@ -79,9 +79,9 @@ class KubernetesProfile(Section):
     shared_memory: Annotated[str, Field(pattern=r"^[0-9]+([EPTGMk]i?)?$")] = Field(
         "16Gi", description="of /dev/shm, through which ranks of a node talk"
     )
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field({}, description="labels that its nodes have")
     max_restarts: PositiveInt = Field(100, description="of a job, whatever the reason")
-    max_nodes: PositiveInt | None = None
+    max_nodes: PositiveInt | None = Field(None, description="that a job of ours may ask for")
 
 
 class SkyPilotProfile(Section):
@@ -89,15 +89,15 @@ class SkyPilotProfile(Section):
 
     infra: Word | None = Field(None, description="aws, k8s/context, ...; default: the cheapest")
     accelerator: Word | None = Field(None, description="the GPU as SkyPilot names it, e.g. H100")
-    spot: bool = False
+    spot: bool = Field(False, description="machines that may be taken away, for less")
     cpus: Word | None = Field(None, description="cores a node, e.g. 8+")
     memory: Word | None = Field(None, description="GiB a node, e.g. 32+")
-    disk_size: PositiveInt | None = Field(None, description="GB")
+    disk_size: PositiveInt | None = Field(None, description="GB a node")
     volume: Name = Field(
         description="the volume of SkyPilot's that is mounted at `shared`; a bucket is none, since "
         "checkpoints are committed by renaming folders"
     )
-    max_nodes: PositiveInt | None = None
+    max_nodes: PositiveInt | None = Field(None, description="that a job of ours may ask for")
 
 
 class ClusterProfile(Section):
@@ -123,9 +123,9 @@ class ClusterProfile(Section):
         None, pattern=r"^\S+$", description="the container's; default: none, or the runtime's"
     )
     preflight: bool = Field(True, description="doctor --cluster on every node before step 1")
-    slurm: SlurmProfile | None = None
-    kubernetes: KubernetesProfile | None = None
-    skypilot: SkyPilotProfile | None = None
+    slurm: SlurmProfile | None = Field(None, description="what sbatch and srun are told")
+    kubernetes: KubernetesProfile | None = Field(None, description="what pods are told")
+    skypilot: SkyPilotProfile | None = Field(None, description="what SkyPilot is told")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
