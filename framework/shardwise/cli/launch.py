@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from shardwise.cli import complete
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
-from shardwise.errors import CheckFailed, UserError
+from shardwise.errors import CheckFailed, ExitCode, UserError
 
 app = typer.Typer(no_args_is_help=True, help="Start a run here, or on a cluster.")
 profiles = typer.Typer(no_args_is_help=True, help="The profile of a cluster.")
@@ -160,3 +161,28 @@ def check_ranks(nproc: int | None) -> None:
         raise UserError(
             f"--nproc {nproc}: torchrun has started {world} ranks already; leave --nproc out"
         )
+
+
+def preflight(
+    config: Path | None,
+    overrides: Sequence[str],
+    nproc: int | None,
+    seconds: float,
+    min_bandwidth: float,
+    json: str | None,
+) -> None:
+    """`doctor --cluster`: rank 0 tells, and every rank ends with the same exit code."""
+    check_ranks(nproc)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from shardwise.launch.preflight.api import as_text, cluster
+    from shardwise.resilience.attempts import refused
+
+    with json_alone(json):
+        found = cluster(config, overrides, nproc, seconds, min_bandwidth)
+    if os.environ.get("RANK", "0") == "0":
+        emit(found, as_text(found), json)
+        if not found["ok"]:
+            told = "before step 1: " + "; ".join(p["sentence"] for p in found["failures"])
+            refused(ExitCode.USAGE if found["bad_input"] else ExitCode.FAILED, told)
+    if not found["ok"]:
+        raise typer.Exit(ExitCode.FAILED)

@@ -331,8 +331,38 @@ def schema(json: JsonOption = None) -> None:
 
 
 @app.command()
-def doctor(json: JsonOption = None) -> None:
-    """What this machine has, which optional libraries are used, and why the others are not."""
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="With --cluster: its files, too.")
+    ] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Compare all nodes before a run, under the torchrun that would start it.",
+        ),
+    ] = False,
+    nproc: Nproc = None,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, metavar="S", help="With --cluster: for all of it.")
+    ] = 30.0,
+    min_bandwidth: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="GB/S", help="With --cluster: a slower link is a failure."),
+    ] = 0.0,
+    json: JsonOption = None,
+) -> None:
+    """What this machine has, which optional libraries are used, and why the others are not.
+
+    With --cluster: whether all nodes are fit for a run; exit code 1 if not.
+    """
+    if cluster:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are our findings
+        launch.preflight(config, overrides or (), nproc, timeout, min_bandwidth, json)
+        return
+    if config is not None or nproc is not None:
+        raise UserError("CONFIG and --nproc go with --cluster: shardwise doctor --cluster CONFIG")
     from shardwise.launch.doctor import as_text
     from shardwise.launch.doctor import doctor as run
 
