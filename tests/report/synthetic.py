@@ -37,6 +37,11 @@ stages:
   - kind: grpo
     name: grpo
     steps: 160
+evaluations:
+  - kind: bits_per_byte
+    name: bits_per_byte
+  - kind: problems
+    name: held_out
 """
 
 PROMPTS = [
@@ -186,6 +191,10 @@ def summary() -> dict[str, Any]:
         "expected_seconds": {"before": 12.0, "pretrain": 350.0, "sft": 30.0, "grpo": 130.0},
         "stages": stages,
         "samples": samples(),
+        "evaluations": [
+            {"kind": "bits_per_byte", "name": "bits_per_byte"},
+            {"kind": "problems", "name": "held_out"},
+        ],
         "tokens": {"train": 2_878_080},
         "machine": {
             "processor": "An imaginary processor at 2.6 GHz",

@@ -43,7 +43,7 @@ def plots(text: str) -> list[dict[str, Any]]:
 def test_whole_run(run_dir: Path) -> None:
     text = body(run_dir)
     for expected in (
-        "1.874 bits per byte on held-out text (stdlib:validation), 10.4% below gzip -9",
+        "Held-out bits per byte 1.874 (stdlib:validation), 10.4% below gzip -9",
         "went from 0.59 (sft) to 0.87 (grpo) on 512 problems",
         "the 95% intervals do not overlap",
         "majority answer 0.231",
@@ -197,7 +197,7 @@ def test_long_runs_are_drawn_small_and_honestly(tmp_path: Path) -> None:
     )
     write_jsonl(path, rows)
     run = load_run(path.parent)
-    (chart,) = figures.loss_charts(run)
+    (chart,) = figures.all_charts(run)
     band, line = chart.traces
     assert max(band["y"]) == 99.0  # one point in 30,000 is still to be seen
     assert len(line["x"]) <= 1000 and len(band["x"]) <= 2000
@@ -328,14 +328,14 @@ def test_a_run_without_held_out_figures_has_a_sentence_too(tmp_path: Path) -> No
     config = "stages:\n  - kind: pretrain\n"
     write = functools.partial(synthetic.write_run, metrics=[], config=config)
     run = load_run(write(tmp_path / "a", summary_=summary))
-    assert page.verdict(run) == "Pretrain: loss 2.5, validation 2.75."
+    assert page.verdict(run) == "Pretrain: loss 2.5, val loss 2.75."
     del summary["stages"][0]["figures"]
     assert page.verdict(load_run(write(tmp_path / "b", summary_=summary))) == "Finished."
 
 
 def test_figures_say_what_they_are_of(tmp_path: Path) -> None:
     folder = synthetic.write_run(tmp_path / "run", summary_=synthetic.summary())
-    assert "bits per byte on held-out text (stdlib:validation)" in body(folder)
+    assert "Held-out bits per byte 1.874 (stdlib:validation)" in body(folder)
     assert "the last of" not in body(folder)
     write_jsonl(folder / "notes.jsonl", [{"kind": "event", "event": "started"}] * 2)
     assert "Wall time, the last of 2 starts" in body(folder)
@@ -362,5 +362,6 @@ def test_gzip_of_other_documents_is_no_reference(tmp_path: Path) -> None:
 
     for gzip, drawn in ((2.0, True), (2.5, False)):
         run = load_run(synthetic.write_run(tmp_path / str(gzip), metrics=rows(gzip)))
-        chart = figures.compression_chart(run)
-        assert chart is not None and ("gzip -9" in str(chart.traces)) == drawn
+        chart = figures.all_charts(run)[0]
+        assert chart.title == "Validation, bits per byte"
+        assert ("gzip -9" in str(chart.traces)) == drawn

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from shardwise.config.metrics import Metric, Rule
+from shardwise.metrics import declared
 from shardwise.report import diagnosis as d
 from shardwise.report.series import EMPTY, Floats, Series
 
@@ -112,13 +114,13 @@ def test_over_fitting() -> None:
     t = np.linspace(0, 1, 20)
     train = series(5 - 3 * np.linspace(0, 1, 400))
     turning = Series(np.arange(1, 21) * 20, 3.0 + 2 * (t - 0.4) ** 2)
-    answer = d.overfits(train, turning)
+    answer = d.overfits(turning, train)
     assert answer.status == "found"
     assert answer.numbers["best_step"] == pytest.approx(160, abs=20)
     assert answer.numbers["rise"] == pytest.approx(0.24, abs=0.01)
     rising_both = series(5 + np.linspace(0, 1, 400))
-    assert d.overfits(rising_both, turning).status == "clear"  # that is divergence
-    assert d.overfits(train, Series(turning.steps[:3], turning.values[:3])).status == "too_short"
+    assert d.overfits(turning, rising_both).status == "clear"  # that is divergence
+    assert d.overfits(Series(turning.steps[:3], turning.values[:3]), train).status == "too_short"
 
 
 def test_silent_on_healthy_validation() -> None:
@@ -129,7 +131,7 @@ def test_silent_on_healthy_validation() -> None:
         )
         train = series(healthy_loss(seed))
         validation = Series(np.arange(1, 16) * 26, values)
-        assert d.overfits(train, validation).status == "clear"
+        assert d.overfits(validation, train).status == "clear"
 
 
 def test_nonfinite_is_counted() -> None:
@@ -174,8 +176,10 @@ def test_reward_hacking() -> None:
         assert d.reward_hacking(up, rising, shorter, constant).status == "clear"
         answer = d.reward_hacking(up, EMPTY, shorter, constant)
         assert answer.status == "found" and "shrank" in answer.message
-        assert d.reward_hacking(up, falling, constant, num_problems=512).status == "found"
-        assert d.reward_hacking(up, falling, constant, num_problems=8).status == "clear"  # chance
+        assert d.reward_hacking(up, falling, constant, num_problems=series([512])).status == "found"
+        assert (
+            d.reward_hacking(up, falling, constant, num_problems=series([8])).status == "clear"
+        )  # chance
         assert d.reward_hacking(reward(seed, 0.5, 0.5), falling, longer).status == "clear"
 
 
@@ -198,20 +202,58 @@ def test_degenerate_groups() -> None:
     assert d.degenerate_groups(few, reward(0, 0.3, 0.6)).status == "clear"
 
 
-def test_diagnose_picks_rules_by_what_is_logged() -> None:
-    def stage(**curves: Series) -> list[str]:
-        def get(*names: str) -> Series:
-            return next((curves[n] for n in names if n in curves), EMPTY)
+def asked(kind: str, **curves: Series) -> dict[str, d.Check]:
+    """The answers by rule for a stage of ``kind`` that has logged ``curves``."""
+    metrics = declared.of({"stages": [{"kind": kind}]})[kind].values()
+    return {c.rule: c for c in d.diagnose(metrics, lambda name: curves.get(name, EMPTY))}
 
-        return [c.rule for c in d.diagnose(get)]
 
-    loss = series(healthy_loss(0))
-    supervised = stage(loss=loss, val_loss=series([3.0, 2.0]))
-    assert "loss never falls" in supervised and "over-fitting" in supervised
-    policy = stage(loss=loss, reward_mean=reward(0, 0.3, 0.6), entropy=loss)
-    assert "loss never falls" not in policy and "reward never rises" in policy
-    assert "entropy collapse" in policy
-    assert stage() == []
+def test_rules_are_those_that_the_stage_declares() -> None:
+    loss, validation = series(healthy_loss(0)), series([3.0, 2.0])
+    supervised = asked("pretrain", loss=loss, val_loss=validation)
+    assert {"loss never falls", "over-fitting", "non-finite values"} <= set(supervised)
+    assert "over-fitting" not in asked("pretrain", loss=loss)
+    rewards = reward(0, 0.3, 0.6)
+    policy = asked("grpo", loss=loss, reward_mean=rewards, entropy_estimate=loss)
+    assert set(policy) == {
+        *("non-finite values", "reward never rises", "reward hacking", "entropy collapse")
+    }
+    assert asked("grpo") == {}
+
+
+def test_every_rule_has_a_stage_that_asks_it() -> None:
+    kinds = [{"kind": k} for k in ("pretrain", "dpo", "grpo", "ppo")]
+    table = declared.of({"stages": kinds}).values()
+    named = {rule.name for metrics in table for m in metrics.values() for rule in m.rules}
+    assert named == set(d.RULES)
+
+
+def loud(curve: Series, other: Series) -> d.Check:
+    """A rule of another package."""
+    return d.Check("too loud", "found", f"{len(curve)} and {len(other)} points")
+
+
+def broken(curve: Series) -> str:
+    return "no check"
+
+
+def test_rules_of_another_package_and_those_that_are_not_there() -> None:
+    here = __name__
+    rules = (
+        Rule(f"{here}:loud", {"other": "b"}),
+        Rule(f"{here}:broken"),
+        Rule("gone.away:rule"),
+        Rule("never_heard_of"),
+        Rule(f"{here}:loud", {"other": "b"}, unless="b"),
+    )
+    curves = {"a": series([1.0, 2.0]), "b": series([3.0])}
+    metrics = [Metric("a", "a", rules=rules), Metric("c", "c", rules=rules)]
+    answers = d.diagnose(metrics, lambda name: curves.get(name, EMPTY))
+    assert [(a.rule, a.status) for a in answers] == [
+        ("too loud", "found"),
+        *((r.name, "too_short") for r in rules[1:4]),
+    ]
+    assert answers[0].message == "2 and 1 points" and "not a Check" in answers[1].message
 
 
 def test_rolling_median_is_of_the_past() -> None:
@@ -240,10 +282,8 @@ def test_both_log_probabilities_falling_is_named() -> None:
     for chosen in (up, 0.0 * up):
         assert d.both_fall(series(chosen + noise[0]), series(down + noise[1])).status == "clear"
     assert d.both_fall(series(down[:9]), series(down[:9])).status == "too_short"
-    logged = {"loss": healthy_loss(1, 100), "logps_chosen": 0.5 * down, "logps_rejected": down}
-
-    def get(*names: str) -> Series:
-        return next((series(logged[n]) for n in names if n in logged), EMPTY)
-
-    said = {check.rule: check.status for check in d.diagnose(get)}
-    assert said["both log-probabilities fall"] == "found"
+    logps = {"logps_chosen": series(0.5 * down), "logps_rejected": series(down)}
+    rule = "both log-probabilities fall"
+    assert asked("dpo", **logps)[rule].status == "found"
+    drifts = {"drift_chosen": series(up), "drift_rejected": series(down)}  # tell more
+    assert asked("dpo", **logps, **drifts)[rule].status == "clear"

@@ -14,15 +14,15 @@ from tests.report.synthetic import summary
 EXPECTED = """\
 shardwise  quickstart  dp2.zero1  done in 8:57
 
-  last step   pretrain  loss 3.021, validation 3.292
+  last step   pretrain  loss 3.021, val loss 3.292
               sft       loss 0.31
               grpo      reward 0.701
-  validation  1.874 bits/byte of stdlib:validation
+  validation  1.874 bits per byte of stdlib:validation
               10.4% below gzip -9 (2.091), 6.4% below xz (2.003)
   accuracy    pretrain  0.004  [0.001, 0.014]
               sft       0.594  [0.551, 0.636]  +0.590
               grpo      0.871  [0.839, 0.897]  +0.277
-              majority answer 0.231, 512 held-out problems, 95% intervals
+              majority answer 0.231, 512 problems, 95% intervals
   speed       5.6k tokens/s, 0.61 of the machine's GEMM rate (706 GFLOP/s)
   expected    8:42: before 12 s, pretrain 5:50, sft 30 s, grpo 2:10
 
@@ -77,7 +77,8 @@ def test_always_fits(data: dict[str, Any], path: str) -> None:
 
 
 def test_what_is_left_out_is_counted() -> None:
-    data = {"accuracy": {f"s{i}": 0.5 for i in range(12)}}
+    data: dict[str, Any] = {"accuracy": {f"s{i}": 0.5 for i in range(12)}}
+    data["evaluations"] = [{"kind": "problems"}]
     assert any("and 7 more in the report" in line for line in summary_lines(data))
 
 

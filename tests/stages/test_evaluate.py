@@ -131,4 +131,4 @@ def test_speed_and_tokens_are_of_steady_work_and_real_tokens(
     assert sft["figures"] == {"loss": timed[-1]["loss"]}
     # Of what generates, the FLOPs of training alone say nothing about the machine.
     assert "fraction_of_gemm" in sft and "fraction_of_gemm" not in grpo
-    assert set(grpo["figures"]) == {"loss", "reward_mean"}
+    assert set(grpo["figures"]) == {"reward_mean"}  # a policy's loss is no measure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ register_stage("anchored", AnchoredConfig, "anchored_stage.stage:AnchoredStage")
 from typing import Literal
 
 from pydantic import Field
+from shardwise.config.metrics import Metric, Plot, Rule
 from shardwise.config.schema import RoleConfig, Section, StageConfig
 from shardwise.data.config import DataConfig
 
@@ -56,6 +58,31 @@ class AnchoredConfig(StageConfig):
     data: DataConfig = Field(default_factory=DataConfig)
     roles: AnchoredRoles = Field(default_factory=AnchoredRoles)
     pull: float = 0.5
+
+    @classmethod
+    def metrics(cls):
+        pull = Metric(
+            "loss_pull",
+            "pull of the anchor",
+            "squared nats per token",
+            better="lower",
+            format=".2f",
+            line="pull",
+            plot=Plot("Pull", "Anchor"),
+            rules=(Rule("anchored_stage.rules:loose"),),
+        )
+        return (*super().metrics(), pull)
+
+    @classmethod
+    def best(cls):
+        return cls.metrics()[-1]
+""",
+    "anchored_stage/rules.py": """
+from shardwise.report.diagnosis import Check
+
+
+def loose(pull):
+    return Check("a loose anchor", "found", f"{len(pull)} points", advice="tie it")
 """,
     "anchored_stage/stage.py": """
 import dataclasses
@@ -140,17 +167,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def verify(installed: Path, folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:
-    """Exit code and report of the command in a process of its own."""
-    recipe, report = write_recipe(folder), folder / "report.json"
+def command(
+    installed: Path, folder: Path, name: str, *options: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """A command over a recipe of the stage, in a process of its own."""
+    recipe = write_recipe(folder)
     recipe.write_text(recipe.read_text().replace("kind: pretrain", "kind: anchored"))
-    done = subprocess.run(
-        [sys.executable, "-m", "shardwise", "verify", recipe, "--json", report, *options],
+    return subprocess.run(
+        [sys.executable, "-m", "shardwise", name, recipe, *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+
+
+def verify(installed: Path, folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code and report of the command."""
+    report = folder / "report.json"
+    done = command(installed, folder, "verify", "--json", report, *options)
     text = report.read_text() if report.exists() else "{}"
     return done.returncode, json.loads(text), done.stdout + done.stderr
 
@@ -182,3 +217,14 @@ def test_a_bug_of_its_own_is_caught(installed: Path, tmp_path: Path) -> None:
     wrong = [v["sentence"] for v in report["verdicts"] if not v["passed"]]
     assert wrong and all(s.startswith("first to differ: rating mean step 0") for s in wrong), wrong
     assert wrong[0].endswith("suspect: dp2.zero0")
+
+
+def test_its_metrics_are_shown_drawn_and_watched(installed: Path, tmp_path: Path) -> None:
+    """Progress, report and diagnosis know them by the stage's word alone."""
+    done = command(installed, tmp_path, "train", f"run_dir={tmp_path / 'run'}", "stages.0.steps=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = next(x for x in done.stderr.splitlines() if x.startswith("anchored 3/3"))
+    assert re.search(r"  pull \d+\.\d\d$", last), last
+    page = (tmp_path / "run" / "report.html").read_text()
+    for expected in ("Pull, anchored", 'href="#anchor"', "a loose anchor", "3 points", "tie it"):
+        assert expected in page, expected

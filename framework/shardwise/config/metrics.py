@@ -53,7 +53,7 @@ class Metric:
     For what is measured after a stage: ``summary`` is its place in summary.json, ``first`` for one
     value of the run (of the first stage that has it) and ``stages`` for a table of all;
     ``count`` names the metric that says how many trials a share is of, ``references`` those that it
-    is held against.
+    is held against, ``source`` a text beside it that says what it was measured on.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Metric:
     summary: Literal["", "first", "stages"] = ""
     count: str = ""
     references: tuple[str, ...] = ()
+    source: str = ""
 
     def validated(self) -> Metric:
         """The same on data that is not trained on, drawn beside it."""

@@ -80,6 +80,7 @@ def _prefixed(metric: Metric, prefix: str) -> Metric:
         name=prefix + metric.name,
         label=f"{metric.label}, {prefix[:-1]}",
         count=metric.count and prefix + metric.count,
+        source=metric.source and prefix + metric.source,
         references=tuple(prefix + name for name in metric.references),
         plot=plot,
     )

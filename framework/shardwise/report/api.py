@@ -12,6 +12,7 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from shardwise.report import figures, page
+from shardwise.report.charts import Chart
 from shardwise.report.rundata import RunData, load_run
 from shardwise.storage.durable import write_durably
 
@@ -37,7 +38,7 @@ def report(run_dir: Path | str, out: Path | None = None) -> Path:
 def render(run: RunData) -> str:
     """The page of a run as text."""
     charts = figures.all_charts(run)
-    groups: dict[str, list[tuple[int, figures.Chart]]] = {}
+    groups: dict[str, list[tuple[int, Chart]]] = {}
     for i, chart in enumerate(charts):
         groups.setdefault(chart.group, []).append((i, chart))
     plots = [{"data": c.traces, "layout": c.layout} for c in charts]
@@ -47,7 +48,7 @@ def render(run: RunData) -> str:
         .render(
             **page.view(run),
             groups=groups,
-            sparks=figures.sparks(run),
+            sparks=figures.sparks(run, charts),
             plots_json=script_safe(plots),
             plotly=_plotly() if charts else "",
         )

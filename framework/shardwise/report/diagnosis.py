@@ -8,13 +8,15 @@ equals the standard deviation for normal noise but ignores outliers.
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from shardwise.config.metrics import Metric
 from shardwise.report.series import EMPTY, Floats, Series
 
 Status = Literal["clear", "found", "too_short"]
@@ -208,7 +210,7 @@ def stalls(loss: Series, lr: Series) -> Check:
     )
 
 
-def overfits(train: Series, validation: Series) -> Check:
+def overfits(validation: Series, train: Series) -> Check:
     """Is validation above its best by 2 % while training went on falling?"""
     rule, values = "over-fitting", validation.values
     if len(values) < OVERFIT_POINTS:
@@ -282,7 +284,7 @@ def reward_hacking(
     accuracy: Series,
     length: Series,
     stopped: Series = EMPTY,
-    num_problems: float | None = None,
+    num_problems: Series = EMPTY,
 ) -> Check:
     """Does the reward rise while held-out accuracy falls, or while the length runs away?
 
@@ -303,7 +305,7 @@ def reward_hacking(
     if len(accuracy) >= 2:
         change = float(accuracy.values[-1] - accuracy.values[0])
         numbers["accuracy_change"] = change
-        error_of_share = math.sqrt(0.5 / num_problems) if num_problems else 0.0
+        error_of_share = math.sqrt(0.5 / num_problems.last) if num_problems.last else 0.0
         if change < -max(ACCURACY_DROP, 2 * error_of_share):
             signs.append(f"held-out accuracy fell by {-change:.3f}")
     if len(length) >= MIN_POINTS:
@@ -434,42 +436,49 @@ def fp8_sound(error: Series, underflow: Series, overflow: Series, fallbacks: Ser
     )
 
 
-REWARD = ("reward_mean", "reward")
-ENTROPY = ("entropy", "entropy_mean", "entropy_estimate", "policy_entropy")
-DEGENERATE = ("degenerate_fraction", "fraction_degenerate", "degenerate_groups")
-LENGTH = ("completion_length", "completion_tokens", "completion_length_mean")
-STOPPED = ("stopped_fraction",)
-ACCURACY = ("accuracy", "val_accuracy")
-LOGPS_CHOSEN = ("drift_chosen", "logps_chosen")
-LOGPS_REJECTED = ("drift_rejected", "logps_rejected")
+RULES: dict[str, Callable[..., Check]] = {
+    rule.__name__: rule
+    for rule in (
+        both_fall,
+        degenerate_groups,
+        entropy_collapse,
+        fp8_sound,
+        never_falls,
+        nonfinite,
+        oscillates,
+        overfits,
+        reward_hacking,
+        reward_never_rises,
+        spikes,
+        stalls,
+    )
+}
 
 
-def diagnose(get: Callable[..., Series]) -> list[Check]:
-    """All rules that apply to one stage; ``get(*names)`` answers with its first known series.
+def diagnose(metrics: Iterable[Metric], get: Callable[[str], Series]) -> list[Check]:
+    """What the rules of one stage's declared metrics say; ``get`` has a metric's curve by name.
 
-    A stage that logs a reward is judged by the rules of reinforcement learning: its loss need
-    not fall. Any other is judged by its loss.
+    A metric that was not logged is not asked about. A rule of another package that is not there,
+    or that fails, says so.
     """
-    loss, grad_norm, reward = get("loss"), get("grad_norm"), get(*REWARD)
-    checks = [nonfinite(loss, grad_norm)] if len(loss) or loss.num_nonfinite else []
-    if len(error := get("fp8_error")):
-        rest = (get(f"fp8_{name}") for name in ("underflow", "overflow", "fallbacks"))
-        checks.append(fp8_sound(error, *rest))
-    if len(reward):
-        checks += [
-            reward_never_rises(reward),
-            reward_hacking(
-                reward, get(*ACCURACY), get(*LENGTH), get(*STOPPED), get("num_problems").last
-            ),
-        ]
-        if len(entropy := get(*ENTROPY)):
-            checks.append(entropy_collapse(entropy, reward))
-        if len(degenerate := get(*DEGENERATE)):
-            checks.append(degenerate_groups(degenerate, reward))
-    elif len(loss):
-        if len(rejected := get(*LOGPS_REJECTED)):
-            checks.append(both_fall(get(*LOGPS_CHOSEN), rejected))
-        checks += [never_falls(loss), spikes(loss), oscillates(loss), stalls(loss, get("lr"))]
-        if len(validation := get("val_loss", "val_bits_per_byte")):
-            checks.append(overfits(loss, validation))
+    checks = []
+    for metric in metrics:
+        curve = get(metric.name)
+        for rule in metric.rules if len(curve) or curve.num_nonfinite else ():
+            if not rule.unless or not len(get(rule.unless)):
+                others = {keyword: get(name) for keyword, name in rule.curves.items()}
+                checks.append(_ask(rule.name, curve, others))
     return checks
+
+
+def _ask(name: str, curve: Series, others: Mapping[str, Series]) -> Check:
+    if name in RULES:
+        return RULES[name](curve, **others)
+    module, _, function = name.partition(":")
+    try:
+        answer = getattr(importlib.import_module(module), function)(curve, **others)
+        if not isinstance(answer, Check):
+            raise TypeError(f"gave a {type(answer).__name__}, not a Check")
+        return answer
+    except Exception as error:  # whatever another package raises: the others have their say
+        return Check(name, "too_short", f"cannot be asked: {type(error).__name__}: {error}")

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 
 from shardwise.config.redact import redact
-from shardwise.metrics.progress import duration, number
-from shardwise.report.diagnosis import ACCURACY, Check, diagnose
+from shardwise.metrics.declared import START, Metric
+from shardwise.metrics.progress import duration, number, written
+from shardwise.report.diagnosis import Check, diagnose
 from shardwise.report.rundata import RunData, config_stages, summary_stages
 from shardwise.report.series import Series, wilson
 from shardwise.report.summary import (
-    accuracies,
-    compared,
+    against,
     gemm_rate,
     interval,
     num,
     sample_size,
     stage_figures,
+    stage_table,
 )
 
 MAX_EVENTS = 200
@@ -51,21 +52,31 @@ def _steps(run: RunData, stage: str) -> tuple[int, int | None]:
     return max(done, default=0), planned if isinstance(planned, int) else None
 
 
-def _lift(run: RunData) -> str:
-    """What the last stage did to the accuracy, and whether chance could have done it."""
-    rows = accuracies(run.summary)
+def _lift(run: RunData, metric: Metric) -> str:
+    """What the last stage did to a figure, and whether chance could have done it."""
+    rows = stage_table(run.summary, metric.name)
     if len(rows) < 2:
         return ""
-    (before_name, before), (name, after) = rows[-2:]
-    text = f"held-out accuracy went from {before:.2f} ({before_name}) to {after:.2f} ({name})"
-    problems = sample_size(run.summary)
-    if problems and after > before and 0 <= before <= 1 and 0 <= after <= 1:
-        apart = wilson(after, problems)[0] > wilson(before, problems)[1]
+    before, after = (f"{v:.2f}" if metric.count else written(metric, v) for _, v in rows[-2:])
+    text = f"{metric.label} went from {before} ({rows[-2][0]}) to {after} ({rows[-1][0]})"
+    n, low, high = sample_size(run.summary, metric), rows[-2][1], rows[-1][1]
+    if n and 0 <= low < high <= 1:
+        apart = wilson(high, n)[0] > wilson(low, n)[1]
         text += (
-            f" on {problems} problems; the 95% intervals "
+            f" on {n} {run.metric(START, metric.count).label}; the 95% intervals "
             f"{'do not overlap' if apart else 'overlap, so it may be chance'}"
         )
     return text
+
+
+def _measured(run: RunData, metric: Metric) -> str:
+    """A figure of the run in words."""
+    value = num(run.summary.get(metric.name))
+    if value is None or not metric.better:  # what others are held against
+        return ""
+    text = f"{metric.label} {written(metric, value)}"
+    text += f" ({source})" if (source := run.summary.get(metric.source)) else ""
+    return ", ".join([text, *against(run.summary, metric, value, run.declared)[:1]])
 
 
 def verdict(run: RunData) -> str:
@@ -79,18 +90,11 @@ def verdict(run: RunData) -> str:
             parts.append(f"Not finished: {reached[-1]} at step {done}{of}")
         else:
             parts.append("Not started: no step is logged yet")
-    bits, gzip = (
-        num(run.summary.get("val_bits_per_byte")),
-        num(run.summary.get("gzip_bits_per_byte")),
-    )
-    if bits is not None:
-        text = f"{bits:.3f} bits per byte on held-out text"
-        text += f" ({source})" if (source := run.summary.get("val_source")) else ""
-        parts.append(text + (f", {compared(bits, gzip)} gzip -9" if gzip else ""))
-    if lift := _lift(run):
-        parts.append(lift)
-    if bits is None and not lift:
-        parts += [f"{name}: {text}" for name, text in stage_figures(run.summary)]
+    said = {"first": _measured, "stages": _lift}
+    measured = [m for m in run.metrics(START).values() if m.summary]
+    found = [text for m in measured if (text := said[m.summary](run, m))]
+    found = found or [f"{name}: {text}" for name, text in stage_figures(run.summary)]
+    parts += found
     return ". ".join(part[0].upper() + part[1:] for part in parts or ["Finished"]) + "."
 
 
@@ -104,22 +108,31 @@ def _model_notes(run: RunData) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _measured_tile(run: RunData, metric: Metric) -> list[Tile]:
+    """What an evaluation found: once in a run, or after each stage."""
+    s, n = run.summary, sample_size(run.summary, metric)
+    label = metric.label[0].upper() + metric.label[1:]
+    if metric.summary == "stages":
+        if not (rows := stage_table(s, metric.name)):
+            return []
+        value, shown = rows[-1][1], f"{rows[-1][1]:.1%}" if metric.count else ""
+        notes = [f"{name} {written(metric, v)} {interval(v, n)}" for name, v in rows]
+        label += f", {n} {run.metric(START, metric.count).label}" if n else ""
+    else:
+        if (found := num(s.get(metric.name))) is None:
+            return []
+        value, shown = found, ""
+        notes = [redact(str(s[metric.source]))] if s.get(metric.source) else []
+    notes += against(s, metric, value, run.declared)
+    return [Tile(label, shown or written(metric, value), tuple(notes))]
+
+
 def tiles(run: RunData) -> list[Tile]:
     """The figures at the head of the page; those that are not known are left out."""
     s, out = run.summary, []
-    if (bits := num(s.get("val_bits_per_byte"))) is not None:
-        notes = [redact(str(s["val_source"]))] if s.get("val_source") else []
-        for key, label in (("gzip_bits_per_byte", "gzip -9"), ("xz_bits_per_byte", "xz")):
-            if reference := num(s.get(key)):
-                notes.append(f"{compared(bits, reference)} {label} ({reference:.3f})")
-        out.append(Tile("Validation, bits per byte", f"{bits:.3f}", tuple(notes)))
-    if rows := accuracies(s):
-        n = sample_size(s)
-        notes = [f"{name} {value:.3f} {interval(value, n)}" for name, value in rows]
-        if (baseline := num(s.get("majority_baseline"))) is not None:
-            notes.append(f"majority answer {baseline:.3f}")
-        label = "Held-out accuracy" + (f", {n} problems" if n else "")
-        out.append(Tile(label, f"{rows[-1][1]:.1%}", tuple(notes)))
+    for metric in run.metrics(START).values():
+        if metric.better and metric.summary:
+            out += _measured_tile(run, metric)
     if (tokens := num(s.get("tokens_per_second"))) is not None:
         pace = [(stage, run.get(stage, "tokens_per_second")) for stage in run.stages]
         notes = [f"{st} {number(float(np.median(x.values)))}" for st, x in pace if len(x)]
@@ -223,7 +236,8 @@ def lineage(run: RunData) -> list[Link]:
         metrics = row.get("metrics")
         for name, value in metrics.items() if isinstance(metrics, dict) else []:
             if (figure := num(value)) is not None and len(facts) < 10:
-                facts.append((name.replace("_", " "), _figure(figure)))
+                metric = run.metric(stage, name)
+                facts.append((metric.label, metric_text(metric, figure)))
         hashes = [
             (label, str(row[key]))
             for label, key in (
@@ -249,8 +263,11 @@ def origin(run: RunData) -> str:
     return "random weights" + (f", seed {seed}" if isinstance(seed, int) else "")
 
 
-def _figure(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+def metric_text(metric: Metric, value: float) -> str:
+    """A figure as its declaration wants it; a whole number, that wants nothing special, whole."""
+    if metric.format == Metric.format and value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return written(metric, value)
 
 
 @dataclass(frozen=True)
@@ -356,15 +373,15 @@ class Diagnosis:
         return [c for c in self.checks if c.status == "found"]
 
 
-def _seen(run: RunData, stage: str, *names: str) -> Series:
-    """A stage's series; of accuracy, with what the stage started from in front."""
-    series = run.get(stage, *names)
-    if names != ACCURACY or not len(series):
+def _seen(run: RunData, stage: str, name: str) -> Series:
+    """A stage's series; of an evaluation's, with what the stage started from in front."""
+    series = run.get(stage, name)
+    if name not in run.metrics(START) or not len(series):
         return series
     said = run.stage_config(stage).get("start_from")
-    earlier = [*reversed(run.stages[: run.stages.index(stage)]), "start"]
-    for name in [str(said)] if said else earlier:
-        if len(before := run.get(name, *names)):
+    earlier = [*reversed(run.stages[: run.stages.index(stage)]), START]
+    for other in [str(said)] if said else earlier:
+        if len(before := run.get(other, name)):
             return Series(
                 np.concatenate([[0], series.steps]),
                 np.concatenate([before.values[-1:], series.values]),
@@ -373,10 +390,10 @@ def _seen(run: RunData, stage: str, *names: str) -> Series:
 
 
 def diagnoses(run: RunData) -> list[Diagnosis]:
-    """Every stage through every rule that applies to it."""
+    """Every stage through every rule that watches its metrics."""
     out = []
     for stage in run.stages:
-        checks = diagnose(functools.partial(_seen, run, stage))
+        checks = diagnose(run.metrics(stage).values(), functools.partial(_seen, run, stage))
         if checks:
             out.append(Diagnosis(stage, checks))
     return out

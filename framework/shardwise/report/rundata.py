@@ -13,6 +13,7 @@ import numpy as np
 from shardwise import safe_files
 from shardwise.config import yaml12
 from shardwise.errors import DataError
+from shardwise.metrics.declared import EVERY, START, Metric, Table, metric_of, of
 from shardwise.metrics.jsonl import read_jsonl
 from shardwise.metrics.writers import METRICS_FILE, NOTES_FILE
 from shardwise.report.series import EMPTY, Series
@@ -31,19 +32,25 @@ class RunData:
     stages: list[str] = field(default_factory=list)
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    declared: Table = field(default_factory=dict)
     num_lines: int = 0
     first_time: float | None = None
     last_time: float | None = None
 
-    def get(self, stage: str, *names: str) -> Series:
-        """The first of ``names`` that ``stage`` has logged, or an empty series.
+    def get(self, stage: str, name: str) -> Series:
+        """What ``stage`` has logged under ``name``, or an empty series.
 
         One whose values were all non-finite is empty too, but counts them.
         """
-        logged = [s for name in names if (s := self.series.get((stage, name))) is not None]
-        for found in (*filter(len, logged), *(s for s in logged if s.num_nonfinite)):
-            return found
-        return EMPTY
+        return self.series.get((stage, name), EMPTY)
+
+    def metrics(self, stage: str) -> Mapping[str, Metric]:
+        """What ``stage`` declares; ``start`` has what the evaluations do."""
+        return self.declared.get(stage, {} if stage == START else EVERY)
+
+    def metric(self, stage: str, name: str) -> Metric:
+        """The declaration of one, or what can be said of it without."""
+        return metric_of(self.declared, stage, name)
 
     def names(self, stage: str) -> list[str]:
         """The metrics that ``stage`` has logged, in order of appearance."""
@@ -98,6 +105,7 @@ def load_run(run_dir: Path) -> RunData:
     for name in [*(s.get("name") for s in summary_stages(run.summary)), *config_stages(run)]:
         if isinstance(name, str) and name not in run.stages:
             run.stages.append(name)
+    run.declared = of(run.config if run.config.get("stages") else run.summary)
     order = {n: i for i, n in enumerate(config_stages(run))}
     run.stages.sort(key=lambda n: order.get(n, len(order)))
     _fill_gaps(run)
@@ -153,27 +161,19 @@ def _collect(run: RunData, records: Iterable[dict[str, Any]]) -> None:
             )
 
 
-_ONE_FIGURE = (
-    "val_bits_per_byte",
-    "gzip_bits_per_byte",
-    "xz_bits_per_byte",
-    "majority_baseline",
-    "num_problems",
-)
-_SPEEDS = ("tokens_per_second", "fraction_of_gemm")
-
-
 def _fill_gaps(run: RunData) -> None:
     """Take from the metrics what the summary does not say (yet): a run that still goes on."""
-    for name in (*_ONE_FIGURE, *_SPEEDS):
-        for stage in run.stages:
-            series = run.get(stage, name)
-            if name not in run.summary and len(series):
-                value = np.median(series.values) if name in _SPEEDS else series.values[-1]
-                run.summary[name] = float(value)
-    if "accuracy" not in run.summary:
-        last = {stage: run.get(stage, "accuracy").last for stage in run.stages}
-        run.summary["accuracy"] = {k: v for k, v in last.items() if v is not None}
+    measured = run.metrics(START)
+    for metric in {m.name: m for table in run.declared.values() for m in table.values()}.values():
+        logged = [(s, series) for s in run.stages if len(series := run.get(s, metric.name))]
+        if metric.name in run.summary:
+            continue
+        if metric.summary == "stages":
+            run.summary[metric.name] = {s: float(series.values[-1]) for s, series in logged}
+        elif metric.summary == "first" and logged:
+            values = logged[0][1].values
+            typical = values[-1] if metric.name in measured else np.median(values)
+            run.summary[metric.name] = float(typical)
     engine = run.config.get("engine")
     if "layout" not in run.summary and isinstance(engine, dict) and engine.get("layout"):
         run.summary["layout"] = engine["layout"]

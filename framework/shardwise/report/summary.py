@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardwise.metrics.progress import duration, number
+from shardwise.metrics.declared import EVERY, START, Metric, Table, metric_of, of
+from shardwise.metrics.progress import duration, number, written
 from shardwise.report.rundata import summary_stages
 from shardwise.report.series import wilson
 
 WIDTH, HEIGHT = 80, 30
 _LABEL = 12
-_FIGURES = ("loss", "val_loss", "reward_mean")
 _ROWS = 5
+_MEASURED = 9  # lines of what was measured
 
 
 def num(value: Any) -> float | None:
@@ -21,10 +22,10 @@ def num(value: Any) -> float | None:
     return float(value) if ok and abs(value) < 1e300 else None
 
 
-def sample_size(summary: Mapping[str, Any]) -> int | None:
-    """The number of held-out problems, if it is known and one can count with it."""
-    problems = num(summary.get("num_problems"))
-    return int(problems) if problems is not None and problems >= 1 else None
+def sample_size(summary: Mapping[str, Any], metric: Metric) -> int | None:
+    """How many trials a share is of, if it is known and one can count with it."""
+    trials = num(summary.get(metric.count)) if metric.count else None
+    return int(trials) if trials is not None and trials >= 1 else None
 
 
 def interval(fraction: float, n: int | None) -> str:
@@ -41,11 +42,24 @@ def compared(value: float, reference: float) -> str:
     return f"{abs(change) * 100:.1f}% {'below' if change < 0 else 'above'}"
 
 
-def accuracies(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The held-out accuracy after each stage, in the order of the summary."""
-    table = summary.get("accuracy")
+def stage_table(summary: Mapping[str, Any], name: str) -> list[tuple[str, float]]:
+    """What was measured after each stage, in the order of the summary."""
+    table = summary.get(name)
     pairs = table.items() if isinstance(table, dict) else []
     return [(str(k), f) for k, v in pairs if (f := num(v)) is not None]
+
+
+def against(summary: Mapping[str, Any], metric: Metric, value: float, table: Table) -> list[str]:
+    """What a figure is held against: a share by its value, a size by how far it is from it."""
+    found = []
+    for name in metric.references:
+        if reference := num(summary.get(name)):
+            other = metric_of(table, START, name)
+            text = written(other, reference)
+            of_share = f"{other.label} {text}"
+            of_size = f"{compared(value, reference)} {other.label} ({text})"
+            found.append(of_share if metric.count else of_size)
+    return found
 
 
 def gemm_rate(gflops: float) -> str:
@@ -57,56 +71,69 @@ def _row(label: str, text: str) -> str:
     return f"  {label:<{_LABEL}}{text}"
 
 
-def _compression(summary: Mapping[str, Any]) -> list[str]:
-    bits = num(summary.get("val_bits_per_byte"))
-    if bits is None:
+def _first(summary: Mapping[str, Any], metric: Metric, table: Table) -> list[str]:
+    """One figure of the run, and what it is held against."""
+    value = num(summary.get(metric.name))
+    if value is None:
         return []
-    against = []
-    for key, label in (("gzip_bits_per_byte", "gzip -9"), ("xz_bits_per_byte", "xz")):
-        if reference := num(summary.get(key)):
-            against.append(f"{compared(bits, reference)} {label} ({reference:.3f})")
-    source = f" of {summary['val_source']}" if summary.get("val_source") else ""
-    lines = [_row("validation", f"{bits:.3f} bits/byte{source}")]
-    return lines + ([_row("", ", ".join(against))] if against else [])
+    source = f" of {summary[metric.source]}" if summary.get(metric.source) else ""
+    lines = [_row(metric.line, f"{written(metric, value)} {metric.unit}{source}")]
+    known = against(summary, metric, value, table)
+    return lines + ([_row("", ", ".join(known))] if known else [])
 
 
-def _accuracy(summary: Mapping[str, Any]) -> list[str]:
-    rows = accuracies(summary)
+def _by_stage(summary: Mapping[str, Any], metric: Metric, table: Table) -> list[str]:
+    """A figure after each stage, with its change."""
+    rows = stage_table(summary, metric.name)
     if not rows:
         return []
-    n = sample_size(summary)
+    n = sample_size(summary, metric)
     lines: list[str] = []
     before = None
     width = min(max(len(name) for name, _ in rows), 20)
     for name, value in rows[:_ROWS]:
         change = "" if before is None else f"  {value - before:+.3f}"
-        text = f"{name[:20]:<{width}}  {value:.3f}  {interval(value, n)}{change}"
-        lines.append(_row("" if lines else "accuracy", text.rstrip()))
+        text = f"{name[:20]:<{width}}  {written(metric, value)}  {interval(value, n)}{change}"
+        lines.append(_row("" if lines else metric.line, text.rstrip()))
         before = value
     if len(rows) > _ROWS:
         lines.append(_row("", f"and {len(rows) - _ROWS} more in the report"))
-    baseline = num(summary.get("majority_baseline"))
-    notes = [f"{n} held-out problems, 95% intervals"] if n else []
-    if baseline is not None:
-        notes.insert(0, f"majority answer {baseline:.3f}")
+    notes = against(summary, metric, rows[-1][1], table)
+    if n:
+        notes.append(f"{n} {metric_of(table, START, metric.count).label}, 95% intervals")
     return lines + ([_row("", ", ".join(notes))] if notes else [])
 
 
+def _measured(summary: Mapping[str, Any]) -> list[str]:
+    """What the evaluations found; those with a label for a line, as many as there is room for."""
+    table, lines, left_out = of(summary), list[str](), 0
+    for metric in table[START].values():
+        if metric.line and metric.summary:
+            show = _first if metric.summary == "first" else _by_stage
+            more = show(summary, metric, table)
+            fits = len(lines) + len(more) <= _MEASURED
+            lines += more if fits else []
+            left_out += not fits
+    if left_out:
+        lines[-1] += f"; {left_out} more measured, in the report"
+    return lines
+
+
 def stage_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and newest figures of each stage that has some: a reward, or its losses."""
-    found = []
+    """Name and newest figures of each stage that has some, as it declares them."""
+    found, table = [], of(summary)
     for row in summary_stages(summary):
         figures = row.get("figures")
         if not isinstance(figures, dict):
             continue
-        loss, validation, reward = (num(figures.get(k)) for k in _FIGURES)
-        parts = [] if reward is None else [f"reward {reward:.3f}"]
-        if loss is not None and reward is None:  # a policy's loss is no measure
-            parts.append(f"loss {loss:.4g}")
-        if validation is not None:
-            parts.append(f"validation {validation:.4g}")
+        name = str(row.get("name") or row.get("kind") or "?")
+        parts = [
+            f"{metric.line} {written(metric, value)}"
+            for metric in table.get(name, EVERY).values()
+            if metric.figure and (value := num(figures.get(metric.name))) is not None
+        ]
         if parts:
-            found.append((str(row.get("name", "?")), ", ".join(parts)))
+            found.append((name, ", ".join(parts)))
     return found
 
 
@@ -194,7 +221,7 @@ def summary_lines(summary: Mapping[str, Any], report: str | None = None) -> list
     if wall is not None:
         parts.append(f"{'stopped after' if summary.get('stopped') else 'done in'} {duration(wall)}")
     lines = ["  ".join(parts), ""]
-    lines += _losses(summary) + _compression(summary) + _accuracy(summary) + _speed(summary)
+    lines += _losses(summary) + _measured(summary) + _speed(summary)
     lines += _skipped(summary) + _expected(summary) + _stages(summary)
     if report:
         lines += ["", _row("report", shorten(report, WIDTH - _LABEL - 2))]

@@ -57,11 +57,11 @@ class BitsConfig(EvaluationConfig):
         return (
             Metric(
                 "val_bits_per_byte",
-                "validation bits per byte",
+                "held-out bits per byte",
                 unit,
                 better="lower",
                 format=".3f",
-                line="val bits/byte",
+                line="validation",
                 plot=Plot(
                     "Validation, bits per byte",
                     "Learning",
@@ -70,6 +70,7 @@ class BitsConfig(EvaluationConfig):
                 ),
                 summary="first",
                 references=size,
+                source="val_source",
             ),
             Metric(size[0], "gzip -9", unit, format=".3f", summary="first"),
             Metric(size[1], "xz", unit, format=".3f", summary="first"),

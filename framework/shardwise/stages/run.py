@@ -158,9 +158,7 @@ def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
     finally:
         progress.close()
     logger.close()
-    summary = summarize(run, results, pipeline.gemm, host_info())
-    if "accuracy" in start_metrics:
-        summary["accuracy"] = {"start": start_metrics["accuracy"], **summary["accuracy"]}
+    summary = summarize(run, results, pipeline.gemm, host_info(), start_metrics)
     if pipeline.stopped:
         summary["stopped"] = pipeline.stopped
     summary["expected_seconds"] = {"before": before, **expected}

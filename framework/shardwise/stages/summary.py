@@ -6,16 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.config.run import RunConfig
-
-# Figures of the whole run, taken from the first stage that measured them.
-_FIRST = (
-    "val_bits_per_byte",
-    "gzip_bits_per_byte",
-    "xz_bits_per_byte",
-    "val_source",
-    "majority_baseline",
-    "num_problems",
-)
+from shardwise.metrics import declared
 
 
 def summarize(
@@ -23,19 +14,26 @@ def summarize(
     results: Sequence[Mapping[str, Any]],
     gemm: Mapping[str, float],
     machine: Mapping[str, Any],
+    start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One flat summary; speed is that of the first stage, whose work is the plainest."""
+    """One flat summary; speed is that of the first stage, whose work is the plainest.
+
+    What else is in it, the metrics' declarations say. ``start``: what was measured before.
+    """
     summary: dict[str, Any] = {"name": run.name}
-    for key in _FIRST:
-        for result in results:
-            if key in result["metrics"]:
-                summary[key] = result["metrics"][key]
-                break
-    summary["accuracy"] = {
-        r["name"]: r["metrics"]["accuracy"] for r in results if "accuracy" in r["metrics"]
-    }
     first = results[0]
-    summary |= {k: first[k] for k in ("tokens_per_second", "fraction_of_gemm") if k in first}
+    table = declared.of(run.model_dump(mode="json"))
+    measured = [r["metrics"] for r in results]
+    for name, metric in table[declared.START].items():
+        if metric.summary == "first":
+            for key in filter(None, (name, metric.source)):
+                summary |= next(({key: m[key]} for m in measured if key in m), {})
+        elif metric.summary == "stages":
+            before = {declared.START: start[name]} if start and name in start else {}
+            after = {r["name"]: r["metrics"][name] for r in results if name in r["metrics"]}
+            summary[name] = before | after
+    of_first = [n for n, m in table[first["name"]].items() if m.summary == "first"]
+    summary |= {name: first[name] for name in of_first if name in first}
     precision = run.stages[0].engine.precision
     if precision in gemm:  # absent when a finished stage was not run again
         summary["gemm_gflops"] = gemm[precision] / 1e9
@@ -44,6 +42,7 @@ def summarize(
     summary["skipped_updates"] = {r["name"]: n for r in results if (n := r.get("skipped", 0))}
     summary["tokens"] = {r["name"]: r["tokens"] for r in results}
     summary["stages"] = [_without_samples(r) for r in results]
+    summary["evaluations"] = [{"kind": e.kind, "name": e.name} for e in run.evaluations]
     summary["machine"] = dict(machine)
     return summary
 
