@@ -37,6 +37,7 @@ FLOORS = [
     {"stages"},
     {"report", "verify", "recipes"},
     {"launch"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,6 +21,7 @@ front of a block, which readers do not see, change this:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -46,7 +47,10 @@ from shardwise.config.run import RunConfig
 from shardwise.launch.profile import load_profile
 from shardwise.report.api import report
 from shardwise.report.summary import summary_lines
+from shardwise.resilience.ending import write_ending
 from shardwise.stages.run import preflight, run_rank
+from shardwise.sweep.config import load_sweep
+from shardwise.sweep.plan import make_plan
 from tests.support.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +130,27 @@ def train(recipe: Any, overrides: Sequence[str], token: str = "") -> dict[str, A
     return run_rank(load_config(recipe, overrides), token)
 
 
+class Trial:
+    """In place of a sweep's `Running`, which starts processes: it has ended when it is made."""
+
+    pruned, seconds = False, 0.0
+
+    def __init__(
+        self, train: Callable[..., Any], trial: Any, slot: Any, command: list[str]
+    ) -> None:
+        self.trial, self.slot = trial, slot
+        recipe, *words, _, ranks = command[4:]
+        train(recipe, words, world=int(ranks))
+        write_ending(trial.folder, 0, "done")
+
+    def poll(self) -> int:
+        """Its exit code."""
+        return 0
+
+    def kill(self) -> None:
+        """There is nothing to kill."""
+
+
 class Page:
     """What a page's blocks share."""
 
@@ -139,6 +164,9 @@ class Page:
         self.monkeypatch.setenv("NO_COLOR", "1")
         self.monkeypatch.setattr("shardwise.launch.train.launch_local", self._launch)
         self.monkeypatch.setattr("shardwise.launch.train.train_rank", self._train)
+        self.monkeypatch.setattr(
+            "shardwise.sweep.run.Running", functools.partial(Trial, self._train)
+        )
 
     def _launch(self, target: str, args: list[Any], nproc: int, *_: Any) -> None:
         """In place of `launch_local`, which starts fresh processes."""
@@ -228,6 +256,11 @@ class Page:
     def _yaml(self, source: str, said: dict[str, str], named: str) -> None:
         data = yaml12.parse(source, "page").data
         if named and "fresh" in said:  # the commands behind it know more than this process
+            return
+        if "recipe" in data:
+            file = self.folder / (named or "a_sweep.yaml")
+            file.write_text(source)
+            make_plan(load_sweep(file))
             return
         if "jobs" in data:  # a workflow of GitHub's
             self._workflow(data, said)

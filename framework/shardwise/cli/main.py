@@ -25,6 +25,7 @@ from shardwise.cli import checkpoint, complete, data, launch, recipes
 from shardwise.cli import config as configs
 from shardwise.cli.evaluate import Adapters, evaluate, named
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
+from shardwise.cli.sweep import sweep
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
 from shardwise.storage.durable import FAULTS, FORBIDDEN, StorageError, explain
@@ -320,6 +321,9 @@ def report(
 
     page = write(run, out)
     emit({"report": page}, str(page), json)
+
+
+app.command()(sweep)
 
 
 @app.command()

@@ -39,6 +39,7 @@ _OPTIONAL = [
     ("math-verify", "math_verify", "math", "rewards for mathematics"),
     ("tensorboard", "tensorboard", "watch", "logging.tensorboard"),
     ("wandb", "wandb", "watch", "logging.wandb"),
+    ("optuna", "optuna", "sweep", "samplers of sweeps"),
     ("peft", "peft", "peft", "parity tests, loading adapters that we export"),
 ]
 

@@ -50,7 +50,7 @@ def render(run: RunData) -> str:
             groups=groups,
             sparks=figures.sparks(run, charts),
             plots_json=script_safe(plots),
-            plotly=_plotly() if charts else "",
+            plotly=plotly_source() if charts else "",
         )
     )
 
@@ -74,7 +74,7 @@ def script_safe(data: Any) -> str:
     return text
 
 
-def _plotly() -> str:
+def plotly_source() -> str:
     """The source of plotly.js, as the plotly package ships it; importing that takes as long as the
     whole report."""
     found = importlib.util.find_spec("plotly")
