@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from shardwise.config import yaml12
 from shardwise.config.export import print_config, provenance_json, resolved_yaml
-from shardwise.config.load import LoadedConfig, leaves, load_config
+from shardwise.config.load import LoadedConfig, leaves, load_config, load_section
+from shardwise.config.section import PositiveInt, Section
 from shardwise.config.source import dotted
 from shardwise.errors import ConfigError
 from tests.config.toy import RECIPE
@@ -385,3 +386,33 @@ def test_a_file_of_countless_values_ends_soon(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(yaml12, "MAX_NODES", 1000)
     with pytest.raises(ConfigError, match=r"x:1:.*more than 1000 values"):
         yaml12.parse("[" + "1," * 2000 + "}", "x")
+
+
+@quick
+@given(st.text("ab $\\'\"\n\t\u2028\x85 #:-|>%&*{}[]éß\U0001f600", max_size=40))
+def test_scripts_survive_yaml_that_is_written_to_be_read(text: str) -> None:
+    data = {"run": text, "words": [text]}
+    assert yaml12.parse(yaml12.readable(data), "x").data == data
+
+
+def test_a_script_is_written_as_lines() -> None:
+    assert yaml12.readable({"run": "set -e\necho $(a)\n"}) == "run: |\n  set -e\n  echo $(a)\n"
+
+
+class _Place(Section):
+    name: str
+    nodes: PositiveInt = 1
+
+
+def test_any_section_is_read_as_strictly_as_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "place.yaml"
+    path.write_text("name: here\nnodes: 2\n")
+    assert load_section(path, _Place) == _Place(name="here", nodes=2)
+    path.write_text("nmae: here\nnodes: two\n")
+    with pytest.raises(ConfigError) as error:
+        load_section(path, _Place)
+    for part in ("3 problems", f"nmae ({path}:1)", "did you mean 'name'", f"nodes ({path}:2)"):
+        assert part in str(error.value)
+    path.write_text("- a\n")
+    with pytest.raises(ConfigError, match="not a mapping; known keys: name, nodes"):
+        load_section(path, _Place)

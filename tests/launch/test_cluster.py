@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shardwise.launch import profile as room
 from shardwise.launch import slurm
 from shardwise.launch.cluster import prepare
 from shardwise.launch.profile import load_profile
@@ -25,6 +26,7 @@ from tests.launch.test_slurm import cluster, write_profile  # noqa: F401  # a fi
         (["run_dir=/elsewhere/run"], None, "run_dir (command line override 1): /elsewhere/run is"),
         (["engine.device=cuda"], None, "engine.device (command line override 1): cuda, but"),
         (["engine.device=cpu"], ("cpu_ranks", "gpus"), "would leave the GPUs of PROFILE idle"),
+        ([], ("1:00:00", "4:59"), "slurm.time (PROFILE:6): leaves nothing before slurm.signal_s"),
         (["resilience.grace_s=290"], None, "290 s to save do not fit into the last 300 s"),
         (["name=hf_abcdefghijklmnop1234"], None, "override 1 (name=<redacted>): holds what looks"),
         (["seed=\x1b1"], None, "override 1: holds a control character"),
@@ -34,6 +36,7 @@ from tests.launch.test_slurm import cluster, write_profile  # noqa: F401  # a fi
         ([], ("cpu_ranks: 1", "cpu_ranks: 1\ngpus: 8"), "gpus, or cpu_ranks, and not both"),
         ([], ("lo,", "hf_abcdefghijklmnop1234,"), "env (PROFILE:4): holds what looks like a sec"),
         ([], ("slurm: {partition: low, time: \"1:00:00\"}", ""), "which scheduler is it?"),
+        ([], ("env: {", "env: {A: \"b\\nc\", "), "env.A (PROFILE:4): holds a line break"),
         ([], ("preflight", "image: x.sif\npreflight"), "image and slurm.container go together"),
     ],
 )  # fmt: skip
@@ -61,6 +64,22 @@ def test_no_profile_and_no_section(tmp_path: Path, shardwise: Command) -> None: 
     profile = write_profile(tmp_path)
     code, _, err = shardwise("launch", "kubernetes", tmp_path / "tiny.yaml", "--profile", profile)
     assert code == 2 and "has no section kubernetes" in err
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:00:00", 3600), ("2-1", 176400), ("1-0:10:05", 87005)],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert room._seconds(time) == seconds
+
+
+def test_every_key_of_a_profile_is_described() -> None:
+    sections = (
+        room.ClusterProfile, room.SlurmProfile, room.KubernetesProfile, room.SkyPilotProfile,
+    )  # fmt: skip
+    fields = [field for section in sections for field in section.model_fields.items()]
+    assert [name for name, field in fields if not field.description] == []
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_progress_and_preemption_are_no_crash_loop(tmp_path: Path) -> None:
     assert found.action == "stop" and "3 attempts in a row" in found.reason
 
 
+def test_a_time_too_short_for_any_step_is_no_endless_loop(tmp_path: Path) -> None:
+    assert [attempt(tmp_path, 85) for _ in range(10)] == [85] * 9 + [1]
+    assert attempt(tmp_path, 85, to=2) == 85
+
+
 def test_an_attempt_that_says_nothing_is_given_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from kubeflow_trainer_api import models
 
 from shardwise.config import yaml12
+from shardwise.errors import ShardwiseError
 from shardwise.launch import kubernetes
 from shardwise.launch.cluster import ClusterJob, Task
 from shardwise.launch.profile import ClusterProfile, KubernetesProfile
@@ -103,3 +104,18 @@ def test_profile_names_what_is_missing(tmp_path: Path) -> None:
     assert "claim" in KubernetesProfile.model_fields
     with pytest.raises(ValueError, match="pods need one"):
         job("r.yaml", image=None)
+
+
+def test_what_is_given_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "kubectl"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\ncat > {tmp_path}/text\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("HF_TOKEN", raising=False)  # it is the cluster's
+    whole = job("r.yaml")
+    assert kubernetes.submit(whole, kubernetes.render(whole)) == "big-run-v2"
+    assert (tmp_path / "words").read_text() == "create -f -\n"
+    assert (tmp_path / "text").read_text() == kubernetes.render(whole)
+    tool.write_text("#!/bin/sh\necho forbidden >&2; exit 1\n")
+    with pytest.raises(ShardwiseError, match="kubectl: forbidden"):
+        kubernetes.submit(whole, "")

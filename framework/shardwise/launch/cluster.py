@@ -135,6 +135,7 @@ def _refuse_misfits(target: str, job: ClusterJob, loaded: LoadedConfig, named: s
         source = loaded.provenance.get(key)
         return key if source is None or source.kind == "default" else f"{key} ({source})"
 
+    elsewhere = f", or give {named} the workdir that the nodes have"
     recipe = os.path.normpath(os.path.join(job.workdir, job.task.words[0]))  # noqa: PTH118
     where = {at("run_dir"): job.task.run_dir, "the recipe": recipe}
     if job.workdir == ".":  # and with it the recipe
@@ -147,7 +148,7 @@ def _refuse_misfits(target: str, job: ClusterJob, loaded: LoadedConfig, named: s
         if not Path(path).is_relative_to(profile.shared):
             raise ConfigError(
                 f"{what}: {path} is not in {profile.shared}, the folder that all nodes see "
-                f"({named}: shared); put it there"
+                f"({named}: shared); put it there{'' if profile.workdir else elsewhere}"
             )
     devices = {run.engine.device, *(stage.engine.device for stage in run.stages)}
     if profile.cpu_ranks and "cuda" in devices:

@@ -7,8 +7,9 @@ torchrun passes no rank's exit code on and a killed rank says nothing, so the ru
 - Diverged (3), mostly skipped (4), bad input (2), a bug (70), Ctrl-C (130): stop. Nothing would be
   different the next time.
 - All else is a lost rank or node, a hardware fault, or a crash whose nature shows only when it
-  comes again: once more, unless three attempts in a row have come to no further checkpoint.
-  Attempts that ended with 85 were preempted; they neither count nor break the row.
+  comes again: once more, unless it is the third in a row that came to no further checkpoint.
+  Attempts that ended with 85 were preempted, which is not their fault, and do not count among the
+  three; but after ten in a row without progress, of either kind, the time they get is too short.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from shardwise.errors import ExitCode, exit_code_of_signal
 from shardwise.resilience import attempts
 from shardwise.resilience.attempts import Attempt
 
-MAX_FRUITLESS = 3
+MAX_FAILED, MAX_FRUITLESS = 3, 10  # in a row, to no further checkpoint; with preempted ones
 FINAL: dict[int, str] = {
     ExitCode.USAGE: "bad usage, config or data",
     ExitCode.DIVERGED: "diverged",
@@ -66,26 +67,23 @@ def judge(known: Sequence[Attempt]) -> Decision:
     code = int(last.exit_code or 0)
     if code == ExitCode.DONE:
         return Decision("done", code, "done")
-    if code == ExitCode.REQUEUE:
-        return Decision("requeue", code, last.reason)
     if code in FINAL:
         return Decision("stop", code, f"{FINAL[code]}: {last.reason}")
-    if (row := fruitless(known)) >= MAX_FRUITLESS:
-        return Decision(
-            "stop", code, f"{row} attempts in a row came to no further checkpoint: {last.reason}"
-        )
+    row = fruitless(known)
+    failed = sum(attempt.exit_code != ExitCode.REQUEUE for attempt in row)
+    if (failed >= MAX_FAILED and code != ExitCode.REQUEUE) or len(row) >= MAX_FRUITLESS:
+        words = f"{len(row)} attempts in a row came to no further checkpoint: {last.reason}"
+        return Decision("stop", ExitCode.FAILED if code == ExitCode.REQUEUE else code, words)
     return Decision("requeue", ExitCode.REQUEUE, last.reason)
 
 
-def fruitless(known: Sequence[Attempt]) -> int:
-    """How many attempts at the end came to no checkpoint that none before them had."""
-    row, best = 0, 0
+def fruitless(known: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts at the end that came to no checkpoint which none before them had."""
+    row: list[Attempt] = []
+    best = 0
     for attempt in known:
         reached = sum(attempt.reached.values())
-        if reached > max(best, sum(attempt.start.values())):
-            row = 0
-        elif attempt.exit_code != ExitCode.REQUEUE:
-            row += 1
+        row = [] if reached > max(best, sum(attempt.start.values())) else [*row, attempt]
         best = max(best, reached)
     return row
 

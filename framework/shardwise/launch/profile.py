@@ -141,6 +141,8 @@ class ClusterProfile(Section):
             raise ValueError("kubernetes.secret: which secret of the namespace holds `secrets`?")
         if self.skypilot and (self.gpus is None) != (self.skypilot.accelerator is None):
             raise ValueError("gpus and skypilot.accelerator go together; give both or none")
+        if self.slurm and self.slurm.time and _seconds(self.slurm.time) <= self.slurm.signal_s:
+            self.refuse(("slurm", "time"), "leaves nothing before slurm.signal_s; raise it")
         for key, value in self.env.items():
             if any(ord(letter) < 32 for letter in value):
                 self.refuse(("env", key), "holds a line break or a control character")
@@ -155,6 +157,17 @@ class ClusterProfile(Section):
     def ranks(self) -> int:
         """Ranks a node."""
         return self.gpus or self.cpu_ranks or 1
+
+
+def _seconds(time: str) -> int:
+    """Slurm's [D-]H[:M[:S]] and M[:S]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
+    minutes, seconds = [*parts, 0][:2]
+    return 60 * minutes + seconds
 
 
 def find_profile(given: Path | None) -> Path:
