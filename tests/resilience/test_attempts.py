@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shardwise.errors import DataError
 from shardwise.resilience import attempts, ending
 from tests.stages.recipes import recipe, run
 from tests.support.pool import RankError, RankPool
@@ -59,6 +60,12 @@ def test_secrets_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.write_text("garbage\n" + file.read_text() + '{"event": "sta')
     attempts.begin(tmp_path, ["a"], {}, "local.y")
     assert [a.id for a in attempts.read(tmp_path)] == ["local.x", "local.y"]
+
+
+def test_a_line_that_is_no_attempt_s_is_named(tmp_path: Path) -> None:
+    (tmp_path / attempts.ATTEMPTS_FILE).write_text('{"event": "end", "id": "x", "time": 1}\n')
+    with pytest.raises(DataError, match="it lacks exit_code, reason, steps"):
+        attempts.read(tmp_path)
 
 
 def test_a_rank_that_is_refused_says_so_once(

@@ -23,13 +23,18 @@ from typing import Any
 from shardwise import terminal
 from shardwise.checkpoint.steps import list_steps
 from shardwise.config.redact import redact
-from shardwise.errors import ShardwiseError
+from shardwise.errors import DataError, ShardwiseError
 from shardwise.metrics.jsonl import JsonLines, read_jsonl
 
 ATTEMPTS_FILE = "attempts.jsonl"
 # What a job that `shardwise launch` rendered sets: its run's folder, and which attempt this is, as
 # SCHEDULER.JOB.RESTARTS.
 RUN, ATTEMPT = "SHARDWISE_RUN", "SHARDWISE_ATTEMPT"
+_HEAD = {"event", "id", "time", "steps"}
+_KEYS = {
+    True: _HEAD | {"scheduler", "job", "hosts", "world", "layout"},  # of a start
+    False: _HEAD | {"exit_code", "reason"},
+}
 _mine: dict[Path, str] = {}  # the attempts that this process began, by folder
 
 
@@ -113,7 +118,11 @@ def read(directory: Path) -> list[Attempt]:
     Of an attempt that several told the end of (a rank, then its launcher), the last one counts.
     """
     found: dict[str, dict[str, Any]] = {}
-    for line in read_jsonl(directory / ATTEMPTS_FILE):
+    for line in read_jsonl(path := directory / ATTEMPTS_FILE):
+        if missing := _KEYS[line.get("event") == "start"] - line.keys():
+            raise DataError(
+                f"{path}: a line is no attempt's: it lacks {', '.join(sorted(missing))}"
+            )
         known = found.setdefault(str(line["id"]), {"number": len(found) + 1, "id": line["id"]})
         if line["event"] == "start":
             same = ("scheduler", "job", "world", "layout")
