@@ -408,10 +408,10 @@ def test_any_section_is_read_as_strictly_as_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "place.yaml"
     path.write_text("name: here\nnodes: 2\n")
     assert load_section(path, _Place) == _Place(name="here", nodes=2)
-    path.write_text("nmae: here\nnodes: two\n")
+    path.write_text("names: here\nnodes: two\n")
     with pytest.raises(ConfigError) as error:
         load_section(path, _Place)
-    for part in ("3 problems", f"nmae ({path}:1)", "did you mean 'name'", f"nodes ({path}:2)"):
+    for part in ("3 problems", f"names ({path}:1)", "did you mean 'name'", f"nodes ({path}:2)"):
         assert part in str(error.value)
     path.write_text("- a\n")
     with pytest.raises(ConfigError, match="not a mapping; known keys: name, nodes"):

@@ -101,7 +101,7 @@ def _main(name: str, words: list[str]) -> int:
     elif name == "srun":
         return _srun(words, folder)
     elif words[:2] == ["show", "hostnames"]:
-        print("localhost")
+        print("localhost" if "[" in words[2] else words[2])
     elif words[:1] == ["requeue"]:
         (folder / "requeue").write_text(f"{words[1]} {time.time()}")
     elif name == "sinfo" and (nodes := folder / "nodes").exists():

@@ -83,26 +83,29 @@ def test_every_key_of_a_profile_is_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "constraint", "message"),
+    ("rows", "choice", "message"),
     [
-        ("n1|64|gpu:8|a\nn2|64|gpu:8|a", None, ""),
-        ("n1|64|gpu:8|a\nn2|64|gpu:4|b", None, "its nodes differ"),
-        ("n1|64|gpu:8|a\nn2|64|gpu:4|b\nn3|64|gpu:8|a", "a", ""),
-        ("n1|64|gpu:8|a\nn2|64|gpu:4|b", "a", "has 1 such node"),
-        ("n1|64|gpu:8|a", None, "has 1 such node"),
+        ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:8|a", "", ""),
+        ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b", "", "its nodes differ"),
+        ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b\nlow|n3|64|gpu:8|a", "constraint: a", ""),
+        ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b\nlow|n3|64|gpu:8|a", "exclude: n2", ""),
+        ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b", "constraint: a", "has 1 such node"),
+        ("low|n1|64|gpu:8|a", "", "has 1 such node"),
+        ("low*|n1|9||a\nlow*|n2|9||a\nhigh|n3|8||b", "partition: null", ""),
     ],
 )
 def test_nodes_that_differ_are_refused(
     rows: str,
-    constraint: str | None,
+    choice: str,
     message: str,
     cluster: Cluster,  # noqa: F811
     tmp_path: Path,
     shardwise: Command,  # noqa: F811
 ) -> None:
     (cluster.folder / "nodes").write_text(rows)
-    if constraint:
-        write_profile(tmp_path, ("partition: low", f"constraint: {constraint}"))
+    if choice:
+        words = choice if "partition" in choice else f"partition: low, {choice}"
+        write_profile(tmp_path, ("partition: low", words))
     code, _, err = shardwise("launch", "slurm", write_recipe(tmp_path), "--nodes", 2)
     assert (code, cluster.script.exists()) == ((2, False) if message else (0, True)), err
     assert message in err

@@ -76,9 +76,11 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")  # Unicode's, which unquoted YAML would fold
+
+
 def _text(dumper: _Dumper, text: str) -> ScalarNode:
-    # Breaks of Unicode that plain or single-quoted YAML would fold: escape them.
-    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    style = '"' if _BREAKS.search(text) else None
     return dumper.represent_scalar(_TAG + "str", text, style)
 
 
@@ -99,12 +101,13 @@ class _Readable(_Dumper):
     """Text of several lines as lines; PyYAML quotes it where they would not come back."""
 
 
-_Readable.add_representer(
-    str,
-    lambda dumper, text: (
-        dumper.represent_scalar(_TAG + "str", text, "|") if "\n" in text else _text(dumper, text)
-    ),
-)
+def _lines(dumper: _Readable, text: str) -> ScalarNode:
+    if "\n" in text and not _BREAKS.search(text):
+        return dumper.represent_scalar(_TAG + "str", text, "|")
+    return _text(dumper, text)
+
+
+_Readable.add_representer(str, _lines)
 
 
 def readable(data: Any) -> str:

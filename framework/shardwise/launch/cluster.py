@@ -189,7 +189,7 @@ def fill(template: str, job: ClusterJob, **values: Any) -> str:
     return text.lstrip("\n")
 
 
-def hand_over(command: Sequence[str], job: ClusterJob, text: str) -> str:
+def hand_over(command: Sequence[str], text: str) -> str:
     """Give what was rendered to a scheduler's own command; returns what that prints.
 
     Raises ConfigError when the command is not here, SchedulerError with its own words.

@@ -38,7 +38,7 @@ def render(job: ClusterJob) -> str:
 
 def submit(job: ClusterJob, text: str) -> str:
     """Create what was rendered; returns its name. Raises as `hand_over`."""
-    hand_over(["kubectl", "create", "-f", "-"], job, text)
+    hand_over(["kubectl", "create", "-f", "-"], text)
     return name_of(job)
 
 

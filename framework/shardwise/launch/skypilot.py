@@ -69,7 +69,7 @@ def submit(job: ClusterJob, text: str) -> str:
         file.write(text)
         file.flush()
         command = ["sky", "jobs", "launch", "--yes", "--detach-run", *secrets, file.name]
-        said = hand_over(command, job, "")
+        said = hand_over(command, "")
     return said.splitlines()[-1] if said else ""
 
 

@@ -61,8 +61,7 @@ def submit(job: ClusterJob, script: str) -> str:
     need_secrets(job)
     check_nodes(job)
     Path(logs(job)).mkdir(parents=True, exist_ok=True)
-    Path(job.task.run_dir).mkdir(parents=True, exist_ok=True)
-    return hand_over(["sbatch", "--parsable"], job, script).partition(";")[0]
+    return hand_over(["sbatch", "--parsable"], script).partition(";")[0]
 
 
 def check_nodes(job: ClusterJob) -> None:
@@ -75,25 +74,31 @@ def check_nodes(job: ClusterJob) -> None:
     if shutil.which("sinfo") is None:
         return
     partition = ["--partition", slurm.partition] if slurm.partition else []
-    command = ["sinfo", "--noheader", "--Node", *partition, "--format", "%N|%c|%G|%f"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    rows = {tuple(line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 3}
-    if done.returncode != 0 or not rows:
+    command = ["sinfo", "--noheader", "--Node", *partition, "--format", "%P|%N|%c|%G|%f"]
+    found = [line.split("|") for line in _asked(command) if line.count("|") == 4]
+    rows = [row[1:] for row in found if partition or row[0].endswith("*")]  # * is the default's
+    if not rows:
         return  # sbatch will say it
-    asked = set(re.findall(r"\w+", slurm.constraint or ""))
-    fit = {row[:3] for row in rows if asked <= {*row[3].split(",")}} or {row[:3] for row in rows}
-    kinds = {row[1:] for row in fit}
+    left_out = _asked(["scontrol", "show", "hostnames", slurm.exclude]) if slurm.exclude else []
+    wanted = set(re.findall(r"\w+", slurm.constraint or ""))
+    fit = [row for row in rows if row[0] not in left_out]
+    fit = [row for row in fit if wanted <= {*row[3].split(",")}] or fit
+    names, kinds = {row[0] for row in fit}, {(row[1], row[2]) for row in fit}
     where = slurm.partition or "the default partition"
-    if len({row[0] for row in fit}) < job.nodes:
-        raise ConfigError(
-            f"--nodes {job.nodes}: {where} has {len({row[0] for row in fit})} such nodes"
-        )
+    if len(names) < job.nodes:
+        raise ConfigError(f"--nodes {job.nodes}: {where} has {len(names)} such nodes")
     if len(kinds) > 1:
-        listed = "; ".join(f"{cores} cores, GPUs {gres}" for cores, gres in sorted(kinds))
+        listed = "; ".join(f"{cores} cores, GPUs {gpus}" for cores, gpus in sorted(kinds))
         raise ConfigError(
             f"{where}: its nodes differ ({listed}), and a run needs the same on each; choose those "
             "of one kind by slurm.constraint or slurm.exclude in the profile"
         )
+
+
+def _asked(command: list[str]) -> list[str]:
+    """The lines that a command of Slurm's answers; none if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def logs(job: ClusterJob) -> str:
