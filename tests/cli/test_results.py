@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,35 @@ def test_report(shardwise: Command, run: Path, tmp_path: Path) -> None:
     assert code == 0 and out.strip() == str(tmp_path / "r.html")
     assert (tmp_path / "r.html").stat().st_size > 1000
     assert shardwise("report", tmp_path)[0] == 2
+    code, out, _ = shardwise("report", run, "--live")  # it has ended: no waiting
+    assert code == 0 and out.strip() == str(run / "report.html")
+
+
+def test_runs_are_compared(shardwise: Command, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    page = tmp_path / "both.html"
+    code, out, err = shardwise("report", run, other, "--out", page, "--json", "-")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["report"] == str(page) and page.exists() and found["differences"] == {}
+    assert len(found["runs"]) == 2 and found["figures"]
+    code, _, err = shardwise("report", run, other, run, "--out", page)
+    assert code == 2 and "named twice" in err
+
+
+def test_what_breaks_is_told_whatever_its_message_is(
+    shardwise: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OddError(Exception):
+        message = property(lambda self: "cannot be set")
+
+    def broken(*_: object) -> None:
+        raise OddError("what really happened")
+
+    monkeypatch.setattr("shardwise.report.api.report", broken)
+    code, _, err = shardwise("report", run)
+    assert code == 70 and "what really happened" in err
 
 
 def test_convert_there_and_back(shardwise: Command, ckpt: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def _quoting_safely() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(message := getattr(error, "message", None), str):
+        # Of others, `message` may be a property.
+        if isinstance(message := vars(error).get("message"), str):
             error.message = terminal.printable(redact(message))  # type: ignore[attr-defined]
         raise
 
@@ -312,15 +313,36 @@ def convert(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+    run: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="A run's directory; several: compared."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Default: RUN/report.html; of several, comparison.html in the folder that holds "
+            "all of them, or here."
+        ),
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Write it anew until every run has ended."),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Write a run's self-contained HTML report."""
-    from shardwise.report.api import report as write
+    """Write a run's self-contained HTML report, or one that compares several."""
+    from shardwise.report import api
+    from shardwise.report.live import follow
 
-    page = write(run, out)
-    emit({"report": page}, str(page), json)
+    with json_alone(json):
+        if live:
+            follow(run, out, lambda page: terminal.say(f"{page}: written anew while a run goes on"))
+    if len(run) == 1:
+        page = api.report(run[0], out)
+        emit({"report": page}, str(page), json)
+    else:
+        page, found = api.compare(run, out)
+        emit({"report": page, **found}, str(page), json)
 
 
 app.command()(sweep)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shardwise.adapters.presets import ADAPTER_PRESETS
+from shardwise.config.differences import differences, leaves
 from shardwise.config.load import load_config
 from shardwise.config.presets import Preset
 from shardwise.config.redact import redact_data
@@ -26,7 +27,7 @@ class ConfigDiff:
     Stages and evaluations go by their names. ``sources``: of presets, who published them.
     """
 
-    values: dict[str, tuple[Any, Any]]
+    values: dict[str, tuple[Any, ...]]
     sources: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -52,7 +53,7 @@ def config_diff(a: str, b: str) -> ConfigDiff:
             _family_of(text)  # says so, if it is no preset either
             raise UserError(f"{a} and {b}: a preset is compared with another preset")
         found.append(redact_data(load_config(path).config.model_dump(mode="json")))
-    return ConfigDiff(_differences(*(dict(_leaves(data)) for data in found)))
+    return ConfigDiff(differences(*(dict(leaves(data)) for data in found)))
 
 
 def _recipe(text: str) -> Path | None:
@@ -75,7 +76,7 @@ def _presets(a: str, b: str) -> ConfigDiff:
     table = TABLES[families[0]]
     left, right = (table[text.rpartition(":")[2]] for text in (a, b))
     told = tuple(f"{text}: {p.source}" for text, p in ((a, left), (b, right)))
-    return ConfigDiff(_differences(left.settings, right.settings), told)
+    return ConfigDiff(differences(left.settings, right.settings), told)
 
 
 def _family_of(text: str) -> list[str]:
@@ -86,26 +87,3 @@ def _family_of(text: str) -> list[str]:
         known = ", ".join(f"{f}:{name}" for f, table in TABLES.items() for name in table)
         raise UserError(f"{text}: no recipe, no run and no preset; presets: {known}")
     return found
-
-
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    keys = dict.fromkeys([*left, *right])
-    pairs = {key: (left.get(key), right.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value under its dotted key; items of a list that have names go by them."""
-    items: list[tuple[str, Any]] = []
-    if isinstance(data, dict):
-        items = list(data.items())
-    elif isinstance(data, list) and any(isinstance(item, dict) for item in data):
-        items = [(_name(item, i), item) for i, item in enumerate(data)]
-    if not items:
-        yield key, data
-    for name, value in items:
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))
-
-
-def _name(item: Any, index: int) -> str:
-    return str(item.get("name") or index) if isinstance(item, dict) else str(index)

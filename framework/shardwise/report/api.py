@@ -1,22 +1,26 @@
-"""`report(run_dir)`: one HTML file that needs nothing but a browser."""
+"""`report(run_dir)` and `compare(run_dirs)`: one HTML file that needs nothing but a browser."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from shardwise.report import compare as comparison
 from shardwise.report import figures, page
 from shardwise.report.charts import Chart
 from shardwise.report.rundata import RunData, load_run
 from shardwise.storage.durable import write_durably
 
 REPORT_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
 
 
 def report(run_dir: Path | str, out: Path | None = None) -> Path:
@@ -29,28 +33,65 @@ def report(run_dir: Path | str, out: Path | None = None) -> Path:
     Raises StorageError when it cannot be written, DataError when ``run_dir`` is not a run, or a
     file of it cannot be read.
     """
-    target = out if out is not None else Path(run_dir) / REPORT_FILE
-    html = render(load_run(Path(run_dir)))
-    write_durably(target, html.encode("utf-8", "replace"))
+    target = target_of([run_dir], out)
+    write(target, render(load_run(Path(run_dir))))
     return target
 
 
-def render(run: RunData) -> str:
-    """The page of a run as text."""
+def compare(run_dirs: Sequence[Path | str], out: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Write a page that compares runs, as `report` writes one; and its content as plain data.
+
+    ``out`` is by default ``comparison.html`` in the folder that holds all of them, or in the
+    working directory. Raises as `report` does, and UserError for one folder given twice. A run with
+    a damaged file is on the page with what is wrong; another one is needed.
+    """
+    sides = comparison.load(run_dirs)
+    target = target_of(run_dirs, out)
+    write(target, render_comparison(sides))
+    return target, comparison.data(sides)
+
+
+def target_of(run_dirs: Sequence[Path | str], out: Path | None) -> Path:
+    """Where the page of these runs goes."""
+    if out is not None or len(run_dirs) == 1:
+        return out or Path(run_dirs[0]) / REPORT_FILE
+    parents = {Path(run_dir).resolve().parent for run_dir in run_dirs}
+    return (parents.pop() if len(parents) == 1 else Path()) / COMPARISON_FILE
+
+
+def write(target: Path, html: str) -> None:
+    """Replace a page atomically."""
+    write_durably(target, html.encode("utf-8", "replace"))
+
+
+def render(run: RunData, live: float = 0) -> str:
+    """The page of a run as text; ``live``: seconds after which it loads itself again."""
     charts = figures.all_charts(run)
+    values = page.view(run) | {"sparks": figures.sparks(run, charts)}
+    return _page("report.html.j2", charts, live, values)
+
+
+def render_comparison(sides: Sequence[comparison.Side], live: float = 0) -> str:
+    """The page of several runs."""
+    return _page("compare.html.j2", comparison.overlays(sides), live, comparison.view(sides))
+
+
+def _page(name: str, charts: Sequence[Chart], live: float, values: Mapping[str, Any]) -> str:
     groups: dict[str, list[tuple[int, Chart]]] = {}
     for i, chart in enumerate(charts):
         groups.setdefault(chart.group, []).append((i, chart))
     plots = [{"data": c.traces, "layout": c.layout} for c in charts]
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return (
         _environment()
-        .get_template("report.html.j2")
+        .get_template(name)
         .render(
-            **page.view(run),
+            **values,
             groups=groups,
-            sparks=figures.sparks(run, charts),
             plots_json=script_safe(plots),
             plotly=plotly_source() if charts else "",
+            live=live,
+            written=written,
         )
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shardwise.config.redact import redact
+from shardwise.errors import EXIT_CODES
 from shardwise.metrics.declared import START, Metric
 from shardwise.metrics.progress import duration, number, written
 from shardwise.report.diagnosis import Check, diagnose
@@ -79,6 +80,21 @@ def _measured(run: RunData, metric: Metric) -> str:
     return ", ".join([text, *against(run.summary, metric, value, run.declared)[:1]])
 
 
+def ending(run: RunData) -> str:
+    """How a run ended, with its exit code, in words."""
+    meaning = EXIT_CODES.get(str(run.exit_code), "").partition(":")[0]
+    reason = redact(run.reason).rstrip(".")
+    words = [f"exit code {run.exit_code}"] + ([f"({meaning})"] if meaning else [])
+    return " ".join(words) + (f": {reason}" if reason else "")
+
+
+def state(run: RunData) -> str:
+    """Of a run in one word or two."""
+    if run.living:
+        return "training"
+    return "finished" if is_finished(run) and not run.exit_code else "not finished"
+
+
 def verdict(run: RunData) -> str:
     """The run in one line."""
     parts = []
@@ -90,6 +106,8 @@ def verdict(run: RunData) -> str:
             parts.append(f"Not finished: {reached[-1]} at step {done}{of}")
         else:
             parts.append("Not started: no step is logged yet")
+    if run.exit_code:
+        parts.append(f"Ended with {ending(run)}")
     said = {"first": _measured, "stages": _lift}
     measured = [m for m in run.metrics(START).values() if m.summary]
     found = [text for m in measured if (text := said[m.summary](run, m))]
@@ -405,7 +423,7 @@ def view(run: RunData) -> dict[str, Any]:
     shown, num_events = events(run)
     return {
         "name": run.name,
-        "finished": is_finished(run),
+        "state": state(run),
         "verdict": verdict(run),
         "tiles": tiles(run),
         "problems": problems,

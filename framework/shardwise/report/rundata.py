@@ -17,6 +17,9 @@ from shardwise.metrics.declared import EVERY, START, Metric, Table, metric_of, o
 from shardwise.metrics.jsonl import read_jsonl
 from shardwise.metrics.writers import METRICS_FILE, NOTES_FILE
 from shardwise.report.series import EMPTY, Series
+from shardwise.resilience.attempts import ATTEMPTS_FILE
+from shardwise.resilience.ending import EXIT_FILE
+from shardwise.storage.lock import alive
 
 _HEAD = frozenset({"time", "stage", "step", "kind"})
 
@@ -33,6 +36,10 @@ class RunData:
     series: dict[tuple[str, str], Series] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     declared: Table = field(default_factory=dict)
+    exit_code: int | None = None  # of the last end, while nothing has begun since
+    reason: str = ""
+    num_attempts: int = 0
+    living: bool = False
     num_lines: int = 0
     first_time: float | None = None
     last_time: float | None = None
@@ -79,15 +86,15 @@ def summary_stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read metrics.jsonl, notes.jsonl, summary.json and config.yaml, whichever exist.
+    """Read metrics.jsonl, notes.jsonl, summary.json and config.yaml, and how it ended: what exists.
 
     Figures that the summary lacks are taken from the metrics where they hold them.
 
-    Raises DataError when there is neither metrics, summary nor config, or when one cannot be
-    read (ConfigError for config.yaml).
+    Raises DataError when there is none of them, or when one cannot be read (ConfigError for
+    config.yaml).
     """
     files = [run_dir / n for n in (METRICS_FILE, "summary.json", "config.yaml")]
-    if not any(f.exists() for f in files):
+    if not any(f.exists() for f in (*files, run_dir / EXIT_FILE, run_dir / ATTEMPTS_FILE)):
         raise DataError(
             f"{run_dir} is not a run: it holds none of metrics.jsonl, summary.json, config.yaml; "
             "name a folder that `shardwise train` wrote, such as runs/quickstart"
@@ -99,6 +106,7 @@ def load_run(run_dir: Path) -> RunData:
         run.config_text = safe_files.read_bytes(files[2]).decode("utf-8", "replace")
         run.config = _mapping(yaml12.parse(run.config_text, str(files[2])).data or {}, files[2])
     run.name = str(run.summary.get("name") or run.config.get("name") or run.name)
+    _ending(run, run_dir)
     _collect(run, read_jsonl(files[0]))
     run.events.extend(read_jsonl(run_dir / NOTES_FILE))
     run.events.sort(key=lambda e: e["time"] if isinstance(e.get("time"), (int, float)) else 0.0)
@@ -110,6 +118,17 @@ def load_run(run_dir: Path) -> RunData:
     run.stages.sort(key=lambda n: order.get(n, len(order)))
     _fill_gaps(run)
     return run
+
+
+def _ending(run: RunData, run_dir: Path) -> None:
+    """How the run stands: whether it lives, how often it began, how it ended."""
+    run.living = alive(run_dir)
+    run.num_attempts = sum(r.get("event") == "start" for r in read_jsonl(run_dir / ATTEMPTS_FILE))
+    if not run.living and (file := run_dir / EXIT_FILE).exists():
+        said = _mapping(_json(file), file)
+        code = said.get("exit_code")
+        run.exit_code = code if isinstance(code, int) else None
+        run.reason = str(said.get("reason") or "")
 
 
 def config_stages(run: RunData) -> list[str]:
