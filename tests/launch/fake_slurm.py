@@ -105,7 +105,13 @@ def _main(name: str, words: list[str]) -> int:
     elif words[:1] == ["requeue"]:
         (folder / "requeue").write_text(f"{words[1]} {time.time()}")
     elif name == "sinfo" and (nodes := folder / "nodes").exists():
-        print(nodes.read_text())
+        rows = [row.split("|") for row in nodes.read_text().splitlines()]
+        asked = words[words.index("--partition") + 1] if "--partition" in words else ""
+        rows = [row for row in rows if asked in ("", row[0].removesuffix("*"))]
+        if words[-1] == "%R":
+            print("\n".join(dict.fromkeys(row[0].removesuffix("*") for row in rows)))
+        elif rows:
+            print("\n".join("|".join(row) for row in rows))
     return 0
 
 

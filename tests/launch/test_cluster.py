@@ -91,6 +91,7 @@ def test_every_key_of_a_profile_is_described() -> None:
         ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b\nlow|n3|64|gpu:8|a", "exclude: n2", ""),
         ("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b", "constraint: a", "has 1 such node"),
         ("low|n1|64|gpu:8|a", "", "has 1 such node"),
+        ("gpu|n1|64|gpu:8|a\ncpu|n2|9||a", "", "there is no low; known: gpu, cpu"),
         ("low*|n1|9||a\nlow*|n2|9||a\nhigh|n3|8||b", "partition: null", ""),
     ],
 )
@@ -135,6 +136,9 @@ def test_profile_check_says_what_is_missing(
 ) -> None:
     code, out, _ = shardwise("launch", "profile", "check")
     assert code == 0 and "nothing is missing" in out
+    (cluster.folder / "nodes").write_text("low|n1|64|gpu:8|a\nlow|n2|64|gpu:4|b")
+    code, _, err = shardwise("launch", "profile", "check")
+    assert code == 1 and "its nodes differ" in err
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     write_profile(
         tmp_path,

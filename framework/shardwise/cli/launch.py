@@ -12,7 +12,7 @@ import typer
 
 from shardwise.cli import complete
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
-from shardwise.errors import CheckFailed, ExitCode, UserError
+from shardwise.errors import CheckFailed, ConfigError, ExitCode, UserError
 
 app = typer.Typer(no_args_is_help=True, help="Start a run here, or on a cluster.")
 profiles = typer.Typer(no_args_is_help=True, help="The profile of a cluster.")
@@ -116,15 +116,21 @@ def check(
 ) -> None:
     """Say what a cluster's profile lacks here; exit code 1 if anything is missing."""
     from shardwise.launch.profile import find_profile, load_profile, missing
+    from shardwise.launch.slurm import check_nodes
 
     path = find_profile(profile)
-    found = missing(load_profile(path))
+    found = missing(cluster := load_profile(path))
+    try:
+        if cluster.slurm:
+            check_nodes(cluster.slurm)
+    except ConfigError as error:
+        found.append(str(error))
     result = {"profile": path, "missing": found}
     if not found:
         emit(result, f"{path}: nothing is missing", json)
         return
     emit(result, "", json) if json else None
-    raise CheckFailed("\n  ".join([f"{path}: {len(found)} things are missing", *found]))
+    raise CheckFailed("\n  ".join([f"{path}: things are missing: {len(found)}", *found]))
 
 
 @app.command()

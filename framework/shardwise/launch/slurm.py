@@ -59,18 +59,17 @@ def submit(job: ClusterJob, script: str) -> str:
     Raises ConfigError for what the cluster cannot run, and as `hand_over`.
     """
     need_secrets(job)
-    check_nodes(job)
+    check_nodes(_section(job), job.nodes)
     Path(logs(job)).mkdir(parents=True, exist_ok=True)
     return hand_over(["sbatch", "--parsable"], script).partition(";")[0]
 
 
-def check_nodes(job: ClusterJob) -> None:
-    """Refuse a partition whose nodes differ, or has too few, as far as sinfo tells.
+def check_nodes(slurm: SlurmProfile, nodes: int = 1) -> None:
+    """Refuse a partition that is none, whose nodes differ, or which has fewer, if sinfo tells.
 
     Every rank must find what the others find: torchrun starts the same number on each node, and
     the slowest sets the pace.
     """
-    slurm = _section(job)
     if shutil.which("sinfo") is None:
         return
     partition = ["--partition", slurm.partition] if slurm.partition else []
@@ -78,15 +77,20 @@ def check_nodes(job: ClusterJob) -> None:
     found = [line.split("|") for line in _asked(command) if line.count("|") == 4]
     rows = [row[1:] for row in found if partition or row[0].endswith("*")]  # * is the default's
     if not rows:
-        return  # sbatch will say it
+        known = _asked(["sinfo", "--noheader", "--format", "%R"])
+        if partition and known and not {*known} & {*f"{slurm.partition}".split(",")}:
+            raise ConfigError(
+                f"slurm.partition: there is no {slurm.partition}; known: {', '.join(known)}"
+            )
+        return  # sinfo has no answer; sbatch will
     left_out = _asked(["scontrol", "show", "hostnames", slurm.exclude]) if slurm.exclude else []
     wanted = set(re.findall(r"\w+", slurm.constraint or ""))
     fit = [row for row in rows if row[0] not in left_out]
     fit = [row for row in fit if wanted <= {*row[3].split(",")}] or fit
     names, kinds = {row[0] for row in fit}, {(row[1], row[2]) for row in fit}
     where = slurm.partition or "the default partition"
-    if len(names) < job.nodes:
-        raise ConfigError(f"--nodes {job.nodes}: {where} has {len(names)} such nodes")
+    if len(names) < nodes:
+        raise ConfigError(f"--nodes {nodes}: {where} has {len(names)} such nodes")
     if len(kinds) > 1:
         listed = "; ".join(f"{cores} cores, GPUs {gpus}" for cores, gpus in sorted(kinds))
         raise ConfigError(
