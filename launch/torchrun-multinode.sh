@@ -17,6 +17,7 @@ RUN_ID=${RUN_ID:-shardwise}            # tells apart runs that use the same HEAD
 INTERFACE=${INTERFACE:-}               # network interface, e.g. eth0; empty: the host name's
 LOCAL_ADDR=${LOCAL_ADDR:-}             # this machine's address, if its host name is not enough
 PYTHON=${PYTHON:-.venv/bin/python}
+COMMAND=${COMMAND:-train}              # "doctor --cluster" looks at all machines before a run
 
 if [ -n "$INTERFACE" ]; then
     export GLOO_SOCKET_IFNAME="$INTERFACE" NCCL_SOCKET_IFNAME="$INTERFACE"
@@ -33,4 +34,4 @@ exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$PROCS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$RUN_ID" \
     --rdzv-conf "is_host=$is_head" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} --max-restarts 0 \
-    -m shardwise train "$@"
+    -m shardwise $COMMAND "$@"

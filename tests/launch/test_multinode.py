@@ -105,3 +105,27 @@ def test_two_hosts_train_to_the_end(tmp_path: Path, hosts: list[str]) -> None:
         for rank, host in enumerate(hosts)
     ]
     finish(agents, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_slow_cable_is_named_before_step_1(tmp_path: Path, hosts: list[str]) -> None:
+    shape = f"ip netns exec {hosts[1]} tc qdisc add dev cable root tbf rate 40mbit burst 64k"
+    done = subprocess.run([*shape.split(), "latency", "400ms"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no traffic shaping here: {done.stderr.strip()}")
+    agents = [
+        agent(
+            rank,
+            "10.77.0.1:29400",
+            write_recipe(tmp_path),
+            *("ip", "netns", "exec", host),
+            INTERFACE="cable",
+            LOCAL_ADDR=f"10.77.0.{rank + 1}",
+            COMMAND="doctor --cluster --min-bandwidth 0.05",
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    outputs = [a.communicate(timeout=180)[0] for a in agents]
+    assert [a.returncode for a in agents] == [1, 1], outputs
+    [failure] = [line for line in "".join(outputs).splitlines() if line.startswith("FAILED")]
+    assert "the link" in failure and "is slow" in failure and "asked for 0.05" in failure

@@ -153,9 +153,9 @@ class SlurmCluster:
         return dict(line.split() for line in done.stdout.splitlines())
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol knows of a job."""
-        text = self.call("scontrol", "--oneliner", "show", "job", number).stdout
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        """What scontrol knows of a job; {} while slurmctld does not answer."""
+        done = self.call("scontrol", "--oneliner", "show", "job", number, check=False)
+        return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
     def until(self, holds: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait; raises RuntimeError with the daemons' last words."""
