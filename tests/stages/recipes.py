@@ -20,6 +20,7 @@ from shardwise.stages.loop import Loop
 from shardwise.stages.run import run_rank
 
 TASK = {"kind": "count_letters", "min_length": 2, "max_length": 4}
+ARITHMETIC = {"kind": "arithmetic", "operations": ["chain"], "max_digits": 1}
 PREFERENCES: dict[str, dict[str, Any]] = {
     "dpo": {
         "steps": 4,
@@ -39,6 +40,16 @@ PREFERENCES: dict[str, dict[str, Any]] = {
         "sampling": {"max_new_tokens": 4},
         "reward": {"parts": [{"kind": "language"}]},
         "keep_rollouts_every": 1,
+    },
+    "process_reward": {
+        "steps": 4,
+        "batch": {"global_batch": 4, "micro_batch": 2, "seq_len": 128},
+        "task": {**ARITHMETIC, "style": "steps"},
+        "data": {"separator": ", "},
+        "num_problems": 8,
+        "num_held_out": 4,
+        "answers_per_problem": 2,
+        "validation": {"every": 2},
     },
 }
 TIMES = ("time", "seconds", "tokens_per_second", "tflops", "gemm", "_gb", "step_seconds")

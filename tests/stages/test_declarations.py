@@ -20,7 +20,8 @@ from tests.support.pool import RankPool
 
 
 @pytest.mark.parametrize(
-    "kinds", [("pretrain", "sft", "dpo"), ("reward", "ppo"), ("grpo", "online_dpo")]
+    "kinds",
+    [("pretrain", "sft", "dpo"), ("reward", "ppo"), ("grpo", "online_dpo", "process_reward")],
 )
 def test_what_is_logged_is_declared(
     ranks: RankPool, tmp_path: Path, kinds: tuple[str, ...]
@@ -52,7 +53,7 @@ def test_what_is_logged_is_declared(
     assert "pretrain" not in kinds or {"accuracy", "again.accuracy"} <= seen
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo", "grpo", "ppo", "online_dpo"])
+@pytest.mark.parametrize("kind", registry.STAGE_CONFIGS)
 def test_declarations_name_what_there_is(kind: str) -> None:
     registry.discover()
     config = {

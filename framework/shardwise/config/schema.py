@@ -353,12 +353,14 @@ class StageConfig(Section, StageLogs):
     ``head`` is that of the model which the stage trains; only a vocabulary's can write text.
     ``on_policy``: from its own completions. ``exact_logprobs``: log-probabilities of two
     computations are compared, so logits are wide and there is no dropout.
+    ``scores_steps``: its scalar head is read at the ends of steps, not of answers alone.
     ``small_seq_len``: tokens (bytes) that a row of little data needs.
     """
 
     head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
     on_policy: ClassVar[bool] = False
     exact_logprobs: ClassVar[bool] = False
+    scores_steps: ClassVar[bool] = False
     small_seq_len: ClassVar[int] = 160
 
     kind: str = Field(description="what the stage does")
@@ -476,6 +478,7 @@ class EvaluationConfig(Section, Logs):
 
     Evaluations derive from it, fix ``kind`` and register.
 
+    ``scores_steps``: its scalar head is read at the ends of steps, not of answers alone.
     ``small_seq_len``: tokens (bytes) that a row of little data needs at least.
     """
 

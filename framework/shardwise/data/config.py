@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import DataSection, Fraction, PositiveInt
-from shardwise.data.formats import CONVERSATIONS, DOCUMENTS, PREFERENCES
+from shardwise.data.formats import CONVERSATIONS, DOCUMENTS, PREFERENCES, STEPS
 from shardwise.data.parts import WHOLE, Part
 from shardwise.data.source import DataSource
 from shardwise.data.stand_ins import small_sources
@@ -42,6 +42,18 @@ class Reading:
     part: Part = WHOLE
 
 
+@dataclasses.dataclass(frozen=True)
+class StepReading(Reading):
+    """How rows of steps are read. ``separator``: of a text's steps. ``truncate``: long rows.
+
+    ``hard_above``: labels above it become 1, others 0; None: they are chances.
+    """
+
+    separator: str = "\n"
+    hard_above: float | None = None
+    truncate: bool = False
+
+
 class DataConfig(DataSection):
     """Training sources, and what is kept for validation."""
 
@@ -69,7 +81,7 @@ class DataConfig(DataSection):
         if self.validation and self.held_out:
             raise ValueError("give validation sources or held_out, not both")
         for source in (*self.sources, *self.validation):
-            if source.format in PREFERENCES:
+            if source.format in (*PREFERENCES, *STEPS):
                 raise ValueError(f"pre-training reads documents, not {source.kind} sources")
         if len(self.validation) > 1 and any(s.kind == "indexed" for s in self.validation):
             raise ValueError("an indexed validation source must be the only one")
@@ -221,6 +233,51 @@ class PairDataConfig(PreferenceDataConfig):
     def shrunk(self, folder: Path, seq_len: int) -> Self:
         """See `DataSection.shrunk`; in bytes, more is too long than in the user's tokens."""
         return super().shrunk(folder, seq_len).model_copy(update={"too_long": "drop"})
+
+
+class StepDataConfig(RowsConfig):
+    """Answers in steps, each with a label."""
+
+    reads = STEPS
+    reader = "this stage reads steps with their labels"
+
+    sources: list[DataSource] = Field(
+        default_factory=list,
+        description="what is trained on",
+        examples=[[{"kind": "steps", "path": "steps.jsonl"}]],
+    )
+    separator: str = Field(
+        "\n",
+        description="written between the steps of a list, and where a text is cut into steps; "
+        "empty: steps stand one behind another",
+    )
+    hard_above: float | None = Field(
+        None,
+        ge=-1e12,
+        le=1e12,
+        description="hard labels: a step is right if its label is above this; null: labels are "
+        "the chances of that, from 0 to 1",
+        examples=[0.5],
+    )
+    too_long: TooLong = Field(
+        "error",
+        description="rows over batch.seq_len; truncate: behind the last step that fits",
+    )
+
+    def reading(self, seq_len: int) -> StepReading:
+        """How the rows of its sources are read, for rows of ``seq_len`` tokens."""
+        return StepReading(
+            strict=self.strict_fields,
+            max_tokens=seq_len,
+            drop=self.too_long == "drop",
+            separator=self.separator,
+            hard_above=self.hard_above,
+            truncate=self.too_long == "truncate",
+        )
+
+    def shrunk(self, folder: Path, seq_len: int) -> Self:
+        """See `DataSection.shrunk`; in bytes, more is too long than in the user's tokens."""
+        return self.model_copy(update=_small(self, folder, seq_len) | {"too_long": "truncate"})
 
 
 def _small(data: RowsConfig, folder: Path, longest: int | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@
 | ``alpaca`` | instruction, output; input, system, history |
 | ``prompt-completion`` | prompt and completion, each a text or messages |
 | ``preference`` | chosen and rejected (or answers, or completion and label); prompt |
+| ``steps`` | prompt, steps (a list of texts, or one text) and labels (a number a step) |
 | ``problems`` | prompt and answer; all else goes to the verifier |
 
 A format is a way to write what `conversation` and `preferences` read (`conversions`).
@@ -57,6 +58,7 @@ FORMATS: dict[str, Format] = {
         (("chosen", "rejected"), ("answers",), ("prompt", "completion", "label")),
         ("ratings", "margin", "system", *_ROW),
     ),
+    "steps": Format((("prompt", "steps", "labels"),), ("system", *_ROW)),
     "messages": Format((("messages",),), _ROW, ("role", "content")),
     "sharegpt": Format((("conversations",),), ("system", *_ROW), ("from", "value")),
     "prompt-completion": Format((("prompt", "completion"),), ("system", *_ROW)),
@@ -69,6 +71,7 @@ CONVERSATIONS = ("messages", "sharegpt", "prompt-completion", "alpaca")
 DOCUMENTS = ("documents", "text")
 PREFERENCES = ("preference",)
 PROBLEMS = ("problems",)
+STEPS = ("steps",)
 
 # What others call a column; a mapping is offered where a format cannot be told.
 _OTHERS = {
@@ -81,6 +84,8 @@ _OTHERS = {
     "messages": ("conversation", "dialog", "dialogue", "turns", "chat", "conversations"),
     "conversations": ("conversation", "dialog", "dialogue", "turns", "chat"),
     "instruction": ("question", "prompt", "query", "task"),
+    "steps": ("completions", "solution_steps", "completion", "response", "solution"),
+    "labels": ("label", "ratings", "scores", "step_labels"),
     "output": ("response", "answer", "completion", "target"),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ def collate_groups(
     pad_multiple: int = 1,
     per_token: Mapping[str, Sequence[Sequence[ArrayLike]]] | None = None,
     keep: Sequence[Sequence[bool]] | None = None,
-    last_only: bool = False,
+    valid: Sequence[Sequence[Sequence[int]]] | None = None,
     dtype: type[np.floating[Any]] = np.float32,
 ) -> MicroBatch:
     """One row a prompt [B, T], T the longest row rounded up to ``pad_multiple``.
@@ -41,8 +41,8 @@ def collate_groups(
     ``completions[b]``: the completions of prompt ``b``. ``per_token[name][b][i]``: a number, or
     one for each token, of completion ``i``; lands in ``extras[name]`` (``dtype`` BT) where that
     token is the target. ``keep[b][i]`` False takes completion ``i`` out of the loss. Every token
-    of a kept completion is valid, or with ``last_only`` its last one. Raises DataError for an
-    empty prompt or completion.
+    of a kept completion is valid, or those whose numbers ``valid[b][i]`` lists. Raises DataError
+    for an empty prompt or completion.
     """
     lengths = [len(p) - 1 + sum(map(len, group)) for p, group in zip(prompts, completions)]
     if min(map(len, prompts)) < 1 or any(not c for group in completions for c in group):
@@ -66,7 +66,8 @@ def collate_groups(
             targets[b, begin:end] = completion
             positions[b, begin:end] = np.arange(trunk, trunk + len(completion))
             segments[b, begin:end] = (i + 1) << BRANCH_SHIFT
-            mask[b, end - 1 if last_only else begin : end] = keep is None or keep[b][i]
+            which = slice(begin, end) if valid is None else [begin + n for n in valid[b][i]]
+            mask[b, which] = keep is None or keep[b][i]
             for k, values in (per_token or {}).items():
                 extras[k][b, begin:end] = values[b][i]
             begin = end

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shardwise.data import formats, readers
-from shardwise.data.config import Reading
+from shardwise.data.config import Reading, StepReading
 from shardwise.data.datasets import chat_examples
 from shardwise.data.preferences import read_rankings
 from shardwise.data.source import DataSource
+from shardwise.data.steps import read_solutions
 from shardwise.data.tokenizer import Tokenizer
 
 Piece = tuple[str, bool]  # a text, and whether it is learned
@@ -100,6 +101,13 @@ def _samples(source: DataSource, tokenizer: Tokenizer, raw: bool) -> Iterator[Ro
                 mask = [False] * len(ranking.prompt) + [True] * len(answer)
                 pieces = _pieces([*ranking.prompt, *answer], mask, tokenizer)
                 yield RowSample(f"ranking {i}, rated {rating:g}", pieces)
+    elif source.format in formats.STEPS:
+        for i, solution in enumerate(read_solutions([source], tokenizer, StepReading())):
+            ids = [*solution.prompt, *solution.answer]
+            ends = {len(solution.prompt) + end for end in solution.ends}
+            mask = [n in ends for n in range(len(ids))]
+            said = ", ".join(f"{label:g}" for label in solution.labels)
+            yield RowSample(f"solution {i}, labels {said}", _pieces(ids, mask, tokenizer))
     else:
         for document in source.documents():
             yield RowSample(document.name, [(document.text[:_CHARACTERS], True)])

@@ -224,7 +224,7 @@ def _parse(row: dict[str, Any], how: Reading) -> _Parsed:
         if prompt is None:
             prompt, answers = _implicit(answers)
     else:
-        prompt = _asked(prompt, said, answers)
+        prompt = asked(prompt, said, answers)
     for name in said:
         if name in _REFUSED:
             raise DataError(
@@ -259,7 +259,7 @@ def _rated(said: dict[str, Any], how: Reading) -> tuple[list[Any], Any]:
     return answers, said.pop("ratings", default) if listed else [said.pop("margin", 1.0), 0.0]
 
 
-def _asked(prompt: Any, said: dict[str, Any], answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def asked(prompt: Any, said: dict[str, Any], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The prompt's messages; a system text beside a text is taken out of ``said``."""
     if isinstance(prompt, str):
         system = said.pop("system", None)
@@ -327,6 +327,6 @@ def collate_rankings(
         pad_multiple=pad_multiple,
         per_token={"rating_BT": [r.ratings for r in rankings], **(per_token or {})},
         keep=[[b < num_real] * len(r.answers) for b, r in enumerate(rankings)],
-        last_only=scored,
+        valid=[[[len(a)] for a in r.answers] for r in rankings] if scored else None,
         dtype=np.float64,
     )

@@ -51,6 +51,7 @@ class DataSource(Section):
         "alpaca",
         "prompt-completion",
         "preference",
+        "steps",
         "indexed",
         "jsonl",
         "parquet",

@@ -110,9 +110,18 @@ def _preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
         yield {"prompt": _text(rng, "abcd ", 2, 9), "answers": list(answers)}
 
 
+def _steps(rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Some longer than a row: their last steps are cut off."""
+    while True:
+        steps = [_text(rng, "wxyz", 1, 16) for _ in range(rng.choice((1, 2, 3, 4, 16)))]
+        labels = [rng.choice((0.0, 0.25, 1.0)) for _ in steps]
+        yield {"prompt": _text(rng, "abcd ", 2, 9), "steps": steps, "labels": labels}
+
+
 STAND_INS: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
     "documents": _documents,
     "messages": _chats,
     "prompt-completion": _completions,
     "preference": _preferences,
+    "steps": _steps,
 }

@@ -12,7 +12,14 @@ from shardwise.config.schema import Fraction, NonNegativeFloat, PositiveFloat, P
 from shardwise.config.section import beside, shown
 from shardwise.losses.presets import PPO_PRESETS, PRESETS
 
+# Metrics of a step's accuracy by its place in the answer (from 0): name, first, end.
+STEP_PLACES: tuple[tuple[str, int, int], ...] = (
+    *((f"step_accuracy_{n + 1}", n, n + 1) for n in range(8)),
+    ("step_accuracy_later", 8, 1 << 31),
+)
+
 AdvantageKind = Literal["group_std", "group", "rloo", "reinforce_pp"]
+Aggregate = Literal["min", "product", "last", "mean"]
 Aggregation = Literal[
     "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "constant"
 ]
@@ -142,6 +149,17 @@ class PpoLossConfig(SurrogateConfig):
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target adapts kl_coef, which is 0; give it a start")
         return self
+
+
+class StepScoresConfig(Section):
+    """How a process reward model scores a completion."""
+
+    separator: str = Field(
+        "\n", description="ends a step, as data.separator of its stage; empty: each token does"
+    )
+    aggregate: Aggregate = Field(
+        "min", description="how the steps' chances of being right become one score"
+    )
 
 
 class RankingLossConfig(Section):

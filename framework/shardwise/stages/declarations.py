@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from shardwise.config.metrics import LOSS, VAL_LOSS, Metric, Plot, Rule
+from shardwise.losses.config import STEP_PLACES, Aggregate
 
 # --- stages that learn from their own completions -----------------------------------------------
 
@@ -145,6 +147,43 @@ PREFERENCES = (
     replace(PAIR_ACCURACY, label="pairs in the right order against the reference"),
     replace(PAIR_ACCURACY, name="ranking_accuracy", label="pairs in the right order by likelihood"),
     Metric("kl_baseline", "KTO's estimate of the KL", "nats per answer"),
+)
+_BY_PLACE = Plot("Accuracy by step", "Process rewards")
+STEPS = (
+    Metric(
+        "step_accuracy", "steps on the right side", "share of steps", better="higher", format=".3f"
+    ),
+    Metric("step_score", "mean chance that is given to steps", "probability"),
+    Metric("step_label", "mean label of steps", "probability"),
+)
+VALIDATED_STEPS = (
+    Metric(
+        "val_calibration_error",
+        "calibration error",
+        "probability",
+        better="lower",
+        plot=Plot("Calibration error", "Process rewards"),
+    ),
+    *(
+        Metric(
+            f"val_{name}",
+            f"{'later steps' if end > 8 else f'step {end}'} on the right side",
+            "share of steps",
+            better="higher",
+            plot=_BY_PLACE,
+        )
+        for name, _, end in STEP_PLACES
+    ),
+    *(
+        Metric(
+            f"val_answer_accuracy_{kind}",
+            f"answers judged rightly by {kind}",
+            "share of answers",
+            better="higher",
+            plot=Plot("Answers judged by their steps", "Process rewards"),
+        )
+        for kind in get_args(Aggregate)
+    ),
 )
 RANKINGS = (
     PAIR_ACCURACY,

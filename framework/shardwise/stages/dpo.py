@@ -28,7 +28,7 @@ from shardwise.stages.base import REFERENCE, Stage, StageContext
 from shardwise.stages.data_shards import local_batches, measure
 from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.initial_weights import folder_hash
-from shardwise.stages.rankings import RankingRows, rankings_hash, stage_rankings
+from shardwise.stages.rankings import RankingRows, samples_hash, stage_rankings
 from shardwise.stages.reference import stored_logprobs
 from shardwise.stages.rollouts import Logprobs
 
@@ -51,7 +51,7 @@ class DpoStage(Stage):
         self.engine: Engine = ctx.engine(config.optimizer)
         kind = config.reference_in_use
         self.loss = PreferenceLoss(config.loss, with_reference=kind != "none")
-        self.data_hash = rankings_hash(self.train, self.held_out)
+        self.data_hash = samples_hash(self.train, self.held_out)
         self.reference: Engine | None = None
         self.stored: dict[str, Values] = {}
         if kind != "none":

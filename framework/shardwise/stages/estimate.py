@@ -47,6 +47,7 @@ from shardwise.stages.loop import flops_per_token
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.pretrain_config import PretrainConfig
+from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.reward_config import RewardModelConfig
 from shardwise.stages.sft_config import SftConfig
 
@@ -127,6 +128,16 @@ def _rankings(stage: RewardModelConfig, case: Case) -> Work | None:
     row = prompt + stage.answers_per_problem * answer
     rankings = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
     return Work(rows=case.train(rankings * row, int(row), "scalar"))
+
+
+@work_of.register
+def _solutions(stage: ProcessRewardConfig, case: Case) -> Work | None:
+    """An answer a row."""
+    if stage.data.sources or stage.task is None:
+        return None
+    row = sum(lengths(stage.task, case.tokenizer))
+    rows = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
+    return Work(rows=case.train(rows * row, int(row), "scalar"))
 
 
 @work_of.register

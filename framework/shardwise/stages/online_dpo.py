@@ -23,6 +23,7 @@ from shardwise.stages.rollouts import (
     fractions,
     rollout_metrics,
     run_forward_passes,
+    score_of,
     values_of,
     weigh_scores,
 )
@@ -81,8 +82,10 @@ class OnlineDpoStage(PolicyStage):
             fn = Logprobs(1.0)
             forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, fn, micro))
         if self.reward_model is not None:
-            scored = ForwardPass("model_score", self.reward_model, values_of, micro, True)
-            forward_passes.append(scored)
+            score = score_of(self.config.reward_steps, self.ctx.tokenizer)
+            forward_passes.append(
+                ForwardPass("model_score", self.reward_model, values_of, micro, score)
+            )
         run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
 
 

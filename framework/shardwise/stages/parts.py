@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from shardwise.adapters.trained import EVERYTHING, names_by_part
 from shardwise.config.run import RunConfig
@@ -26,6 +27,7 @@ def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[s
                 f"{named(f'{key}.roles.{role}.adapter')}: a critic alone has one of its own; the "
                 f"actor's is {key}.adapter, and a reference starts with it"
             )
+    check_scorer(run, stage, key, named)
     trained: list[tuple[str, OptimizerConfig | None, str]] = [(ACTOR, stage.optimizer, "")]
     if "critic" in roles_of(stage):
         trained.append(("critic", role_of(stage, "critic").optimizer, "roles.critic."))
@@ -37,6 +39,27 @@ def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[s
             raise ConfigError(f"{named(f'{key}.{before}{wrong}')}: {what}") from error
         if optimizer is not None and optimizer.groups:
             check_groups(optimizer, names, named(f"{key}.{before}optimizer.groups"))
+
+
+def check_scorer(run: RunConfig, stage: Any, key: str, named: Callable[[str], str]) -> None:
+    """Refuse a reward model of this run that is read otherwise than it was trained."""
+    if "reward" not in roles_of(stage) or "reward" in stage.unused_roles:
+        return
+    earlier = {s.name: s for s in run.stages[: run.stages.index(stage)]}
+    models = [name for name, s in earlier.items() if s.head == "scalar"]
+    name = role_of(stage, "reward").init_from or (models[-1] if models else "")
+    if name not in earlier or earlier[name].scores_steps == (stage.reward_steps is not None):
+        return
+    where = named(f"{key}.reward_steps")
+    if stage.reward_steps is None:
+        raise ConfigError(
+            f"{where}: stage {name} trains a model that scores steps; say how they become one "
+            "score, for example reward_steps={aggregate: min}, or name another by roles.reward"
+        )
+    raise ConfigError(
+        f"{where}: stage {name} trains a model that scores answers, not steps; leave it out, or "
+        "name a stage of kind process_reward by roles.reward.init_from"
+    )
 
 
 def _model(run: RunConfig, stage: StageConfig, role: str) -> DecoderConfig:

@@ -18,6 +18,8 @@ from shardwise.config.schema import (
     StageConfig,
     Weight,
 )
+from shardwise.config.section import beside
+from shardwise.losses.config import StepScoresConfig
 from shardwise.rewards import (
     AnyTask,
     CountLettersConfig,
@@ -154,12 +156,31 @@ class ScoredConfig(PolicyConfig):
     reward_model_weight: Weight = Field(
         0.0, description="of the reward model's; 0: no such role", examples=[1.0]
     )
+    reward_steps: StepScoresConfig | None = Field(
+        None,
+        description="the reward model is one of kind process_reward, which scores steps; null: "
+        "it scores answers",
+        examples=[{"aggregate": "min"}],
+        json_schema_extra=beside(reward_model_weight=1.0),
+    )
 
     @model_validator(mode="after")
     def _rewards(self) -> Self:
         if self.verifier_weight == 0.0 and self.reward_model_weight == 0.0:
             raise ValueError("verifier_weight and reward_model_weight are 0; nothing is rewarded")
+        if self.reward_steps is not None and not self.reward_model_weight:
+            self.refuse(
+                ("reward_steps",), "reward_model_weight is 0, so there are no scores; set it"
+            )
         return self
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `StageConfig.shrunk`. An untrained model writes no separators: tokens are steps."""
+        found = super().shrunk(small, folder)
+        if found.reward_steps is None:
+            return found
+        steps = found.reward_steps.model_copy(update={"separator": ""})
+        return found.model_copy(update={"reward_steps": steps})
 
 
 class ScoredRoles(PolicyRoles):

@@ -40,6 +40,7 @@ from shardwise.stages.rollouts import (
     fractions,
     rollout_metrics,
     run_forward_passes,
+    score_of,
     values_of,
     weigh_scores,
 )
@@ -111,8 +112,9 @@ class PpoStage(PolicyStage):
         if self.reference is not None:
             forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, logprobs, micro))
         if self.reward_model is not None:
+            score = score_of(self.config.reward_steps, self.ctx.tokenizer)
             forward_passes.append(
-                ForwardPass("model_score", self.reward_model, values_of, micro, True)
+                ForwardPass("model_score", self.reward_model, values_of, micro, score)
             )
         run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
 

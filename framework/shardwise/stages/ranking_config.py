@@ -1,4 +1,4 @@
-"""What configs of stages share that learn from preferences: files, a task's problems, or both."""
+"""What configs of stages share that learn from answers that are better, worse, right or wrong."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pydantic import Field, model_validator
 
 from shardwise.config.metrics import Metric
 from shardwise.config.schema import NonNegativeInt, Rows, SmallSizes, StageConfig
-from shardwise.data.config import PreferenceDataConfig, Reading
+from shardwise.data.config import PreferenceDataConfig, Reading, RowsConfig
 from shardwise.rewards import AnyTask, fill_for_file
 from shardwise.stages.declarations import COMPARISON_LOSS
 
 
-class RankingStageConfig(StageConfig):
-    """``batch`` counts rankings; all answers to a prompt stand in one row, the prompt once."""
+class AnswersConfig(StageConfig):
+    """What is learnt from are answers with a verdict: of files, of a task's problems, or both."""
 
-    data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
-    task: AnyTask | None = Field(None, description="also make preferences of these problems")
+    data: RowsConfig
+    task: AnyTask | None = Field(
+        None, description="also make answers to these problems, right and wrong"
+    )
     num_problems: Rows | None = Field(
         4096, description="problems of the task's train_sft split; null: all of a file, its default"
     )
@@ -35,17 +37,8 @@ class RankingStageConfig(StageConfig):
     @model_validator(mode="after")
     def _has_data(self) -> Self:
         if not self.data.sources and self.task is None:
-            raise ValueError("give data.sources, or a task, to learn preferences from")
+            raise ValueError("give data.sources, or a task, to learn from")
         return self
-
-    @classmethod
-    def metrics(cls) -> tuple[Metric, ...]:
-        """See `StageLogs.metrics`."""
-        return (*super().metrics(), *COMPARISON_LOSS)
-
-    def reading(self) -> Reading:
-        """How rows of its sources are read."""
-        return self.data.reading(self.batch.seq_len)
 
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `StageConfig.shrunk`."""
@@ -55,3 +48,18 @@ class RankingStageConfig(StageConfig):
             "answers_per_problem": min(self.answers_per_problem, 3),
         }
         return super().shrunk(small, folder).model_copy(update=updates)
+
+
+class RankingStageConfig(AnswersConfig):
+    """``batch`` counts rankings; all answers to a prompt stand in one row, the prompt once."""
+
+    data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
+
+    @classmethod
+    def metrics(cls) -> tuple[Metric, ...]:
+        """See `StageLogs.metrics`."""
+        return (*super().metrics(), *COMPARISON_LOSS)
+
+    def reading(self) -> Reading:
+        """How rows of its sources are read."""
+        return self.data.reading(self.batch.seq_len)

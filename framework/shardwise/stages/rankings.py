@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -16,6 +16,7 @@ from shardwise.data.preferences import (
     encode_ranking,
     read_rankings,
 )
+from shardwise.data.steps import Solution
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.errors import DataError
 from shardwise.ops import rng
@@ -23,7 +24,9 @@ from shardwise.rewards import Problem, ProblemSet, TaskConfig, prompt_messages
 from shardwise.rewards.task_configs import Split
 from shardwise.rewards.tasks import solution_text
 from shardwise.stages.base import StageContext
-from shardwise.stages.ranking_config import RankingStageConfig
+from shardwise.stages.ranking_config import AnswersConfig, RankingStageConfig
+
+S = TypeVar("S", Ranking, Solution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +74,25 @@ def stage_rankings(ctx: StageContext) -> tuple[list[Ranking], list[Ranking]]:
         made = (ctx.tokenizer, config.task, config.answers_per_problem, ctx.run.seed)
         train += made_rankings(*made, "train_sft", config.num_problems)
         held_out += made_rankings(*made, "held_out", config.num_held_out)
+    return checked(ctx, train, held_out)
+
+
+def checked(ctx: StageContext, train: list[S], held_out: list[S]) -> tuple[list[S], list[S]]:
+    """The same; DataError for what is too long, and where nothing is left to learn from."""
+    config: AnswersConfig = ctx.stage
     if not train:
         raise DataError(f"stage {config.name}: no row is left to learn from")
-    for ranking in (*train, *held_out):
-        if ranking.longest > config.batch.seq_len:
+    for sample in (*train, *held_out):
+        if sample.longest > config.batch.seq_len:
             raise DataError(
-                f"stage {config.name}: a prompt with its longest answer has {ranking.longest} "
+                f"stage {config.name}: a prompt with its longest answer has {sample.longest} "
                 f"tokens, batch.seq_len is {config.batch.seq_len}; raise it, or drop the line"
             )
     return train, held_out
 
 
-def rankings_hash(*parts: Sequence[Ranking]) -> str:
-    """xxh3-128 of all tokens and ratings."""
+def samples_hash(*parts: Sequence[Ranking | Solution]) -> str:
+    """xxh3-128 of all tokens and verdicts."""
     said = json.dumps([dataclasses.astuple(r) for part in parts for r in part])
     return xxhash.xxh3_128_hexdigest(said.encode())
 

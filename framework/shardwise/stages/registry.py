@@ -25,6 +25,7 @@ from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.pretrain_config import PretrainConfig
+from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.reward_config import RewardModelConfig
 from shardwise.stages.sft_config import SftConfig
 
@@ -77,6 +78,7 @@ _HERE = "shardwise.stages"
 register_stage("pretrain", PretrainConfig, f"{_HERE}.pretrain:PretrainStage")
 register_stage("sft", SftConfig, f"{_HERE}.sft:SftStage")
 register_stage("reward", RewardModelConfig, f"{_HERE}.reward:RewardStage")
+register_stage("process_reward", ProcessRewardConfig, f"{_HERE}.process_reward:ProcessRewardStage")
 register_stage("dpo", DpoConfig, f"{_HERE}.dpo:DpoStage")
 register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
 register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStage")

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
+from shardwise.data.steps import step_ends
+from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor
+from shardwise.losses.config import StepScoresConfig
 from shardwise.losses.logprobs import valid_logprobs
+from shardwise.losses.steps import aggregate
 from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
 from shardwise.rewards import is_usable
@@ -29,8 +33,8 @@ PAD_MULTIPLE = 16
 class RolloutRows:
     """A prompt a row, with all its completions; see `data_shards.Rows`.
 
-    ``per_token`` names the extras that go along. With ``scored``, each completion's one valid token
-    is where its last token is the *input*: there a reward model is read.
+    ``per_token`` names the extras that go along. With ``read_at``, a completion's valid tokens are
+    where those of its tokens are the *input* whose numbers it lists: there a scalar head is read.
     """
 
     groups: Sequence[Group]
@@ -38,16 +42,19 @@ class RolloutRows:
     pad_id: int
     dtype: type[np.floating[Any]] = np.float32
     per_token: tuple[str, ...] = ()
-    scored: bool = False
+    read_at: Sequence[Sequence[Sequence[int]]] | None = None
 
     def sizes(self) -> list[list[int]]:
         """Valid tokens of every completion."""
-        return [[1 if self.scored else len(t) for t in g.tokens] for g in self.groups]
+        if self.read_at is not None:
+            return [[len(ends) for ends in of_group] for of_group in self.read_at]
+        return [[len(t) for t in g.tokens] for g in self.groups]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
         """See `data_shards.Rows`."""
         some = [self.groups[i] for i in rows]
-        end = [self.pad_id] if self.scored else []
+        end = [] if self.read_at is None else [self.pad_id]
+        read = self.read_at and [[[n + 1 for n in ends] for ends in self.read_at[i]] for i in rows]
         return collate_groups(
             [g.prompt for g in some],
             [[[*t, *end] for t in g.tokens] for g in some],
@@ -56,7 +63,7 @@ class RolloutRows:
             pad_multiple=PAD_MULTIPLE,
             per_token={name: [g.per_token[name] for g in some] for name in self.per_token},
             keep=[[b < num_real] * len(g.tokens) for b, g in enumerate(some)],
-            last_only=self.scored,
+            valid=read,
             dtype=self.dtype,
         )
 
@@ -81,14 +88,41 @@ class TrainingRows(RolloutRows):
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """How a scalar head scores a completion: the tokens at which it is read, and their number."""
+
+    read_at: Callable[[Sequence[int]], list[int]]
+    total: Callable[[np.ndarray], float]
+
+
+ANSWER_SCORE = Score(lambda tokens: [len(tokens) - 1], lambda scores: float(scores[0]))
+
+
+def score_of(config: StepScoresConfig | None, tokenizer: Tokenizer) -> Score:
+    """A process reward model's, or (None) that of one that scores whole answers."""
+    if config is None:
+        return ANSWER_SCORE
+    return Score(
+        lambda tokens: step_ends(tokenizer, tokens, config.separator),
+        lambda scores: aggregate(scores, config.aggregate),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass over a rollout, and the name of its numbers."""
+    """One forward pass over a rollout, and the name of its numbers: one a token, or a score."""
 
     name: str
     engine: Engine
     fn: Callable[[Any, MicroBatch], Tensor]
     micro_batch: int
-    scored: bool = False
+    score: Score | None = None
+
+    def read_at(self, groups: Sequence[Group]) -> list[list[list[int]]] | None:
+        """See `RolloutRows`."""
+        if self.score is None:
+            return None
+        return [[self.score.read_at(tokens) for tokens in g.tokens] for g in groups]
 
 
 def run_forward_passes(
@@ -102,14 +136,15 @@ def run_forward_passes(
     All of them run before their results are exchanged, so that roles on disjoint ranks work at
     the same time.
     """
-    rows = [RolloutRows(groups, row_ids, pad_id, scored=r.scored) for r in forward_passes]
+    rows = [RolloutRows(groups, row_ids, pad_id, read_at=r.read_at(groups)) for r in forward_passes]
     shares = [
         forward_shard(local_batches(some, r.engine, r.micro_batch), r.engine, r.fn)
         for some, r in zip(rows, forward_passes, strict=True)
     ]
     for some, share, one in zip(rows, shares, forward_passes, strict=True):
         for group, found in zip(groups, exchange(some, one.engine, share), strict=True):
-            group.per_token[one.name] = [float(v[0]) for v in found] if one.scored else found
+            scored = found if one.score is None else map(one.score.total, found)
+            group.per_token[one.name] = list(scored)
 
 
 @dataclasses.dataclass(frozen=True)

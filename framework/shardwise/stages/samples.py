@@ -16,12 +16,14 @@ from shardwise.data.chat import CHATML, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig
 from shardwise.data.datasets import build_chat_examples, build_pretrain_dataset, pack_examples
 from shardwise.data.preferences import read_rankings
+from shardwise.data.steps import read_solutions
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
 from shardwise.errors import DataError
 from shardwise.rewards import FileTaskConfig, prompt_messages
 from shardwise.rewards.task_configs import Split
 from shardwise.stages.evaluation_configs import ProblemsConfig
 from shardwise.stages.pipeline import RESULT_FILE
+from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.ranking_config import RankingStageConfig
 
 
@@ -61,6 +63,10 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
         elif isinstance(stage, RankingStageConfig):
             sources = [*stage.data.sources, *stage.data.validation]
             for _ in read_rankings(sources, tokenizer, stage.reading()):
+                pass
+        elif isinstance(stage, ProcessRewardConfig):
+            sources = [*stage.data.sources, *stage.data.validation]
+            for _ in read_solutions(sources, tokenizer, stage.reading()):
                 pass
     for _, part in pending_parts(run):
         if isinstance(task := getattr(part, "task", None), FileTaskConfig):

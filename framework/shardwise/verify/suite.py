@@ -83,6 +83,12 @@ STAGES: dict[str, dict[str, Any]] = {
         "answers_per_problem": 3,
         "loss": {"margin": 0.2, "label_smoothing": 0.1, "centring": 0.1},
     },
+    "process_reward": {
+        "kind": "process_reward",
+        "steps": 3,
+        "batch": _BATCH,
+        "data": {"sources": [{"kind": "steps", "path": "a_stand_in_has_its_place.jsonl"}]},
+    },
     "dpo": {
         "kind": "dpo",
         "steps": 3,
