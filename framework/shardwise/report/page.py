@@ -103,7 +103,8 @@ def verdict(run: RunData) -> str:
         if reached:
             done, planned = _steps(run, reached[-1])
             of = f" of {planned}" if planned else ""
-            parts.append(f"Not finished: {reached[-1]} at step {done}{of}")
+            how = "Training" if run.living else "Not finished"
+            parts.append(f"{how}: {reached[-1]} at step {done}{of}")
         else:
             parts.append("Not started: no step is logged yet")
     if run.exit_code:
