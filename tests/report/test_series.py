@@ -1,4 +1,4 @@
-"""Downsampling hides nothing; smoothing does not lag; Wilson's interval against known values."""
+"""Downsampling hides nothing; smoothing does not lag; intervals against known values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.report.series import Series, envelope, smooth, wilson
+from shardwise.report.series import Series, envelope, smooth, t_interval, wilson
 
 
 @given(
@@ -70,3 +70,15 @@ def test_wilson_refuses() -> None:
         wilson(1.2, 10)
     with pytest.raises(ValueError, match="n >= 1"):
         wilson(0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "t"), [(2, 12.706), (3, 4.303), (10, 2.262), (12, 2.201), (31, 2.042), (101, 1.984)]
+)
+def test_t_interval(n: int, t: float) -> None:
+    """Quantiles of any table of Student's t."""
+    values = np.random.default_rng(n).standard_normal(n).tolist()
+    mean, half = t_interval(values)
+    assert mean == pytest.approx(np.mean(values)) and half is not None
+    assert half * np.sqrt(n) / np.std(values, ddof=1) == pytest.approx(t, abs=6e-4)
+    assert t_interval([3.0]) == (3.0, None)

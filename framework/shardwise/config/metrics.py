@@ -50,6 +50,9 @@ class Metric:
     ``line``: its label in a line of progress; empty: it is not shown there. ``figure``: its newest
     value is told when the stage ends. ``plot``: None for a small curve.
 
+    ``of_machine``: two runs of one computation need not share it, even if their steps take equally
+    long.
+
     For what is measured after a stage: ``summary`` is its place in summary.json, ``first`` for one
     value of the run (of the first stage that has it) and ``stages`` for a table of all;
     ``count`` names the metric that says how many trials a share is of, ``references`` those that it
@@ -65,6 +68,7 @@ class Metric:
     figure: bool = False
     rules: tuple[Rule, ...] = ()
     plot: Plot | None = None
+    of_machine: bool = False
     summary: Literal["", "first", "stages"] = ""
     count: str = ""
     references: tuple[str, ...] = ()
@@ -147,9 +151,11 @@ EVERY_STAGE = (
         "GB, peak of rank 0",
         better="lower",
         plot=Plot("Memory", "Speed", across=True),
+        of_machine=True,
     ),
-    Metric("rss_gb", "resident memory", "GB", better="lower"),
-    Metric("step_seconds", "time of a step", "seconds", better="lower"),
+    Metric("rss_gb", "resident memory", "GB", better="lower", of_machine=True),
+    Metric("cuda_reserved_gb", "memory reserved by CUDA", "GB", better="lower", of_machine=True),
+    Metric("step_seconds", "time of a step", "seconds", better="lower", of_machine=True),
     # The worst layer of each look of the sentinel; the page has a table of all layers.
     Metric(
         "fp8_error",

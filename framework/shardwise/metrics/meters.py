@@ -16,11 +16,6 @@ import torch
 GB = 1e9
 
 
-# Metrics of the machine, which two runs of one computation need not share even if their steps
-# take equally long.
-MACHINE = frozenset(("memory_gb", "rss_gb", "cuda_reserved_gb", "step_seconds"))
-
-
 class Throughput:
     """Tokens per second over the last ``window`` steps, and what it means in FLOPs.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardwise.metrics.meters import MACHINE
+from shardwise.config.schema import StageConfig
+from shardwise.metrics.declared import by_name
 from shardwise.metrics.writers import Kind, MetricsLogger
 from shardwise.verify.notes import Notes
 
@@ -17,9 +18,10 @@ from shardwise.verify.notes import Notes
 class WatchedLogger(MetricsLogger):
     """Notes what a run would write, and writes nothing. Only rank 0's writes count."""
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, notes: Notes, stage: StageConfig) -> None:
         super().__init__(Path(), rank=1)
         self.notes = notes
+        self.of_machine = {m.name for m in by_name(stage.metrics()).values() if m.of_machine}
 
     def log(
         self,
@@ -38,7 +40,7 @@ class WatchedLogger(MetricsLogger):
             self.notes.note("event", f"{what} time {self.notes.count(f'event {what}')}", 1.0)
             return
         for name, value in metrics.items():
-            timed = name in MACHINE or (kind == "eval" and name.endswith("_seconds"))
+            timed = name in self.of_machine or (kind == "eval" and name.endswith("_seconds"))
             if not timed and isinstance(value, (int, float)):
                 shown = value if math.isfinite(value) else 0.0
                 sort = "sentinel" if name.startswith("fp8") else "logged"

@@ -379,7 +379,7 @@ def run_stage(
         stage,
         load_tokenizer(task.run.tokenizer),
         directory,
-        WatchedLogger(notes),
+        WatchedLogger(notes, stage),
         None,
         notes=notes,
         given=task.given,
