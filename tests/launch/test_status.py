@@ -53,6 +53,8 @@ def test_goodput_counts_steps_that_count(tmp_path: Path) -> None:
     )  # fmt: skip
     stopped = of(tmp_path, ends=[85, 1])  # ten steps are not saved: they come again
     assert (stopped.state, stopped.step_seconds, stopped.goodput) == ("stopped", 20.0, 0.2)
+    futile = of(tmp_path / "futile", ends=[85, 1], logged=19, saved=0)
+    assert (futile.step_seconds, futile.goodput) == (0.0, 0.0)
     sparse = of(tmp_path, ends=[85, 0], every=5)
     assert sparse.step_seconds == 30.0
     [stage] = done.stages

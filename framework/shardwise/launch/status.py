@@ -80,7 +80,7 @@ def status(run: Path) -> Status:
     wall = max(0.0, until - began) if began else 0.0
     return Status(
         str(run), _state(last, living), known, stages, wall, seconds,
-        min(1.0, seconds / wall) if wall and seconds else None,
+        min(1.0, seconds / wall) if wall and any(stage.logged for stage in stages) else None,
     )  # fmt: skip
 
 
