@@ -151,6 +151,12 @@ def test_a_damaged_file_is_told_on_the_page(tmp_path: Path) -> None:
     assert "unreadable" in body(render_comparison(sides))
     with pytest.raises(DataError, match="line 6"):
         c.load([damaged])
+    (sound / "config.yaml").write_text("a: [")
+    (damaged / "metrics.jsonl").write_text("".join(lines))
+    (damaged / "exit.json").write_text("{")  # of no weight: said among the events
+    sides = c.load([sound, damaged])
+    assert [bool(s.error) for s in sides] == [True, False] and "config.yaml" in sides[0].error
+    assert "exit.json is not JSON" in str(sides[1].run.events)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from shardwise.metrics.declared import EVERY, START, Metric
 from shardwise.metrics.progress import duration, written
 from shardwise.report.charts import PALETTE, SMOOTH_FROM, Chart, Key, axes, curve, how_drawn
 from shardwise.report.page import diagnoses, ending, state
-from shardwise.report.rundata import RunData, load_run
+from shardwise.report.rundata import NoRunError, RunData, load_run
 from shardwise.report.series import Series, t_interval, wilson
 from shardwise.report.summary import num, sample_size, stage_table
 
@@ -52,9 +52,9 @@ def load(folders: Sequence[Path | str]) -> list[Side]:
             raise UserError(f"{folder} is named twice; name each run once")
         try:
             side = Side(folder.resolve(), load_run(folder))
-        except DataError as error:
-            if not any(folder.iterdir()) or "is not a run" in str(error):
-                raise
+        except NoRunError:
+            raise
+        except UserError as error:  # a damaged one
             side = Side(folder.resolve(), RunData(folder.name), error=redact(str(error)))
         sides.append(side)
     if sides and all(side.error for side in sides):

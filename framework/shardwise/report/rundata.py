@@ -24,6 +24,10 @@ from shardwise.storage.lock import alive
 _HEAD = frozenset({"time", "stage", "step", "kind"})
 
 
+class NoRunError(DataError):
+    """A folder that no run has written to."""
+
+
 @dataclass
 class RunData:
     """What is known of a run. Everything may be missing, except the folder's name."""
@@ -90,12 +94,12 @@ def load_run(run_dir: Path) -> RunData:
 
     Figures that the summary lacks are taken from the metrics where they hold them.
 
-    Raises DataError when there is none of them, or when one cannot be read (ConfigError for
-    config.yaml).
+    Raises NoRunError when there is none of them, DataError when one cannot be read (ConfigError for
+    config.yaml). Damage to what says how it ended is an event.
     """
     files = [run_dir / n for n in (METRICS_FILE, "summary.json", "config.yaml")]
     if not any(f.exists() for f in (*files, run_dir / EXIT_FILE, run_dir / ATTEMPTS_FILE)):
-        raise DataError(
+        raise NoRunError(
             f"{run_dir} is not a run: it holds none of metrics.jsonl, summary.json, config.yaml; "
             "name a folder that `shardwise train` wrote, such as runs/quickstart"
         )
@@ -106,9 +110,9 @@ def load_run(run_dir: Path) -> RunData:
         run.config_text = safe_files.read_bytes(files[2]).decode("utf-8", "replace")
         run.config = _mapping(yaml12.parse(run.config_text, str(files[2])).data or {}, files[2])
     run.name = str(run.summary.get("name") or run.config.get("name") or run.name)
-    _ending(run, run_dir)
     _collect(run, read_jsonl(files[0]))
     run.events.extend(read_jsonl(run_dir / NOTES_FILE))
+    _ending(run, run_dir)
     run.events.sort(key=lambda e: e["time"] if isinstance(e.get("time"), (int, float)) else 0.0)
     for name in [*(s.get("name") for s in summary_stages(run.summary)), *config_stages(run)]:
         if isinstance(name, str) and name not in run.stages:
@@ -123,12 +127,16 @@ def load_run(run_dir: Path) -> RunData:
 def _ending(run: RunData, run_dir: Path) -> None:
     """How the run stands: whether it lives, how often it began, how it ended."""
     run.living = alive(run_dir)
-    run.num_attempts = sum(r.get("event") == "start" for r in read_jsonl(run_dir / ATTEMPTS_FILE))
-    if not run.living and (file := run_dir / EXIT_FILE).exists():
-        said = _mapping(_json(file), file)
-        code = said.get("exit_code")
-        run.exit_code = code if isinstance(code, int) else None
-        run.reason = str(said.get("reason") or "")
+    try:
+        began = [r for r in read_jsonl(run_dir / ATTEMPTS_FILE) if r.get("event") == "start"]
+        run.num_attempts = len(began)
+        if not run.living and (file := run_dir / EXIT_FILE).exists():
+            said = _mapping(_json(file), file)
+            code = said.get("exit_code")
+            run.exit_code = code if isinstance(code, int) else None
+            run.reason = str(said.get("reason") or "")
+    except DataError as error:
+        run.events.append({"event": "damaged", "message": str(error), "time": run.last_time})
 
 
 def config_stages(run: RunData) -> list[str]:
