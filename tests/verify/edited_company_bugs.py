@@ -57,3 +57,12 @@ add(
          '    0: Cut(_WHOLE, Shard(0), ()),\n    1: Cut(Shard(1), _WHOLE, ("B", "magnitude")),'),
     changes=SMALL | {"roles.critic.adapter.kind": "lora"},
 )  # fmt: skip
+add(
+    "a_penalty_moves_on_its_actors_ranks_alone",
+    "controllers", "llama ppo actor=dp1.zero0@1-1,critic=dp1.zero0@0-0", "actor", "penalty",
+    Edit("stages/ppo.py",
+         "last, metrics = self.engine.broadcast([actors[-1:], mean_metrics(actors)])",
+         "last, metrics = actors[-1:], self.engine.broadcast(mean_metrics(actors))"),
+    # It doubles, and is halved before it is saved.
+    changes=SMALL | {"loss.objective": "kl_penalty", "loss.penalty_target": 0.001}, blind=True,
+)  # fmt: skip

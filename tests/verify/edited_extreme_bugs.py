@@ -70,7 +70,7 @@ add(
 
 add(
     "copies_of_the_last_pass_are_sent",
-    "weights sent in 16 bits", "llama grpo tp2", "tp", "sent",
+    "weights sent rounded", "llama grpo tp2", "tp", "sent",
     Edit("engines/native.py",
          "        named = self.named.stream(lambda p: p.data)\n",
          "        made = [getattr(c, \"compute_copies\", None) for c in self.chunks.values()]\n"
@@ -110,4 +110,16 @@ add(
          "            own = grad.chunk(ctx.size, dim=1)[_GROUPS[ctx.group].rank()]\n"
          "            return own.contiguous(), None, None, None\n"),
     changes=SMALL, blind=True, whole=True,
+)  # fmt: skip
+add(
+    "fp32_weights_of_a_placed_role_travel_in_16_bits",
+    "weights sent rounded", "llama grpo actor=dp1.zero0@0-0,reference=dp1.zero0@1-1", "actor",
+    "what is sent",
+    Edit("engines/placed.py",
+         "yield from self._spread(iter(()) if self.inner is None else self.inner.weights())",
+         "own = iter(()) if self.inner is None else self.inner.weights()\n"
+         "        for name, value in self._spread(own):\n"
+         "            few = value.dtype == torch.float32\n"
+         "            yield name, value.bfloat16().float() if few else value"),
+    precision="fp32", changes=SMALL, blind=True,
 )  # fmt: skip

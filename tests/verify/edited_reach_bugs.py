@@ -190,3 +190,16 @@ add(
          "                place(parameter.data, lambda rows, v=value: v[rows])"),
     changes=SMALL, blind=True, whole=True,
 )  # fmt: skip
+add(
+    "a_ramps_rows_are_made_a_multiple_of_the_data_ranks",
+    "batch ramp", "llama pretrain dp2.zero2", "dp", "dealing|sample",
+    Edit("stages/supervised.py",
+         "position, size = consumed_before(batch, step), global_batch_at(batch, step)",
+         "unit = self.engine.data_size\n"
+         "        position = consumed_before(batch, step, unit)\n"
+         "        size = global_batch_at(batch, step, unit)"),
+    # Even at its start, half way and at its end.
+    changes={"steps": 12, "batch.global_batch": 32, "batch.micro_batch": 2,
+             "batch.ramp_start": 8, "batch.ramp_steps": 10},
+    blind=True,
+)  # fmt: skip

@@ -130,6 +130,16 @@ def test_ramps_keep_their_structure(layout: Layout, full: int, start: int, steps
         assert "batch ramp: no, in the recipe yes" in found.given_up
 
 
+def test_a_ramp_that_ranks_share_unevenly_on_its_way_stays_one() -> None:
+    """From 8 to 32 rows in ten steps: 8, 10, 12, 15, and so on."""
+    model = {"num_heads": 8, "num_kv_heads": 2, "hidden_size": 64, "num_layers": 8}
+    ramp = {"global_batch": 32, "micro_batch": 2, "ramp_start": 8, "ramp_steps": 10}
+    small = sized(pretrain(model, ramp), "dp2.zero2").stage
+    assert small.ramp_start is not None and small.ramp_start < small.rows
+    sizes_met = {small.ramp_start, (small.ramp_start + small.rows) // 2}
+    assert any(rows % 2 for rows in sizes_met) and small.rows % 2 == 0
+
+
 def test_windows_that_alternate_meet_pipeline_stages_as_the_users_do() -> None:
     """Six layers of two kinds on two stages: the second begins with the other kind."""
     gemma = {"family": "gemma2", "num_layers": 6, "sliding_window": 64, "head_dim": 16}

@@ -48,6 +48,7 @@ ROUNDED_AWAY = frozenset(
         "resumed weight",
         "resumed moment",
         "resumed number",
+        "state",
         "generated tokens",
         "generated logprobs",
         "evaluation",

@@ -1,6 +1,6 @@
 """What an engine sends to what serves rollouts must be what it holds now, to the bit.
 
-In 16 bits no bound tells weights of an update ago, or rounded ones, from those of now.
+Below fp64 no bound tells weights of an update ago, or rounded ones, from those of now.
 """
 
 from __future__ import annotations

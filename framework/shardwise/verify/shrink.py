@@ -401,6 +401,8 @@ def _batch(
 
     def facts(small: SmallSizes, layout: Layout) -> Facts:
         batch = _batch_config(small, stage)
+        if small is wanted:  # a ramp's own steps meet other rows than a few do
+            batch = batch.model_copy(update={"ramp_steps": own.ramp_steps})
         refused = _refusal(user, batch, [layout]) is not None
         found = of.batch_facts(batch, layout) | {"refused": refused}
         if stage.on_policy and layout in asked:
@@ -409,7 +411,8 @@ def _batch(
             found.pop(of.TIMES, None)
         return found
 
-    found = _choose(options, whole, facts, asked, _COMMON_BATCH)
+    wanted = dataclasses.replace(whole)
+    found = _choose(options, wanted, facts, asked, _COMMON_BATCH)
     if not ramped or not any(facts(found, layout)["refused"] for layout in asked):
         return found
     # A short ramp has other steps than the user's long one, and a schedule may take none of them.

@@ -14,6 +14,7 @@ from typing import Any
 
 from shardwise.config.schema import BatchConfig, Fp8Config
 from shardwise.models.common.config import DecoderConfig
+from shardwise.optim.schedules import global_batch_at
 from shardwise.parallel.context import multiple_of, tokens_multiple
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.pipeline import split_model
@@ -157,9 +158,23 @@ def batch_facts(batch: BatchConfig, layout: Layout, updates: int = 1) -> Facts:
     facts["updates a global batch"] = updates
     facts["batch ramp"] = batch.ramp_start is not None
     if batch.ramp_start is not None:
-        start = _row_facts(batch.ramp_start, batch.micro_batch, layout)
-        facts |= {f"{name}, at a ramp's start": value for name, value in start.items()}
+        facts["batch ramp grows"] = batch.ramp_start < batch.global_batch
+        met = [_row_facts(n, batch.micro_batch, layout) for n in _rows_met(batch)]
+        for name in dict.fromkeys(itertools.chain(*met)):
+            values = {_said(found.get(name)) for found in met}
+            facts[f"{name}, over a ramp"] = " or ".join(sorted(values))
     return facts
+
+
+def _rows_met(batch: BatchConfig) -> list[int]:
+    """Rows of the updates of a ramp, and of the full batch behind it, each number once."""
+    assert batch.ramp_start is not None
+    steps = min(batch.ramp_steps, batch.global_batch - batch.ramp_start)  # more meet no others
+    met = {batch.ramp_start, batch.global_batch}
+    if steps > 0:
+        ramp = batch.model_copy(update={"ramp_steps": steps})
+        met |= {global_batch_at(ramp, step) for step in range(steps)}
+    return sorted(met)
 
 
 def prompt_facts(prompts: int, layout: Layout) -> Facts:

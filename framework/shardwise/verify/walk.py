@@ -214,6 +214,8 @@ class _WatchedLoop(Loop):
         totals = {"tokens": self.tokens, "seconds": self.seconds} | self.meter.total()
         for name, value in totals.items():
             self.notes.note("logged", f"step {done} in all {name}", value)
+        for name, number in _numbers(self.stage.state_dict()):  # before one step undoes another
+            self.notes.note("state", f"step {done} {name}", number)
         self._note_rollout(done)
         if done == SAVED_AFTER and self.kept is not None and not self.resumed:
             if self.saver:

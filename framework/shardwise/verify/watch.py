@@ -63,6 +63,7 @@ class WatchedEngine:
         self.last: tuple[Sequence[MicroBatch], Loss, float | None] | None = None
         self.fresh: Callable[[], Iterator[tuple[str, Tensor]]] | None = None  # of a quantised base
         self.narrow = False  # whether to watch where 16 bits are rounded to
+        self.sends_bits = False  # whether what is sent is held against what is held
         self.model: Any = None  # the config of a plain one
         self.ends_extreme = False
 
@@ -280,7 +281,7 @@ class WatchedEngine:
         what = f"{self.label}step {self.notes.step}"
         time = self.notes.count(f"weights of {what}")
         named = self.inner.weights()
-        if self.narrow:
+        if self.sends_bits:
             named = checked(self.inner, self.model, self.notes.problems)
         for name, value in named:
             self.notes.note("sent weights", f"{what} time {time} {name}", value)
@@ -406,6 +407,7 @@ class WatchedContext(StageContext):
             and not getattr(config, "compile", False)
         )
         watched.narrow = plain and precision.compute.itemsize == 2
+        watched.sends_bits = plain and precision.compute.itemsize < 8
         watched.model = self.model_of(role)
         watched.ends_extreme = self.asks_again and config.fp8 is None  # else tokens share scales
         if not self.resumed:
