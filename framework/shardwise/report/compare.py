@@ -214,8 +214,9 @@ def _cell(metric: Metric, runs: Sequence[RunData], read: Reads) -> Cell | None:
         return None
     mean, half = t_interval([value for _, value in known])
     trials = [sample_size(run.summary, metric) or 0 for run, _ in known]
-    bounds: tuple[float, float] | None = (mean - half, mean + half) if half else None
-    if not half and all(trials) and 0.0 <= mean <= 1.0:  # equal shares too: all their problems
+    spread = half is not None and half > 1e-9 * abs(mean)  # more than rounding
+    bounds = (mean - half, mean + half) if spread and half is not None else None
+    if not spread and all(trials) and 0.0 <= mean <= 1.0:  # equal shares too: all their problems
         bounds = wilson(mean, sum(trials))
     cell = Cell(mean, _text(metric, mean), runs=len(known))
     if bounds is None:
