@@ -143,6 +143,19 @@ def test_a_node_that_is_not_there_and_one_that_hangs(ranks: RankPool, tmp_path: 
     assert "did not end within" in as_text(found) and not found["links"]
 
 
+def test_nodes_that_slurm_gave_and_nobody_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "scontrol"
+    tool.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames gpu[1-3]' ] && echo gpu1 gpu2 gpu3\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    assert api._silent({"gpu1", "gpu3"}) == []
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-3]")
+    assert api._silent({"gpu1", "gpu3"}) == ["gpu2"]
+
+
 def test_the_command(
     shardwise: Command,  # noqa: F811
     tmp_path: Path,
