@@ -203,3 +203,32 @@ add(
              "batch.ramp_start": 8, "batch.ramp_steps": 10},
     blind=True,
 )  # fmt: skip
+add(
+    "the_last_layers_of_each_pipeline_stage_are_trained",
+    "parts that stand still", "llama sft pp2.1f1b", "pp", "clip norm",
+    Edit("adapters/trained.py",
+         "        self.names = None if trained.freeze is None else trained_names(model, "
+         "trained.freeze)",
+         "        self.names = None if trained.freeze is None else trained_names(model, "
+         "trained.freeze)\n"
+         "        self.last = getattr(trained.freeze, 'train_last', None)"),
+    Edit("adapters/trained.py",
+         "                parameter.requires_grad_(name in self.names)",
+         "                held = [i for i, block in enumerate(model.layers) if block is not None]\n"
+         "                own = [f'layers.{i}.' for i in held[-self.last :]]\n"
+         "                learns = name in self.names or name.startswith(tuple(own))\n"
+         "                parameter.requires_grad_(learns)"),
+    changes=SMALL | {"freeze.train_last": 6}, blind=True,  # of 8, and the small model has 4
+)  # fmt: skip
+add(
+    "a_feature_that_ranks_cannot_share_is_dropped",
+    "features of an adapter", "llama sft tp2", "tp", "mlp.down",
+    Edit("adapters/bottleneck.py",
+         "        return self.scaling * F.linear(hidden_BTM, local(self.up))",
+         "        parts = getattr(getattr(self.up, 'device_mesh', None), 'size', lambda: 1)()\n"
+         "        least = self.up.shape[1] // parts\n"
+         "        up = local(self.up)[:, :least]\n"
+         "        return self.scaling * F.linear(hidden_BTM[..., :least], up)"),
+    changes=SMALL | {"adapter": {"kind": "bottleneck", "placement": "parallel", "size": 33}},
+    blind=True,
+)  # fmt: skip

@@ -140,6 +140,22 @@ def test_a_ramp_that_ranks_share_unevenly_on_its_way_stays_one() -> None:
     assert any(rows % 2 for rows in sizes_met) and small.rows % 2 == 0
 
 
+def test_what_names_layers_by_number_names_those_of_the_small_model(tmp_path: Path) -> None:
+    """Of 8 layers, where the small model has 4."""
+    adapter = {"kind": "lora", "rank": 8, "rank_pattern": {"layers.6.*": 2, "layers.0.*": 1}}
+    made: Any = small(pretrain(adapter=adapter), "pretrain", tmp_path).adapter
+    assert made.rank_pattern == {"layers.3.*": 2, "layers.0.*": 1}
+    still = {"train_last": 6, "patterns": ["layers.7.attn.*"]}
+    made = small(pretrain(freeze=still), "pretrain", tmp_path).freeze
+    assert made.train_last == 3 and made.patterns == ["layers.3.attn.*"]
+
+
+def test_a_bottleneck_leaves_over_what_the_users_does(tmp_path: Path) -> None:
+    for size, found in ((64, 8), (33, 9), (5, 5)):
+        adapter = {"kind": "bottleneck", "placement": "parallel", "size": size}
+        assert small(pretrain(adapter=adapter), "pretrain", tmp_path).adapter.size == found
+
+
 def test_windows_that_alternate_meet_pipeline_stages_as_the_users_do() -> None:
     """Six layers of two kinds on two stages: the second begins with the other kind."""
     gemma = {"family": "gemma2", "num_layers": 6, "sliding_window": 64, "head_dim": 16}

@@ -13,7 +13,7 @@ from shardwise.config.adapters import AdapterConfig
 from shardwise.config.optimizers import ParameterGroup
 from shardwise.config.section import BelowOne, PositiveFloat, PositiveInt, Rate, shown
 
-SMALL_RANK, SMALL_SIZE = 4, 6
+SMALL_RANK, SMALL_SIZE = 4, 8
 
 
 def names_module(pattern: str, path: str) -> bool:
@@ -175,4 +175,6 @@ class BottleneckConfig(AdapterConfig):
 
     def shrunk(self) -> Self:
         """See `AdapterConfig`."""
-        return self.model_copy(update={"size": min(self.size, SMALL_SIZE), "start": "new"})
+        # As much is left over by the ranks that share its features.
+        size = min(self.size, SMALL_SIZE + self.size % SMALL_SIZE)
+        return self.model_copy(update={"size": size, "start": "new"})

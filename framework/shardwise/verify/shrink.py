@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ _COMMON = (
 )
 # Rows cost more than another reference.
 _COMMON_BATCH = (Layout(), Layout(dp=2, shard=2), Layout(pp=2))
+LAYER = re.compile(r"\blayers\.(\d+)(?=\.|$)")
 T = TypeVar("T")
 
 
@@ -123,6 +125,12 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     stage["engine"]["max_grad_norm"] = min(limit, SMALL_NORM)
     if config.engine.fp8 is not None:
         stage["engine"]["fp8"] |= _shrunk_fp8(config.engine.fp8, small.model)
+    assert isinstance(run.model, DecoderConfig)
+    was, now = run.model.num_layers, small.model.num_layers
+    stage = _renumbered(stage, was, now)
+    if config.freeze is not None and config.freeze.train_last is not None:
+        still = _scaled(was - config.freeze.train_last, was, now)
+        stage["freeze"]["train_last"] = max(1, now - still)
     recipe |= {
         "model": small.model.model_dump(mode="json"),
         "tokenizer": {"kind": "bytes"},
@@ -130,6 +138,22 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
         "evaluations": [e.model_dump(mode="json") for e in evaluations],
     }
     return Small(recipe, small.shape, small.given_up)
+
+
+def _scaled(layer: int, was: int, now: int) -> int:
+    """A layer's number where there are fewer: as far up, and only the first is the first."""
+    return max(layer * now // was, min(layer, now - 1, 1))
+
+
+def _renumbered(said: Any, was: int, now: int) -> Any:
+    """Whatever names a layer by its number (groups, patterns) names one of the small model's."""
+    if isinstance(said, dict):
+        return {_renumbered(k, was, now): _renumbered(v, was, now) for k, v in said.items()}
+    if isinstance(said, list):
+        return [_renumbered(value, was, now) for value in said]
+    if isinstance(said, str):
+        return LAYER.sub(lambda m: f"layers.{_scaled(int(m[1]), was, now)}", said)
+    return said
 
 
 def _shrunk_role(role: RoleConfig | None) -> dict[str, Any]:
