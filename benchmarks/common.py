@@ -1,10 +1,9 @@
-"""What the benchmarks share: interleaved timing, tables, the load, and the stage around a model."""
+"""What benchmarks share beside `shardwise.metrics.timing`: tables, the stage around a model."""
 
 from __future__ import annotations
 
 import os
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +26,6 @@ def use_threads(num_threads: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     torch.set_num_threads(num_threads)
-
-
-def load() -> str:
-    """The machine's load average over one minute; a benchmark wants it near zero at its start."""
-    return f"{os.getloadavg()[0]:.2f}"
 
 
 class Memory:
@@ -68,29 +62,6 @@ class Clock:
 
 
 clock = Clock()
-
-
-class Laps:
-    """Seconds a step of several contestants, measured in turns: A B C, A B C, and so on.
-
-    A disturbance of the machine then falls on all of them, and `ratio` compares within a turn.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def add(self, name: str, seconds: float) -> None:
-        """One more turn of ``name``."""
-        self.seconds.setdefault(name, []).append(seconds)
-
-    def median(self, name: str) -> float:
-        """Median seconds of a turn."""
-        return statistics.median(self.seconds[name])
-
-    def ratio(self, ours: str, peer: str) -> float:
-        """How many times faster ``ours`` is: the median over turns of peer / ours."""
-        pairs = zip(self.seconds[ours], self.seconds[peer], strict=True)
-        return statistics.median(p / o for o, p in pairs)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -11,7 +11,9 @@ import multiprocessing
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 
-from common import Laps, clock, use_threads
+from common import clock, use_threads
+
+from shardwise.metrics.timing import Laps
 
 
 class Lap:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Laps, Memory, load, profile, table, verdict
+from common import Memory, profile, table, verdict
 from peers.handwritten import Shape
 
 from shardwise.config.schema import AdamWConfig, NativeConfig
@@ -29,6 +29,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Setup
 from shardwise.engines.registry import as_kind, build_engine
 from shardwise.losses.causal_lm import CausalLM
+from shardwise.metrics.timing import Laps, load
 from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.layout import parse_layout
 from shardwise.verify.pool import RankPool

@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Laps, load, table, verdict
+from common import table, verdict
 from occupancy import error, formula, measure
 from peers.handwritten import Shape
 
@@ -35,6 +33,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.native import NativeEngine
 from shardwise.losses.causal_lm import CausalLM
 from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.timing import Laps, Neighbours, load
 from shardwise.models.dense.llama import LlamaConfig
 from shardwise.parallel.layout import parse_layout
 from shardwise.parallel.mesh import build_mesh, init_distributed
@@ -51,7 +50,6 @@ ALONE = "dp1.zero0"
 TARGETS = {"dp2.zero1": 0.93, "dp2.zero3": 0.90, "tp2.sp": 0.90}
 TARGETS |= dict.fromkeys(("pp2", "pp2.interleaved.v2", "pp2.zbv"), 0.88)
 PIPELINE_MICROBATCHES = 8
-MAX_OTHERS = 0.10  # cores that other processes may burn
 MEMORY_TARGET = 0.05
 LR = 3e-4
 
@@ -165,45 +163,13 @@ def memory_of(side: Side, shape: Shape) -> tuple[dict[str, int], dict[str, int]]
 # --- the contest --------------------------------------------------------------------------------
 
 
-def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
-    """Processor seconds that the machine has spent on anything; None where it does not say."""
-    if not stat.exists():
-        return None
-    fields = [int(f) for f in stat.read_text().splitlines()[0].split()[1:9]]
-    idle = fields[3] + fields[4]
-    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
-
-
-class Neighbours:
-    """What everyone but the side whose turn it is burns, during turns."""
-
-    def __init__(self, busy: Callable[[], float | None] = busy_seconds) -> None:
-        self.busy = busy
-        self.others = self.wall = 0.0
-        self.known = True
-
-    def during(self, run: Callable[[], list[tuple[float, float, float]]]) -> float:
-        """Seconds of a side's turn: its slowest rank's."""
-        before = self.busy()
-        results = run()
-        after = self.busy()
-        seconds = max(wall for wall, _, _ in results)
-        if before is None or after is None:
-            self.known = False
-        else:
-            self.others += after - before - sum(burnt for _, burnt, _ in results)
-            self.wall += seconds
-        return seconds
-
-    @property
-    def cores(self) -> float:
-        """Cores burnt by others, on average; not a number where the machine does not say."""
-        return max(0.0, self.others) / self.wall if self.known and self.wall else float("nan")
-
-    @property
-    def quiet(self) -> bool:
-        """Whether a ratio may be believed."""
-        return self.cores <= MAX_OTHERS
+def during(neighbours: Neighbours, run: Callable[[], list[tuple[float, float, float]]]) -> float:
+    """Seconds of a side's turn: its slowest rank's."""
+    neighbours.begin()
+    results = run()
+    seconds = max(wall for wall, _, _ in results)
+    neighbours.end(seconds, sum(burnt for _, burnt, _ in results))
+    return seconds
 
 
 def contest(
@@ -229,7 +195,7 @@ def contest(
             if lap < options.warmup:
                 losses[name] = run()[-1][2]
             else:
-                laps.add(name, neighbours.during(run) / options.steps)
+                laps.add(name, during(neighbours, run) / options.steps)
     rates = {
         name: sum(pool.run(gemm, side, options.gemm_s, world=side.world))
         for name, side in sides.items()

@@ -39,17 +39,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import (
-    Laps,
-    Memory,
-    clock,
-    load,
-    profile,
-    stage_context,
-    table,
-    use_threads,
-    verdict,
-)
+from common import Memory, clock, profile, stage_context, table, use_threads, verdict
 from contest import Contest, Lap
 from peers.trl_tuning import Setting, Start, Task, TrlTuning, write_llama
 
@@ -61,6 +51,7 @@ from shardwise.data.preferences import Ranking
 from shardwise.data.sampler import Sampler
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.timing import Laps, load
 from shardwise.models.dense.llama import LlamaConfig
 from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages import dpo, reward

@@ -25,21 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    Laps,
-    clock,
-    load,
-    profile,
-    stage_context,
-    table,
-    use_threads,
-    verdict,
-)
+from common import clock, profile, stage_context, table, use_threads, verdict
 from contest import Contest, Lap
 from peers.handwritten import Loop, Shape
 
 from shardwise.data.packing import Row
 from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.timing import Laps, load
 from shardwise.models.dense.llama import LlamaConfig
 from shardwise.precision.policy import PRECISIONS, resolve
 from shardwise.stages.loop import flops_per_token

@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common import Laps, clock, load, table, use_threads, verdict
+from common import clock, table, use_threads, verdict
 from contest import Contest, Lap
 
 from shardwise.data.chat import encode_chat
 from shardwise.data.tokenizer import ByteTokenizer
+from shardwise.metrics.timing import Laps, load
 from shardwise.rewards import Problem, prompt_messages
 from shardwise.stages.rollout_worker import Group
 

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Laps, clock, load, table, use_threads, verdict
+from common import clock, table, use_threads, verdict
 
+from shardwise.metrics.timing import Laps, load
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
 from shardwise.precision.policy import multiplies_bf16

@@ -23,29 +23,6 @@ from tests.support.families import small
 from tests.support.pool import RankPool
 
 
-def neighbours(*busy: float | None) -> bench.Neighbours:
-    """After one turn of 2 s, of two ranks that burnt 1.4 s each."""
-    readings = iter(busy)
-    found = bench.Neighbours(lambda: next(readings))
-    assert found.during(lambda: [(1.9, 1.4, 0.0), (2.0, 1.4, 0.0)]) == 2.0
-    return found
-
-
-def test_a_busy_machine_is_rejected() -> None:
-    quiet, busy, unknown = neighbours(10.0, 12.9), neighbours(10.0, 13.2), neighbours(None, None)
-    assert (quiet.cores, quiet.quiet) == (pytest.approx(0.05), True)
-    assert (busy.cores, busy.quiet) == (pytest.approx(0.2), False)
-    assert not unknown.quiet
-
-
-def test_busy_seconds_reads_proc_stat(tmp_path: Any) -> None:
-    stat = tmp_path / "stat"
-    stat.write_text("cpu  100 20 30 4000 500 6 7 8 9 9\ncpu0 1 1 1 1\n")
-    ticks = bench.os.sysconf("SC_CLK_TCK")
-    assert bench.busy_seconds(stat) == (100 + 20 + 30 + 6 + 7 + 8) / ticks
-    assert bench.busy_seconds(tmp_path / "absent") is None
-
-
 def test_a_rejected_ratio_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     result = {
         "layout": "pp2",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardwise.errors import Stopped
+from shardwise.sweep.api import sweep
 from shardwise.sweep.config import SweepConfig, load_sweep
 from shardwise.sweep.trial import Trial
 from tests.stages.recipes import recipe
@@ -68,6 +71,28 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     path = folder / "starts.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def in_a_fork(path: Path) -> int:
+    """A sweep in a process of its own; its exit code is the sweep's."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        sweep(path)
+        code = 0
+    except Stopped as error:
+        code = error.exit_code
+    finally:
+        os._exit(code)
+
+
+def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 CORES = sorted(os.sched_getaffinity(0))

@@ -50,7 +50,12 @@ with metrics.open("a") as file:
             leave(3, "gradients stayed non-finite", step)
         value = (math.log10(lr) + 2) ** 2 + 1 / step
         record = {"time": step, "stage": "pretrain", "step": step, "kind": "validation"}
-        file.write(json.dumps(record | {"val_loss": value, "tokens_per_second": 100.0}) + "\n")
+        file.write(
+            json.dumps(
+                record | {"val_loss": value, "tokens": 8, "step_seconds": 1 / (step + 10 * lr)}
+            )
+            + "\n"
+        )
         file.flush()
         time.sleep(seconds)
 leave(0, "done", steps)

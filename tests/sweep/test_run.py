@@ -18,7 +18,7 @@ from shardwise.storage.lock import LockedError
 from shardwise.sweep.api import planned, sweep, table_text, tables
 from shardwise.sweep.plan import make_plan
 from shardwise.sweep.run import NothingDone
-from tests.sweep.conftest import CORES, LR, Write, starts
+from tests.sweep.conftest import CORES, LR, Write, in_a_fork, starts, until
 
 Fakes = Callable[..., None]
 
@@ -97,28 +97,6 @@ def test_a_second_sweep_in_the_folder_is_refused(
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def in_a_fork(path: Path) -> int:
-    """A sweep in a process of its own; its exit code is the sweep's."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        sweep(path)
-        code = 0
-    except Stopped as error:
-        code = error.exit_code
-    finally:
-        os._exit(code)
-
-
-def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def alive(folder: Path) -> bool:

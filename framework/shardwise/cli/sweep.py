@@ -34,6 +34,17 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run failed trials again, too.")
     ] = False,
+    benchmark: Annotated[
+        bool,
+        typer.Option("--benchmark", help="Time each point's steps, in turns, undisturbed."),
+    ] = False,
+    slurm: Annotated[
+        Path | None,
+        typer.Option("--slurm", metavar="PROFILE", help="Submit the trials as an array of jobs."),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, metavar="N", help="Of each job of the array.")
+    ] = 1,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
@@ -42,6 +53,15 @@ def sweep(
     from shardwise.sweep import api
 
     words = overrides or ()
+    if benchmark:
+        timed = api.benchmark(config, words)
+        emit(timed, api.benchmark_text(timed), json)
+        return
+    if slurm is not None:
+        handed = api.submit_array(config, slurm, words, nodes, slots, retry_failed, dry_run)
+        told = f"slurm job {handed['job']}: {len(handed['trials'])} trials; --table shows them"
+        emit(handed, handed["submitted"].rstrip("\n") if dry_run else told, json)
+        return
     if dry_run:
         planned = api.planned(config, words, slots)
         emit(planned, api.planned_text(planned), json)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from shardwise.errors import ConfigError
 from shardwise.sweep.config import Dimension, OptunaConfig, Point, SweepConfig, identity
 from shardwise.sweep.objective import Curve
-from shardwise.sweep.space import uniform
+from shardwise.sweep.space import MOST_ATTEMPTS, draw, uniform
 
-MAX_ATTEMPTS = 100  # draws that say what was said before, until the space counts as exhausted
+MAX_ATTEMPTS = 20  # of a sampler that says what was said before, until chance takes its place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def require() -> Any:
 def ask(
     config: SweepConfig, told: Sequence[Told], better: Literal["lower", "higher"]
 ) -> Point | None:
-    """The next point, none that has been told of; None when the sampler finds nothing new.
+    """The next point, none that has been told of; None when there is hardly another.
 
     Raises ConfigError when Optuna is not installed.
     """
@@ -64,23 +64,14 @@ def ask(
         point = _suggest(optuna, config, study.ask())
         if identity(point) not in known:
             return point
-    return None
+    draws = (draw(config, method.seed, len(told), attempt) for attempt in range(MOST_ATTEMPTS))
+    return next((point for point in draws if identity(point) not in known), None)
 
 
 def _sampler(optuna: Any, method: OptunaConfig, seed: int) -> Any:
-    samplers = optuna.samplers
-    match method.sampler:
-        case "tpe":
-            return samplers.TPESampler(seed=seed, n_startup_trials=method.startup_trials)
-        case "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=method.startup_trials)
-        case "cmaes":
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=method.startup_trials)
-        case "qmc":
-            return samplers.QMCSampler(seed=method.seed)  # a sequence, which the number goes on
-        case "nsgaii":
-            return samplers.NSGAIISampler(seed=seed)
-    return samplers.RandomSampler(seed=seed)
+    """Only samplers that know no more than the trials: others keep their state in the study."""
+    kinds = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+    return kinds[method.sampler](seed=seed, n_startup_trials=method.startup_trials)
 
 
 def _label(dimension: Dimension, value: Any) -> Any:

@@ -124,10 +124,10 @@ class OptunaConfig(Section):
     kind: Literal["optuna"]
     trials: PositiveInt = Field(description="how many points")
     seed: Seed = Field(0, description="of the sampler")
-    sampler: Literal["tpe", "random", "qmc", "gp", "cmaes", "nsgaii"] = Field(
-        "tpe", description="which of Optuna's"
+    sampler: Literal["tpe", "gp"] = Field(
+        "tpe", description="tree-structured Parzen estimators, or a Gaussian process"
     )
-    startup_trials: NonNegativeInt = Field(5, description="drawn at random first (tpe, gp, cmaes)")
+    startup_trials: NonNegativeInt = Field(5, description="drawn at random first")
 
 
 def _kind(data: Any) -> Any:

@@ -15,6 +15,8 @@ from shardwise.errors import ConfigError
 from shardwise.metrics import declared
 from shardwise.metrics.declared import Metric
 from shardwise.metrics.writers import METRICS_FILE
+from shardwise.report.rundata import RunData
+from shardwise.report.series import Series
 from shardwise.sweep.config import ObjectiveConfig
 
 Curve = list[tuple[int, float]]  # (step, value), finite ones
@@ -34,12 +36,16 @@ class Objective:
         """To multiply values with, so that less is better."""
         return 1 if self.better == "lower" else -1
 
-    def of(self, curve: Curve) -> float | None:
-        """What a trial with this curve reached."""
-        if not curve:
+    def series(self, run: RunData) -> Series:
+        """The curve of a run."""
+        return run.get(self.stage, self.metric.name)
+
+    def reached(self, run: RunData) -> float | None:
+        """What a run has reached so far."""
+        values = self.series(run).values
+        if not len(values):
             return None
-        values = [value for _, value in curve]
-        return values[-1] if self.take == "last" else self.sign * min(self.sign * v for v in values)
+        return float(values[-1] if self.take == "last" else self.sign * min(self.sign * values))
 
     def __str__(self) -> str:
         return f"{self.take} {self.metric.name} of {self.stage}, {self.better} is better"

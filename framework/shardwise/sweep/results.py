@@ -12,6 +12,7 @@ from shardwise.errors import DataError
 from shardwise.metrics.writers import METRICS_FILE
 from shardwise.report.rundata import RunData, load_run
 from shardwise.report.series import t_interval
+from shardwise.resilience import attempts
 from shardwise.resilience.ending import EXIT_FILE
 from shardwise.sweep.config import Point
 from shardwise.sweep.objective import Curve, Objective
@@ -87,7 +88,7 @@ class Reader:
         except DataError as error:  # it has logged nothing, or what it wrote is damaged
             told = str(error) if (trial.folder / METRICS_FILE).exists() else ""
             return dataclasses.replace(plain, reason=reason or told)
-        series = run.get(self.objective.stage, self.objective.metric.name)
+        series = self.objective.series(run)
         curve = list(zip(series.steps.tolist(), series.values.tolist()))
         steps = [int(s.steps[-1]) for s in run.series.values() if len(s)]
         memory = run.get(self.objective.stage, "memory_gb").last
@@ -95,7 +96,7 @@ class Reader:
         ended, seconds = _times(trial.folder)
         return dataclasses.replace(
             plain,
-            value=self.objective.of(curve),
+            value=self.objective.reached(run),
             curve=curve,
             step=max(steps, default=0),
             seconds=seconds,
@@ -115,12 +116,17 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _times(folder: Path) -> tuple[float | None, float | None]:
-    """When it ended, and seconds since its first start, as the files' times say."""
+    """When it ended, and for how many seconds it ran: not those between its attempts."""
     try:
         ended = (folder / EXIT_FILE).stat().st_mtime
-        return ended, ended - (folder / TRIAL_FILE).stat().st_mtime
+        seconds = ended - (folder / TRIAL_FILE).stat().st_mtime
     except OSError:
         return None, None
+    several = attempts.read(folder)
+    if len(several) > 1:
+        pairs = [(a.began, a.ended) for a in several]
+        seconds = sum(end - begin for begin, end in pairs if begin and end)
+    return ended, seconds
 
 
 def rows(results: Sequence[Result], objective: Objective) -> list[Row]:

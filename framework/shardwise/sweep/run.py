@@ -175,7 +175,7 @@ class Sweep:
             point = asking.ask(self.config, self._told(), self.objective.better)
             if point is None:
                 self.exhausted = True
-                self.say("the sampler finds no new point; the search is over")
+                self.say("there is hardly a point that was not tried; the search is over")
                 return None
             try:
                 several = [self.plan.trial(number, r, point) for r in range(self.config.repeats)]

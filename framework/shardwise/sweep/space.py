@@ -22,7 +22,7 @@ from shardwise.sweep.config import (
     identity,
 )
 
-MOST_ATTEMPTS = 10_000  # to draw a point that was not drawn before
+MOST_ATTEMPTS = 2_000  # to draw a point that was not drawn before
 
 
 def uniform(*names: object) -> float:
