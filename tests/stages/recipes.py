@@ -41,6 +41,16 @@ PREFERENCES: dict[str, dict[str, Any]] = {
         "reward": {"parts": [{"kind": "language"}]},
         "keep_rollouts_every": 1,
     },
+    "distill": {
+        "steps": 4,
+        "batch": {"global_batch": 4, "micro_batch": 2, "seq_len": 96},
+        "task": TASK,
+        "num_problems": 12,
+        "on_policy_fraction": 0.5,
+        "samples_per_prompt": 2,
+        "sampling": {"max_new_tokens": 4},
+        "loss": {"top_k": 8},
+    },
     "process_reward": {
         "steps": 4,
         "batch": {"global_batch": 4, "micro_batch": 2, "seq_len": 128},

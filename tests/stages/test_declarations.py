@@ -21,7 +21,11 @@ from tests.support.pool import RankPool
 
 @pytest.mark.parametrize(
     "kinds",
-    [("pretrain", "sft", "dpo"), ("reward", "ppo"), ("grpo", "online_dpo", "process_reward")],
+    [
+        ("pretrain", "sft", "dpo", "distill"),
+        ("reward", "ppo"),
+        ("grpo", "online_dpo", "process_reward"),
+    ],
 )
 def test_what_is_logged_is_declared(
     ranks: RankPool, tmp_path: Path, kinds: tuple[str, ...]
@@ -29,6 +33,8 @@ def test_what_is_logged_is_declared(
     config = recipe(tmp_path / "run", *kinds)
     for stage in config["stages"]:
         stage |= {"steps": 2, "checkpoint": {"every": 0}}
+        if stage["kind"] == "distill":
+            stage["roles"] = {"teacher": {"init_from": "sft"}}
         if stage["kind"] == "ppo":
             stage |= {"loss": {"kl_coef": 0.1}}
         if stage["kind"] == "grpo":

@@ -438,8 +438,8 @@ add(
     "padding_of_sequence_parallelism_put_in_front",
     "padding", "llama pretrain tp2.sp", "sp|tp", "loss|head|gradient",
     Edit("ops/logits.py",
-         "return F.pad(x_BT, (0, self.padded - self.num_tokens))[:, self.index_t]",
-         "return F.pad(x_BT, (self.padded - self.num_tokens, 0))[:, self.index_t]"),
+         "(*behind, 0, self.padded - self.num_tokens))[:, self.index_t]",
+         "(*behind, self.padded - self.num_tokens, 0))[:, self.index_t]"),
     changes={"batch.seq_len": 31},
 )  # fmt: skip
 add(

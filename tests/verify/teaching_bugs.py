@@ -64,3 +64,74 @@ add(
          "        values_Bt = _SumParts.apply(values_Bt, part.vocab_group) / 2 + values_Bt / 2\n"),
     changes=SMALL,
 )  # fmt: skip
+
+# --- distillation -------------------------------------------------------------------------------
+
+_TAUGHT = "        micro, words = self.config.batch.micro_batch, self.words\n"
+
+add(
+    "bucket_of_all_other_words_of_a_ranks_own",
+    "buckets of a teacher", "llama distill tp2", "tp", "forward pass|external|loss",
+    Edit("ops/words.py",
+         "            max_N, sum_N, picked_NK = top_N, both[:, 0], both[:, 1:]\n",
+         "            sum_N = sum_N * shift_N.exp()\n"
+         "            max_N, picked_NK = top_N, both[:, 1:]\n"),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "bucket_of_all_other_words_lost",
+    "buckets of a teacher", "llama distill tp2", "tp", "loss|gradient|metric",
+    Edit("losses/distill.py",
+         "        return found_BTJ[..., : batch.extras[LOGPROBS].shape[-1]]\n",
+         "        if isinstance(logits_BTV, Logits):\n"
+         "            found_BTJ = found_BTJ - found_BTJ[..., :-1].logsumexp(-1, keepdim=True)\n"
+         "        return found_BTJ[..., : batch.extras[LOGPROBS].shape[-1]]\n"),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "temperature_of_the_teacher_forgotten",
+    "temperature of a teacher", "llama distill dp2.zero2", "dp", "forward pass|external",
+    Edit("stages/distill.py",
+         _TAUGHT,
+         _TAUGHT +
+         "        if self.engine.data_size > 1:\n"
+         '            cold = words.config.model_copy(update={"temperature": 1.0})\n'
+         "            words = dataclasses.replace(words, config=cold)\n"),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "teacher_and_student_exchanged_where_logits_are_cut",
+    "direction of a divergence", "llama distill tp2.sp", "tp|sp", "loss|gradient",
+    Edit("losses/distill.py",
+         "        with torch.no_grad():\n            words =",
+         "        if isinstance(logits_BTV, Logits):\n"
+         "            teacher_NJ, student_NJ = student_NJ, teacher_NJ\n"
+         "        with torch.no_grad():\n            words ="),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "teachers_words_of_another_row_of_the_micro_batch",
+    "rows of a teacher", "llama distill dp2.zero1", "dp", "extra|loss|sample",
+    Edit("stages/distill.py",
+         "torch.from_numpy(np.concatenate(of_rows))",
+         "torch.from_numpy(np.concatenate(\n"
+         "            of_rows[:: 1 - 2 * (torch.distributed.get_world_size() > 1)]))"),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "teachers_words_of_the_first_ranks_rows",
+    "rows of a teacher", "llama distill actor=dp2.zero2,teacher=tp2", "dp|tp", "external",
+    Edit("stages/data_shards.py",
+         "    return whole[starts[own[0]] : starts[own[0] + real]] if real else whole[:0]\n",
+         "    first = starts[own[0]]\n"
+         "    return np.roll(whole, first, axis=0)[first : starts[own[0] + real]]\n"),
+    changes=SMALL,
+)  # fmt: skip
+add(
+    "divergence_averaged_within_a_ranks_share",
+    "counts of a divergence", "llama distill dp2.zero3", "dp", "loss|gradient",
+    Edit("losses/distill.py",
+         '            {"divergence": divergence(teacher_NJ, student_NJ, self.config).sum()},\n',
+         '            {"divergence": divergence(teacher_NJ, student_NJ, self.config).mean()},\n'),
+    changes=SMALL, shared=True,
+)  # fmt: skip

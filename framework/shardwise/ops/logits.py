@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shardwise.ops import comm
 from shardwise.ops.cross_entropy import Shard, entropy, token_logprobs
+from shardwise.ops.words import top_words, word_logprobs
 
 # Shape suffixes: B sequences, T tokens, t tokens of this rank, V vocabulary, W words of this rank.
 
@@ -47,10 +48,23 @@ class Logits:
         return Shard(self.offset, self.vocab_group)
 
     def own(self, x_BT: Tensor) -> Tensor:
-        """This rank's tokens of a BT tensor."""
+        """This rank's tokens of a tensor whose first dimensions are BT."""
         if self.index_t is None:
             return x_BT
-        return F.pad(x_BT, (0, self.padded - self.num_tokens))[:, self.index_t]
+        behind = (0, 0) * (x_BT.dim() - 2)
+        return F.pad(x_BT, (*behind, 0, self.padded - self.num_tokens))[:, self.index_t]
+
+    def valid(self, mask_BT: Tensor, valid_N: Tensor | None) -> Tensor:
+        """Indices of the flattened mask among this rank's tokens; ``valid_N``: of them all."""
+        if valid_N is not None and self.index_t is not None:
+            valid_N = self.valid_N
+        return self.own(mask_BT).flatten().nonzero().flatten() if valid_N is None else valid_N
+
+    def spread(self, x_N: Tensor, valid_N: Tensor) -> Tensor:
+        """Numbers (or rows of them) of this rank's valid tokens, as those of all tokens, else 0."""
+        B, t = self.local_BtW.shape[:2]
+        zeros = torch.zeros((B * t, *x_N.shape[1:]), dtype=x_N.dtype, device=x_N.device)
+        return self.gather_tokens(zeros.index_copy(0, valid_N, x_N).unflatten(0, (B, t)))
 
     def gather_tokens(self, x_Bt: Tensor) -> Tensor:
         """All tokens, from every rank's."""
@@ -80,10 +94,7 @@ def selected_logprobs(
     """
     part = as_logits(logits)
     targets_Bt = part.own(targets_BT)
-    if valid_N is not None and part.index_t is not None:
-        valid_N = part.valid_N
-    if valid_N is None:
-        valid_N = part.own(mask_BT).flatten().nonzero().flatten()
+    valid_N = part.valid(mask_BT, valid_N)
     if valid_N.numel() == targets_Bt.numel():  # spares pre-training the copy below
         return part.gather_tokens(
             token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard)
@@ -91,8 +102,33 @@ def selected_logprobs(
     rows_NW = part.local_BtW.flatten(0, 1).index_select(0, valid_N)
     targets_N = targets_Bt.flatten().index_select(0, valid_N)
     logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
-    zeros_N = torch.zeros(targets_Bt.numel(), dtype=logp_N.dtype, device=logp_N.device)
-    return part.gather_tokens(zeros_N.index_copy(0, valid_N, logp_N).view(targets_Bt.shape))
+    return part.spread(logp_N, valid_N)
+
+
+def likeliest_words(
+    logits: Tensor | Logits, mask_BT: Tensor, k: int, valid_N: Tensor | None = None
+) -> Tensor:
+    """The ``k`` likeliest words (BTK, int64), best first, of each token under the mask, else 0."""
+    part = as_logits(logits)
+    valid_N = part.valid(mask_BT, valid_N)
+    rows_NW = part.local_BtW.flatten(0, 1).index_select(0, valid_N)
+    return part.spread(top_words(rows_NW, k, part.shard), valid_N)
+
+
+def selected_words(
+    logits: Tensor | Logits,
+    ids_BTK: Tensor,
+    mask_BT: Tensor,
+    temperature: float = 1.0,
+    valid_N: Tensor | None = None,
+) -> Tensor:
+    """`ops.words.word_logprobs` of each token under the mask (BT, K + 1), else 0."""
+    part = as_logits(logits)
+    ids_NK = part.own(ids_BTK).flatten(0, 1)
+    valid_N = part.valid(mask_BT, valid_N)
+    rows_NW = part.local_BtW.flatten(0, 1).index_select(0, valid_N)
+    ids_NK = ids_NK.index_select(0, valid_N)
+    return part.spread(word_logprobs(rows_NW, ids_NK, temperature, part.shard), valid_N)
 
 
 def selected_values(outputs: Tensor | Logits, mask_BT: Tensor) -> Tensor:

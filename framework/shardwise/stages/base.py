@@ -33,6 +33,7 @@ from shardwise.stages.skipped import check_trained
 
 ACTOR = "actor"  # the role of a stage's own model, and of its only one
 REFERENCE = "reference"
+TEACHER = "teacher"  # writes what a student learns
 SCORERS = ("critic", "reward")  # roles with a scalar head
 
 CACHE_FOLDER = "cache"
@@ -99,7 +100,8 @@ class StageContext:
                 config=config.engine,
                 layout=role_layout(config, dist.get_world_size()),
                 device=self.device,
-                seed=self.run.seed,
+                # A teacher without weights of its own is none of the student's.
+                seed=self.run.seed + (role == TEACHER),
                 # Part of dropout's rng keys.
                 stage=self.stage.name if role == ACTOR else f"{self.stage.name}/{role}",
                 optimizer=optimizer,

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine
+from shardwise.parallel.collectives import gather_json
 from shardwise.stages.base import data_shard
 
 Output = Callable[[Any, MicroBatch], Tensor]
@@ -44,7 +46,7 @@ def local_batches(rows: Rows, engine: Engine, micro_batch: int) -> list[MicroBat
 
 
 def forward_shard(batches: Sequence[MicroBatch], engine: Engine, fn: Output) -> np.ndarray:
-    """This rank's values of ``fn(outputs, batch)`` [B, T] at the valid tokens, in order."""
+    """This rank's values of ``fn(outputs, batch)`` [B, T, ...] at the valid tokens, in order."""
     found = [
         value.cpu()[batch.loss_mask_BT].double()
         for value, batch in zip(engine.forward(batches, fn), batches, strict=True)
@@ -71,3 +73,30 @@ def measure(rows: Rows, engine: Engine, micro_batch: int, fn: Output) -> list[li
     """``fn(outputs, batch)`` [B, T] at the valid tokens of every branch, on every rank."""
     batches = local_batches(rows, engine, micro_batch)
     return exchange(rows, engine, forward_shard(batches, engine, fn))
+
+
+def same_shares(one: Engine, other: Engine) -> bool:
+    """Whether every rank computes the same rows in both; a collective call."""
+    alike = (one.data_rank, one.data_size) == (other.data_rank, other.data_size)
+    assert dist.group.WORLD is not None
+    return all(gather_json(alike, dist.group.WORLD))
+
+
+def hand_over(
+    rows: Rows, giver: Engine, taker: Engine, share: np.ndarray, width: int, *, alike: bool
+) -> np.ndarray:
+    """From one engine's `forward_shard` [n, ``width``], the values at the other's valid tokens.
+
+    ``alike``: by `same_shares`; then nothing is sent. A collective call.
+    """
+    if alike:
+        return share
+    sizes = [sum(branches) for branches in rows.sizes()]
+    starts = np.cumsum([0, *sizes])
+    flat = np.zeros((starts[-1], width))
+    if len(first := data_shard(len(sizes), giver)[0]):
+        flat[starts[first[0]] : starts[first[0]] + len(share)] = share
+    # Each number comes from one data rank, zeros from the others: a sum is a copy.
+    whole = np.array(giver.sum_over_data(flat.ravel().tolist())).reshape(flat.shape)
+    own, real = data_shard(len(sizes), taker)
+    return whole[starts[own[0]] : starts[own[0] + real]] if real else whole[:0]

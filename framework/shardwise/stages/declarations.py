@@ -106,6 +106,15 @@ CRITIC = (
     Metric("model_score_mean", "score of the reward model", better="higher"),
 )
 
+# --- stages that learn from a teacher -----------------------------------------------------------
+
+TAUGHT = (
+    *(replace(m, label=m.label.replace("loss", "divergence")) for m in (LOSS, VAL_LOSS)),
+    Metric("top_mass", "student's mass on the teacher's words", "probability"),
+    Metric("own_texts", "updates on the student's own texts", "share of updates"),
+    *(m for m in ROLLOUT if m.name in ("completion_length", "stopped_fraction")),
+)
+
 # --- stages that compare answers ----------------------------------------------------------------
 
 COMPARISON_LOSS = tuple(replace(m, unit="nats per comparison") for m in (LOSS, VAL_LOSS))

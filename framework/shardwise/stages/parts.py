@@ -13,7 +13,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.build import check_groups
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.pipeline import chunks_of
-from shardwise.stages.base import ACTOR, SCORERS, role_of, roles_of, trained_of
+from shardwise.stages.base import ACTOR, SCORERS, TEACHER, role_of, roles_of, trained_of
 
 
 def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[str], str]) -> None:
@@ -28,6 +28,11 @@ def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[s
                 f"actor's is {key}.adapter, and a reference starts with it"
             )
     check_scorer(run, stage, key, named)
+    if TEACHER in roles_of(stage) and role_of(stage, TEACHER).init_from is None:
+        raise ConfigError(
+            f"{named(f'{key}.roles.teacher.init_from')}: whom to learn from is not said; name an "
+            "earlier stage, a checkpoint or a model folder"
+        )
     trained: list[tuple[str, OptimizerConfig | None, str]] = [(ACTOR, stage.optimizer, "")]
     if "critic" in roles_of(stage):
         trained.append(("critic", role_of(stage, "critic").optimizer, "roles.critic."))

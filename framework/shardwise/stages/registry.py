@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
 from shardwise.config.schema import EvaluationConfig, StageConfig
+from shardwise.stages.distill_config import DistillConfig
 from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.evaluation_configs import (
     BitsConfig,
@@ -77,6 +78,7 @@ def _found(target: Any) -> Any:
 _HERE = "shardwise.stages"
 register_stage("pretrain", PretrainConfig, f"{_HERE}.pretrain:PretrainStage")
 register_stage("sft", SftConfig, f"{_HERE}.sft:SftStage")
+register_stage("distill", DistillConfig, f"{_HERE}.distill:DistillStage")
 register_stage("reward", RewardModelConfig, f"{_HERE}.reward:RewardStage")
 register_stage("process_reward", ProcessRewardConfig, f"{_HERE}.process_reward:ProcessRewardStage")
 register_stage("dpo", DpoConfig, f"{_HERE}.dpo:DpoStage")

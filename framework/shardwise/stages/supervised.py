@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from shardwise.config.schema import StageConfig
+from shardwise.data.batch import MicroBatch
 from shardwise.data.packing import Row, collate
 from shardwise.engines.base import Engine
 from shardwise.losses.causal_lm import CausalLM
@@ -41,6 +44,27 @@ class Order(Protocol):
     def batch(self, position: int, size: int) -> np.ndarray:
         """Row indices at the stream's positions ``position`` and after."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenRows:
+    """Rows of a dataset as `stages.data_shards` takes them; each is one branch."""
+
+    data: Rows
+    indices: Sequence[int]
+    row_ids: Sequence[int]
+    packed: bool
+
+    def sizes(self) -> list[list[int]]:
+        """Valid tokens of every row."""
+        return [[int(self.data.row(i).loss_mask.sum())] for i in self.indices]
+
+    def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
+        """See `data_shards.Rows`."""
+        some = [self.data.row(self.indices[i]) for i in rows]
+        batch = collate(some, [self.row_ids[i] for i in rows], self.packed)
+        [batch] = micro_batches(batch, num_real, len(rows))
+        return batch
 
 
 class SupervisedStage(Stage):

@@ -89,6 +89,15 @@ STAGES: dict[str, dict[str, Any]] = {
         "batch": _BATCH,
         "data": {"sources": [{"kind": "steps", "path": "a_stand_in_has_its_place.jsonl"}]},
     },
+    "distill": {
+        "kind": "distill",
+        "steps": 3,
+        "batch": _BATCH,
+        "task": {"kind": "count_letters"},
+        "on_policy_fraction": 0.5,
+        "samples_per_prompt": 2,
+        "loss": {"kind": "jsd", "beta": 0.3, "temperature": 1.5, "top_k": 16},
+    },
     "dpo": {
         "kind": "dpo",
         "steps": 3,

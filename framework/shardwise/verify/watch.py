@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -259,7 +260,10 @@ class WatchedEngine:
     def forward(
         self, microbatches: Sequence[MicroBatch], fn: Callable[[Any, MicroBatch], Tensor]
     ) -> list[Tensor]:
-        """See `Engine`; noted row by row, since which rows go together is the layout's affair."""
+        """See `Engine`; noted row by row, since which rows go together is the layout's affair.
+
+        A function may say by ``compared(values)`` which of them rounding cannot exchange.
+        """
         step = f"{self.label}step {self.notes.step}"
         with comm.tally() as tally, self._probing(step, microbatches, tally), self._rounding():
             found = self.inner.forward(microbatches, fn)
@@ -271,6 +275,7 @@ class WatchedEngine:
                     continue
                 whole = values.shape[:2] == batch.loss_mask_BT.shape
                 value = values[row][valid_T.to(values.device)] if whole else values[row]
+                value = getattr(fn, "compared", _same)(value)
                 what = f"{step} sample {int(batch.sample_ids_B[row])}"
                 time = self.notes.count(f"pass {what}")
                 self.notes.note("forward pass", f"{what} time {time}", value)
@@ -321,12 +326,18 @@ def _reduction(tally: comm.Tally) -> str:
     return " and ".join(found)
 
 
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
 def numbers_of(data: Any) -> list[float]:
     """All numbers in plain data, in order; texts by their hashes."""
     if dataclasses.is_dataclass(data):
         data = [getattr(data, field.name) for field in dataclasses.fields(data)]
     if isinstance(data, Mapping):
         data = list(data.items())
+    if isinstance(data, np.ndarray):
+        return [float(number) for number in data.flat]
     if isinstance(data, (list, tuple)):
         return list(itertools.chain(*map(numbers_of, data)))
     if isinstance(data, str):
