@@ -118,6 +118,16 @@ def test_a_bug_is_70_with_its_traceback(
     assert code == 70 and "KeyError: 'oops'" in err and "bug in shardwise" in err
 
 
+def test_a_lost_rank_is_no_bug(shardwise: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [::1]:27")
+
+    monkeypatch.setattr("shardwise.launch.doctor.doctor", broken)
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = shardwise("doctor")
+    assert code == 1 and "rank 1: lost another rank" in err and "bug in" not in err
+
+
 def test_a_file_that_cannot_be_used_is_no_bug(
     shardwise: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -428,6 +428,11 @@ def main() -> None:
         if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
             _complain(f"error: out of memory: {error}; use a smaller model, batch or length")
             sys.exit(ShardwiseError.exit_code)
+        from shardwise.resilience.ending import CONSEQUENCE
+
+        if "RANK" in os.environ and CONSEQUENCE.search(str(error)):
+            _complain(f"rank {os.environ['RANK']}: lost another rank, which says why: {error}")
+            sys.exit(ShardwiseError.exit_code)
         _complain(traceback.format_exc())
         _complain("error: this is a bug in shardwise; please report the lines above")
         sys.exit(ExitCode.BUG)
