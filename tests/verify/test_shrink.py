@@ -27,7 +27,7 @@ from shardwise.stages.run import check_stage
 from shardwise.verify import suite
 from shardwise.verify.roles import layouts_of, own_layouts, with_layouts
 from shardwise.verify.shrink import STEPS, Sizes, shrink, sizes
-from shardwise.verify.structure import lost, structure
+from shardwise.verify.structure import lost, still_facts, structure
 from tests.parallel.test_feasible import layouts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -148,6 +148,17 @@ def test_what_names_layers_by_number_names_those_of_the_small_model(tmp_path: Pa
     still = {"train_last": 6, "patterns": ["layers.7.attn.*"]}
     made = small(pretrain(freeze=still), "pretrain", tmp_path).freeze
     assert made.train_last == 3 and made.patterns == ["layers.3.attn.*"]
+
+
+def test_pipeline_stages_train_as_many_of_their_layers_as_the_users_do(tmp_path: Path) -> None:
+    """A dear head: most layers lie on the first stage, whose last ones are trained."""
+    dear = {"num_layers": 10, "vocab_size": 32001, "tie_embeddings": False}
+    run, layout = pretrain(dear, freeze={"train_last": 4}), Layout(pp=2)
+    model = sized(run, "pp2").model
+    made: Any = small(run, "pretrain", tmp_path, "pp2").freeze
+    assert isinstance(run.model, DecoderConfig)
+    has = still_facts(model, model.num_layers - made.train_last, layout)
+    assert has == still_facts(run.model, 6, layout)
 
 
 def test_a_bottleneck_leaves_over_what_the_users_does(tmp_path: Path) -> None:

@@ -129,8 +129,13 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     was, now = run.model.num_layers, small.model.num_layers
     stage = _renumbered(stage, was, now)
     if config.freeze is not None and config.freeze.train_last is not None:
-        still = _scaled(was - config.freeze.train_last, was, now)
-        stage["freeze"]["train_last"] = max(1, now - still)
+        still = was - config.freeze.train_last
+        near = _scaled(still, was, now)
+        options = [(small.model, n) for n in sorted(range(now), key=lambda n: abs(n - near))]
+        found = _choose(
+            options, (run.model, still), lambda case, x: of.still_facts(*case, x), layouts
+        )
+        stage["freeze"]["train_last"] = now - found[1]
     recipe |= {
         "model": small.model.model_dump(mode="json"),
         "tokenizer": {"kind": "bytes"},

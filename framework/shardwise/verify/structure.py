@@ -115,6 +115,15 @@ def layer_facts(model: DecoderConfig, layout: Layout, fp8: Fp8Config | None = No
     return facts
 
 
+def still_facts(model: DecoderConfig, still: int, layout: Layout) -> Facts:
+    """How many layers of each pipeline stage are trained, where the first ``still`` are not."""
+    parts = _parts(model, layout.num_chunks)
+    ends = list(itertools.accumulate(parts))
+    learn = [max(0, min(n, end - still)) for n, end in zip(parts, ends, strict=True)]
+    said = ["all" if k == n else few(k, 1) for k, n in zip(learn, parts, strict=True)]
+    return {"trained layers of a pipeline stage": said}
+
+
 def _alike(kinds: Sequence[str], parts: Sequence[int]) -> bool:
     """Whether a layer's number within its stage tells its kind."""
     starts = itertools.accumulate(parts, initial=0)
