@@ -125,7 +125,7 @@ add(
          "    return whole[starts[own[0]] : starts[own[0] + real]] if real else whole[:0]\n",
          "    first = starts[own[0]]\n"
          "    return np.roll(whole, first, axis=0)[first : starts[own[0] + real]]\n"),
-    changes=SMALL,
+    changes=SMALL, whole=True,
 )  # fmt: skip
 add(
     "divergence_averaged_within_a_ranks_share",
