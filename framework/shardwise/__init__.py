@@ -5,9 +5,10 @@ The commands as functions, imported when first used:
 train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(checkpoint)
 convert(source, out, to)           load_config(recipe, overrides)   doctor()
 verify(recipe, layouts)            config_diff(a, b)                  init(model, data, stage=...)
+sweep(sweep)                       report(run_dir)
 
 and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
-`shardwise.report.api.report`.
+`shardwise.report.api.compare`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Not named like a room: importing `shardwise.report` makes that name the room.
+# Where a room has the name, it is called itself (`lazy.callable_room`).
 _PUBLIC = {
     "train": "shardwise.launch.train",
     "evaluate": "shardwise.stages.evaluate",
@@ -38,7 +39,7 @@ _PUBLIC = {
     "doctor": "shardwise.launch.doctor",
     "init": "shardwise.recipes.api",
 }
-_CALLABLE_ROOMS = ("verify",)
+_CALLABLE_ROOMS = ("verify", "sweep", "report")
 __all__ = ["__version__", *_PUBLIC, *_CALLABLE_ROOMS]
 
 

@@ -7,7 +7,9 @@ tensors never imports torch.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -23,3 +25,19 @@ def attach(
         return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
 
     return getattr_, lambda: sorted(home)
+
+
+class _CallableRoom(ModuleType):
+    of_room: str  # module:function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See the function that the room is for."""
+        module, _, name = self.of_room.partition(":")
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+
+def callable_room(package: str, function: str) -> None:
+    """Let a room be called like the function (``module:function``) whose name it has."""
+    room = sys.modules[package]
+    room.__class__ = _CallableRoom
+    vars(room)["of_room"] = function

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import shardwise
 from shardwise.errors import ShardwiseError
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.report import figures, page
@@ -69,6 +70,10 @@ def test_whole_run(run_dir: Path) -> None:
         assert expected in titles
     for section in re.findall(r'<a href="#(\w+)"', text):
         assert f'id="{section}"' in text
+
+
+def test_the_room_is_called_like_the_function(run_dir: Path) -> None:
+    assert shardwise.report(run_dir) == report(run_dir) == run_dir / "report.html"
 
 
 def test_nothing_is_fetched(run_dir: Path) -> None:
