@@ -10,13 +10,14 @@ import pytest
 import torch
 from peers.handwritten import Loop, Model
 
+from shardwise.metrics.timing import Laps
 from tests.support.pool import RankPool
 
 TINY = bench.SHAPES["tiny"]
 
 
 def test_laps_pair_the_turns() -> None:
-    laps = common.Laps()
+    laps = Laps()
     for ours, peer in [(1.0, 2.0), (10.0, 20.0), (1.0, 9.0)]:  # a disturbance in the second turn
         laps.add("ours", ours)
         laps.add("peer", peer)

@@ -51,6 +51,23 @@ def test_rows_of_the_steps_that_are_left(tmp_path: Path, tokenizer: Tokenizer) -
     assert work_of(stage, Case(run, stage, tokenizer, done=4)) == Work(rows=6 * a_step)
 
 
+def test_a_teacher_reads_what_the_student_learns(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    task = {"kind": "count_letters"}
+    given = [
+        work_of(stage, Case(run, stage, tokenizer))
+        for share in (0.0, 0.5, 1.0)
+        for run, stage in [
+            case_of(tmp_path, "pretrain", "distill", on_policy_fraction=share, task=task)
+        ]
+    ]
+    texts, half, own = given
+    assert texts and half and own and texts.decode == 0 < own.decode
+    assert half.rows == pytest.approx((texts.rows + own.rows) / 2)
+    outside = {"teacher": {"init_from": "/models/teacher"}}
+    run, stage = case_of(tmp_path, "pretrain", "distill", task=task, roles=outside)
+    assert work_of(stage, Case(run, stage, tokenizer)) is None
+
+
 @pytest.mark.parametrize("kl", ["none", "k3"])
 def test_a_rollout_decodes_trains_and_reads(tmp_path: Path, tokenizer: Tokenizer, kl: str) -> None:
     loss = {"kl": kl, "kl_coef": 0.0 if kl == "none" else 0.1}

@@ -34,6 +34,7 @@ from shardwise.rewards.tasks import count, messages, prompt_messages
 from shardwise.stages.arithmetic import TRAINED, roles_in_use
 from shardwise.stages.base import ACTOR, SCORERS, evaluations_of, role_layout, role_of
 from shardwise.stages.bits import data_of
+from shardwise.stages.distill_config import DistillConfig
 from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.evaluation_configs import (
     BitsConfig,
@@ -114,7 +115,7 @@ def _pretrain(stage: PretrainConfig, case: Case) -> Work | None:
 
 
 @work_of.register(SftConfig)
-def _rows(stage: PretrainConfig | SftConfig, case: Case) -> Work:
+def _rows(stage: PretrainConfig | SftConfig | DistillConfig, case: Case) -> Work:
     batch = stage.batch
     rows = consumed_before(batch, stage.steps) - consumed_before(batch, case.done)
     return Work(rows=case.train(rows * batch.seq_len, batch.seq_len))
@@ -157,15 +158,37 @@ def _preferences(stage: DpoConfig, case: Case) -> Work | None:
     return Work(rows=flops * rows * (1 + (reads + (not stage.loss.paired)) / 3))
 
 
+@work_of.register
+def _distilled(stage: DistillConfig, case: Case) -> Work | None:
+    """The teacher reads, too. One that this run does not train may be of any size."""
+    teacher, own = stage.roles.teacher, {s.name for s in case.run.stages}
+    if teacher is not None and teacher.init_from is not None and teacher.init_from not in own:
+        return None
+    share = stage.on_policy_fraction
+    work = _rows(stage, case).times((1 - share) * 4 / 3)
+    if share and stage.task is not None:
+        prompt, answer = _written(stage, stage.task, case)
+        row = prompt + stage.samples_per_prompt * answer
+        flops = case.train(row, int(row))
+        steps = (stage.steps - case.done) * stage.batch.global_batch
+        work += Work(decode=flops / 3, rows=flops * 4 / 3).times(share * steps)
+    return work
+
+
+def _written(stage: Any, task: TaskConfig, case: Case) -> tuple[float, float]:
+    """Tokens of a prompt and of what is written to it."""
+    prompt, answer = lengths(task, case.tokenizer)
+    most = stage.sampling.max_new_tokens
+    # A file has bare answers; how much a model thinks before it is not in it.
+    return prompt, most if isinstance(task, FileTaskConfig) else min(answer, most)
+
+
 @work_of.register(GrpoConfig)
 @work_of.register(OnlineDpoConfig)
 @work_of.register(PpoConfig)
 def _rollouts(stage: GrpoConfig | OnlineDpoConfig | PpoConfig, case: Case) -> Work:
     """Decoding, a forward pass of every role that is read, epochs of those that are trained."""
-    prompt, answer = lengths(stage.task, case.tokenizer)
-    most = stage.sampling.max_new_tokens
-    # A file has bare answers; how much a model thinks before it is not in it.
-    answer = most if isinstance(stage.task, FileTaskConfig) else min(answer, most)
+    prompt, answer = _written(stage, stage.task, case)
     row = prompt + stage.samples_per_prompt * answer
     read_first = getattr(stage, "needs_old_logprobs", isinstance(stage, PpoConfig))
     work = Work(decode=case.train(row, int(row)) / 3)
