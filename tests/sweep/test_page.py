@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.config.metrics import Metric
+from shardwise.config.metrics import LOSS, Metric
+from shardwise.report.rundata import RunData
+from shardwise.report.series import Series
 from shardwise.sweep.objective import Objective
 from shardwise.sweep.page import Axis, best_so_far, curves, parallel
 from shardwise.sweep.plan import make_plan
@@ -90,8 +93,19 @@ def test_charts_show_every_trial() -> None:
     assert record is not None and record.traces[1]["y"] == [2.0, 1.0]
     record = best_so_far(SEVERAL, HIGHER)
     assert record is not None and record.traces[1]["y"] == [2.0, 2.0]
-    drawn = curves(SEVERAL, LOWER)
+    drawn = curves(SEVERAL, LOWER, LOWER.metric)
     assert drawn is not None and len(drawn.traces) == 4
+
+
+def test_the_training_loss_is_drawn_beside_an_objective_of_few_points() -> None:
+    run = RunData("a")
+    run.series[LOWER.stage, LOSS.name] = Series.of([1, 2, 3], [3.0, 2.0, 1.0])
+    one = dataclasses.replace(result(0, 1.0), curve=[(3, 1.0)], run=run)
+    assert curves([one], LOWER, LOWER.metric) is None
+    drawn = curves([one], LOWER, LOSS)
+    assert drawn is not None and drawn.traces[0]["y"] == [3.0, 2.0, 1.0]
+    loss = dataclasses.replace(LOWER, metric=LOSS)
+    assert curves([one], loss, LOSS) is None, "drawn as the objective's"
 
 
 def test_the_remaining_time_is_known_before_a_trial_has_ended() -> None:

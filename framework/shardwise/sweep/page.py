@@ -9,12 +9,13 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from shardwise.config.metrics import LOSS, Metric
 from shardwise.config.redact import redact
 from shardwise.metrics.progress import duration
 from shardwise.report.api import plotly_source, script_safe
 from shardwise.report.charts import Chart, Trace
 from shardwise.report.page import Tile
-from shardwise.report.series import Series, envelope
+from shardwise.report.series import EMPTY, Series, envelope
 from shardwise.sweep.objective import Objective
 from shardwise.sweep.plan import Plan
 from shardwise.sweep.results import Result, Row, best, rows
@@ -34,7 +35,8 @@ def render(plan: Plan, results: Sequence[Result], over: bool, left: float | None
         for chart in (
             parallel(found, plan.objective),
             best_so_far(results, plan.objective),
-            curves(results, plan.objective),
+            curves(results, plan.objective, plan.objective.metric),
+            curves(results, plan.objective, LOSS),  # most objectives have a point a validation
         )
         if chart is not None
     ]
@@ -199,7 +201,7 @@ class Axis:
         self.ends: tuple[float, float] | None = None
         if known and len(numbers) == len(known):
             low, high = min(numbers), max(numbers)
-            self.log = low > 0 and high / low >= 20
+            self.log = low > 0 and high / low >= 10
             distinct = sorted(set(numbers))
             middle = math.sqrt(low * high) if self.log else (low + high) / 2
             few = len(distinct) <= MAX_LABELS
@@ -231,7 +233,8 @@ def parallel(found: Sequence[Row], objective: Objective) -> Chart | None:
     if not drawn or not keys:
         return None
     short = short_keys(keys)
-    axes = [Axis(short[key], [row.point.get(key) for row in drawn]) for key in keys]
+    in_turn = sorted(drawn, key=lambda row: row.number)  # words stand as the search has them
+    axes = [Axis(short[key], [row.point.get(key) for row in in_turn]) for key in keys]
     values = [row.value for row in drawn]
     if any(value is not None for value in values):
         axes.append(Axis(objective.metric.name, values, upwards=objective.better == "higher"))
@@ -336,17 +339,22 @@ def best_so_far(results: Sequence[Result], objective: Objective) -> Chart | None
     return chart
 
 
-def curves(results: Sequence[Result], objective: Objective) -> Chart | None:
-    """The objective's metric of every trial by step, all on one axis."""
-    drawn = [r for r in results if len(r.curve) > 1]
+def curves(results: Sequence[Result], objective: Objective, metric: Metric) -> Chart | None:
+    """A metric of the objective's stage of every trial by step, all on one axis.
+
+    None where no trial has two points of it, or it is the objective's and drawn as such.
+    """
+    if metric == LOSS and objective.metric.name == LOSS.name:
+        return None
+    seen_of = {r.name: _curve(r, objective, metric) for r in results}
+    drawn = [r for r in results if len(seen_of[r.name]) > 1]
     if not drawn:
         return None
     ahead = _ahead(rows(results, objective))
-    chart = Chart(f"{objective.metric.label}, {objective.stage}", "Search")
+    chart = Chart(f"{metric.label}, {objective.stage}", "Search")
     chart.title = chart.title[0].upper() + chart.title[1:]
     for result in sorted(drawn, key=lambda r: r.name == ahead):
-        steps, values = zip(*result.curve)
-        seen = envelope(Series.of(steps, values), 300)
+        seen = envelope(seen_of[result.name], 300)
         chart.traces.append(
             {
                 "type": "scatter",
@@ -362,6 +370,12 @@ def curves(results: Sequence[Result], objective: Objective) -> Chart | None:
     _legend(chart, drawn, ahead)
     chart.layout = {
         "xaxis": {"title": {"text": "step"}, "tickformat": "~s"},
-        "yaxis": {"title": {"text": objective.metric.unit or objective.metric.label}},
+        "yaxis": {"title": {"text": metric.unit or metric.label}},
     }
     return chart
+
+
+def _curve(result: Result, objective: Objective, metric: Metric) -> Series:
+    if metric.name == objective.metric.name:
+        return Series.of(*zip(*result.curve)) if result.curve else EMPTY
+    return EMPTY if result.run is None else result.run.get(objective.stage, metric.name)

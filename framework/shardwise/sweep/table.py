@@ -129,7 +129,8 @@ def value_text(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return ""
     half = row["half_interval"]
-    return f"{row['value']:.4g}" + ("" if half is None else f" ± {half:.2g}")
+    spread = "" if half is None else f" ± {half:.0f}" if half >= 10 else f" ± {half:.2g}"
+    return f"{row['value']:.4g}{spread}"
 
 
 def _cell(value: Any) -> str:
