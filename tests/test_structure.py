@@ -30,6 +30,7 @@ FLOORS = [
     {"optim"},
     {"data"},
     {"losses", "rewards"},
+    {"curation"},
     {"checkpoint"},
     {"engines"},
     {"rollout"},
