@@ -34,6 +34,7 @@ FLOORS = [
     {"checkpoint"},
     {"engines"},
     {"rollout"},
+    {"search"},
     {"resilience"},
     {"stages"},
     {"report", "verify", "recipes"},

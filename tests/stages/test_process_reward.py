@@ -13,7 +13,7 @@ import torch
 from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.losses.config import StepScoresConfig
-from shardwise.stages.rollouts import score_of
+from shardwise.losses.scores import score_of
 from shardwise.stages.run import preflight
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool

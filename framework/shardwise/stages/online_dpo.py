@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from shardwise.engines.base import Engine
 from shardwise.losses.preference import PreferenceLoss
+from shardwise.losses.scores import score_of
 from shardwise.stages.base import REFERENCE, StageContext, mean_metrics
 from shardwise.stages.data_shards import local_batches
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
@@ -23,7 +24,6 @@ from shardwise.stages.rollouts import (
     fractions,
     rollout_metrics,
     run_forward_passes,
-    score_of,
     values_of,
     weigh_scores,
 )

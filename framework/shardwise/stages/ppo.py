@@ -27,6 +27,7 @@ from shardwise.losses.gae import (
     token_rewards,
 )
 from shardwise.losses.ppo import PolicyLoss, ValueLoss
+from shardwise.losses.scores import score_of
 from shardwise.rewards import is_usable
 from shardwise.stages.base import StageContext, mean_metrics, role_of
 from shardwise.stages.data_shards import local_batches
@@ -40,7 +41,6 @@ from shardwise.stages.rollouts import (
     fractions,
     rollout_metrics,
     run_forward_passes,
-    score_of,
     values_of,
     weigh_scores,
 )

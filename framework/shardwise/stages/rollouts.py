@@ -12,13 +12,10 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
-from shardwise.data.steps import step_ends
-from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor
-from shardwise.losses.config import StepScoresConfig
 from shardwise.losses.logprobs import valid_logprobs
-from shardwise.losses.steps import aggregate
+from shardwise.losses.scores import Score
 from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
 from shardwise.rewards import is_usable
@@ -85,27 +82,6 @@ class TrainingRows(RolloutRows):
                     mask_BT[b, start : start + len(tokens)] = False
                 start += len(tokens)
         return dataclasses.replace(batch, loss_mask_BT=mask_BT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How a scalar head scores a completion: the tokens at which it is read, and their number."""
-
-    read_at: Callable[[Sequence[int]], list[int]]
-    total: Callable[[np.ndarray], float]
-
-
-ANSWER_SCORE = Score(lambda tokens: [len(tokens) - 1], lambda scores: float(scores[0]))
-
-
-def score_of(config: StepScoresConfig | None, tokenizer: Tokenizer) -> Score:
-    """A process reward model's, or (None) that of one that scores whole answers."""
-    if config is None:
-        return ANSWER_SCORE
-    return Score(
-        lambda tokens: step_ends(tokenizer, tokens, config.separator),
-        lambda scores: aggregate(scores, config.aggregate),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""Searches with a real model: an engine with a cache finds what one without a cache finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shardwise.rewards import Problem
+from shardwise.rollout.config import Sampling
+from shardwise.search.config import BeamConfig, BestOfNConfig, DvtsConfig, MctsConfig, StepsConfig
+from shardwise.search.driver import Driver, Policy
+from shardwise.search.tree import ROOT, Tree
+from tests.rollout import support
+from tests.rollout.oracle import Oracle
+from tests.search.fake import FakeScorer
+
+STOPS = tuple(range(5))
+METHODS: dict[str, Any] = {
+    "best_of_n": BestOfNConfig(samples=4),
+    "beam": BeamConfig(samples=4, width=2),
+    "dvts": DvtsConfig(samples=4, width=2),
+    "mcts": MctsConfig(simulations=8, expand=2),
+}
+
+
+def decode(ids: list[int]) -> str:
+    """A token of 20 in 101 ends a step."""
+    return "".join("\n" if t % 5 == 2 else f" {t}" for t in ids)
+
+
+def grown(engine: Any, config: Any, numbers: list[int]) -> list[Tree]:
+    sampling = Sampling(max_new_tokens=24, stop_ids=STOPS, temperature=1.5)
+    policy = Policy(sampling, StepsConfig(max_step_tokens=8, max_depth=4), 64, decode)
+    scorer = FakeScorer(lambda p: sum(p.token_ids) / len(p.token_ids) / 101)
+    trees = [Tree(Problem(str(i), "", "", {}), i, [], [i + 1] * (1 + 3 * i)) for i in numbers]
+    return Driver(engine, policy, config, scorer, seed=3).run(trees)
+
+
+def oracle() -> Oracle:
+    made = Oracle(support.CONFIGS["llama"], decode_text=decode)
+    made.update_weights(support.hf_weights("llama"))
+    return made
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_trees_of_a_model(config: Any) -> None:
+    engine = oracle()
+    together = grown(engine, config, [0, 1, 2])
+    assert not engine.held and not engine.flying
+    assert [grown(oracle(), config, [i])[0].record() for i in (0, 1, 2)] == [
+        t.record() for t in together
+    ]
+    reasons = {n.reason for t in together for n in t.nodes}
+    assert "stop" in reasons and ("step" in reasons or config.kind == "best_of_n")
+    for tree in together:
+        for node in tree.nodes[1:]:
+            assert len(node.logprobs) == len(node.token_ids) > 0
+            assert node.policy == engine.checksum
+            ended = node.token_ids[-1] in STOPS
+            assert (node.reason == "stop") == ended
+            assert (node.reason == "step") <= ("\n" in node.text)
+        assert tree.nodes[ROOT].token_ids == []
