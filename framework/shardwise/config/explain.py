@@ -17,9 +17,9 @@ from shardwise.config.optimizers import OptimizerConfig
 from shardwise.config.schema import (
     EngineConfig,
     EvaluationConfig,
+    JobConfig,
     ModelConfig,
     Section,
-    StageConfig,
 )
 from shardwise.config.source import Path, Problem, Tree, get, shown
 
@@ -38,7 +38,7 @@ REGISTERED: dict[Any, tuple[str, Mapping[str, Any], str | None]] = {
     AdapterConfig: ("kind", registry.ADAPTER_CONFIGS, None),
     EngineConfig: ("kind", registry.ENGINE_CONFIGS, registry.DEFAULT_ENGINE),
     OptimizerConfig: ("kind", registry.OPTIMIZER_CONFIGS, registry.DEFAULT_OPTIMIZER),
-    StageConfig: ("kind", registry.STAGE_CONFIGS, None),
+    JobConfig: ("kind", registry.STAGE_CONFIGS, None),
     EvaluationConfig: ("kind", registry.EVALUATION_CONFIGS, None),
 }
 _BOUNDS = {
@@ -148,7 +148,7 @@ def describe(annotation: Any) -> str:
     elif origin is dict:
         words = f"a mapping of names to {_plural(args[1])}"
     elif isinstance(kind, type) and issubclass(kind, Section):
-        words = describe(dict.fromkeys(kind.model_fields))
+        words = describe(dict.fromkeys(kind.by_key()))
     else:
         words = _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
     return words + _range(bounds)
@@ -224,7 +224,7 @@ def _locate(loc: tuple[Any, ...], error: str, data: Any, root: type[Section]) ->
 
 def _fields(options: Iterable[Any]) -> dict[str, Any]:
     sections = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
-    return {name: field for s in sections for name, field in s.model_fields.items()}
+    return {name: field for s in sections for name, field in s.by_key().items()}
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -245,7 +245,7 @@ def _concrete(kind: Any, data: Any) -> Any:
 def _child(kind: Any, part: Any) -> Any:
     """The annotation of ``part`` inside ``kind``, or None."""
     if isinstance(kind, type) and issubclass(kind, Section):
-        return kind.model_fields.get(part) if isinstance(part, str) else None
+        return kind.by_key().get(part) if isinstance(part, str) else None
     origin, args = get_origin(kind), get_args(kind)
     if origin is list and isinstance(part, int):
         return args[0]

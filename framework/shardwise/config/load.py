@@ -65,7 +65,7 @@ def load_section(path: str | Path, kind: type[S]) -> S:
     title = str(path)
     tree = yaml12.parse(_read(Path(path)), title)
     if not isinstance(tree.data, dict):
-        known = ", ".join(kind.model_fields)
+        known = ", ".join(kind.by_key())
         raise ConfigError(f"{title}: empty, or not a mapping; known keys: {known}")
     problems, found = list(tree.problems), None
     try:

@@ -158,16 +158,16 @@ _Held = dict[str, tuple[_Place, FieldInfo]]
 def _held(place: _Place, kind: str) -> _Held:
     """The keys of a section; of a choice those that are the same in all kinds, or the others."""
     if not isinstance(place, _Choice):
-        return {name: (place, field) for name, field in place.model_fields.items()}
+        return {name: (place, field) for name, field in place.by_key().items()}
     same: _Held = {}
-    for name, field in next(iter(place.table.values())).model_fields.items():
-        others = [cls.model_fields.get(name) for cls in place.table.values()]
+    for name, field in next(iter(place.table.values())).by_key().items():
+        others = [cls.by_key().get(name) for cls in place.table.values()]
         if name == place.key or len({repr(other) for other in others}) == 1:
-            same[name] = (place, place.base.model_fields.get(name, field))
+            same[name] = (place, place.base.by_key().get(name, field))
     if not kind:
         return same
     cls = place.table[kind]
-    return {name: (cls, f) for name, f in cls.model_fields.items() if name not in same}
+    return {name: (cls, f) for name, f in cls.by_key().items() if name not in same}
 
 
 def _parts(place: _Place, path: str) -> list[tuple[_Place, str, str]]:
@@ -200,7 +200,7 @@ def _inside(annotation: Any) -> _Place | None:
         return _Choice(key, table, default, first)
     table = {name: cls for cls in found for name in tags(cls)}
     base = next(c for c in first.__mro__ if all(issubclass(cls, c) for cls in others))
-    default = first.model_fields["kind"].default
+    default = first.by_key()["kind"].default
     return _Choice("kind", table, None if default is PydanticUndefined else default, base)
 
 
@@ -241,7 +241,7 @@ def _meaning(owner: _Place, name: str, field: FieldInfo) -> str:
     """What a key says, or what the class says from which a kind has it, or its section."""
     cls = owner.base if isinstance(owner, _Choice) else owner
     sections = [c for c in cls.__mro__ if issubclass(c, Section)]
-    above = [c.model_fields[name] for c in sections if name in c.model_fields]
+    above = [c.by_key()[name] for c in sections if name in c.by_key()]
     said = next((f.description for f in (field, *above) if f.description), "")
     inner = _inside(field)
     if not said and inner is not None:
@@ -291,7 +291,7 @@ def minimal(place: _Place) -> dict[str, Any]:
         named, place = {place.key: kind}, place.table[kind]
     if (given := _given(place)) is not None:
         return named | given
-    fields = {n: f for n, f in place.model_fields.items() if n not in named}
+    fields = {n: f for n, f in place.by_key().items() if n not in named}
     needed = [n for n, f in fields.items() if f.is_required()] or [next(iter(fields))]
     return named | {n: example(place, n, fields[n]) for n in needed}
 

@@ -22,7 +22,7 @@ MODEL_CONFIGS: Table = {}
 ENGINE_CONFIGS: Table = {}
 OPTIMIZER_CONFIGS: Table = {}
 ADAPTER_CONFIGS: Table = {}
-STAGE_CONFIGS: Table = {}
+STAGE_CONFIGS: Table = {}  # those of jobs that train nothing, too
 EVALUATION_CONFIGS: Table = {}
 
 # Who registers, by name: this room imports none of them. They import no torch.

@@ -14,12 +14,13 @@ from pydantic import (
 )
 
 from shardwise.config import registry
+from shardwise.config.artifacts import artifacts_of
+from shardwise.config.names import RUN_FOLDER, RUN_NAME, shown_as
 from shardwise.config.schema import (
-    RUN_FOLDER,
-    RUN_NAME,
     AnyEngine,
     EngineConfig,
     EvaluationConfig,
+    JobConfig,
     LoggingConfig,
     ModelConfig,
     NativeConfig,
@@ -29,7 +30,6 @@ from shardwise.config.schema import (
     StageConfig,
     TokenizerConfig,
     beside,
-    shown_as,
 )
 from shardwise.config.start import located
 
@@ -39,7 +39,7 @@ def _model(data: Any, info: ValidationInfo) -> Any:
 
 
 def _stage(data: Any, info: ValidationInfo) -> Any:
-    return registry.validate(data, info, "kind", registry.STAGE_CONFIGS, StageConfig)
+    return registry.validate(data, info, "kind", registry.STAGE_CONFIGS, JobConfig)
 
 
 def _evaluation(data: Any, info: ValidationInfo) -> Any:
@@ -98,8 +98,8 @@ class RunConfig(Section):
     engine: AnyEngine = Field(default_factory=NativeConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
-    stages: list[SerializeAsAny[Annotated[StageConfig, BeforeValidator(_stage)]]] = Field(
-        min_length=1, description="what is trained, one after the other"
+    stages: list[SerializeAsAny[Annotated[JobConfig, BeforeValidator(_stage)]]] = Field(
+        min_length=1, description="what is trained, or made, one after the other"
     )
     evaluate_start: bool = Field(
         False,
@@ -132,6 +132,8 @@ class RunConfig(Section):
                 raise ValueError(
                     f"stage {s.name}: start_from names {s.start_from}, which is no earlier stage"
                 )
+            for key, reader in artifacts_of(s):
+                self._check_artifact(i, key, reader)
         if self.evaluate_start and self.init_from is None:
             raise ValueError("evaluate_start measures what init_from holds, and there is none")
         for e in self.evaluations:
@@ -141,6 +143,28 @@ class RunConfig(Section):
                     f"there are {', '.join(lists['stages'])}"
                 )
         return self
+
+    def _check_artifact(self, number: int, key: tuple[str | int, ...], reader: Any) -> None:
+        """Refuse the artifact of a job that is none, or none before stage ``number``."""
+        job, _, name = reader.from_.partition(".")
+        outputs = {s.name: s.outputs for s in self.stages[:number]}
+        if name in outputs.get(job, {}):
+            return
+        written = [f"{j}.{a}" for j, names in outputs.items() for a in names]
+        self.refuse(
+            ("stages", number, *key, "from"),
+            f"{reader.from_} is nothing that an earlier stage writes; "
+            f"these are: {', '.join(written) or 'none'}",
+        )
+
+    def training_stages(self) -> list[tuple[int, StageConfig]]:
+        """Those of ``stages`` that train, with their numbers there."""
+        return [(i, s) for i, s in enumerate(self.stages) if isinstance(s, StageConfig)]
+
+    @property
+    def training(self) -> list[StageConfig]:
+        """Those of ``stages`` that train."""
+        return [s for _, s in self.training_stages()]
 
     @property
     def start(self) -> Path | None:

@@ -9,12 +9,11 @@ is `shardwise.config.run.RunConfig`.
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -27,6 +26,7 @@ from shardwise.config.adapters import AnyAdapter, FreezeConfig
 from shardwise.config.fp8 import Fp8Config as Fp8Config
 from shardwise.config.fp8 import SentinelConfig as SentinelConfig
 from shardwise.config.metrics import Logs, StageLogs
+from shardwise.config.names import FOLDER_NAME, STAGE_NAME, Name, shown_as
 from shardwise.config.optimizers import AdamWConfig as AdamWConfig
 from shardwise.config.optimizers import AnyOptimizer
 from shardwise.config.optimizers import OptimizerConfig as OptimizerConfig
@@ -301,39 +301,6 @@ class ResilienceConfig(Section):
     )
 
 
-def _kind(data: dict[str, Any]) -> str:
-    return str(data.get("kind", ""))
-
-
-Name = Annotated[str, Field(min_length=1, default_factory=_kind, description="default: the kind")]
-
-
-# Names become folders of a run, and what is built from them must stay inside of it.
-STAGE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$"
-RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
-
-
-def shown_as(pattern: str) -> Any:
-    return Field(json_schema_extra={"pattern": pattern})
-
-
-def _checked(pattern: str, allowed: str) -> AfterValidator:
-    """A name that becomes a folder's."""
-
-    def check(name: str) -> str:
-        if not re.fullmatch(pattern.strip("^$"), name):
-            raise ValueError(
-                f"{name!r} cannot name a folder; allowed: up to 100 letters, digits, {allowed}"
-            )
-        return name
-
-    return AfterValidator(check)
-
-
-FOLDER_NAME = _checked(STAGE_NAME, "'_' and '-', the first one no '-'")
-RUN_FOLDER = _checked(RUN_NAME, "'_', '-' and '.', the first one no '-' or '.'")
-
-
 @dataclasses.dataclass(frozen=True)
 class SmallSizes:
     """The sizes of a stage that is run for what it computes alone (`shardwise.verify`)."""
@@ -345,8 +312,38 @@ class SmallSizes:
     ramp_start: int | None = None
 
 
-class StageConfig(Section, StageLogs):
-    """What every stage has.
+class JobConfig(Section, Logs):
+    """What every entry of ``stages`` has.
+
+    A job that trains is a stage (`StageConfig`). Others compute with a model that stands still, or
+    with none, and write rows: they derive from this, fix ``kind`` and register themselves.
+
+    ``outputs``: what it writes, by name, and the format of its rows (`shardwise.data.formats`).
+    """
+
+    outputs: ClassVar[Mapping[str, str]] = {}
+    head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
+    exact_logprobs: ClassVar[bool] = False
+
+    kind: str = Field(description="what the stage does")
+    name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)] = Field(examples=["first"])
+    start_from: str | None = Field(
+        None,
+        description="an earlier stage; default: the latest whose model writes text",
+        examples=["pretrain"],
+    )
+    engine: AnyEngine = Field(
+        default_factory=NativeConfig,
+        description="top-level engine, overridden key by key",
+    )
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """The same on little data, which lies in ``folder`` if need be (`shardwise.verify`)."""
+        return self
+
+
+class StageConfig(JobConfig, StageLogs):
+    """What every job has that trains.
 
     Stages derive from it, fix ``kind`` and register themselves.
 
@@ -357,27 +354,14 @@ class StageConfig(Section, StageLogs):
     ``small_seq_len``: tokens (bytes) that a row of little data needs.
     """
 
-    head: ClassVar[Literal["vocabulary", "scalar"]] = "vocabulary"
     on_policy: ClassVar[bool] = False
-    exact_logprobs: ClassVar[bool] = False
     scores_steps: ClassVar[bool] = False
     small_seq_len: ClassVar[int] = 160
 
-    kind: str = Field(description="what the stage does")
-    name: Annotated[Name, FOLDER_NAME, shown_as(STAGE_NAME)] = Field(examples=["first"])
     steps: PositiveInt = Field(description="updates", examples=[100])
-    start_from: str | None = Field(
-        None,
-        description="an earlier stage; default: the latest whose model writes text",
-        examples=["pretrain"],
-    )
     batch: BatchConfig = Field(default_factory=BatchConfig)
     optimizer: AnyOptimizer = Field(default_factory=AdamWConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    engine: AnyEngine = Field(
-        default_factory=NativeConfig,
-        description="top-level engine, overridden key by key",
-    )
     adapter: AnyAdapter | None = Field(
         None, description="trained in place of the model, which stands still; null: the model is"
     )

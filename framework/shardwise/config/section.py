@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 from shardwise.config.paths import expand
@@ -66,14 +67,20 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        serialize_by_alias=True,  # a key that Python has no name for (``from``)
     )
+
+    @classmethod
+    def by_key(cls) -> dict[str, FieldInfo]:
+        """Its fields by the keys that a recipe has for them."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @field_validator("*", mode="after")
     @classmethod
     def _expand_paths(cls, value: Any) -> Any:
         return expand(value) if isinstance(value, Path) else value
 
-    def refuse(self, key: tuple[str, ...], text: str) -> NoReturn:
+    def refuse(self, key: tuple[str | int, ...], text: str) -> NoReturn:
         """Raise for a value, under its own key, that another one forbids."""
         error = InitErrorDetails(
             type="value_error", loc=key, input=None, ctx={"error": ValueError(text)}

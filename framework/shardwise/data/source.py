@@ -10,6 +10,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from shardwise import hub
+from shardwise.config.artifacts import ArtifactName
 from shardwise.config.explain import nearest
 from shardwise.config.schema import PositiveFloat, Section, beside, shown
 from shardwise.data import files as data_files
@@ -69,6 +70,7 @@ class DataSource(Section):
         "stdlib: another Lib folder",
         examples=["corpus/*.txt"],
     )
+    from_: ArtifactName = None
     field: str | None = Field(
         None,
         description="the first of its columns; default: text, messages, ... by its kind",
@@ -113,13 +115,17 @@ class DataSource(Section):
     @model_validator(mode="before")
     @classmethod
     def _kind_by_path(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "kind" not in data and data.get("path") is None:
+        if isinstance(data, dict) and not {"kind", "from"} & data.keys() and not data.get("path"):
             return {**data, "kind": "stdlib"}
         return data
 
     @model_validator(mode="after")
     def _keys_fit(self) -> DataSource:
         kind = self.kind
+        if self.from_ is not None:
+            if self.path is not None:
+                self.refuse(("from",), "and path both say where its rows are; keep one")
+            return self
         if self.path is None and kind != "stdlib":
             raise ValueError(f"a source of kind {kind} needs a path")
         undivided = kind in ("text", "indexed", *_IN_FILES_OF)
@@ -194,13 +200,14 @@ class DataSource(Section):
     @property
     def label(self) -> str:
         """For messages and reports."""
-        return f"{self.kind}:{self.path}" if self.path else f"{self.kind}:{self.split}"
+        return f"{self.kind}:{self.path or self.from_ or self.split}"
 
     def files(self) -> list[Path]:
         """The files that hold this source, in order; DataError when there is none."""
         if self.kind == "stdlib":
             return stdlib_files(cast(StdlibSplit, self.split), self.path, self.exclude)
-        assert self.path is not None
+        if self.path is None:
+            raise DataError(f"{self.from_}: an earlier job is still to write it")
         if self.kind == "indexed":
             from shardwise.data.indexed import store_paths  # numpy, which a recipe does not need
 
@@ -221,7 +228,7 @@ class DataSource(Section):
         A file whose suffix says that it is of another kind is refused too. Opens none, unless the
         format has to be told.
         """
-        if self.kind == "stdlib" and self.path is None:
+        if self.path is None:  # the standard library's, or still to be written
             return
         source = self.told(among)
         for file in source.files():

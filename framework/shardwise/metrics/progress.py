@@ -108,6 +108,10 @@ class Progress:
             parts = [f"{stage} {step}/{total}", text, f"left {left}" if left and not done else ""]
             self._print("  ".join(p for p in parts if p))
 
+    def announce(self, stage: str, total: int) -> None:
+        """A stage has ``total`` steps, which was not known before."""
+        self._steps[stage] = total
+
     def message(self, text: str) -> None:
         """A line of its own, above the bars."""
         if self._enabled:

@@ -267,7 +267,7 @@ def _check(loaded: LoadedConfig, machine: Machine) -> None:
     if machine.here:
         preflight(loaded.config, machine.ranks, loaded.provenance)
         return
-    for stage in loaded.config.stages:
+    for stage in loaded.config.training:
         check_stage(loaded.config, stage, machine.ranks)
 
 

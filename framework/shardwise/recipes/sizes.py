@@ -45,7 +45,7 @@ class Size:
 
 def sized(run: RunConfig, size: Size) -> RunConfig:
     """A run of one stage, computed so."""
-    stage = run.stages[0]
+    stage = run.training[0]
     engine = stage.engine.model_copy(update={"layout": size.layout, "recompute": size.recompute})
     batch = stage.batch.model_copy(update={"micro_batch": size.micro_batch})
     stage = stage.model_copy(update={"engine": engine, "batch": batch})
@@ -55,7 +55,7 @@ def sized(run: RunConfig, size: Size) -> RunConfig:
 def occupied(run: RunConfig, machine: Machine, row: int) -> int:
     """Bytes of a rank, at most; ``row``: tokens of the longest row."""
     device = torch.device(machine.device)
-    stage = run.stages[0]
+    stage = run.training[0]
     engine = stage.engine.model_copy(update={"precision": machine.precision})
     stage = stage.model_copy(update={"engine": engine})
     return bytes_a_rank(run, stage, machine.ranks, row, device)
@@ -68,7 +68,7 @@ def choose(run: RunConfig, machine: Machine, row: int) -> Size | None:
     """
     best: Size | None = None
     for way in _ways(run, machine):
-        wanted = _wanted(run.stages[0], machine, row, way.data_ranks)
+        wanted = _wanted(run.training[0], machine, row, way.data_ranks)
         for micro in _halves(wanted):
             size = dataclasses.replace(way, micro_batch=micro)
             needed = occupied(sized(run, size), machine, row)
@@ -103,7 +103,7 @@ def _halves(number: int) -> Iterator[int]:
 
 def _ways(run: RunConfig, machine: Machine) -> Iterator[Size]:
     """Layouts that the stage can have, the cheapest in traffic and recomputation first."""
-    stage, ranks = run.stages[0], machine.ranks
+    stage, ranks = run.training[0], machine.ranks
     zeros = ("auto", "zero2", "zero3") if ranks > 1 else ("auto",)
     for tensor, recompute, zero in itertools.product(TENSOR, ("none", "full"), zeros):
         if ranks % tensor:
@@ -117,7 +117,7 @@ def _ways(run: RunConfig, machine: Machine) -> Iterator[Size]:
 
 def _can_be(run: RunConfig, stage: StageConfig, ranks: int) -> bool:
     try:
-        check_stage(run, run.stages[0], ranks)
+        check_stage(run, run.training[0], ranks)
     except ConfigError:
         return False
     return True

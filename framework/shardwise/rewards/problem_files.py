@@ -34,7 +34,7 @@ class FileTask(Protocol):
     """What is read of a `task_configs.FileTaskConfig`."""
 
     @property
-    def path(self) -> Path: ...
+    def file(self) -> Path: ...
     @property
     def columns(self) -> dict[str, str]: ...
     @property
@@ -68,7 +68,7 @@ def read_splits(config: FileTask) -> tuple[list[Problem], list[Problem]]:
     Raises DataError with the file, the row and the mend: for rows that are no problems, prompts
     in both parts, and a part without any.
     """
-    every = _read(config, config.path, config.split)
+    every = _read(config, config.file, config.split)
     if not isinstance(config.held_out, Path):
         share = config.held_out
         train, held_out = (
@@ -78,13 +78,13 @@ def read_splits(config: FileTask) -> tuple[list[Problem], list[Problem]]:
         part = "trained on" if none[0] else "held out" if none[1] else ""
         if part:
             raise DataError(
-                f"{config.path}: held_out {share:g} of {len(every)} problems leaves none to be "
+                f"{config.file}: held_out {share:g} of {len(every)} problems leaves none to be "
                 f"{part}; give another share, or a file of its own"
             )
         return train, held_out
     name = str(config.held_out)
-    if name in folders.splits_of(config.path, config.subset) and name != config.split:
-        held_out = _read(config, config.path, name)
+    if name in folders.splits_of(config.file, config.subset) and name != config.split:
+        held_out = _read(config, config.file, name)
     else:
         held_out = _read(config, config.held_out, "train")
     _refuse_overlap(every, held_out)

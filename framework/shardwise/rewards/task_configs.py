@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, Self
 import xxhash
 from pydantic import BeforeValidator, Field, model_validator
 
+from shardwise.config.artifacts import ArtifactName
 from shardwise.config.schema import DataSection, Fraction, PositiveFloat, Section, Seed, shown
 from shardwise.data.streams import MAX_EXPANSION
+from shardwise.errors import DataError
 from shardwise.rewards import families, problem_files, reasoning
 from shardwise.rewards.families import Operation, Problem
 from shardwise.rewards.scoring import AnswerConfig, RewardConfig
@@ -202,10 +204,12 @@ class FileTaskConfig(TaskConfig):
     model_config = shown(kind="file", path="problems.jsonl")
 
     kind: Literal["file"] = Field(description="which problems")
-    path: Path = Field(
+    path: Path | None = Field(
+        None,
         description="file, folder (of datasets, too), glob or hf:org/name with a row a problem",
         examples=["problems.jsonl"],
     )
+    from_: ArtifactName = None
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="our name of a column (prompt, answer, system): its name in the rows",
@@ -240,7 +244,16 @@ class FileTaskConfig(TaskConfig):
     @model_validator(mode="after")
     def _columns_are_ours(self) -> Self:
         problem_files.check_columns(self)
+        if (self.path is None) == (self.from_ is None):
+            raise ValueError("kind file needs a path, or from: <job>.<artifact>; one of the two")
         return self
+
+    @property
+    def file(self) -> Path:
+        """Where its rows are. Raises DataError for what an earlier job is still to write."""
+        if self.path is None:
+            raise DataError(f"{self.from_}: an earlier job is still to write it")
+        return self.path
 
     def problems(self, split: Split) -> Iterator[Problem]:
         """See `TaskConfig.problems`. Raises DataError with file and row for what is none."""
@@ -253,20 +266,27 @@ class FileTaskConfig(TaskConfig):
 
     def identity(self) -> Any:
         """See `TaskConfig.identity`: of the file, what it says."""
-        return [self.model_dump(mode="json"), problem_files.contents_hash(self)]
+        said = self.model_dump(mode="json", exclude={"path"} if self.from_ else None)
+        return [said, problem_files.contents_hash(self)]
 
     def too_few(self, split: Split, found: int, wanted: int) -> str:
         """See `TaskConfig.too_few`."""
         part = "held out" if split == "held_out" else "to train on"
         return (
-            f"{self.path}: has {found} problems {part} (held_out: {self.held_out}), {wanted} were "
-            "asked for: ask for fewer, or leave num_problems out to take all"
+            f"{self.path or self.from_}: has {found} problems {part} (held_out: {self.held_out}), "
+            f"{wanted} were asked for: ask for fewer, or leave num_problems out to take all"
         )
 
     def shrunk(self, folder: Path, seq_len: int) -> Self:
         """See `DataSection.shrunk`: seeded problems of the same form."""
         file = problem_files.write_stand_in(folder)
-        updates = {"path": file, "columns": {}, "held_out": 0.25, "answer_after": None}
+        updates: dict[str, Any] = {
+            "path": file,
+            "from_": None,
+            "columns": {},
+            "held_out": 0.25,
+            "answer_after": None,
+        }
         return self.model_copy(update={**updates, "split": "train", "subset": None, "ignore": []})
 
 
@@ -287,7 +307,7 @@ def _filled(data: Any) -> Any:
     kind = KINDS.get(data["kind"]) if isinstance(data["kind"], str) else None
     if kind is None:
         return data
-    return {k: v for k, v in data.items() if k in kind.model_fields or not _is_default(k, v)}
+    return {k: v for k, v in data.items() if k in kind.by_key() or not _is_default(k, v)}
 
 
 def _is_default(key: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from shardwise.adapters.peft_read import is_adapter_folder
 from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.checkpoint import adapted
 from shardwise.checkpoint.convert import open_model, peft_base
+from shardwise.config.adapters import AdapterConfig
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, OptimizerConfig, RoleConfig, StageConfig
 from shardwise.config.start import located
@@ -50,6 +51,7 @@ class StageContext:
     logger: MetricsLogger
     parent: Path | None  # the checkpoint that the stage starts from
     finished: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # earlier stages'
+    inherited: AdapterConfig | None = None  # that of the parent; a job computes with it
 
     @property
     def is_main(self) -> bool:
@@ -89,6 +91,9 @@ class StageContext:
         config = role_of(self.stage, role)
         trained = trained_of(self.stage, role)
         merges = trained.adapter is None or trained.adapter.merges
+        if not isinstance(self.stage, StageConfig) and self.inherited is not None:
+            merges = self.inherited.merges
+            trained = Trained(self.inherited.model_copy(update={"start": "parent"}))
         if role == ACTOR and optimizer is None and merges:
             trained = EVERYTHING  # what is only evaluated takes merged weights
         if optimizer is not None and trained.adapter is not None:
@@ -213,7 +218,7 @@ class StageContext:
         return self.parent or self.run.start
 
     def _reward_models(self) -> list[str]:
-        heads = {s.name: s.head for s in self.run.stages}
+        heads = {s.name: s.head for s in self.run.training}
         return [name for name in self.finished if heads[name] == "scalar"]
 
     def _shares_initial_checkpoint(self, role: str) -> bool:
@@ -228,7 +233,7 @@ class StageContext:
             self.stage, ACTOR if self._shares_initial_checkpoint(role) else role
         ).init_from
         model = self.run.model
-        if named is not None and named not in {s.name for s in self.run.stages}:
+        if named is not None and named not in {s.name for s in self.run.training}:
             path = self.initial_checkpoint(role)
             assert path is not None
             model = open_model(path).config
@@ -314,10 +319,10 @@ def trained_of(stage: Any, role: str) -> Trained:
     A reference has the actor's adapter, as it starts.
     """
     own = role in (ACTOR, REFERENCE)
-    adapter = stage.adapter if own else role_of(stage, role).adapter
+    adapter = getattr(stage, "adapter", None) if own else role_of(stage, role).adapter
     if adapter is not None and stage.exact_logprobs:
         adapter = adapter.without_dropout()  # see `StageContext.fitted`
-    return Trained(adapter, stage.freeze if own else None)
+    return Trained(adapter, getattr(stage, "freeze", None) if own else None)
 
 
 def shares_base(stage: Any) -> bool:

@@ -25,7 +25,7 @@ def data_of(config: BitsConfig, run: RunConfig, stage: StageConfig) -> DataConfi
     of the run's first stage with documents; the standard library's where there is none. Raises
     ConfigError when nothing of them is kept for validation.
     """
-    found = [config.data, *(getattr(s, "data", None) for s in (stage, *run.stages))]
+    found = [config.data, *(getattr(s, "data", None) for s in (stage, *run.training))]
     data = next((d for d in found if isinstance(d, DataConfig)), DataConfig())
     if not data.validation_sources():
         raise ConfigError(

@@ -161,7 +161,7 @@ def _preferences(stage: DpoConfig, case: Case) -> Work | None:
 @work_of.register
 def _distilled(stage: DistillConfig, case: Case) -> Work | None:
     """The teacher reads, too. One that this run does not train may be of any size."""
-    teacher, own = stage.roles.teacher, {s.name for s in case.run.stages}
+    teacher, own = stage.roles.teacher, {s.name for s in case.run.training}
     if teacher is not None and teacher.init_from is not None and teacher.init_from not in own:
         return None
     share = stage.on_policy_fraction
@@ -275,7 +275,7 @@ def estimate(
     that need not be run again; a stage with all of them is left out.
     """
     found: dict[str, float | None] = {}
-    for stage in run.stages:
+    for stage in run.training:
         case = Case(run, stage, tokenizer, done.get(stage.name, 0))
         if case.done < stage.steps:
             found[stage.name] = _seconds(stage, case, rates[stage.engine.precision], world_size)

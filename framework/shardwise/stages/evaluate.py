@@ -91,7 +91,7 @@ def _of_run(
     tokenizer = load_tokenizer(folder)
     run = with_vocabulary(run, tokenizer)
     name = json.loads(files["stage.json"])["stage"]
-    stage = next(s for s in run.stages if s.name == name)
+    stage = next(s for s in run.training if s.name == name)
     if stage.head != "vocabulary":
         raise UserError(f"{path}: its model gives scores, no text; its stage's validation is all")
     if stage.adapter is not None:
@@ -116,4 +116,4 @@ def _of_folder(
     }
     run = load_config(recipe).config
     tokenizer = load_tokenizer(run.tokenizer)
-    return with_vocabulary(run, tokenizer), run.stages[0], tokenizer
+    return with_vocabulary(run, tokenizer), run.training[0], tokenizer

@@ -23,8 +23,10 @@ def check_lengths(run: RunConfig, named: Callable[[str], str]) -> None:
 
     ``named`` gives a key with its source. Raises ConfigError, before anything is started.
     """
-    newest = {s.name: checkpoint.latest(checkpoint_root(run.directory, s.name)) for s in run.stages}
-    for i, stage in enumerate(run.stages):
+    newest = {
+        s.name: checkpoint.latest(checkpoint_root(run.directory, s.name)) for s in run.training
+    }
+    for i, stage in run.training_stages():
         path = newest[stage.name]
         if path is None:
             continue
@@ -37,7 +39,7 @@ def check_lengths(run: RunConfig, named: Callable[[str], str]) -> None:
             )
         if done == stage.steps:
             continue
-        for later in run.stages[i + 1 :]:
+        for later in (s for n, s in run.training_stages() if n > i):
             made = newest[later.name]
             if made is not None and _rests_on(later, _meta(made), stage):
                 raise ConfigError(

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
 from shardwise import hub
 from shardwise.checkpoint import manifest
 from shardwise.checkpoint.convert import RUN_FILE
+from shardwise.config.artifacts import artifacts_of
 from shardwise.config.load import load_config
 from shardwise.config.redact import redact_data
 from shardwise.config.registry import DEFAULT_ENGINE
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import EngineConfig, StageConfig
+from shardwise.config.schema import EngineConfig, JobConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
 from shardwise.stages.initial_weights import initial_hash
 
 # Keys of a stage that may change without making it another computation.
-FREE_KEYS = ("steps", "checkpoint", "validation", "keep_rollouts_every", "max_skipped")
+FREE_KEYS = ("steps", "checkpoint", "validation", "keep_rollouts_every", "max_skipped", "chunk")
 FREE_ENGINE_KEYS = ("layout", "compile", "recompute", "timeout_s", "device")
 _PUT_BACK = "put back the weights that it started from"
 
@@ -41,18 +42,22 @@ class LineageError(CheckpointError):
 
 @dataclasses.dataclass
 class Lineage:
-    """Where a stage's weights come from, as hashes."""
+    """Where a stage's weights or rows come from, as hashes.
+
+    ``inputs``: of the artifacts that it reads, by name.
+    """
 
     config_hash: str
     data_hash: str
     parent_hash: str
     parent: str = ""
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[Any]:
+def identity(run: RunConfig, stage: JobConfig, tokenizer_hash: str) -> list[Any]:
     """All that decides what a stage computes, but its data and its parent, as plain JSON."""
     body = stage.model_dump(mode="json", exclude=set(FREE_KEYS))
-    body["batch"].pop("micro_batch")
+    body.get("batch", {}).pop("micro_batch", None)
     for part in (body, *filter(None, body.get("roles", {}).values())):
         part.pop("ranks", None)
         (part.get("optimizer") or {}).pop("fused", None)  # which kernel
@@ -63,7 +68,12 @@ def identity(run: RunConfig, stage: StageConfig, tokenizer_hash: str) -> list[An
 
 
 def lineage_of(
-    run: RunConfig, stage: StageConfig, tokenizer_hash: str, data_hash: str, parent: Path | None
+    run: RunConfig,
+    stage: JobConfig,
+    tokenizer_hash: str,
+    data_hash: str,
+    parent: Path | None,
+    artifacts: Mapping[str, str] | None = None,
 ) -> Lineage:
     """The lineage that a stage of this run has, and that its checkpoints must have."""
     body = json.dumps(identity(run, stage, tokenizer_hash), sort_keys=True)
@@ -72,6 +82,7 @@ def lineage_of(
         data_hash=data_hash,
         parent_hash=manifest.read(parent).digest if parent else initial_hash(run),
         parent=str(parent.relative_to(run.directory)) if parent else _pinned(run),
+        inputs={reader.from_: (artifacts or {})[reader.from_] for _, reader in artifacts_of(stage)},
     )
 
 
@@ -93,8 +104,7 @@ def check_lineage(
 
     Raises LineageError that names what differs.
     """
-    names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
-    changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
+    changed = changed_hashes(stored, wanted)
     told = ""
     if "config" in changed:
         differences = _differences(path, stage.name, identity(run, stage, tokenizer_hash))
@@ -107,18 +117,38 @@ def check_lineage(
         mend = f"write init_from: {before}" if hub.is_hub_name(before) else _PUT_BACK
         told += f" (now {wanted.parent or source}; {mend})"
     if changed:
-        raise LineageError(
-            f"stage {stage.name}: its checkpoints were made with another {' and '.join(changed)}"
-            f"{told}. Continue with the old recipe, or start afresh with another run_dir or stage "
-            "name"
-        )
+        _refuse(stage.name, "checkpoints", changed, told)
+
+
+def check_hashes(
+    stage: str, what: str, stored: Mapping[str, Any], wanted: Lineage, told: str = ""
+) -> None:
+    """`check_lineage` of what has no recipe beside it: the ``what`` of a job."""
+    if changed := changed_hashes(stored, wanted):
+        _refuse(stage, what, changed, told)
+
+
+def changed_hashes(stored: Mapping[str, Any], wanted: Lineage) -> list[str]:
+    """In words, what differs between a stored lineage and one of now."""
+    names = {"config_hash": "config", "data_hash": "data", "parent_hash": "parent checkpoint"}
+    changed = [w for k, w in names.items() if stored[k] != getattr(wanted, k)]
+    before = stored.get("inputs", {})
+    unlike = sorted(k for k, v in wanted.inputs.items() if before.get(k) != v)
+    return [*changed, *(f"artifact {name}" for name in unlike)]
+
+
+def _refuse(stage: str, what: str, changed: Sequence[str], told: str) -> NoReturn:
+    raise LineageError(
+        f"stage {stage}: its {what} were made with another {' and '.join(changed)}{told}. Continue "
+        "with the old recipe, or start afresh with another run_dir or stage name"
+    )
 
 
 def _differences(path: Path, stage: str, wanted: list[Any]) -> list[str]:
     """What the recipe stored in a checkpoint says otherwise than ``wanted``, value by value."""
     try:
         run = load_config(path / RUN_FILE).config
-        old = next(s for s in run.stages if s.name == stage)
+        old = next(s for s in run.training if s.name == stage)
         stored = identity(run, old, load_tokenizer(path).hash)
     except (ShardwiseError, OSError, StopIteration) as error:
         return [f"its own recipe cannot be read: {error or 'it has no such stage'}"]

@@ -50,7 +50,7 @@ def check_scorer(run: RunConfig, stage: Any, key: str, named: Callable[[str], st
     """Refuse a reward model of this run that is read otherwise than it was trained."""
     if "reward" not in roles_of(stage) or "reward" in stage.unused_roles:
         return
-    earlier = {s.name: s for s in run.stages[: run.stages.index(stage)]}
+    earlier = {s.name: s for s in run.training[: run.training.index(stage)]}
     models = [name for name, s in earlier.items() if s.head == "scalar"]
     name = role_of(stage, "reward").init_from or (models[-1] if models else "")
     if name not in earlier or earlier[name].scores_steps == (stage.reward_steps is not None):

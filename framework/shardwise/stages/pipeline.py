@@ -21,8 +21,9 @@ from shardwise.checkpoint import manifest
 from shardwise.checkpoint.manifest import DamagedError
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.checkpoint.steps import step_of
+from shardwise.config.artifacts import resolved
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.errors import CheckpointError
@@ -36,15 +37,17 @@ from shardwise.resilience.gate import Gate
 from shardwise.stages.arithmetic import arithmetic
 from shardwise.stages.base import StageContext, checkpoint_root, evaluations_of
 from shardwise.stages.estimate import estimate, expectation
-from shardwise.stages.lineage import Lineage, check_lineage, lineage_of
+from shardwise.stages.jobs import JobRun, check_artifacts
+from shardwise.stages.lineage import Lineage, check_hashes, check_lineage, lineage_of
 from shardwise.stages.loop import Loop
 from shardwise.stages.policy import PolicyStage
-from shardwise.stages.registry import build_stage, run_evaluation
+from shardwise.stages.registry import build_job, build_stage, run_evaluation
 from shardwise.stages.results import read_result, write_result
 from shardwise.stages.skipped import counted, too_many
 
 RESULT_FILE = "result.json"
 START_FILE = "start.json"
+JOB_KEYS = ("name", "artifacts", "data_hash", "metrics")
 RESULT_KEYS = ("name", "checkpoint", "checkpoint_hash", "data_hash", "metrics")
 
 
@@ -64,12 +67,15 @@ class Pipeline:
         self.gate, self.rate = gate or Gate(), rate or measured_rate
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
+        # What jobs have written, as ``job.artifact``: where it is, and its hash.
+        self.artifacts: dict[str, Path] = {}
+        self.hashes: dict[str, str] = {}
         self.stopped = ""  # why the last stage that ran is not done
 
     def expected(self) -> dict[str, float | None]:
         """Seconds that each stage still to run will take here, also said aloud; see `estimate`."""
         done: dict[str, int] = {}
-        for stage in self.run.stages:
+        for stage in self.run.training:
             newest = self._newest(stage)
             done[stage.name] = 0 if newest is None else step_of(newest)
             if done[stage.name] < stage.steps:
@@ -89,6 +95,9 @@ class Pipeline:
         for stage in self.run.stages:
             writers = [s.name for s in self.run.stages if s.name in done and s.head == "vocabulary"]
             parent = done.get(stage.start_from or (writers or [""])[-1])
+            if not isinstance(stage, StageConfig):
+                results.append(self._job(stage, parent, done))
+                continue
             result = self._finished(stage, parent)
             if result is None:
                 result = self._run_stage(stage, parent, done)
@@ -108,7 +117,7 @@ class Pipeline:
 
     def start_metrics(self) -> dict[str, Any]:
         """The evaluations on what ``init_from`` holds, measured once a run."""
-        writers = [s for s in self.run.stages if s.head == "vocabulary"]
+        writers = [s for s in self.run.training if s.head == "vocabulary"]
         if not self.run.evaluate_start or not writers:
             return {}
         path = self.run.directory / START_FILE
@@ -167,9 +176,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         torch.compiler.reset()  # graphs of an earlier stage's model serve nobody
         began = time.perf_counter()
-        ctx = StageContext(
-            self.run, stage, self.tokenizer, self.run.directory, self.logger, parent, dict(done)
-        )
+        ctx = self._context(stage, parent, done)
         live = build_stage(ctx)
         if isinstance(live, PolicyStage):
             world, row = dist.get_world_size(), live.longest_row()
@@ -204,8 +211,58 @@ class Pipeline:
         gc.collect()
         return result
 
-    def _lineage(self, stage: StageConfig, data_hash: str, parent: Path | None) -> Lineage:
-        return lineage_of(self.run, stage, self.tokenizer.hash, data_hash, parent)
+    # --- jobs that train nothing ----------------------------------------------------------------
+
+    def _job(
+        self, config: JobConfig, parent: Path | None, done: Mapping[str, Path]
+    ) -> dict[str, Any]:
+        """The result of a job, which may be finished already."""
+        path = self._result_path(config)
+        result = read_result(path, JOB_KEYS)
+        if result is not None:
+            check_artifacts(self.run.directory, result)
+            wanted = self._lineage(config, result["data_hash"], parent)
+            check_hashes(config.name, "artifacts", result, wanted)
+            self.progress.message(f"{config.name}: finished before, nothing to do")
+        else:
+            ctx = self._context(config, parent, done)
+            job = build_job(ctx)
+            lineage = self._lineage(config, job.data_hash, parent)
+            work = JobRun(ctx, job, lineage, self.progress, self.gate)
+            made = {"name": config.name, "kind": config.kind, **work.run()}
+            result = made | dataclasses.asdict(lineage)
+            if dist.get_rank() == 0:
+                write_result(path, result)
+            dist.barrier()
+            work.remove_parts()
+            del job, work
+            gc.collect()
+        for name, artifact in result["artifacts"].items():
+            key = f"{config.name}.{name}"
+            self.artifacts[key] = self.run.directory / artifact["path"]
+            self.hashes[key] = artifact["xxh3_128"]
+        return result
+
+    def _context(
+        self, config: JobConfig, parent: Path | None, done: Mapping[str, Path]
+    ) -> StageContext:
+        """Of a stage or job, with the paths of what earlier jobs have written for it."""
+        adapters = {s.name: s.adapter for s in self.run.training}
+        trained = next((name for name, path in done.items() if path == parent), "")
+        return StageContext(
+            self.run,
+            resolved(config, self.artifacts),
+            self.tokenizer,
+            self.run.directory,
+            self.logger,
+            parent,
+            dict(done),
+            adapters.get(trained),
+        )
+
+    def _lineage(self, stage: JobConfig, data_hash: str, parent: Path | None) -> Lineage:
+        hashes = self.hashes
+        return lineage_of(self.run, stage, self.tokenizer.hash, data_hash, parent, hashes)
 
     def _newest(self, stage: StageConfig) -> Path | None:
         """A stage's newest checkpoint as rank 0 sees it: a shared disk may show others another."""
@@ -213,7 +270,7 @@ class Pipeline:
         name: str | None = Ranks.of(None).share(None if found is None else str(found))
         return None if name is None else Path(name)
 
-    def _result_path(self, stage: StageConfig) -> Path:
+    def _result_path(self, stage: JobConfig) -> Path:
         return self.run.directory / "stages" / stage.name / RESULT_FILE
 
     def gemm_rate(self, stage: StageConfig, device: torch.device) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
-from shardwise.config.schema import EvaluationConfig, StageConfig
+from shardwise.config.schema import EvaluationConfig, JobConfig, StageConfig
 from shardwise.stages.distill_config import DistillConfig
 from shardwise.stages.dpo_config import DpoConfig
 from shardwise.stages.evaluation_configs import (
@@ -33,11 +33,14 @@ from shardwise.stages.sft_config import SftConfig
 if TYPE_CHECKING:
     from shardwise.engines.base import Engine
     from shardwise.stages.base import Stage, StageContext
+    from shardwise.stages.jobs import Job
 
     Build = Callable[[StageContext], Stage]
+    BuildJob = Callable[[StageContext], Job]
     Evaluate = Callable[[Any, StageContext, Engine], dict[str, Any]]
 
 _STAGES: dict[str, Build | str] = {}
+_JOBS: dict[str, BuildJob | str] = {}
 _EVALUATIONS: dict[str, Evaluate | str] = {}
 
 
@@ -45,6 +48,12 @@ def register_stage(kind: str, config: type[StageConfig], build: Build | str) -> 
     """Make ``stages[i].kind: <kind>`` known: its config class, and what builds it."""
     register_stage_config(kind, config)
     _STAGES[kind] = build
+
+
+def register_job(kind: str, config: type[JobConfig], build: BuildJob | str) -> None:
+    """Make ``stages[i].kind: <kind>`` known that trains nothing: its config, what builds it."""
+    register_stage_config(kind, config)
+    _JOBS[kind] = build
 
 
 def register_evaluation(
@@ -58,6 +67,12 @@ def register_evaluation(
 def build_stage(ctx: StageContext) -> Stage:
     """The stage of a context, ready to train; a collective call."""
     built: Stage = _found(_STAGES[ctx.stage.kind])(ctx)
+    return built
+
+
+def build_job(ctx: StageContext) -> Job:
+    """The job of a context, ready to run; a collective call."""
+    built: Job = _found(_JOBS[ctx.stage.kind])(ctx)
     return built
 
 

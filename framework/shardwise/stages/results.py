@@ -26,11 +26,12 @@ def read_result(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None
     an older version carries no hash.
     """
     ranks = Ranks.of(None)
-    found: dict[str, Any] | None = ranks.share(_read(path, keys) if ranks.rank == 0 else None)
+    found: dict[str, Any] | None = ranks.share(read_here(path, keys) if ranks.rank == 0 else None)
     return found
 
 
-def _read(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
+def read_here(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """`read_result` on one rank."""
     try:
         data = safe_files.read_bytes(path)
         document = json.loads(data)

@@ -21,7 +21,7 @@ from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import provenance_json, resolved_yaml
 from shardwise.config.load import LoadedConfig
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.config.source import Source
 from shardwise.config.start import located
 from shardwise.data.chat import CHATML
@@ -141,7 +141,7 @@ def _run_stages(loaded: LoadedConfig, gate: Gate) -> dict[str, Any]:
         samples.check_conversations(run, tokenizer)
     samples.check_documents(run, tokenizer, directory / CACHE_FOLDER)
     resolved = run.model_dump(mode="json")
-    steps = [(s.name, s.steps) for s in run.stages]
+    steps = [(s.name, s.steps) for s in run.training]
     progress = Progress(steps, declared=declared.of(resolved), rank=rank)
     logger = MetricsLogger(directory, run.logging, run.name, resolved, rank=rank)
     pipeline = Pipeline(run, tokenizer, logger, progress, gate)
@@ -197,10 +197,12 @@ def preflight(
     for i, stage in enumerate(run.stages):
         key = f"stages.{i}"
         try:
-            check_stage(run, stage, world_size, here=here)
+            check_job(run, stage, world_size, here=here)
         except ConfigError as error:
             where = named(f"{key}.engine.layout").removeprefix(f"{key}.engine.layout")
             raise ConfigError(f"{key}, {stage.name}{where}: {error}") from error
+        if not isinstance(stage, StageConfig):
+            continue
         check_parts(run, stage, key, named)
         if stage.batch.seq_len > run.model.max_seq_len:
             raise ConfigError(
@@ -225,12 +227,13 @@ def _check_files(run: RunConfig, named: Callable[[str], str]) -> None:
     except UserError as error:
         raise ConfigError(f"{named('init_from')}: {error}") from error
     if start is not None:
-        scalar = run.stages[0].head == "scalar"
+        first = next(iter(run.training), run.stages[0])
+        scalar = first.head == "scalar"
         model = run.model
         assert isinstance(model, DecoderConfig)
         check_initial_weights(start, model.as_scalar() if scalar else model, named("init_from"))
         if is_native(start):
-            check_trained(start, run.stages[0].max_skipped, named("init_from"))
+            check_trained(start, getattr(first, "max_skipped", 1.0), named("init_from"))
     if run.tokenizer.path is not None:
         try:
             located(run.tokenizer.path)
@@ -249,7 +252,7 @@ def check_evaluations(run: RunConfig, named: Callable[[str], str] = str) -> None
         except UserError as error:
             raise ConfigError(f"{named(f'evaluations.{i}.kind')}: {error}") from error
     for evaluation in (e for e in run.evaluations if isinstance(e, BitsConfig)):
-        for stage in run.stages:
+        for stage in run.training:
             if stage.head == "vocabulary" and stage.name in (evaluation.stages or [stage.name]):
                 bits.data_of(evaluation, run, stage)
     for i, evaluation in enumerate(run.evaluations):
@@ -266,7 +269,8 @@ def _check_sources(key: str, part: Any, named: Callable[[str], str]) -> None:
             except DataError as error:
                 where = named(f"{key}.data.{name}.{j}.path")
                 raise ConfigError(f"{where}: {error} (from {Path.cwd()})") from error
-    if isinstance(task := getattr(part, "task", None), FileTaskConfig):
+    task = getattr(part, "task", None)
+    if isinstance(task, FileTaskConfig) and task.from_ is None:
         try:
             task.check()
         except DataError as error:
@@ -280,6 +284,17 @@ def read_samples(run: RunConfig) -> None:
     """
     if (tokenizer := samples.ready_tokenizer(run)) is not None:
         samples.check_conversations(run, tokenizer)
+
+
+def check_job(run: RunConfig, job: JobConfig, world_size: int, *, here: bool = True) -> None:
+    """`check_stage` of a stage; of another job, whether its model can be laid out so."""
+    if isinstance(job, StageConfig):
+        check_stage(run, job, world_size, here=here)
+        return
+    assert isinstance(run.model, DecoderConfig)
+    wanted = parse_layout(job.engine.layout, world_size)
+    rows = wanted.dp * wanted.pp
+    feasible.check(feasible.Case(wanted, run.model, False, rows, 1, job.engine.precision))
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bool = True) -> None:
@@ -326,7 +341,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bo
 
 def tokenizer_data(run: RunConfig) -> DataConfig:
     """Whose text trains a BPE: the first stage's that has documents."""
-    for stage in run.stages:
+    for stage in run.training:
         data = getattr(stage, "data", None)
         if isinstance(data, DataConfig):
             return data

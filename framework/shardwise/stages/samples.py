@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shardwise.config.artifacts import artifacts_of
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.data.chat import CHATML, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig
 from shardwise.data.datasets import build_chat_examples, build_pretrain_dataset, pack_examples
@@ -27,7 +28,7 @@ from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.ranking_config import RankingStageConfig
 
 
-def pending_stages(run: RunConfig) -> Iterator[tuple[int, StageConfig]]:
+def pending_stages(run: RunConfig) -> Iterator[tuple[int, JobConfig]]:
     """Stages that are still to run, and their numbers; the data of finished ones may be gone."""
     for i, stage in enumerate(run.stages):
         if not (run.directory / "stages" / stage.name / RESULT_FILE).exists():
@@ -54,8 +55,11 @@ def ready_tokenizer(run: RunConfig) -> Tokenizer | None:
 def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
     """Raise DataError, with file and line, for a row that a stage of the run cannot learn from."""
     for _, stage in pending_stages(run):
-        data, seq_len = getattr(stage, "data", None), stage.batch.seq_len
-        if isinstance(data, ChatDataConfig):
+        if any(artifacts_of(stage)):  # read when they are there
+            continue
+        data = getattr(stage, "data", None)
+        if isinstance(data, ChatDataConfig) and isinstance(stage, StageConfig):
+            seq_len = stage.batch.seq_len
             for sources, part in (data.training(), data.measured()):
                 how = data.turns, data.strict_fields, data.texts, part
                 if examples := build_chat_examples(sources, tokenizer, *how):
@@ -69,7 +73,8 @@ def check_conversations(run: RunConfig, tokenizer: Tokenizer) -> None:
             for _ in read_solutions(sources, tokenizer, stage.reading()):
                 pass
     for _, part in pending_parts(run):
-        if isinstance(task := getattr(part, "task", None), FileTaskConfig):
+        task = getattr(part, "task", None)
+        if isinstance(task, FileTaskConfig) and task.from_ is None:
             _check_prompts(task, part, run.model.max_seq_len, tokenizer)
 
 
@@ -97,5 +102,7 @@ def check_documents(run: RunConfig, tokenizer: Tokenizer, cache: Path) -> None:
     """Build the token stores that the stages will open; DataError as of `check_conversations`."""
     for _, stage in pending_stages(run):
         data = getattr(stage, "data", None)
-        if isinstance(data, DataConfig):
+        if isinstance(data, DataConfig) and isinstance(stage, StageConfig):
+            if any(artifacts_of(data)):
+                continue
             build_pretrain_dataset(data, tokenizer, stage.batch.seq_len, run.seed, cache)

@@ -26,7 +26,7 @@ def check_sizes(run: RunConfig, world_size: int) -> None:
         for device in range(torch.cuda.device_count()):
             have += torch.cuda.get_device_properties(device).total_memory
     sizes = {"model": 4 * run.model.num_parameters() * share}
-    for i, stage in enumerate(run.stages):
+    for i, stage in run.training_stages():
         tokens = stage.batch.micro_batch * stage.batch.seq_len
         sizes[f"stages.{i}.batch"] = 4 * tokens * run.model.hidden_size * share
     for key, size in sizes.items():

@@ -21,7 +21,7 @@ def summarize(
     What else is in it, the metrics' declarations say. ``start``: what was measured before.
     """
     summary: dict[str, Any] = {"name": run.name}
-    first = results[0]
+    first = next((r for r in results if "layout" in r), results[0])  # the first that trains
     table = declared.of(run.model_dump(mode="json"))
     measured = [r["metrics"] for r in results]
     for name, metric in table[declared.START].items():
@@ -34,13 +34,13 @@ def summarize(
             summary[name] = before | after
     of_first = [n for n, m in table[first["name"]].items() if m.summary == "first"]
     summary |= {name: first[name] for name in of_first if name in first}
-    precision = run.stages[0].engine.precision
+    precision = (run.training or run.stages)[0].engine.precision
     if precision in gemm:  # absent when a finished stage was not run again
         summary["gemm_gflops"] = gemm[precision] / 1e9
-    summary["layout"] = first["layout"]
+    summary["layout"] = first.get("layout", "")
     summary["samples"] = [s for r in results for s in r["metrics"].get("samples", [])]
     summary["skipped_updates"] = {r["name"]: n for r in results if (n := r.get("skipped", 0))}
-    summary["tokens"] = {r["name"]: r["tokens"] for r in results}
+    summary["tokens"] = {r["name"]: r["tokens"] for r in results if "tokens" in r}
     summary["stages"] = [_without_samples(r) for r in results]
     summary["evaluations"] = [{"kind": e.kind, "name": e.name} for e in run.evaluations]
     summary["machine"] = dict(machine)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shardwise.config.explain import nearest
 from shardwise.config.load import load_section
-from shardwise.config.schema import RUN_FOLDER
+from shardwise.config.names import RUN_FOLDER
 from shardwise.config.section import (
     BelowOne,
     NonNegativeInt,

@@ -142,7 +142,7 @@ class Sweep:
             coming += max(points, 0) * self.config.repeats
         if (most := self.config.budget.trials) is not None:
             coming = min(coming, most - self._num_started())
-        steps = sum(stage.steps for stage in self.plan.base.config.stages)
+        steps = sum(stage.steps for stage in self.plan.base.config.training)
         return remaining(self.results(), had, self.num_slots, steps, max(coming, 0))
 
     # --- which is next --------------------------------------------------------------------------

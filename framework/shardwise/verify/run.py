@@ -65,9 +65,9 @@ def verify(
     run = load_config(config, overrides).config
     if engine is not None:
         run = _by_engine(run, engine)
-    chosen = [s for s in run.stages if stage in (None, s.name)]
+    chosen = [s for s in run.training if stage in (None, s.name)]
     if not chosen:
-        names = ", ".join(s.name for s in run.stages)
+        names = ", ".join(s.name for s in run.training)
         raise ConfigError(f"--stage {stage}: there is no such stage; known: {names}")
     recipe = run.model_dump(mode="json")  # with its nulls, which defaults would replace
     mine = pool or RankPool(backend_of(device))
@@ -142,7 +142,7 @@ def _remarks(stages: Sequence[StageConfig]) -> tuple[str, ...]:
 
 def _by_engine(run: RunConfig, kind: str) -> RunConfig:
     """The recipe with every engine of another kind."""
-    stages = [with_engines(s, lambda engine, role: as_kind(engine, kind)) for s in run.stages]
+    stages = [with_engines(s, lambda engine, role: as_kind(engine, kind)) for s in run.training]
     return run.model_copy(update={"engine": as_kind(run.engine, kind), "stages": stages})
 
 

@@ -104,7 +104,7 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     ``layouts``: of all roles of the stage, under one layout to be verified. Raises ConfigError if
     that cannot be made small (what the user's own sizes allow can).
     """
-    [config] = [s for s in run.stages if s.name == stage_name]
+    [config] = [s for s in run.training if s.name == stage_name]
     small = sizes(run, config, layouts)
     left_out = {"init_from", "run_dir", "evaluate_start", "logging", "evaluations", "stages"}
     recipe = run.model_dump(mode="json", exclude=left_out)

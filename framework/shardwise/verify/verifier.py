@@ -118,7 +118,7 @@ class Verifier:
 
     def oracle(self, small: Small, precision: str, layout: str = SINGLE) -> Oracle:
         """What one process computes; in FP8, with the scaling domains of ``layout``."""
-        [stage] = [s for s in small.run.stages if s.name == small.stage]
+        [stage] = [s for s in small.run.training if s.name == small.stage]
         domains = domains_of(layout) if self.fp8(small) else None
         key = (small.key, precision, domains)
         if key not in self._oracles:
@@ -441,11 +441,11 @@ class Verifier:
 
     def fp8(self, small: Small) -> bool:
         """Whether products of the stage are quantised."""
-        return any(s.engine.fp8 is not None for s in small.run.stages if s.name == small.stage)
+        return any(s.engine.fp8 is not None for s in small.run.training if s.name == small.stage)
 
     def _can(self, small: Small, layout: str, precision: str) -> bool:
         """Whether what was made small for a layout can have this part of it."""
-        [stage] = [s for s in small.run.stages if s.name == small.stage]
+        [stage] = [s for s in small.run.training if s.name == small.stage]
         precision = "bf16" if self.fp8(small) else precision
         changed = with_layouts(stage, layout, compile=False, precision=precision)
         try:
@@ -458,7 +458,7 @@ class Verifier:
 def _at_once(small: Small) -> Small:
     """All rows of a rank in one micro-batch; what one process computes stays the same."""
     stages = []
-    for stage in small.run.stages:
+    for stage in small.run.training:
         whole = {"micro_batch": stage.batch.global_batch}
         stages.append(stage.model_copy(update={"batch": stage.batch.model_copy(update=whole)}))
     return dataclasses.replace(small, run=small.run.model_copy(update={"stages": stages}))

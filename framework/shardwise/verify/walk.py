@@ -334,7 +334,7 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
 
 def stage_of(task: Task) -> StageConfig:
     """The stage as the task's layout, precision and engine have it."""
-    [stage] = [s for s in task.run.stages if s.name == task.stage]
+    [stage] = [s for s in task.run.training if s.name == task.stage]
     # Here, the library of a GPU is whatever runs in its place.
     fp8 = stage.engine.fp8 and stage.engine.fp8.model_copy(update={"backend": "auto"})
     updates = {
