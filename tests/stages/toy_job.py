@@ -27,7 +27,7 @@ class ToyData(Section):
 
 
 class ToyConfig(JobConfig):
-    outputs = {"texts": "prompt-completion"}  # noqa: RUF012
+    outputs = {"texts": "prompt-completion"}
 
     kind: Literal["toy"]
     items: PositiveInt = 10

@@ -17,7 +17,7 @@ ArtifactName = Annotated[
         pattern=r"^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$",
         description="in place of a path: what an earlier job writes, as job.artifact",
         examples=["search.sft"],
-        json_schema_extra={"beside": {"path": None, "kind": "auto"}},
+        json_schema_extra={"beside": {"path": None}},
     ),
 ]
 S = TypeVar("S", bound=Section)

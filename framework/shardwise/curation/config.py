@@ -7,13 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shardwise.config.schema import (
-    DataSection,
     Fraction,
     NonNegativeInt,
     PositiveInt,
     Rows,
     Section,
-    Seed,
     Weight,
     shown,
 )
@@ -121,7 +119,7 @@ class ThresholdRule(Section):
     kind: Literal["threshold"]
     field: str | None = Field(None, min_length=1, description="default: the job's score_field")
     min: Weight | None = Field(None, description="lowest score allowed", examples=[1.0])
-    max: Weight | None = Field(None, description="highest score allowed", examples=[0.9])
+    max: Weight | None = Field(None, description="highest score allowed", examples=[1.0])
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -245,11 +243,11 @@ class ContaminationConfig(Section):
         return "other prompts: these are held out"
 
 
-class FilterRules(DataSection):
+class FilterRules(Section):
     """All rules of a filter. They are applied in a fixed order (`shardwise.curation`)."""
 
     rules: list[Rule] = Field(
-        min_length=1,
+        default_factory=list,
         description="what a row must meet, in any order; those of one kind in theirs",
         examples=[[{"kind": "threshold", "min": 1.0}, {"kind": "quota", "per_prompt": 4}]],
     )
@@ -261,4 +259,3 @@ class FilterRules(DataSection):
         min_length=1,
         description="field with a row's score, higher is better; a dot leads into an object",
     )
-    seed: Seed = Field(0, description="of ties")

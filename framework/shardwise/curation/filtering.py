@@ -51,11 +51,12 @@ def filter_rows(
     config: FilterRules,
     held_out: HeldOut | None = None,
     count_tokens: CountTokens | None = None,
+    seed: int = 0,
 ) -> Filtered:
     """`judge_rows`, then `judge_set`; see there."""
     with RowRules(config, count_tokens) as rules:
         verdicts = judge_rows(list(rows), rules, held_out or HeldOut(config.contamination))
-    return judge_set(verdicts, config)
+    return judge_set(verdicts, config, seed)
 
 
 def judge_rows(rows: Sequence[Row], rules: RowRules, held_out: HeldOut) -> list[Verdict]:
@@ -72,8 +73,8 @@ def judge_rows(rows: Sequence[Row], rules: RowRules, held_out: HeldOut) -> list[
     return found
 
 
-def judge_set(verdicts: Sequence[Verdict], config: FilterRules) -> Filtered:
-    """The rules of the set on what `judge_rows` left.
+def judge_set(verdicts: Sequence[Verdict], config: FilterRules, seed: int = 0) -> Filtered:
+    """The rules of the set on what `judge_rows` left; ``seed``: of ties.
 
     Raises DataError where a row overlaps a held-out set and the config does not drop it, and where
     no row is left; the message says which rules did it.
@@ -82,7 +83,7 @@ def judge_set(verdicts: Sequence[Verdict], config: FilterRules) -> Filtered:
     if config.contamination.on_overlap == "error":
         refuse_overlap(found)
     order = [i for i, v in enumerate(found) if not v.rule]
-    order.sort(key=lambda i: found[i].row.rank(config.score_field, config.seed))
+    order.sort(key=lambda i: found[i].row.rank(config.score_field, seed))
     for name, rule in named(config, SET_KINDS):
         gone = set_rules.drop(rule, [found[i].row for i in order])  # type: ignore[arg-type]
         for number, why in gone.items():

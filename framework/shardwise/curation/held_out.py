@@ -14,11 +14,16 @@ from shardwise.curation.words import ngrams, normal, words
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """A held-out problem, conversation or document; ``where`` names it, its set first."""
+    """A held-out problem, conversation or document; ``where`` names it, its set first.
+
+    ``exact``: an equal prompt alone overlaps it, as where problems of one form are made without
+    end: those beside it share most of their words, and are other problems.
+    """
 
     where: str
     prompt: str
     answers: Sequence[str] = ()
+    exact: bool = False
 
 
 class HeldOut:
@@ -27,7 +32,7 @@ class HeldOut:
     def __init__(self, config: ContaminationConfig, texts: Iterable[HeldOutText] = ()) -> None:
         """``texts``: beside those of the config's own sources."""
         self.config = config
-        self.num_texts = 0
+        self._seen: set[tuple[str, ...]] = set()
         self._prompts: dict[str, str] = {}
         self._where: list[str] = []
         self._having: dict[int, list[int]] = defaultdict(list)  # run of words: texts that have it
@@ -43,10 +48,14 @@ class HeldOut:
         self._num_runs = Counter(i for texts in self._having.values() for i in texts)
 
     def _add(self, text: HeldOutText) -> None:
-        self.num_texts += 1
+        """Once each: a set that two evaluations measure on must not make its words common."""
+        said = (text.prompt, *text.answers)
+        if said in self._seen:
+            return
+        self._seen.add(said)
         if key := normal(text.prompt):
             self._prompts.setdefault(key, text.where)
-        if runs := self._runs([text.prompt, *text.answers]):
+        if not text.exact and (runs := self._runs(said)):
             self._where.append(text.where)
             for run in runs:
                 self._having[run].append(len(self._where) - 1)

@@ -26,7 +26,7 @@ from shardwise.metrics.jsonl import line_of
 from shardwise.metrics.progress import Progress
 from shardwise.resilience.gate import Gate, Point
 from shardwise.stages.base import StageContext
-from shardwise.stages.lineage import Lineage, LineageError, check_hashes
+from shardwise.stages.lineage import Lineage, LineageError, changed_hashes, check_hashes
 from shardwise.stages.results import read_here, write_result
 from shardwise.storage.durable import write_durably
 
@@ -37,10 +37,14 @@ _PART = re.compile(r"(\d{8})-(\d{8})\.json")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a job has made: rows by artifact, as its config's ``outputs`` names them; figures."""
+    """What a job has made: rows by artifact, as its config's ``outputs`` names them; figures.
+
+    ``message``: lines that are said of it.
+    """
 
     rows: Mapping[str, Iterable[Mapping[str, Any]]]
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    message: str = ""
 
 
 class Job:
@@ -49,6 +53,7 @@ class Job:
     data_hash: str  # of what it reads, but artifacts of earlier jobs
     num_items: int = 0
     chunk: int = 16  # items of a part
+    cheap: bool = False  # parts of another recipe are made again, not refused
 
     def work(self, items: Sequence[int]) -> list[Any]:
         """Plain JSON, one value an item. Each rank has items of its own, and may have none.
@@ -157,6 +162,9 @@ class JobRun:
             part = read_here(path, ("lineage", "records"))
             if part is None:
                 break
+            if self.job.cheap and changed_hashes(part["lineage"], self.lineage):
+                shutil.rmtree(self.folder / PARTS)
+                break
             check_hashes(self.config.name, "parts", part["lineage"], self.lineage)
             number, done = number + 1, done + len(part["records"])
         return number, done
@@ -185,6 +193,8 @@ class JobRun:
                 "rows": len(lines),
                 **integrity.entry(data),
             }
+        if outcome.message:
+            self.progress.message(f"{self.config.name}:\n{outcome.message}")
         return {"artifacts": artifacts, "metrics": dict(outcome.metrics)}
 
 

@@ -22,6 +22,7 @@ from shardwise.stages.evaluation_configs import (
     MultipleChoiceConfig,
     ProblemsConfig,
 )
+from shardwise.stages.filter_config import FilterConfig
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.ppo_config import PpoConfig
@@ -100,6 +101,7 @@ register_stage("dpo", DpoConfig, f"{_HERE}.dpo:DpoStage")
 register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
 register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStage")
 register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
+register_job("filter", FilterConfig, f"{_HERE}.filter_job:FilterJob")
 register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
 register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")
 register_evaluation("multiple_choice", MultipleChoiceConfig, f"{_HERE}.multiple_choice:evaluate")
