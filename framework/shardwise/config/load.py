@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from shardwise import safe_files
 from shardwise.config import overrides as override_room
-from shardwise.config import registry, start, yaml12
+from shardwise.config import registry, repeat, start, yaml12
 from shardwise.config.explain import explain
 from shardwise.config.run import RunConfig, inherit_engines
 from shardwise.config.section import Section
@@ -54,6 +54,7 @@ def load_config(
     if not isinstance(tree.data, dict):
         raise ConfigError(f"{title}: empty, or not a mapping; expected keys such as model, stages")
     start.fill(tree)
+    repeat.expand(tree)
     config, problems = _validate(tree)
     if config is None:
         raise ConfigError(_message(title, problems))

@@ -40,11 +40,16 @@ class Outcome:
     """What a job has made: rows by artifact, as its config's ``outputs`` names them; figures.
 
     ``message``: lines that are said of it.
+
+    ``skip``: later stages that need not run. ``drop``: earlier ones whose models nobody starts from
+    who does not name them.
     """
 
     rows: Mapping[str, Iterable[Mapping[str, Any]]]
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     message: str = ""
+    skip: Sequence[str] = ()
+    drop: Sequence[str] = ()
 
 
 class Job:
@@ -195,7 +200,8 @@ class JobRun:
             }
         if outcome.message:
             self.progress.message(f"{self.config.name}:\n{outcome.message}")
-        return {"artifacts": artifacts, "metrics": dict(outcome.metrics)}
+        decided = {"skip": list(outcome.skip), "drop": list(outcome.drop)}
+        return {"artifacts": artifacts, "metrics": dict(outcome.metrics), **decided}
 
 
 def check_artifacts(directory: Path, result: Mapping[str, Any]) -> None:

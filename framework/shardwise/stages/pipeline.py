@@ -21,12 +21,12 @@ from shardwise.checkpoint import manifest
 from shardwise.checkpoint.manifest import DamagedError
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.checkpoint.steps import step_of
-from shardwise.config.artifacts import resolved
+from shardwise.config.artifacts import artifacts_of, resolved
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ConfigError
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
@@ -42,12 +42,11 @@ from shardwise.stages.lineage import Lineage, check_hashes, check_lineage, linea
 from shardwise.stages.loop import Loop
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.registry import build_job, build_stage, run_evaluation
-from shardwise.stages.results import read_result, write_result
+from shardwise.stages.results import RESULT_FILE, read_result, write_result
 from shardwise.stages.skipped import counted, too_many
 
-RESULT_FILE = "result.json"
 START_FILE = "start.json"
-JOB_KEYS = ("name", "artifacts", "data_hash", "metrics")
+JOB_KEYS = ("name", "artifacts", "data_hash", "metrics", "skip", "drop")
 RESULT_KEYS = ("name", "checkpoint", "checkpoint_hash", "data_hash", "metrics")
 
 
@@ -92,11 +91,21 @@ class Pipeline:
         """
         results: list[dict[str, Any]] = []
         done: dict[str, Path] = {}
+        skipped: set[str] = set()
+        dropped: set[str] = set()
         for stage in self.run.stages:
-            writers = [s.name for s in self.run.stages if s.name in done and s.head == "vocabulary"]
+            if stage.name in skipped:
+                continue
+            writers = [
+                s.name
+                for s in self.run.training
+                if s.name in done.keys() - dropped and s.head == "vocabulary"
+            ]
             parent = done.get(stage.start_from or (writers or [""])[-1])
             if not isinstance(stage, StageConfig):
                 results.append(self._job(stage, parent, done))
+                skipped |= set(results[-1]["skip"])
+                dropped |= set(results[-1]["drop"])
                 continue
             result = self._finished(stage, parent)
             if result is None:
@@ -247,6 +256,12 @@ class Pipeline:
         self, config: JobConfig, parent: Path | None, done: Mapping[str, Path]
     ) -> StageContext:
         """Of a stage or job, with the paths of what earlier jobs have written for it."""
+        for key, reader in artifacts_of(config):
+            if reader.from_ not in self.artifacts:
+                raise ConfigError(
+                    f"stages.{config.name}.{'.'.join(map(str, key))}.from: {reader.from_} was not "
+                    "written, as its stage was not run; name one that was, or remove the rule"
+                )
         adapters = {s.name: s.adapter for s in self.run.training}
         trained = next((name for name, path in done.items() if path == parent), "")
         return StageContext(

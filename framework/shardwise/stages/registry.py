@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shardwise.config.registry import register_evaluation_config, register_stage_config
+from shardwise.config.repeat import RepeatConfig, UntilConfig
 from shardwise.config.schema import EvaluationConfig, JobConfig, StageConfig
 from shardwise.stages.distill_config import DistillConfig
 from shardwise.stages.dpo_config import DpoConfig
@@ -102,6 +103,8 @@ register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
 register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStage")
 register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
 register_job("filter", FilterConfig, f"{_HERE}.filter_job:FilterJob")
+register_job("repeat", RepeatConfig, f"{_HERE}.until:refuse")
+register_job("until", UntilConfig, f"{_HERE}.until:UntilJob")
 register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
 register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")
 register_evaluation("multiple_choice", MultipleChoiceConfig, f"{_HERE}.multiple_choice:evaluate")

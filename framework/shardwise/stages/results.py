@@ -13,6 +13,8 @@ from shardwise.checkpoint.manifest import DamagedError
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.storage.durable import set_aside, write_durably
 
+RESULT_FILE = "result.json"  # of a stage, in its folder
+
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:
     """Store a document durably; call it on one rank. Raises StorageError."""
@@ -30,7 +32,7 @@ def read_result(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None
     return found
 
 
-def read_here(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
+def read_here(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None:
     """`read_result` on one rank."""
     try:
         data = safe_files.read_bytes(path)

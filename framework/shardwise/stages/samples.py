@@ -23,9 +23,9 @@ from shardwise.errors import DataError
 from shardwise.rewards import FileTaskConfig, prompt_messages
 from shardwise.rewards.task_configs import Split
 from shardwise.stages.evaluation_configs import ProblemsConfig
-from shardwise.stages.pipeline import RESULT_FILE
 from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.ranking_config import RankingStageConfig
+from shardwise.stages.results import RESULT_FILE
 
 
 def pending_stages(run: RunConfig) -> Iterator[tuple[int, JobConfig]]:
