@@ -39,7 +39,7 @@ FLOORS = [
     {"stages"},
     {"report", "verify", "recipes"},
     {"launch"},
-    {"sweep"},
+    {"sweep", "serve"},
     {"cli"},
     {"__main__"},
 ]

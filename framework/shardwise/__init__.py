@@ -6,6 +6,7 @@ train(config, overrides, nproc)    generate(checkpoint, prompts)    evaluate(che
 convert(source, out, to)           load_config(recipe, overrides)   doctor()
 verify(recipe, layouts)            config_diff(a, b)                  init(model, data, stage=...)
 sweep(sweep)                       report(run_dir)
+serve(checkpoint, adapters=...)    learn(log, checkpoint, out)
 
 and `shardwise.checkpoint` (inspect, verify, diff), `shardwise.data.prepare` (prepare, inspect),
 `shardwise.report.api.compare`.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shardwise.launch.train import train as train
     from shardwise.recipes.api import init as init
     from shardwise.rollout.api import generate as generate
+    from shardwise.serve.learn import learn as learn
     from shardwise.stages.evaluate import evaluate as evaluate
 
 __version__ = "0.1.0"
@@ -38,8 +40,9 @@ _PUBLIC = {
     "config_diff": "shardwise.launch.config_diff",
     "doctor": "shardwise.launch.doctor",
     "init": "shardwise.recipes.api",
+    "learn": "shardwise.serve.learn",
 }
-_CALLABLE_ROOMS = ("verify", "sweep", "report")
+_CALLABLE_ROOMS = ("verify", "sweep", "report", "serve")
 __all__ = ["__version__", *_PUBLIC, *_CALLABLE_ROOMS]
 
 

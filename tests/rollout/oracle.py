@@ -1,4 +1,4 @@
-"""A rollout engine that has no cache: every sequence goes through the plain model, alone, each time.
+"""A rollout engine that has no cache: every sequence goes through the plain model, alone, anew.
 
 What it draws is what the protocol says, from the same random numbers as every other engine; what it
 costs is no measure of anything (``counts.shared`` stays 0).

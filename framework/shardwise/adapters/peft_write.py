@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from shardwise.adapters.peft import (
@@ -43,9 +44,17 @@ def write(
     header = {"format": "pt"}
     if adapter.base_hash is not None:
         header[BASE_HASH] = adapter.base_hash
-    save_file(tensors, folder / WEIGHTS, metadata=header)
+    (folder / WEIGHTS).write_bytes(_in_order(save(tensors, metadata=header)))
     (folder / CONFIG).write_bytes(travel.dump(raw))  # last: a folder that has it is complete
     return [CONFIG, WEIGHTS]
+
+
+def _in_order(data: bytes) -> bytes:
+    """The bytes of a safetensors file whose header has its keys in order: the same every time."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    head = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + data[start:]
 
 
 def to_peft(

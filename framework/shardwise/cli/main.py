@@ -25,6 +25,7 @@ from shardwise.cli import checkpoint, complete, data, launch, recipes
 from shardwise.cli import config as configs
 from shardwise.cli.evaluate import Adapters, evaluate, named
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
+from shardwise.cli.serve import learn, serve
 from shardwise.cli.sweep import sweep
 from shardwise.config.redact import redact
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError, UserError
@@ -266,6 +267,8 @@ def generate(
 
 
 app.command()(evaluate)
+app.command()(serve)
+app.command()(learn)
 
 
 @app.command()
