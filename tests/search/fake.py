@@ -16,7 +16,8 @@ from shardwise.rollout.config import Sampling
 from shardwise.rollout.engine import Progress, RolloutCounts
 from shardwise.rollout.scheduler import Completion, Request
 from shardwise.search.config import StepsConfig
-from shardwise.search.driver import Driver, Policy
+from shardwise.search.driver import Policy
+from shardwise.search.driver import search as run_search
 from shardwise.search.scorers import Path
 from shardwise.search.tree import Tree
 
@@ -35,6 +36,7 @@ class _Sequence:
     name: tuple[int, int, int]  # key, prompt id, sample id
     sampling: Sampling
     hold: bool
+    forked: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -48,7 +50,7 @@ class FakeEngine:
         self.counts = RolloutCounts()
         self.flying: dict[int, _Sequence] = {}
         self.held: dict[int, _Sequence] = {}
-        self.most_held = self._next = 0
+        self.most_spent = self._next = 0  # sequences that are held, and were forked before
 
     def update_weights(self, weights: Any, *, hf_names: bool = True) -> str:
         return self.checksum
@@ -73,6 +75,7 @@ class FakeEngine:
         if sequence not in self.held:
             raise UserError(f"sequence {sequence} is not held")
         source = self.held[sequence]
+        source.forked = True
         before = [*source.prompt, *source.tokens]
         self.counts.computed += 1
         self.counts.shared += request.num_samples * len(before) - 1
@@ -90,6 +93,7 @@ class FakeEngine:
         return numbers
 
     def step(self) -> list[Progress]:
+        self.most_spent = max(self.most_spent, sum(s.forked for s in self.held.values()))
         return [self._one(n, self.flying[n]) for n in list(self.flying)[: self.slots]]
 
     def _one(self, number: int, s: _Sequence) -> Progress:
@@ -109,7 +113,6 @@ class FakeEngine:
         del self.flying[number]
         if s.hold:
             self.held[number] = s
-            self.most_held = max(self.most_held, len(self.held))
         logprobs = [-1.0 - t / 10 for t in s.tokens]
         _, prompt_id, sample_id = s.name
         done = Completion(
@@ -169,7 +172,6 @@ def search(
     engine = engine or FakeEngine()
     how = options.pop("policy", None) or policy()
     scorer = FakeScorer() if scorer is None else scorer
-    driver = Driver(engine, how, config, scorer, **options)
-    found = driver.run([tree()] if trees is None else trees)
+    found = run_search(engine, how, config, scorer, [tree()] if trees is None else trees, **options)
     assert not engine.held and not engine.flying
     return found

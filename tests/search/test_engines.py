@@ -9,7 +9,7 @@ import pytest
 from shardwise.rewards import Problem
 from shardwise.rollout.config import Sampling
 from shardwise.search.config import BeamConfig, BestOfNConfig, DvtsConfig, MctsConfig, StepsConfig
-from shardwise.search.driver import Driver, Policy
+from shardwise.search.driver import Policy, search
 from shardwise.search.tree import ROOT, Tree
 from tests.rollout import support
 from tests.rollout.oracle import Oracle
@@ -34,7 +34,7 @@ def grown(engine: Any, config: Any, numbers: list[int]) -> list[Tree]:
     policy = Policy(sampling, StepsConfig(max_step_tokens=8, max_depth=4), 64, decode)
     scorer = FakeScorer(lambda p: sum(p.token_ids) / len(p.token_ids) / 101)
     trees = [Tree(Problem(str(i), "", "", {}), i, [], [i + 1] * (1 + 3 * i)) for i in numbers]
-    return Driver(engine, policy, config, scorer, seed=3).run(trees)
+    return search(engine, policy, config, scorer, trees, seed=3)
 
 
 def oracle() -> Oracle:

@@ -185,3 +185,20 @@ def test_encoded_labels_are_not_one_token_off(tokenizer: Tokenizer) -> None:
     solution = encode_solution(tokenizer, tree.prompt, steps, [1.0] * len(steps), "\n")
     for (_, node), at in zip(nodes[:-1], solution.ends):
         assert tokenizer.decode(solution.answer[: at + 1]) == tree.text(node)
+
+
+def test_nodes_of_a_solution_end_with_its_steps() -> None:
+    """So that rollouts go on from where the label will stand."""
+    tokenizer = load_tokenizer(TokenizerConfig(kind="bytes"))
+    tokenizer.chat_template = CHATML
+    steps = ["2 + 2 = 4", "4 + 1 = 5", "5"]
+    prompt = [{"role": "user", "content": "2 + 2 + 1?"}]
+    encoded = encode_solution(tokenizer, prompt, steps, [0.0] * 3, "\n")
+    nodes = extract.solution_nodes(encoded, tokenizer.decode)
+    assert [n.text for n in nodes][:2] == ["2 + 2 = 4\n", "4 + 1 = 5\n"]
+    assert [t for n in nodes for t in n.token_ids] == encoded.answer
+    assert [(n.id, n.parent, n.reason, n.terminal) for n in nodes] == [
+        (1, 0, "step", False),
+        (2, 1, "step", False),
+        (3, 2, "stop", True),
+    ]

@@ -15,7 +15,6 @@ from shardwise.config.section import (
     shown,
 )
 from shardwise.losses.config import StepScoresConfig
-from shardwise.rewards import RewardConfig
 from shardwise.rewards.verifiers import Extract
 
 Choose = Literal["best", "majority", "weighted"]
@@ -101,10 +100,9 @@ AnyMethod = Annotated[
 
 
 class VerifierConfig(Section):
-    """The reward of a finished answer, by the problem's own: for making data."""
+    """The reward of a finished answer, which knows the truth: for making data."""
 
     kind: Literal["verifier"] = "verifier"
-    reward: RewardConfig = Field(default_factory=RewardConfig, description="how it is scored")
 
 
 class SelfConsistencyConfig(Section):
@@ -119,7 +117,6 @@ class RolloutsConfig(Section):
 
     kind: Literal["rollouts"] = "rollouts"
     samples: PositiveInt = Field(4, description="answers drawn from a step")
-    reward: RewardConfig = Field(default_factory=RewardConfig, description="how each is scored")
 
 
 class RewardModelConfig(Section):

@@ -26,7 +26,7 @@ from shardwise.search.choose import choose
 from shardwise.search.config import MethodConfig, StepsConfig
 from shardwise.search.methods import Drop, Expand, Method, Score, Wish, start
 from shardwise.search.scorers import Path, Scorer, mean_score
-from shardwise.search.tree import ANSWERED, NO_COST, ROOT, Cost, Node, Tree
+from shardwise.search.tree import ANSWERED, NO_COST, Cost, Node, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +79,24 @@ class _Search:
 
 
 class Driver:
-    """Searches by one method on one engine. ``concurrent``: problems at a time."""
+    """Grows trees on one engine, each by the coroutine that ``grow`` makes of it.
+
+    ``budget``: tokens that may be drawn for a tree. ``concurrent``: trees at a time.
+    """
 
     def __init__(
         self,
         engine: RolloutEngine,
         policy: Policy,
-        config: MethodConfig,
+        grow: Callable[[Tree], Method],
         scorer: Scorer | None,
         *,
+        budget: int | None = None,
         seed: int = 0,
         name: str = "search",
         concurrent: int = 32,
     ) -> None:
-        self.engine, self.policy, self.config = engine, policy, config
+        self.engine, self.policy, self.grow, self.budget = engine, policy, grow, budget
         self.scorer, self.seed, self.name, self.concurrent = scorer, seed, name, concurrent
         self._owner: dict[int, _Search] = {}  # of every sequence in flight
 
@@ -121,9 +125,8 @@ class Driver:
                 ready = self._step()
 
     def _begin(self, tree: Tree) -> _Search:
-        method = start(tree, self.config, None if self.scorer is None else self.scorer.name)
         key = rng.key(self.seed, self.name, "search", tree.prompt_id)
-        return _Search(tree, method, self.config.budget_tokens, key, cost=tree.cost)
+        return _Search(tree, self.grow(tree), self.budget, key, cost=tree.cost)
 
     def _advance(self, search: _Search, answer: Any) -> bool:
         """Send an answer, and grant wishes until one must be waited for; False at the end."""
@@ -148,10 +151,7 @@ class Driver:
 
     def _end(self, search: _Search) -> None:
         self._release(search, list(search.held))
-        tree, config = search.tree, self.config
-        name = None if self.scorer is None else self.scorer.name
-        tree.cost = search.cost
-        tree.answer = choose(tree, config.choose, config.extract, name)
+        search.tree.cost = search.cost
 
     def _release(self, search: _Search, nodes: Sequence[int]) -> None:
         for node in nodes:
@@ -317,14 +317,38 @@ class Driver:
         ]
 
 
+def search(
+    engine: RolloutEngine,
+    policy: Policy,
+    config: MethodConfig,
+    scorer: Scorer | None,
+    trees: Iterable[Tree],
+    *,
+    seed: int = 0,
+    name: str = "search",
+    concurrent: int = 32,
+) -> list[Tree]:
+    """Search by the method of a config, and choose an answer in each tree."""
+    by = None if scorer is None else scorer.name
+    driver = Driver(
+        engine,
+        policy,
+        lambda tree: start(tree, config, by),
+        scorer,
+        budget=config.budget_tokens,
+        seed=seed,
+        name=name,
+        concurrent=concurrent,
+    )
+    grown = driver.run(trees)
+    for tree in grown:
+        tree.answer = choose(tree, config.choose, config.extract, by)
+    return grown
+
+
 def total_cost(trees: Iterable[Tree]) -> Cost:
     """Of several searches."""
     cost = NO_COST
     for tree in trees:
         cost = cost.plus(tree.cost)
     return cost
-
-
-def new_tree(problem: Any, prompt_id: int, prompt: list[dict[str, Any]], ids: list[int]) -> Tree:
-    """A tree with nothing but its prompt."""
-    return Tree(problem, prompt_id, prompt, ids, nodes=[Node(ROOT, None)])

@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from shardwise.search.tree import ANSWERED, Tree, distinct
+from shardwise.data.steps import Solution
+from shardwise.search.tree import ANSWERED, Node, Tree, distinct
 
 Row = dict[str, Any]
 Estimate = Callable[[Tree, int], float | None]
@@ -23,6 +24,16 @@ def answers(tree: Tree, truth: str) -> list[tuple[int, float]]:
         if score is not None:
             seen.setdefault(tree.text(i), (i, score))
     return sorted(seen.values(), key=lambda pair: -pair[1])
+
+
+def answer_rows(tree: Tree, truth: str) -> list[Row]:
+    """All of `answers` with what is needed to judge them again (``prompt-completion``)."""
+    _, _, answer, meta, _, others = tree.problem
+    known = [answer, *others] if others else answer
+    return [
+        {**meta, "prompt": tree.prompt, "completion": tree.text(i), "answer": known, truth: score}
+        for i, score in answers(tree, truth)
+    ]
 
 
 def sft_rows(tree: Tree, truth: str, *, above: float = 0.5, most: int | None = None) -> list[Row]:
@@ -133,6 +144,20 @@ def step_nodes(tree: Tree, node: int, separator: str) -> list[tuple[str, int]]:
     return found
 
 
+def solution_nodes(encoded: Solution, text: Callable[[list[int]], str]) -> list[Node]:
+    """A given solution as one branch below a root; ``text``: of tokens, without stop tokens.
+
+    Each node ends with the token at which a process reward model reads its step.
+    """
+    begins = [0, *(end + 1 for end in encoded.ends)]
+    nodes = []
+    for i, (begin, end) in enumerate(zip(begins, encoded.ends)):
+        ids = encoded.answer[begin : end + 1]
+        nodes.append(Node(i + 1, i, ids, text=text(ids), reason="step"))
+    nodes[-1].reason, nodes[-1].terminal = ANSWERED, True
+    return nodes
+
+
 def solve_rate(tree: Tree, truth: str, above: float = 0.5) -> float | None:
     """The share of answers with a score above ``above``; None of none.
 
@@ -145,9 +170,11 @@ def solve_rate(tree: Tree, truth: str, above: float = 0.5) -> float | None:
     return sum(s > above for s in known) / len(known) if known else None
 
 
-def problem_row(tree: Tree, truth: str, *, lowest: float = 0.0, highest: float = 1.0) -> Row | None:
+def problem_row(
+    tree: Tree, truth: str, *, above: float = 0.5, lowest: float = 0.0, highest: float = 1.0
+) -> Row | None:
     """The problem, if its solve rate is in the band (``problems``), with that in ``solve_rate``."""
-    rate = solve_rate(tree, truth)
+    rate = solve_rate(tree, truth, above)
     if rate is None or not lowest <= rate <= highest:
         return None
     _, question, answer, meta, messages, others = tree.problem

@@ -68,6 +68,12 @@ def start(tree: Tree, config: MethodConfig, scorer: str | None) -> Method:
         yield Score(tuple(tree.finished()))
 
 
+def label(tree: Tree) -> Method:
+    """Score every node of a tree that is given: with rollouts, what its steps are worth."""
+    tree.method = "label"
+    yield Score(tuple(n.id for n in tree.nodes[1:]))
+
+
 def worth(node: Node, scorer: str) -> float:
     """A node's score; what cannot be scored is worth nothing to a search."""
     score = node.scores.get(scorer)
