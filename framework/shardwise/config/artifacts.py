@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -36,18 +36,24 @@ def artifacts_of(section: Any, key: tuple[str | int, ...] = ()) -> Iterator[tupl
 
 
 def resolved(section: S, written: Mapping[str, Path]) -> S:
-    """The same with paths in place of artifacts; ``written``: where they are."""
-    found: S = _resolved(section, written)
+    """The same with the paths of artifacts beside their names; ``written``: where they are."""
+    found: S = _mapped(section, lambda name: {"path": written[name]})
     return found
 
 
-def _resolved(value: Any, written: Mapping[str, Path]) -> Any:
+def without_names(section: S) -> S:
+    """What `resolved` gave, as if the paths had been written in a recipe."""
+    found: S = _mapped(section, lambda name: {"from_": None})
+    return found
+
+
+def _mapped(value: Any, change: Callable[[str], dict[str, Any]]) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_resolved(item, written) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     if not isinstance(value, Section):
         return value
-    updates = {n: _resolved(getattr(value, n), written) for n in type(value).model_fields}
+    updates = {n: _mapped(getattr(value, n), change) for n in type(value).model_fields}
     if updates.get("from_") is not None:
-        updates["path"] = written[updates["from_"]]
+        updates |= change(updates["from_"])
     changed = {n: v for n, v in updates.items() if v is not getattr(value, n)}
     return value.model_copy(update=changed) if changed else value

@@ -337,9 +337,22 @@ class JobConfig(Section, Logs):
         description="top-level engine, overridden key by key",
     )
 
+    @property
+    def unused_roles(self) -> frozenset[str]:
+        """Declared roles that the settings do not ask for."""
+        return frozenset()
+
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """The same on little data, which lies in ``folder`` if need be (`shardwise.verify`)."""
-        return self
+        return self.model_copy(update=self._shrunk_data(small, folder))
+
+    def _shrunk_data(self, small: SmallSizes, folder: Path) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            name: value.shrunk(folder, small.seq_len)
+            for name, value in found.items()
+            if isinstance(value, DataSection)
+        }
 
 
 class StageConfig(JobConfig, StageLogs):
@@ -396,22 +409,12 @@ class StageConfig(JobConfig, StageLogs):
         """Updates into which a global batch is cut."""
         return 1
 
-    @property
-    def unused_roles(self) -> frozenset[str]:
-        """Declared roles that the settings do not ask for."""
-        return frozenset()
-
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """The same training in a few steps on little data, which lies in ``folder`` if need be.
 
         A stage overrides it for sizes of its own; what it computes must stay.
         """
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        updates: dict[str, Any] = {
-            name: value.shrunk(folder, small.seq_len)
-            for name, value in found.items()
-            if isinstance(value, DataSection)
-        }
+        updates = self._shrunk_data(small, folder)
         ramp = {} if small.ramp_start is None else {"ramp_start": small.ramp_start}
         updates["batch"] = BatchConfig(
             global_batch=small.rows * self.updates_per_batch,

@@ -177,9 +177,8 @@ class DataSource(Section):
 
     def told(self, among: Sequence[str]) -> DataSource:
         """The same with its kind, where that is auto: detected among these formats, said once."""
-        if self.kind != "auto":
+        if self.kind != "auto" or self.path is None:
             return self
-        assert self.path is not None
         key = (self.model_dump_json(), tuple(among))
         if key in _told and _told[key][0] == _stamps(_told[key][1].files()):
             return _told[key][1]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from shardwise.config.schema import EngineConfig, RoleConfig, StageConfig
+from shardwise.config.schema import EngineConfig, JobConfig, RoleConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.stages.arithmetic import roles_in_use
 from shardwise.stages.base import ACTOR, role_of, roles_of
+
+J = TypeVar("J", bound=JobConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def layouts_of(text: str) -> list[Layout]:
     return [parse_layout(p.layout, len(p.ranks) if p.ranks else world) for p in parse(text)]
 
 
-def with_layouts(stage: StageConfig, text: str, **engine: Any) -> StageConfig:
+def with_layouts(stage: J, text: str, **engine: Any) -> J:
     """The stage under these layouts, with further keys of every role's engine replaced."""
     placings = parse(text)
     whole = next((p.layout for p in placings if not p.role), f"dp{world_of(text)}.zero0")
@@ -121,7 +123,7 @@ def with_engines(
     return stage.model_copy(update=updates)
 
 
-def own_layouts(stage: StageConfig) -> str:
+def own_layouts(stage: JobConfig) -> str:
     """The layouts that the recipe itself gives the stage's models, as ``--layout`` takes them.
 
     Raises UserError where that leaves the number of ranks open.

@@ -11,7 +11,7 @@ import torch
 
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.engines.registry import as_kind
 from shardwise.errors import ConfigError, UserError
 from shardwise.parallel.layout import parse_layout
@@ -19,8 +19,9 @@ from shardwise.parallel.layout import world_of as grammar_world
 from shardwise.parallel.mesh import backend_of, pick_device
 from shardwise.precision.policy import resolve
 from shardwise.stages.base import role_of, roles_of
-from shardwise.stages.run import check_stage
+from shardwise.stages.run import check_job as check_job_layout
 from shardwise.verify import suite
+from shardwise.verify.jobs import check_job
 from shardwise.verify.pool import RankPool
 from shardwise.verify.roles import own_layouts, with_engines, with_layouts, world_of
 from shardwise.verify.verdict import Verdict, VerifyReport
@@ -66,8 +67,9 @@ def verify(
     if engine is not None:
         run = _by_engine(run, engine)
     chosen = [s for s in run.training if stage in (None, s.name)]
-    if not chosen:
-        names = ", ".join(s.name for s in run.training)
+    jobs = [s for s in run.stages if s.outputs and stage in (None, s.name)]
+    if not chosen and not jobs:
+        names = ", ".join(s.name for s in run.stages)
         raise ConfigError(f"--stage {stage}: there is no such stage; known: {names}")
     recipe = run.model_dump(mode="json")  # with its nulls, which defaults would replace
     mine = pool or RankPool(backend_of(device))
@@ -98,11 +100,18 @@ def verify(
                 if begin is not None:
                     begin(f"{one.name}: one process with itself")
                 keep(verifier.check_splits(one.name, tried[0]))
+        for job in jobs:
+            for layout in _layouts(run, job, layouts, refused, mine, device):
+                if begin is not None:
+                    begin(f"{job.name} {layout} in fp64")
+                for verdict in check_job(run, job, layout, mine):
+                    keep(verdict)
     finally:
         verifier.close()
         if pool is None:
             mine.close()
-    return VerifyReport(verdicts, *_told(refused, [s.name for s in chosen], layouts), notes)
+    tried_names = [s.name for s in (*chosen, *jobs)]
+    return VerifyReport(verdicts, *_told(refused, tried_names, layouts), notes)
 
 
 def _checks(
@@ -174,7 +183,7 @@ def _told(
 
 def _layouts(
     run: RunConfig,
-    stage: StageConfig,
+    stage: JobConfig,
     asked: Sequence[str],
     refused: Refused,
     pool: RankPool,
@@ -186,7 +195,7 @@ def _layouts(
     found: dict[str, None] = {}
     for layout in [x for text in asked for x in (suite.LAYOUTS if text == "suite" else [text])]:
         try:
-            check_stage(run, with_layouts(stage, layout, compile=False), world_of(layout))
+            check_job_layout(run, with_layouts(stage, layout, compile=False), world_of(layout))
             pool.room(world_of(layout))
             if device == "cuda" and world_of(layout) > (gpus := torch.cuda.device_count()):
                 raise UserError(f"it needs {world_of(layout)} GPUs, and torch sees {gpus} here")
