@@ -40,7 +40,7 @@ from shardwise.models.common.init import init_weights
 from shardwise.precision.policy import multiplies_bf16
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGET = 2.0
@@ -119,7 +119,7 @@ def ours(folder: Path, dtype: torch.dtype, rows: int, new: int) -> tuple[Generat
     """Our generator, and the same call as `peer` returns."""
     config, weights = registry.from_hf(folder)
     generator = Generator(config, dtype, max_slots=rows)
-    generator.load(weights, hf_names=False)
+    generator.update_weights(weights, hf_names=False)
     sampling = Sampling(greedy=True, max_new_tokens=new)
 
     def run(prompts_BT: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.dtypes:
         for accelerate in (True, False):
             engine = Generator(config, DTYPES[name], max_slots=128, accelerate=accelerate)
-            engine.load(model.named_parameters(), hf_names=False)
+            engine.update_weights(model.named_parameters(), hf_names=False)
             sampling = Sampling(max_new_tokens=10)
             title = f"{name}, {engine.backend_note.split(':')[0]}"
             calls[title] = lambda g=engine, s=sampling: g.generate(requests, s)  # type: ignore[misc]

@@ -7,10 +7,10 @@ import torch
 
 from shardwise import memory
 from shardwise.config.load import load_config
-from shardwise.memory.serving import cache, served_weights
+from shardwise.memory.serving import PAGE, cache, served_weights
 from shardwise.parallel.memory_inputs import model_shape
 from shardwise.rollout.backends import PlainBackend
-from shardwise.rollout.cache import SlotCache
+from shardwise.rollout.cache import PagedCache
 from shardwise.rollout.generator import Generator
 from tests.stages.recipes import recipe
 
@@ -25,5 +25,6 @@ def test_weights_and_cache(tmp_path: object, dtype: torch.dtype) -> None:
     backend = Generator(model, dtype, accelerate=False).backend
     assert isinstance(backend, PlainBackend)
     assert served_weights(shape, work) == sum(p.nbytes for p in backend.model.parameters())
-    slots = SlotCache(2, 6, 2, 40, 8, dtype=dtype, device="cpu")
-    assert cache(shape, work, 6, 40) == slots.k.nbytes + slots.v.nbytes
+    pages = PagedCache(2, 2, 8, PAGE, dtype=dtype, device="cpu")
+    pages.resize(6 * 3)
+    assert cache(shape, work, 6, 40) == pages.k.nbytes + pages.v.nbytes

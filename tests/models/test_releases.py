@@ -14,7 +14,7 @@ from shardwise.models.common.init import load_weights
 from shardwise.models.hf_folder import read_config, write_config
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -83,7 +83,7 @@ def test_greedy_text_and_packed_rows(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
     ours = Generator(config)
-    ours.load(registry.to_hf_tensors(config, model.named_parameters()))
+    ours.update_weights(registry.to_hf_tensors(config, model.named_parameters()))
     prompts = [row[0].tolist() for row in rows]
     sampling = Sampling(greedy=True, max_new_tokens=12)
     found = ours.generate([Request(i, p) for i, p in enumerate(prompts)], sampling)

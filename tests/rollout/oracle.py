@@ -7,6 +7,7 @@ costs is no measure of anything (``counts.shared`` stays 0).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable
 
@@ -19,7 +20,7 @@ from shardwise.models import registry
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.engine import Progress, RolloutCounts
 from shardwise.rollout.sampling import choose, row_keys, uniform_at
-from shardwise.rollout.scheduler import Completion, Request, check_requests
+from shardwise.rollout.sequences import Completion, Request, check_request
 from shardwise.rollout.weights import weights_checksum
 
 
@@ -35,6 +36,8 @@ class _Sequence:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     behavior: list[float] = dataclasses.field(default_factory=list)
+    kept: list[list[int]] = dataclasses.field(default_factory=list)
+    policies: list[str] = dataclasses.field(default_factory=list)  # of each token
 
     def ended(self, reason: str) -> Completion:
         return Completion(
@@ -45,6 +48,8 @@ class _Sequence:
             logprobs=list(self.logprobs),
             behavior_logprobs=list(self.behavior),
             finish_reason=reason,  # type: ignore[arg-type]
+            kept_ids=list(self.kept) if self.sampling.filters else None,
+            policies=[(p, len(list(some))) for p, some in itertools.groupby(self.policies)],
         )
 
 
@@ -121,7 +126,7 @@ class Oracle:
     ) -> list[int]:
         prompt = (*before, *request.prompt_tokens)
         whole = dataclasses.replace(request, prompt_tokens=prompt)
-        check_requests([whole], self.config.vocab_size, self.config.max_seq_len)
+        check_request(whole, 0, self.config.vocab_size, self.config.max_seq_len)
         if not self.checksum:
             raise UserError("no weights yet")
         if sampling.stop_strings and self.decode_text is None:
@@ -159,7 +164,10 @@ class Oracle:
         self.counts.drawn += 1
         name = torch.tensor([sequence.request.prompt_id]), torch.tensor([sequence.sample_id])
         uniform_N = uniform_at(row_keys(sequence.key, *name), torch.tensor([len(sequence.tokens)]))
-        token, logp, kept = (t.item() for t in choose(logits_NV, sampling, uniform_N))
+        *found, left = choose(logits_NV, sampling, uniform_N)
+        token, logp, kept = (t.item() for t in found)
+        sequence.policies.append(self.checksum)
+        sequence.kept += left or []
         sequence.tokens.append(int(token))
         sequence.logprobs.append(logp)
         sequence.behavior.append(kept)

@@ -12,7 +12,7 @@ from shardwise.models import registry
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.init import init_weights
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from tests.support import toy
 
 _WIDE = {"hidden_size": 64, "num_heads": 2, "vocab_size": 101, "max_seq_len": 64}
@@ -49,7 +49,7 @@ def hf_weights(name: str) -> Iterator[tuple[str, Tensor]]:
 def generator(name: str, dtype: torch.dtype = torch.float32, **options: object) -> Generator:
     """A loaded generator."""
     made = Generator(CONFIGS[name], dtype, **options)  # type: ignore[arg-type]
-    made.load(hf_weights(name))
+    made.update_weights(hf_weights(name))
     return made
 
 

@@ -15,6 +15,7 @@ from shardwise.models.common.blocks import RMSNorm, SwiGLU
 from shardwise.models.dense.model import Dense as Llama
 from shardwise.parallel.tensor import widen_logits
 from shardwise.rollout import native
+from shardwise.rollout.cache import PagedCache
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from tests.rollout import support
@@ -103,7 +104,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, kind: type[Llama]) -> tuple[Generato
     row = dataclasses.replace(families.FAMILIES["llama"], model=kind)
     monkeypatch.setitem(families.FAMILIES, "llama", row)
     generator = Generator(support.CONFIGS["llama"])
-    generator.load(support.hf_weights("llama"))
+    generator.update_weights(support.hf_weights("llama"))
     model = registry.build(support.CONFIGS["llama"]).eval()
     model.load_state_dict(generator.backend.model.state_dict())
     return generator, model  # type: ignore[return-value]
@@ -148,27 +149,38 @@ def test_what_it_was_made_for_it_serves(name: str, dtype: torch.dtype) -> None:
 
 
 def shifted(real: Any) -> Any:
-    def decode(self: Any, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
-        return real(self, tokens_N, positions_N - (positions_N > 3).long())  # type: ignore[no-any-return]
+    def call(self: Any, tokens: Tensor, rows: Tensor, positions: Tensor, *rest: Tensor) -> None:
+        real(self, tokens, rows, positions - (positions > 24).long(), *rest)
 
-    return decode
+    return call
+
+
+def another_page(real: Any) -> Any:
+    """A table of two pages, one for the other; those of the last row are another's copies."""
+
+    def tables(self: Any, rows: Any) -> Tensor:
+        tables_BP = real(self, rows)
+        return tables_BP.flip(1) if len(rows) == 4 else tables_BP  # type: ignore[no-any-return]
+
+    return tables
 
 
 def not_copied(real: Any) -> Any:
-    def prefill(self: Any, ids: Tensor, lengths: Tensor, slots: Tensor, source: Tensor) -> Tensor:
-        out = real(self, ids, lengths, slots, source)
-        self.cache.v[:, slots[2]] = 0.0  # the second slot of the second prompt
-        return out  # type: ignore[no-any-return]
-
-    return prefill
+    return lambda self, source, target: None
 
 
-@pytest.mark.parametrize(("name", "plant"), [("decode", shifted), ("prefill", not_copied)])
+@pytest.mark.parametrize(
+    ("kind", "name", "plant"),
+    [
+        (native.NativeBackend, "_call", shifted),
+        (native.NativeBackend, "tables", another_page),
+        (PagedCache, "copy", not_copied),
+    ],
+)
 def test_a_wrong_native_step_is_found_at_load(
-    monkeypatch: pytest.MonkeyPatch, name: str, plant: Any
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str, plant: Any
 ) -> None:
     needs_native()
-    kind = native.NativeBackend
     monkeypatch.setattr(kind, name, plant(getattr(kind, name)))
     generator = support.generator("everything")
     assert generator.mismatch and generator.backend_note.startswith("plain PyTorch")
@@ -178,9 +190,9 @@ def test_weights_that_are_no_numbers_decide_nothing(monkeypatch: pytest.MonkeyPa
     needs_native()
     generator = Generator(support.CONFIGS["llama"])
     good = list(support.hf_weights("llama"))
-    generator.load((n, torch.full_like(t, torch.nan)) for n, t in good)
+    generator.update_weights((n, torch.full_like(t, torch.nan)) for n, t in good)
     assert generator.backend_note == "native CPU step" and not generator._compared
-    generator.load(iter(good))
+    generator.update_weights(iter(good))
     assert generator.backend_note == "native CPU step" and generator._compared
 
 

@@ -13,9 +13,10 @@ from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry
 from shardwise.ops.cross_entropy import token_logprobs
 from shardwise.rollout.config import Sampling
+from shardwise.rollout.engine import RolloutCounts
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sampling import filtered
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 from shardwise.rollout.weights import digest, stream_checksum
 from tests.rollout import support
 
@@ -87,7 +88,7 @@ def check_logprobs(name: str, completions: list[Completion], sampling: Sampling)
 )
 def test_logprobs_are_the_trainers(name: str, accelerate: bool, sampling: Sampling) -> None:
     generator = made(name, accelerate, max_slots=4)
-    found = generator.generate(support.requests(), sampling, rng_key=5)
+    found = generator.generate(support.requests(), sampling, key=5)
     assert [len(c.token_ids) for c in found] == [17] * len(found)
     check_logprobs(name, found, sampling)
 
@@ -98,10 +99,10 @@ def test_a_completion_does_not_depend_on_its_batch(name: str, accelerate: bool) 
     """Other slots, other neighbours, alone: the same tokens; on the native backend, bitwise."""
     sampling = Sampling(max_new_tokens=15, stop_ids=tuple(range(8)))
     asked = support.requests()
-    whole = made(name, accelerate, max_slots=64).generate(asked, sampling, rng_key=7)
+    whole = made(name, accelerate, max_slots=64).generate(asked, sampling, key=7)
     assert {c.finish_reason for c in whole} == {"stop", "length"}
-    few = made(name, accelerate, max_slots=2).generate(asked, sampling, rng_key=7)
-    backwards = made(name, accelerate, max_slots=5).generate(asked[::-1], sampling, rng_key=7)
+    few = made(name, accelerate, max_slots=2).generate(asked, sampling, key=7)
+    backwards = made(name, accelerate, max_slots=5).generate(asked[::-1], sampling, key=7)
     key = lambda c: (c.prompt_id, c.sample_id)  # noqa: E731
     for other in (few, sorted(backwards, key=key)):
         assert list(map(key, other)) == list(map(key, whole))
@@ -109,7 +110,7 @@ def test_a_completion_does_not_depend_on_its_batch(name: str, accelerate: bool) 
             assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
             if accelerate:
                 assert a.logprobs == b.logprobs
-    again = made(name, accelerate, max_slots=64).generate(asked, sampling, rng_key=8)
+    again = made(name, accelerate, max_slots=64).generate(asked, sampling, key=8)
     assert [c.token_ids for c in again] != [c.token_ids for c in whole]
 
 
@@ -129,20 +130,23 @@ def test_native_bf16_agrees_with_plain_bf16(name: str) -> None:
 
 
 @BACKENDS
-def test_prompts_are_prefilled_once_and_rows_are_replaced(accelerate: bool) -> None:
+def test_prompts_are_computed_once_and_rows_are_replaced(accelerate: bool) -> None:
     generator = made("llama", accelerate, max_slots=4)
     asked = [Request(i, [i + 1] * (3 + i), 4) for i in range(3)] + [Request(9, [2, 3], 9)]
     found = generator.generate(asked, Sampling(max_new_tokens=6))
     assert len(found) == 21
-    # The last group is larger than the slots: its prompt is computed for each part.
-    assert generator.num_prefill_tokens == 3 + 4 + 5 + 3 * 2
+    # Of each completion all but the last token; of each prompt all tokens, once.
+    assert generator.counts == RolloutCounts(3 + 4 + 5 + 2 + 21 * 5, 21 * 6, 3 * 12 + 8 * 2)
     stops = tuple(range(0, 101, 2))
-    before = generator.num_decode_steps
-    many = [Request(i, [i + 1]) for i in range(40)]
-    found = generator.generate(many, Sampling(max_new_tokens=12, stop_ids=stops), 3)
-    lengths = [len(c.token_ids) for c in found]
-    static = sum(max(lengths[i : i + 4]) - 1 for i in range(0, 40, 4))
-    assert generator.num_decode_steps - before < static
+    for i in range(40):
+        generator.submit(Request(i, [i + 1]), Sampling(max_new_tokens=12, stop_ids=stops), 3)
+    lengths, steps = {}, 0
+    while progress := generator.step():
+        steps += 1
+        assert len(progress) == min(4, 40 - len(lengths))
+        lengths |= {p.sequence: len(p.completion.token_ids) for p in progress if p.completion}
+    ended = [lengths[number] for number in sorted(lengths)]
+    assert len(ended) == 40 and steps < sum(max(ended[i : i + 4]) for i in range(0, 40, 4))
 
 
 @BACKENDS
@@ -168,7 +172,7 @@ def test_refusals() -> None:
     generator = Generator(support.CONFIGS["llama"])
     with pytest.raises(UserError, match="no weights yet"):
         generator.generate([Request(0, [1])], Sampling())
-    generator.load(support.hf_weights("llama"))
+    generator.update_weights(support.hf_weights("llama"))
     assert generator.generate([], Sampling()) == []
     with pytest.raises(UserError, match="decode_text"):
         generator.generate([Request(0, [1])], Sampling(stop_strings=("x",)))
@@ -189,12 +193,12 @@ def test_the_checksum_is_of_what_is_served(name: str, accelerate: bool, dtype: t
     config, stream = support.CONFIGS[name], list(support.hf_weights(name))
     generator = Generator(config, dtype, accelerate=accelerate)
     expected = stream_checksum(config, stream, dtype)
-    assert generator.load(iter(stream)) == expected == generator.checksum
-    assert generator.load(reversed(stream)) == expected
+    assert generator.update_weights(iter(stream)) == expected == generator.checksum
+    assert generator.update_weights(reversed(stream)) == expected
     hf_name, tensor = stream[-1]
     changed = tensor.clone()
     changed.view(-1)[-1] += 0.5
-    assert generator.load([*stream[:-1], (hf_name, changed)]) != expected
+    assert generator.update_weights([*stream[:-1], (hf_name, changed)]) != expected
 
 
 def test_new_weights_are_used() -> None:
@@ -202,10 +206,10 @@ def test_new_weights_are_used() -> None:
     generator, sampling = support.generator("llama"), Sampling(greedy=True, max_new_tokens=8)
     before = generator.generate([Request(0, [1, 2, 3])], sampling)[0]
     with torch.no_grad():
-        generator.load((n, t * 0.5) for n, t in support.hf_weights("llama"))
+        generator.update_weights((n, t * 0.5) for n, t in support.hf_weights("llama"))
     after = generator.generate([Request(0, [1, 2, 3])], sampling)[0]
     assert after.logprobs != before.logprobs
-    generator.load(support.hf_weights("llama"))
+    generator.update_weights(support.hf_weights("llama"))
     assert generator.generate([Request(0, [1, 2, 3])], sampling)[0] == before
 
 
@@ -213,11 +217,11 @@ def test_streams_that_do_not_fit() -> None:
     generator = Generator(support.CONFIGS["llama"])
     stream = dict(support.model("llama").named_parameters())
     with pytest.raises(CheckpointError, match="no parameter 'x'"):
-        generator.load([("x", torch.ones(1))], hf_names=False)
+        generator.update_weights([("x", torch.ones(1))], hf_names=False)
     with pytest.raises(CheckpointError, match=r"norm\.weight has shape \(3,\)"):
-        generator.load([("norm.weight", torch.ones(3))], hf_names=False)
+        generator.update_weights([("norm.weight", torch.ones(3))], hf_names=False)
     with pytest.raises(CheckpointError, match="did not arrive"):
-        generator.load(list(stream.items())[1:], hf_names=False)
+        generator.update_weights(list(stream.items())[1:], hf_names=False)
 
 
 def test_a_damaged_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +237,7 @@ def test_a_damaged_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(generator.backend, "refresh", lambda: broken(generator.backend))
     with pytest.raises(CheckpointError, match=r"layers\.0\.attn\.o\.weight is served otherwise"):
-        generator.load(support.hf_weights("llama"))
+        generator.update_weights(support.hf_weights("llama"))
 
 
 def smollm2() -> Path:
@@ -271,7 +275,7 @@ def test_smollm2_token_for_token(accelerate: bool, tmp_path: Path) -> None:
     ]
     model = open_model(folder)
     generator = Generator(model.config, max_slots=4, accelerate=accelerate)
-    generator.load(model.tensors, hf_names=False)
+    generator.update_weights(model.tensors, hf_names=False)
     stop = tokenizer.eos_token_id
     sampling = Sampling(greedy=True, max_new_tokens=32, stop_ids=(stop,))
     found = generator.generate([Request(i, p) for i, p in enumerate(prompts)], sampling)

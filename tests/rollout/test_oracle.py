@@ -9,7 +9,7 @@ import pytest
 from shardwise.errors import UserError
 from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from tests.rollout import support
 from tests.rollout.oracle import Oracle, drain
 

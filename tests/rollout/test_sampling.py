@@ -23,7 +23,7 @@ def test_even_uniforms_give_each_token_its_share(temperature: float) -> None:
     num = 5000
     row = logits(1, 17)
     u = (torch.arange(num, dtype=torch.float64) + 0.5) / num
-    token, logp, kept = choose(row.expand(num, -1), Sampling(temperature=temperature), u)
+    token, logp, kept, _ = choose(row.expand(num, -1), Sampling(temperature=temperature), u)
     expected = (row[0].double() / temperature).softmax(-1)
     assert ((token.bincount(minlength=17) - num * expected).abs() <= 1).all()
     torch.testing.assert_close(logp.double(), expected.log()[token], atol=1e-5, rtol=0)
@@ -54,7 +54,7 @@ def test_filters_keep_the_most_probable(seed: int, top_k: int, top_p: float) -> 
 def test_behavior_logprobs_are_renormalised_and_the_others_are_not() -> None:
     z = logits(200, 30)
     u = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    token, logp, kept = choose(z, Sampling(temperature=0.7, top_k=5, top_p=0.9), u)
+    token, logp, kept, _ = choose(z, Sampling(temperature=0.7, top_k=5, top_p=0.9), u)
     full = (z / 0.7).log_softmax(-1)
     part = filtered(z / 0.7, 5, 0.9).log_softmax(-1)
     torch.testing.assert_close(logp, full.gather(1, token[:, None])[:, 0])
@@ -65,7 +65,7 @@ def test_behavior_logprobs_are_renormalised_and_the_others_are_not() -> None:
 def test_greedy_ignores_filters_and_takes_the_first_of_equals() -> None:
     z = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     settings = Sampling(greedy=True, top_k=1, top_p=0.1, temperature=2.0)
-    token, logp, kept = choose(z, settings, torch.tensor([0.99], dtype=torch.float64))
+    token, logp, kept, _ = choose(z, settings, torch.tensor([0.99], dtype=torch.float64))
     assert token.tolist() == [1] and torch.equal(logp, kept)
     torch.testing.assert_close(logp, (z / 2).log_softmax(-1)[:, 1])
 
@@ -73,7 +73,7 @@ def test_greedy_ignores_filters_and_takes_the_first_of_equals() -> None:
 @given(st.floats(0.0, 1.0, exclude_min=True, exclude_max=True))
 def test_impossible_tokens_are_never_drawn(u: float) -> None:
     z = torch.tensor([[-math.inf, 1.0, -math.inf, 0.0, -math.inf]])
-    token, _, _ = choose(z, Sampling(), torch.tensor([u], dtype=torch.float64))
+    token, *_ = choose(z, Sampling(), torch.tensor([u], dtype=torch.float64))
     assert token.item() in (1, 3)
 
 

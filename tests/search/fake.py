@@ -14,7 +14,7 @@ from shardwise.ops import rng
 from shardwise.rewards import Problem
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.engine import Progress, RolloutCounts
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 from shardwise.search.config import StepsConfig
 from shardwise.search.driver import Policy
 from shardwise.search.driver import search as run_search

@@ -284,4 +284,4 @@ def test_weights_without_the_adapter_of_now_are_caught_at_the_first_sync(kind: s
     named = engine.full("weights")
     if asked.merges:
         named = build_adapter(asked, toy.llama()).merge(named)
-    assert worker.generator.checksum == worker.generator.load(named, hf_names=False)
+    assert worker.generator.checksum == worker.generator.update_weights(named, hf_names=False)

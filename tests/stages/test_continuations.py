@@ -17,7 +17,7 @@ def test_stops_of_the_user_are_added_to_the_tokenizers(monkeypatch: pytest.Monke
 
     class Generator:
         def __init__(self, *args: Any, **options: Any) -> None:
-            self.load = lambda weights: None
+            self.update_weights = lambda weights: None
 
         def generate(self, requests: Any, sampling: Sampling, key: int) -> Any:
             asked.append(sampling)

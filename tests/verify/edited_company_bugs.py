@@ -32,11 +32,11 @@ add(
     blind=True, whole=True,
 )  # fmt: skip
 add(
-    "completions_that_move_take_what_the_shortest_has_along",
+    "completions_of_a_prompt_write_the_page_that_they_share",
     "completions in flight", "llama pretrain dp2.zero2", "engine", "generated",
-    Edit("rollout/generator.py",
-         "self.backend.cache.move(movers, holes, int(self.position_N[movers].max()))",
-         "self.backend.cache.move(movers, holes, int(self.position_N[movers].min()))"),
+    Edit("rollout/pages.py",
+         "return item.length % self.page_size != 0 and self.holders[item.table[-1]] > 1",
+         "return False"),
     changes=SMALL, blind=True, shared=True, whole=True,
 )  # fmt: skip
 add(

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardwise.models import registry
 from shardwise.rollout import native
 from shardwise.rollout.native import NativeBackend
+from shardwise.rollout.sampling import Choice
 from shardwise.verify import suite
 from shardwise.verify.pool import RankError
 from shardwise.verify.roles import world_of
@@ -70,14 +71,14 @@ def wrong_at_decoding(kind: str, task: Task) -> Walked:
     """`walk.walk` in a rank whose compiled decoder is wrong: in its steps, or in its choice."""
     real = getattr(NativeBackend, kind)
 
-    def decode(self: Any, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
-        return real(self, tokens_N, positions_N) * 1.01  # type: ignore[no-any-return]
+    def forward(self: Any, rows: Any) -> Tensor:
+        return real(self, rows) * 1.01  # type: ignore[no-any-return]
 
-    def choose(self: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        token_N, logp_N, kept_N = real(self, *args)
-        return token_N, logp_N - 1e-3, kept_N
+    def choose(self: Any, *args: Any) -> Choice:
+        token_N, logp_N, *rest = real(self, *args)
+        return token_N, logp_N - 1e-3, *rest
 
-    with mock.patch.object(NativeBackend, kind, {"decode": decode, "choose": choose}[kind]):
+    with mock.patch.object(NativeBackend, kind, {"forward": forward, "choose": choose}[kind]):
         return walk(task)
 
 
@@ -93,7 +94,7 @@ def test_a_wrong_compiled_decoder_is_caught(ranks: RankPool) -> None:
     assert verifier.check("grpo", SINGLE).passed
     task = verifier.task(small, SINGLE, "fp64")
     with pytest.raises(RankError, match="native step's logits differ"):
-        ranks.run(wrong_at_decoding, "decode", task, world=1)
+        ranks.run(wrong_at_decoding, "forward", task, world=1)
     found = ranks.run(wrong_at_decoding, "choose", task, world=1)
     wrong = [d for d in verifier.judge(small, SINGLE, "fp64", found) if d.is_bug]
     assert [d.kind for d in wrong] == ["generated logprobs"] * 2

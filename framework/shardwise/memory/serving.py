@@ -7,6 +7,8 @@ import dataclasses
 from shardwise.memory.parameters import held
 from shardwise.memory.shapes import ModelShape, Part, Place, Work
 
+PAGE = 16  # tokens; see `rollout.cache`
+
 
 def served_weights(model: ModelShape, work: Work) -> int:
     """Whole in the compute dtype, an adapter merged; on a CPU, packed beside (`rollout.native`)."""
@@ -16,6 +18,10 @@ def served_weights(model: ModelShape, work: Work) -> int:
 
 
 def cache(model: ModelShape, work: Work, rows: int, length: int) -> int:
-    """Keys and values of ``rows`` sequences of ``length`` tokens (Pope et al. 2022, section 3)."""
+    """Keys and values of ``rows`` sequences of ``length`` tokens (Pope et al. 2022, section 3).
+
+    In whole pages, as if no sequence shared any with another.
+    """
+    length = -(-length // PAGE) * PAGE
     width = model.num_kv_heads * model.head_width
     return 2 * model.num_layers * rows * length * width * work.compute_bytes

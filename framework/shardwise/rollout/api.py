@@ -24,7 +24,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def generate(
     )
     grouped: list[list[Generated]] = [[] for _ in batch]
     for name, weights in served(config, model, adapters or {}):
-        generator.load(weights, hf_names=False)
+        generator.update_weights(weights, hf_names=False)
         for completion in generator.generate(requests, sampling, rng.key(seed, "generate")):
             text = tokenizer.decode(completion.token_ids)
             grouped[completion.prompt_id].append(Generated(text, completion, name))

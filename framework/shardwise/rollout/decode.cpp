@@ -1,9 +1,10 @@
 // One forward pass of a decoder-only transformer over a few tokens on CPU, with a KV cache: all
 // layers in one parallel region.
 //
-// A row is a token with its slot of the cache and its position. Decoding has one row a sequence,
-// a prefill one row a prompt token; both are the same computation, and no row's result depends on
-// which other rows are there. Decoding is bound by reading the weights once, so they are packed in
+// A row is a token with its sequence and its position. Decoding has one row a sequence, a prefill
+// one row a prompt token; both are the same computation, and no row's result depends on which other
+// rows are there. Keys and values lie in pages of 16 positions, anywhere in the cache: a sequence
+// has a table of its pages. Decoding is bound by reading the weights once, so they are packed in
 // the order in which they are read (native.py), and nothing leaves this file between layers. bf16
 // needs AMX tiles or AVX512-BF16; fp32 uses the compiler's vector type, on any machine. Values are
 // rounded to the storage type T where the plain PyTorch model rounds them; sums are fp32.
@@ -157,31 +158,36 @@ struct Layer {
   const float* up_bias;
   const void* down;
   const float* down_bias;
-  void *keys, *values;  // caches (slots, G, capacity / 16, K, 16) and (slots, G, capacity, K)
+  void *keys, *values;  // caches (G, pages, K, 16) and (G, pages, 16, K)
   int64_t window;       // 0: none
 };
 
 struct Model {
-  int64_t layers, D, H, G, K, F, V, capacity, rms, gated;
+  int64_t layers, D, H, G, K, F, V;
+  int64_t capacity;  // positions in all pages
+  int64_t longest;   // positions in the longest table, at most
+  int64_t rms, gated;
   const Layer* layer;
   const float *norm, *norm_bias;
   const void* head;
   void *qkv, *attended, *hidden;  // shared buffers of `rows` rows
   void* scratch;                  // one (rows, D) buffer a thread
-  float* scores;                  // 4 * capacity of them a thread
+  float* scores;                  // 4 * longest of them a thread
   int64_t rows;                   // a multiple of 32, at least n
 };
 
 // One row's place in the query-key-value buffer and in the caches, for key/value head g.
 template <class T> struct Place {
   T *q, *k, *v, *keys, *values;
-  Place(const Model& m, const Layer& l, int64_t row, int64_t g, int64_t slot) {
+  const int64_t* table;
+  Place(const Model& m, const Layer& l, int64_t row, int64_t g, const int64_t* pages) {
     q = (T*)m.qkv + row * (((m.H + 2 * m.G) * m.K + 31) / 32 * 32);
     k = q + (m.H + g) * m.K;
     v = k + m.G * m.K;
     q += g * (m.H / m.G) * m.K;
-    keys = (T*)l.keys + (slot * m.G + g) * m.K * m.capacity;
-    values = (T*)l.values + (slot * m.G + g) * m.K * m.capacity;
+    keys = (T*)l.keys + g * m.K * m.capacity;
+    values = (T*)l.values + g * m.K * m.capacity;
+    table = pages;
   }
 };
 
@@ -196,16 +202,17 @@ static void remember(const Model& m, const Layer& l, const Place<T>& at, int64_t
   }
   if (l.k_norm) norm(at.k, at.k, l.k_norm, none, m.K, eps, true);
   if (cosine) rotate(at.k, cosine, sine, m.K);
-  T* column = at.keys + position / 16 * 16 * m.K + position % 16;
+  const int64_t page = at.table[position / 16] * 16 * m.K;
+  T* column = at.keys + page + position % 16;
   for (int64_t d = 0; d < m.K; d++) column[d * 16] = at.k[d];
-  memcpy(at.values + position * m.K, at.v, m.K * sizeof(T));
+  memcpy(at.values + page + position % 16 * m.K, at.v, m.K * sizeof(T));
 }
 
 // NUM query heads that share a key/value head attend to positions [start, end) of the cache.
 template <int NUM, class T>
 static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start, int64_t end,
                    T* out, float* scores) {
-  const int64_t K = m.K, cap = m.capacity;
+  const int64_t K = m.K, cap = m.longest;
   const float scale = 1.0f / sqrtf((float)K);
   float query[NUM][MAX_HEAD_DIM];
   v16 top[NUM];
@@ -213,13 +220,14 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
     top[h] = splat(-INFINITY);
     for (int64_t d = 0; d < K; d += 16) store(query[h] + d, load(q + h * K + d) * scale);
   }
-  // Positions are taken by sixteens (capacity is a multiple of 16), those out of sight masked.
+  // Positions are taken by pages, those out of sight masked.
   const int64_t begin = start / 16 * 16;
   for (int64_t i = begin; i < end; i += 16) {
+    const T* keys = at.keys + at.table[i / 16] * 16 * K;
     for (int left = 0; left < 16; left += PART) {
       part acc[NUM][2] = {};  // two chains of sums hide the latency of a fused multiply-add
       for (int64_t d = 0; d < K; d += 2) {
-        const T* key = at.keys + i * K + d * 16 + left;
+        const T* key = keys + d * 16 + left;
         part even = load_part(key), odd = load_part(key + 16);
         for (int h = 0; h < NUM; h++) {
           acc[h][0] += query[h][d] * even;
@@ -250,12 +258,16 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
   }
   for (int64_t d = 0; d < K; d += 2 * PART) {
     part acc[NUM][2] = {};
-    for (int64_t i = start; i < end; i++) {
-      part low = load_part(at.values + i * K + d), high = load_part(at.values + i * K + d + PART);
-      for (int h = 0; h < NUM; h++) {
-        float p = scores[h * cap + i];
-        acc[h][0] += p * low;
-        acc[h][1] += p * high;
+    for (int64_t i = start; i < end;) {
+      const T* value = at.values + (at.table[i / 16] * 16 + i % 16) * K + d;
+      const int64_t last = i / 16 * 16 + 16 < end ? i / 16 * 16 + 16 : end;
+      for (; i < last; i++, value += K) {
+        part low = load_part(value), high = load_part(value + PART);
+        for (int h = 0; h < NUM; h++) {
+          float p = scores[h * cap + i];
+          acc[h][0] += p * low;
+          acc[h][1] += p * high;
+        }
       }
     }
     for (int h = 0; h < NUM; h++)
@@ -284,8 +296,9 @@ static void attend_group(const Model& m, const Layer& l, const Place<T>& at, int
 }
 
 template <class T>
-static void forward(const Model& m, int64_t n, T* x, const int64_t* slots,
-                    const int64_t* positions, const float* cosine, const float* sine, float eps,
+static void forward(const Model& m, int64_t n, T* x, const int64_t* sequences,
+                    const int64_t* positions, const int64_t* tables, int64_t table_width,
+                    const float* cosine, const float* sine, float eps,
                     int64_t num_wanted, const int64_t* wanted, float* logits, int threads) {
   const int64_t D = m.D, HK = m.H * m.K, width = (m.H + 2 * m.G) * m.K;
   const int64_t pitch = (width + 31) / 32 * 32;
@@ -293,7 +306,7 @@ static void forward(const Model& m, int64_t n, T* x, const int64_t* slots,
   {
     const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
     T* normed = (T*)m.scratch + me * m.rows * D;
-    float* scores = m.scores + me * 4 * m.capacity;
+    float* scores = m.scores + me * 4 * m.longest;
     if (sizeof(T) == 2) tiles_on();
     auto norm_rows = [&](const float* weight, const float* bias) {
       for (int64_t r = 0; r < n; r++)
@@ -320,13 +333,15 @@ static void forward(const Model& m, int64_t n, T* x, const int64_t* slots,
       const int64_t half = m.K / 2, group = m.H / m.G;
       for (int64_t task = me; task < n * m.G; task += team) {
         const int64_t row = task / m.G, at = row * half;
-        remember(m, l, Place<T>(m, l, row, task % m.G, slots[row]), positions[row],
+        const int64_t* table = tables + sequences[row] * table_width;
+        remember(m, l, Place<T>(m, l, row, task % m.G, table), positions[row],
                  cosine ? cosine + at : cosine, sine ? sine + at : sine, eps);
       }
 #pragma omp barrier
       for (int64_t task = me; task < n * m.G; task += team) {
         const int64_t row = task / m.G, g = task % m.G;
-        attend_group(m, l, Place<T>(m, l, row, g, slots[row]), positions[row],
+        const int64_t* table = tables + sequences[row] * table_width;
+        attend_group(m, l, Place<T>(m, l, row, g, table), positions[row],
                (T*)m.attended + row * HK + g * group * m.K, scores);
       }
 #pragma omp barrier
@@ -423,15 +438,16 @@ int64_t bf16_unit() {  // what multiplies bf16: 0 nothing, 1 AVX512-BF16, 2 AMX
 #endif
 }
 
-void forward(const Model* m, int64_t is_bf16, int64_t n, void* x, const int64_t* slots,
-             const int64_t* positions, const float* cosine, const float* sine, float eps,
+void forward(const Model* m, int64_t is_bf16, int64_t n, void* x, const int64_t* sequences,
+             const int64_t* positions, const int64_t* tables, int64_t table_width,
+             const float* cosine, const float* sine, float eps,
              int64_t num_wanted, const int64_t* wanted, float* logits, int threads) {
   if (is_bf16)
-    forward<bf16>(*m, n, (bf16*)x, slots, positions, cosine, sine, eps, num_wanted, wanted, logits,
-                  threads);
+    forward<bf16>(*m, n, (bf16*)x, sequences, positions, tables, table_width, cosine, sine, eps,
+                  num_wanted, wanted, logits, threads);
   else
-    forward<float>(*m, n, (float*)x, slots, positions, cosine, sine, eps, num_wanted, wanted,
-                   logits, threads);
+    forward<float>(*m, n, (float*)x, sequences, positions, tables, table_width, cosine, sine, eps,
+                   num_wanted, wanted, logits, threads);
 }
 
 void choose_tokens(const float* logits, int64_t n, int64_t vocab, int64_t pitch,

@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from shardwise.rollout.config import Sampling
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""The rollout engine: batched generation with a KV cache and continuous batching."""
+"""The native rollout engine: a paged KV cache, continuous batching, shared prompts, forks."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -18,20 +20,32 @@ from shardwise.models import registry
 from shardwise.rollout import native
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
+from shardwise.rollout.engine import Progress, RolloutCounts
+from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import row_keys, uniform_at
-from shardwise.rollout.scheduler import Admission, Completion, Request, Scheduler, check_requests
+from shardwise.rollout.scheduler import Scheduler
+from shardwise.rollout.sequences import (
+    Completion,
+    Drawing,
+    Group,
+    Request,
+    StopStrings,
+    check_names,
+    check_request,
+)
 from shardwise.rollout.weights import combine, digest
 
 log = logging.getLogger(__name__)
 MAX_SLOTS = 128  # sequences in flight, of a stage's rollouts
 
-# Shape suffixes: B prompts, T tokens, N active rows, C completions, V vocabulary.
+# Shape suffixes: B rows of a forward pass, N rows that draw, V vocabulary.
 
 
 class Generator:
-    """Generates completions from weights of its own.
+    """A `RolloutEngine` of this process.
 
-    ``max_slots`` bounds the sequences in flight. ``decode_text`` (ids to text) is needed for stop
+    ``max_slots`` bounds the sequences in flight, ``max_cache_tokens`` what is cached of them and
+    of held ones (None: as much as they need). ``decode_text`` (ids to text) is needed for stop
     strings alone. ``accelerate`` lets a CPU use the compiled step of `native.py`;
     ``backend_note`` says what is used, and why. ``adapter``: one that cannot be merged; its
     parameters come with the weights.
@@ -44,6 +58,7 @@ class Generator:
         device: torch.device | str = "cpu",
         max_slots: int = MAX_SLOTS,
         *,
+        max_cache_tokens: int | None = None,
         decode_text: Callable[[list[int]], str] | None = None,
         accelerate: bool = True,
         adapter: AdapterConfig | None = None,
@@ -66,16 +81,27 @@ class Generator:
         self.mismatch = ""  # in what the native step differs from the model, once that is known
         self._compared = why_not is not None
         self.checksum = ""  # of the weights that are served
-        self.num_prefill_tokens = self.num_decode_steps = 0  # since construction
+        self.max_cache_tokens = max_cache_tokens
+        self.counts = RolloutCounts()
+        self._next = 0
+        self.scheduler = Scheduler(self._new_pool(), max_slots, self.counts)
+
+    def _new_pool(self) -> PagePool:
+        backend, tokens = self.backend, self.max_cache_tokens
+        pages = None if tokens is None else tokens // backend.page_size
+        cache = backend.cache
+        return PagePool(backend.page_size, pages, backend.resize, cache.copy, cache.clear)
 
     @torch.no_grad()
-    def load(self, weights: Iterable[tuple[str, Tensor]], *, hf_names: bool = True) -> str:
-        """Take over a stream of full tensors; returns the checksum of what is now served.
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, hf_names: bool = True
+    ) -> str:
+        """See `RolloutEngine`.
 
-        Compare it with `weights.stream_checksum` of the trainer's stream. Raises CheckpointError
-        when a tensor is missing, unknown or of another shape, or when what is served is not what
-        was received.
+        Compare the checksum with `weights.stream_checksum` of the trainer's stream.
         """
+        self.scheduler.forget_all()
+        self.checksum = ""  # whatever goes wrong here, nothing is served
         named = from_hf_tensors(self.config, weights) if hf_names else weights
         parameters = dict(self.backend.model.named_parameters())
         received: dict[str, str] = {}
@@ -116,152 +142,190 @@ class Generator:
             log.warning("%s; the plain model generates instead", self.mismatch)
             self.backend_note = f"plain PyTorch: {self.mismatch}"
             self.backend = PlainBackend(self.backend.model)
+            self.scheduler.pool = self._new_pool()  # nothing is cached now
 
-    @torch.inference_mode()
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, rng_key: int = 0
-    ) -> list[Completion]:
-        """All samples of all requests, in their order.
+    def submit(
+        self,
+        request: Request,
+        sampling: Sampling,
+        key: int = 0,
+        *,
+        hold: bool = False,
+        deadline: float | None = None,
+    ) -> list[int]:
+        """See `RolloutEngine`."""
+        group = Group(list(request.prompt_tokens), prompt_id=request.prompt_id, sampling=sampling)
+        return self._add(group, request, key, hold, deadline, 0)
 
-        ``rng_key`` (see `ops.rng.key`) with the prompt and sample ids decides every draw.
-        Raises UserError for a prompt that is empty, too long, or outside the vocabulary.
+    def fork(
+        self,
+        sequence: int,
+        request: Request,
+        sampling: Sampling,
+        key: int = 0,
+        *,
+        at: int | None = None,
+        hold: bool = False,
+        deadline: float | None = None,
+    ) -> list[int]:
+        """See `RolloutEngine`.
+
+        The last token of the new prompt is computed in any case, for what follows it.
         """
+        parent = self.scheduler.held.get(sequence)
+        if parent is None:
+            raise UserError(
+                f"sequence {sequence} is not held: submit it with hold, and fork it when it has "
+                "ended, before its release"
+            )
+        if at is not None and not 0 <= at <= parent.num_drawn:
+            raise UserError(
+                f"sequence {sequence} has {parent.num_drawn} tokens; there is no fork at {at}"
+            )
+        end = len(parent.group.tokens) + (parent.num_drawn if at is None else at)
+        tokens = [*parent.tokens[:end], *request.prompt_tokens]
+        group = Group(tokens, prompt_id=request.prompt_id, sampling=sampling)
+        numbers = self._add(group, request, key, hold, deadline, end)
+        self.scheduler.pool.share(parent, group, min(parent.length, end, len(tokens) - 1))
+        return numbers
+
+    def _add(
+        self,
+        group: Group,
+        request: Request,
+        key: int,
+        hold: bool,
+        deadline: float | None,
+        before: int,
+    ) -> list[int]:
+        sampling, config, pool = group.sampling, self.config, self.scheduler.pool
         if not self.checksum:
-            raise UserError("the generator has no weights yet: call load() first")
+            raise UserError("the generator has no weights yet: call update_weights() first")
         if sampling.stop_strings and self.decode_text is None:
             raise UserError("stop_strings need a generator with decode_text")
-        check_requests(requests, self.config.vocab_size, self.config.max_seq_len)
-        if not requests:
-            return []
-        return _Session(self, requests, sampling, rng_key).run()
-
-
-class _Session:
-    """One call of `Generator.generate`."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        rng_key: int,
-    ) -> None:
-        self.generator, self.sampling = generator, sampling
-        self.backend, self.device = generator.backend, generator.device
-        rows = [(r, s) for r in requests for s in range(r.num_samples)]
-        self.rows = rows
-        slots = min(generator.max_slots, len(rows))
-        self.scheduler = Scheduler(requests, slots)
-        limits = [
-            min(sampling.max_new_tokens, generator.config.max_seq_len - len(r.prompt_tokens))
-            for r, _ in rows
-        ]
-        longest = max(len(r.prompt_tokens) + limit for (r, _), limit in zip(rows, limits))
-        self.backend.allocate(slots, (longest + 15) // 16 * 16)
-        self.limit_C = self._long(limits)
-        ids = self._long([r.prompt_id for r, _ in rows])
-        samples = self._long([r.first_sample_id + s for r, s in rows])
-        self.keys_C = row_keys(rng_key, ids, samples)
-        width = max(limits)
-        self.tokens_CT = torch.zeros(len(rows), width, dtype=torch.int64, device=self.device)
-        self.logp_CT = torch.zeros(len(rows), width, device=self.device)
-        self.kept_CT = torch.zeros(len(rows), width, device=self.device)
-        self.count_C = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
-        self.stopped_C = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        self.stop_S = self._long(sorted(set(sampling.stop_ids)))
-        # Of the active rows: their completion, newest token and its position in the sequence.
-        self.completion_N = self._long([])
-        self.token_N = self._long([])
-        self.position_N = self._long([])
-
-    def _long(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def run(self) -> list[Completion]:
-        """Until nothing waits and nothing is in flight."""
-        while True:
-            while admission := self.scheduler.admit(len(self.completion_N)):
-                self._prefill(admission)
-            if not len(self.completion_N):
-                break
-            logits_NV = self.backend.decode(self.token_N, self.position_N)
-            self.generator.num_decode_steps += 1
-            self.position_N = self.position_N + 1
-            self.token_N = self._extend(logits_NV, self.completion_N)
-            self._retire()
-        return self._completions()
-
-    def _prefill(self, admission: Admission) -> None:
-        prompts = [r.prompt_tokens for r in admission.requests]
-        lengths = [len(p) for p in prompts]
-        padded = [[*p, *[0] * (max(lengths) - len(p))] for p in prompts]
-        ids_BT = torch.tensor(padded, dtype=torch.int64, device=self.device)
-        source, new_N = self._long(admission.source), self._long(admission.completions)
-        num_active = len(self.completion_N)
-        slots = torch.arange(num_active, num_active + len(new_N), device=self.device)
-        lengths_B = self._long(lengths)
-        logits_BV = self.backend.prefill(ids_BT, lengths_B, slots, source)
-        self.generator.num_prefill_tokens += sum(lengths)
-        token_N = self._extend(logits_BV[source], new_N)
-        self.completion_N = torch.cat((self.completion_N, new_N))
-        self.token_N = torch.cat((self.token_N, token_N))
-        self.position_N = torch.cat((self.position_N, lengths_B[source]))
-        self._retire()
-
-    def _extend(self, logits_NV: Tensor, completion_N: Tensor) -> Tensor:
-        """Choose and record the next token of some rows."""
-        index_N = self.count_C[completion_N]
-        uniform_N = uniform_at(self.keys_C[completion_N], index_N)
-        token_N, logp_N, kept_N = self.backend.choose(logits_NV, self.sampling, uniform_N)
-        self.tokens_CT[completion_N, index_N] = token_N
-        self.logp_CT[completion_N, index_N] = logp_N
-        self.kept_CT[completion_N, index_N] = kept_N
-        self.count_C[completion_N] = index_N + 1
-        stopped_N = torch.isin(token_N, self.stop_S)
-        if self.sampling.stop_strings:
-            stopped_N |= self._hits_string(completion_N)
-        self.stopped_C[completion_N] = stopped_N
-        return token_N
-
-    def _hits_string(self, completion_N: Tensor) -> Tensor:
-        decode = self.generator.decode_text
-        assert decode is not None
-        hits = []
-        for c in completion_N.tolist():
-            text = decode(self.tokens_CT[c, : int(self.count_C[c])].tolist())
-            hits.append(any(s in text for s in self.sampling.stop_strings))
-        return torch.tensor(hits, dtype=torch.bool, device=self.device)
-
-    def _retire(self) -> None:
-        """Drop finished rows; the last surviving ones move into the holes."""
-        c = self.completion_N
-        going_on_N = ~self.stopped_C[c] & (self.count_C[c] < self.limit_C[c])
-        num_left = int(going_on_N.sum())
-        if num_left == len(c):
-            return
-        rows_N = torch.arange(len(c), device=self.device)
-        holes = rows_N[:num_left][~going_on_N[:num_left]]
-        movers = rows_N[num_left:][going_on_N[num_left:]]
-        if len(holes):
-            self.backend.cache.move(movers, holes, int(self.position_N[movers].max()))
-        order = rows_N[:num_left].clone()
-        order[holes] = movers
-        self.completion_N, self.token_N, self.position_N = (
-            t[order] for t in (self.completion_N, self.token_N, self.position_N)
-        )
-
-    def _completions(self) -> list[Completion]:
-        counts, stopped = self.count_C.tolist(), self.stopped_C.tolist()
-        tokens, logp, kept = (t.tolist() for t in (self.tokens_CT, self.logp_CT, self.kept_CT))
-        return [
-            Completion(
-                prompt_id=request.prompt_id,
-                sample_id=request.first_sample_id + sample,
-                prompt_tokens=tuple(request.prompt_tokens),
-                token_ids=tokens[c][: counts[c]],
-                logprobs=logp[c][: counts[c]],
-                behavior_logprobs=kept[c][: counts[c]],
-                finish_reason="stop" if stopped[c] else "length",
+        check_request(request, before, config.vocab_size, config.max_seq_len)
+        prompt = len(group.tokens)
+        limit = min(sampling.max_new_tokens, config.max_seq_len - prompt)
+        if pool.max_pages is not None and pool.pages_of(prompt + limit) > pool.max_pages:
+            raise UserError(
+                f"prompt {request.prompt_id} and its completion take {prompt + limit} tokens of "
+                f"the cache, which has {pool.max_pages * pool.page_size}: raise max_cache_tokens, "
+                "or lower sampling.max_new_tokens"
             )
-            for c, (request, sample) in enumerate(self.rows)
-        ]
+        samples = range(request.first_sample_id, request.first_sample_id + request.num_samples)
+        ids = torch.tensor(samples)
+        keys = row_keys(key, torch.full_like(ids, request.prompt_id), ids).tolist()
+        numbers = range(self._next, self._next + request.num_samples)
+        self._next = numbers.stop
+        for number, sample, rng_key in zip(numbers, samples, keys):
+            strings, decode = sampling.stop_strings, self.decode_text
+            self.scheduler.add(
+                Drawing(
+                    list(group.tokens),
+                    number=number,
+                    group=group,
+                    sample_id=sample,
+                    rng_key=rng_key,
+                    limit=limit,
+                    hold=hold,
+                    deadline=deadline,
+                    stop_strings=StopStrings(strings, decode) if strings and decode else None,
+                )
+            )
+        return list(numbers)
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """See `RolloutEngine`."""
+        scheduler = self.scheduler
+        if not self.checksum:  # of an update that failed: what was in flight waits for the next
+            raise UserError("the generator has no weights: call update_weights()")
+        ended = [Progress(s.number, [], s.completion("deadline")) for s in self._late()]
+        scheduler.admit()
+        if prompts := scheduler.prompts():
+            self.counts.shared -= sum(len(group.pending) for group in prompts)
+            for group, logits_V in zip(prompts, self._compute(prompts)):
+                group.logits_V = logits_V
+        scheduler.start()
+        drawing = scheduler.ready()
+        if not drawing:
+            return ended
+        return ended + self._draw(drawing, self._logits(drawing))
+
+    def _late(self) -> list[Drawing]:
+        """Sequences whose time is over; they have ended."""
+        now = time.monotonic()
+        late = [s for s in self.scheduler.all() if s.deadline is not None and s.deadline <= now]
+        late = [s for s in late if s.number not in self.scheduler.held]
+        for sequence in late:
+            self.scheduler.end(sequence)
+        return late
+
+    def _logits(self, drawing: Sequence[Drawing]) -> Tensor:
+        """Logits (NV) of the next token of each; those that begin a completion have theirs."""
+        pending = [s for s in drawing if s.logits_V is None]
+        computed = self._compute(pending) if pending else None
+        if computed is not None and len(pending) == len(drawing):
+            return computed
+        rows = iter(()) if computed is None else iter(computed)
+        return torch.stack([next(rows) if s.logits_V is None else s.logits_V for s in drawing])
+
+    def _compute(self, rows: Sequence[Cached]) -> Tensor:
+        logits_BV = self.backend.forward(rows)
+        for row in rows:
+            self.counts.computed += len(row.tokens) - row.length
+            row.length = len(row.tokens)
+        return logits_BV
+
+    def _draw(self, drawing: list[Drawing], logits_NV: Tensor) -> list[Progress]:
+        progress = []
+        parts: dict[int, list[int]] = {}  # those that are sampled alike, together
+        for i, sequence in enumerate(drawing):
+            parts.setdefault(id(sequence.group.sampling), []).append(i)
+        for part in parts.values():
+            some = [drawing[i] for i in part]
+            logits = logits_NV if len(some) == len(drawing) else logits_NV[part]
+            keys = torch.tensor([s.rng_key for s in some], device=self.device)
+            index = torch.tensor([s.num_drawn for s in some], device=self.device)
+            *found, left = self.backend.choose(
+                logits, some[0].group.sampling, uniform_at(keys, index)
+            )
+            rows = zip(some, *(t.tolist() for t in found), left or itertools.repeat(None))
+            for sequence, token, logprob, behavior, kept in rows:
+                sequence.logits_V = None
+                reason = sequence.draw(token, logprob, behavior, kept, self.checksum)
+                completion = None
+                if reason is not None:
+                    completion = sequence.completion(reason)
+                    self.scheduler.end(sequence)
+                progress.append(Progress(sequence.number, [token], completion))
+        self.counts.drawn += len(progress)
+        return progress
+
+    def release(self, sequence: int) -> None:
+        """See `RolloutEngine`."""
+        self.scheduler.remove(sequence)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, key: int = 0
+    ) -> list[Completion]:
+        """All samples of all requests, in their order; nothing else may be in flight.
+
+        ``key`` (see `ops.rng.key`) with the prompt and sample ids decides every draw. Raises
+        UserError as `submit` does.
+        """
+        if self.scheduler.running or self.scheduler.waiting:
+            raise UserError("generate: sequences are in flight; step until they have ended")
+        check_names(requests)
+        numbers: list[int] = []
+        try:
+            for request in requests:
+                numbers += self.submit(request, sampling, key)
+            found: dict[int, Completion] = {}
+            while progress := self.step():
+                found |= {p.sequence: p.completion for p in progress if p.completion}
+        except BaseException:
+            for number in numbers:
+                self.release(number)
+            raise
+        return [found[number] for number in numbers]

@@ -9,7 +9,9 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +33,8 @@ from shardwise.models.common.spec import ModelSpec, beyond
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
+from shardwise.rollout.pages import Cached, PagePool
+from shardwise.rollout.sampling import Choice
 
 # Shape suffixes: N rows, V vocabulary, O outputs and I inputs of a linear layer, D model width.
 
@@ -171,7 +175,7 @@ def _unzip16(both: Tensor, num_rows: int) -> list[Tensor]:
 class NativeBackend(PlainBackend):
     """Computes with `decode.cpp`; the plain model only holds the weights to be packed."""
 
-    key_tile = 16  # positions, side by side in a vector
+    keys_across = True  # the positions of a page, side by side in a vector
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model)
@@ -179,7 +183,11 @@ class NativeBackend(PlainBackend):
         self.layers: list[dict[str, Tensor | None]] = []
         self.top: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor] = {}
+        self.threads = torch.get_num_threads()
         torch.cpu._init_amx()
+
+    def _page_size(self) -> int:
+        return 16  # as in decode.cpp
 
     def refresh(self) -> None:
         """Pack the plain model's weights."""
@@ -236,20 +244,26 @@ class NativeBackend(PlainBackend):
         head = "embed.weight" if c.tie_embeddings else "head.weight"
         return found | {head: unpack(_known(self.top["head"]), c.vocab_size, c.hidden_size)}
 
-    def allocate(self, num_slots: int, capacity: int) -> None:
-        """See `PlainBackend.allocate`; capacity is a multiple of 16."""
-        super().allocate(num_slots, capacity)
-        c, rows = self.config, _up32(max(num_slots, _CHUNK))
-        self.num_rows = rows
+    def resize(self, num_pages: int) -> None:
+        """See `PlainBackend.resize`."""
+        super().resize(num_pages)
+        self.buffers = {}
+
+    def _prepare(self, width: int) -> None:
+        """Buffers for tables of so many pages, and the tables of pointers."""
+        if self.buffers and self.buffers["scores"].shape[1] >= 4 * width * self.page_size:
+            return
+        c, rows = self.config, _CHUNK
         dtype, threads = self.cache.v.dtype, torch.get_num_threads()
-        width = (c.num_heads + 2 * c.kv_heads) * c.head_width
+        qkv_width = (c.num_heads + 2 * c.kv_heads) * c.head_width
         self.threads = threads
         self.buffers = {
-            "qkv": torch.zeros(rows, _up32(width), dtype=dtype),
+            "qkv": torch.zeros(rows, _up32(qkv_width), dtype=dtype),
             "attended": torch.zeros(rows, c.num_heads * c.head_width, dtype=dtype),
             "hidden": torch.zeros(rows, _ffn_width(c.spec), dtype=dtype),
             "scratch": torch.zeros(threads, rows, c.hidden_size, dtype=dtype),
-            "scores": torch.zeros(threads, 4 * capacity),
+            # Twice what is asked for: sequences grow.
+            "scores": torch.zeros(threads, 4 * 2 * width * self.page_size),
         }
         layers = []
         for i, packed in enumerate(self.layers):
@@ -262,7 +276,8 @@ class NativeBackend(PlainBackend):
         self.model_table = torch.tensor(
             [
                 *(c.num_layers, c.hidden_size, c.num_heads, c.kv_heads, c.head_width),
-                *(_ffn_width(c.spec), c.vocab_size, capacity),
+                *(_ffn_width(c.spec), c.vocab_size),
+                *(self.cache.num_pages * self.page_size, 2 * width * self.page_size),
                 *(isinstance(m.norm, RMSNorm), isinstance(m.layers[0].mlp, SwiGLU)),
                 self.layer_table.data_ptr(),
                 *(_pointer(t) for t in self.top.values()),
@@ -273,43 +288,41 @@ class NativeBackend(PlainBackend):
             dtype=torch.int64,
         )
 
-    def prefill(self, ids_BT: Tensor, lengths_B: Tensor, slots: Tensor, source: Tensor) -> Tensor:
-        """See `PlainBackend.prefill`; padding is not computed."""
-        positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
-        real_BT = positions_BT < lengths_B[:, None]
-        # Each prompt is computed in the first of its slots, then copied to the others.
-        home_B = slots[torch.searchsorted(source, torch.arange(len(ids_BT)))]
-        ends_B = lengths_B.cumsum(0) - 1
-        logits_BV = self._forward(
-            ids_BT[real_BT], home_B.repeat_interleave(lengths_B), positions_BT[real_BT], ends_B
-        )
-        copies = home_B[source] != slots
-        if copies.any():
-            self.cache.move(home_B[source][copies], slots[copies], ids_BT.shape[1])
-        return logits_BV
+    def forward(self, rows: Sequence[Cached]) -> Tensor:
+        """See `PlainBackend.forward`; the logits are fp32, and nothing is padded.
 
-    def decode(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
-        """See `PlainBackend.decode`; the logits are fp32."""
-        rows_N = torch.arange(len(tokens_N))
-        return self._forward(tokens_N, rows_N, positions_N, rows_N)
-
-    def _forward(
-        self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, wanted_W: Tensor
-    ) -> Tensor:
-        """Logits (WV) after the rows ``wanted_W``, ascending; all rows are put into the cache."""
+        Here a row is a token, with the table of its sequence.
+        """
         c: Any = self.config
-        logits_WV = torch.empty(len(wanted_W), _up32(c.vocab_size))
-        chunk = self.num_rows
-        done = 0
-        for start in range(0, len(tokens_N), chunk):
-            rows = slice(start, start + chunk)
-            here = wanted_W[(wanted_W >= start) & (wanted_W < start + chunk)] - start
-            self._call(tokens_N[rows], slots_N[rows], positions_N[rows], here, logits_WV[done:])
-            done += len(here)
-        return self.model.shape_logits(logits_WV[:, : c.vocab_size])
+        pending = [row.pending for row in rows]
+        lengths_B = self._long(list(map(len, pending)))
+        tokens_N = self._long(list(itertools.chain(*pending)))
+        ends_B = lengths_B.cumsum(0)
+        row_N = torch.arange(len(rows)).repeat_interleave(lengths_B)
+        starts_B = self._long([row.length for row in rows])
+        positions_N = torch.arange(len(tokens_N)) + (starts_B + lengths_B - ends_B)[row_N]
+        tables_BP = self.tables(rows)
+        self._prepare(tables_BP.shape[1])
+        logits_BV = torch.empty(len(rows), _up32(c.vocab_size))
+        wanted_B, done = ends_B - 1, 0
+        for start in range(0, len(tokens_N), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            wanted = wanted_B[(wanted_B >= start) & (wanted_B < start + _CHUNK)] - start
+            self._call(
+                tokens_N[chunk], row_N[chunk], positions_N[chunk], tables_BP, wanted,
+                logits_BV[done:],
+            )  # fmt: skip
+            done += len(wanted)
+        return self.model.shape_logits(logits_BV[:, : c.vocab_size])
 
     def _call(
-        self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, wanted: Tensor, logits: Tensor
+        self,
+        tokens_N: Tensor,
+        row_N: Tensor,
+        positions_N: Tensor,
+        tables_BP: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
     ) -> None:
         spec = self.model.spec
         # As (tokens, 1): no tensor of rng keys, so no dropout.
@@ -318,12 +331,14 @@ class NativeBackend(PlainBackend):
         if spec.layer.rope is not None:
             tables = rope.tables(positions_N[:, None], spec.layer.rope)
             cosine, sine = (t.contiguous() for t in tables)
-        inputs = [t.contiguous() for t in (x_ND, slots_N, positions_N)]
+        inputs = [t.contiguous() for t in (x_ND, row_N, positions_N)]
         self.library.forward(
             ctypes.c_void_p(self.model_table.data_ptr()),
             ctypes.c_int64(x_ND.dtype == torch.bfloat16),
             ctypes.c_int64(len(x_ND)),
-            *(ctypes.c_void_p(_pointer(t)) for t in (*inputs, cosine, sine)),
+            *(ctypes.c_void_p(_pointer(t)) for t in (*inputs, tables_BP)),
+            ctypes.c_int64(tables_BP.shape[1]),
+            *(ctypes.c_void_p(_pointer(t)) for t in (cosine, sine)),
             ctypes.c_float(spec.norm.eps),
             ctypes.c_int64(len(wanted)),
             ctypes.c_void_p(wanted.data_ptr()),
@@ -331,9 +346,7 @@ class NativeBackend(PlainBackend):
             ctypes.c_int(self.threads),
         )
 
-    def choose(
-        self, logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def choose(self, logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Choice:
         """See `PlainBackend.choose`; filters are left to it."""
         if sampling.filters:
             return super().choose(logits_NV, sampling, uniform_N)
@@ -355,7 +368,7 @@ class NativeBackend(PlainBackend):
             ctypes.c_void_p(logp_N.data_ptr()),
             ctypes.c_int(self.threads),
         )
-        return token_N, logp_N, logp_N
+        return token_N, logp_N, logp_N, None
 
 
 _PROBE = (9, 24, 2)  # lengths of the prompts that are compared; then a few steps of each
@@ -368,8 +381,8 @@ def error_of(backend: PlainBackend) -> tuple[float, float]:
     """How far a backend's logits are from its model's in fp32, and how far they may be.
 
     Differences and logits by their root mean squares; the worst of a prefill and some steps.
-    Computes prompts and steps of rows that are copied and of several lengths. NaN where the
-    model's logits are. In bf16, takes the memory of an fp32 copy of the model for a moment.
+    Computes prompts of several lengths, and steps of sequences that share their pages. NaN where
+    the model's logits are. In bf16, takes the memory of an fp32 copy of the model for a moment.
     """
     model, config = backend.model, backend.config
     lengths = [min(n, max(2, config.max_seq_len - _PROBE_STEPS)) for n in _PROBE]
@@ -379,25 +392,45 @@ def error_of(backend: PlainBackend) -> tuple[float, float]:
         -1, longest
     ) % config.vocab_size
     positions_BT = torch.arange(longest).expand_as(ids_BT)
-    lengths_B, source = torch.tensor(lengths), torch.tensor([0, 1, 1, 2])
     with torch.inference_mode():
         truth_BTV = rounded_BTV = model(ids_BT, positions_BT).float()
         if next(model.parameters()).dtype != torch.float32:
             exact = copy.deepcopy(model)
             vars(exact.head).pop("forward", None)  # of `widen_logits`: it holds the other's weight
             truth_BTV = exact.float()(ids_BT, positions_BT)
-        backend.allocate(len(source), -(-longest // 16) * 16)
-        width, slots = max(lengths), torch.arange(len(source))
-        logits_BV = backend.prefill(ids_BT[:, :width], lengths_B, slots, source)
-        at = torch.arange(len(lengths)), lengths_B - 1
-        found = [(logits_BV, rounded_BTV[at], truth_BTV[at])]
-        for step in range(steps):
-            at = source, lengths_B[source] + step
-            found.append((backend.decode(ids_BT[at], at[1]), rounded_BTV[at], truth_BTV[at]))
+        found = []
+        for rows, source, logits_BV in _probed(backend, ids_BT.tolist(), lengths, steps):
+            at = torch.tensor(source), torch.tensor([row.length - 1 for row in rows])
+            found.append((logits_BV, rounded_BTV[at], truth_BTV[at]))
+    backend.resize(0)
     errors = [_distance(logits, truth) for logits, _, truth in found]
     lost = max(_distance(rounded, truth) for _, rounded, truth in found)
     error = math.nan if any(map(math.isnan, errors)) else max(errors)
     return error, max(_FP32_BOUND, _ROUNDING_FACTOR * lost)
+
+
+def _probed(
+    backend: PlainBackend, ids: list[list[int]], lengths: list[int], steps: int
+) -> Iterator[tuple[list[Cached], list[int], Tensor]]:
+    """Rows that a backend has extended, whose ids each has, and its logits; see `error_of`."""
+    pool = PagePool(
+        backend.page_size, None, backend.resize, backend.cache.copy, backend.cache.clear
+    )
+    pool.grow(sum(pool.pages_of(len(row)) + 1 for row in (*ids, ids[1])))
+    rows, source = [Cached(ids[i][:n]) for i, n in enumerate(lengths)], [0, 1, 2]
+    for step in range(steps + 1):
+        for row in rows:
+            pool.extend(row)
+        logits_BV = backend.forward(rows)
+        for row in rows:
+            row.length = len(row.tokens)
+        yield rows, source, logits_BV
+        if step == 0:
+            twin = Cached(list(rows[1].tokens))
+            pool.share(rows[1], twin, len(twin.tokens))
+            rows, source = [*rows, twin], [*source, 1]
+        for row, i in zip(rows, source):
+            row.tokens = ids[i][: row.length + 1]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

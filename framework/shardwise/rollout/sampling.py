@@ -3,7 +3,8 @@
 The uniforms are pure functions of (key, prompt id, sample id, token index), so a completion does
 not depend on what else is in the batch. Logits are divided by the temperature everywhere, and two
 log-probabilities are kept apart: of the whole distribution, and of the one that top-k and top-p
-left and renormalised (the behaviour policy). Without filters they are equal.
+left and renormalised (the behaviour policy). Without filters they are equal; with them, the words
+that were left are kept too (the sampling mask): whoever trains must renormalise as was sampled.
 """
 
 from __future__ import annotations
@@ -48,21 +49,29 @@ def filtered(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_NV.masked_fill(drop_NV.gather(1, order_NV.argsort(dim=-1)), -math.inf)
 
 
-def choose(
-    logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (int64 N), their log-probabilities before filters, and after them (fp32 N)."""
+Choice = tuple[Tensor, Tensor, Tensor, list[list[int]] | None]
+
+
+def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Choice:
+    """Tokens (int64 N), their log-probabilities before filters, and after them (fp32 N).
+
+    And the words that the filters left of each row, ascending; None without filters.
+    """
     z_NV = logits_NV.float() / sampling.temperature
     logp_NV = z_NV.log_softmax(-1)
     if sampling.greedy:
         token_N = z_NV.argmax(-1)
         logp_N = logp_NV.gather(1, token_N[:, None])[:, 0]
-        return token_N, logp_N, logp_N
-    kept_NV = logp_NV
+        return token_N, logp_N, logp_N, None
+    kept_NV, left = logp_NV, None
     if sampling.filters:
-        kept_NV = filtered(z_NV, sampling.top_k, sampling.top_p).log_softmax(-1)
+        cut_NV = filtered(z_NV, sampling.top_k, sampling.top_p)
+        kept_NV = cut_NV.log_softmax(-1)
+        left_NV = cut_NV > -math.inf
+        words = left_NV.nonzero()[:, 1].split(left_NV.sum(1).tolist())
+        left = [some.tolist() for some in words]
     cdf_NV = kept_NV.double().exp().cumsum(-1)
     target_N1 = uniform_N[:, None] * cdf_NV[:, -1:]
     token_N = torch.searchsorted(cdf_NV, target_N1)[:, 0].clamp_max(z_NV.shape[-1] - 1)
     full_N, kept_N = (t.gather(1, token_N[:, None])[:, 0] for t in (logp_NV, kept_NV))
-    return token_N, full_N, kept_N
+    return token_N, full_N, kept_N, left

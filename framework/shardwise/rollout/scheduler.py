@@ -1,108 +1,204 @@
-"""Which completion lives in which slot: admission by group, finished rows replaced at once."""
+"""Which sequences are in flight, and whose keys and values are in the cache. No tensors here.
+
+Sequences start in the order of their numbers, as slots and pages are free. Where pages run out,
+what is cached is given up: of those that ended and are held, then of prompts that wait, then of
+those in flight that came last. Their tokens stay, and are computed again when they go on: nothing
+is lost, and the first in flight always has room.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
-from collections.abc import Sequence
-from typing import Literal
+import heapq
+from collections.abc import Iterator
 
-from shardwise.errors import UserError
-
-MAX_PREFILL_TOKENS = 8192  # padded tokens of one prefill; bounds its activations
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt and how many samples of it are wanted. ``prompt_id`` is global: it seeds them."""
-
-    prompt_id: int
-    prompt_tokens: Sequence[int]
-    num_samples: int = 1
-    first_sample_id: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sample, as it was drawn: the token ids are never decoded and encoded again.
-
-    ``logprobs[t]`` is the log-probability of ``token_ids[t]`` in the whole distribution at the
-    sampling temperature; ``behavior_logprobs[t]`` in what top-k and top-p left, renormalised. A
-    stop token is part of ``token_ids``.
-    """
-
-    prompt_id: int
-    sample_id: int
-    prompt_tokens: tuple[int, ...]
-    token_ids: list[int]
-    logprobs: list[float]
-    behavior_logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Admission:
-    """One prefill; for each new row, its place in ``requests`` and its completion's number."""
-
-    requests: list[Request]
-    source: list[int]
-    completions: list[int]
+from shardwise.rollout.engine import RolloutCounts
+from shardwise.rollout.pages import Cached, PagePool
+from shardwise.rollout.sequences import Drawing, Group
 
 
 class Scheduler:
-    """Hands out waiting requests as slots become free.
+    """Sequences by number: waiting for a slot, in flight, or ended and held."""
 
-    Completions are numbered by request, then by sample. A group that fits the slots at all is
-    admitted as a whole, so its prompt is prefilled once; a larger one is cut.
-    """
+    def __init__(self, pool: PagePool, num_slots: int, counts: RolloutCounts) -> None:
+        self.pool, self.num_slots, self.counts = pool, num_slots, counts
+        self.waiting: list[tuple[int, Drawing]] = []  # a heap
+        self.running: dict[int, Drawing] = {}  # by number, ascending
+        self.held: dict[int, Drawing] = {}  # in the order in which they ended
 
-    def __init__(self, requests: Sequence[Request], num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.num_completions = 0
-        self.waiting: deque[tuple[Request, int, int]] = deque()  # request, first, how many
-        for request in requests:
-            for start in range(0, request.num_samples, num_slots):
-                size = min(num_slots, request.num_samples - start)
-                self.waiting.append((request, self.num_completions + start, size))
-            self.num_completions += request.num_samples
+    def add(self, sequence: Drawing) -> None:
+        """Queue a new sequence."""
+        sequence.group.waiting.add(sequence.number)
+        heapq.heappush(self.waiting, (sequence.number, sequence))
 
-    def admit(self, num_active: int) -> Admission | None:
-        """The next prefill that fits beside ``num_active`` rows, if any."""
-        free = self.num_slots - num_active
-        admission = Admission([], [], [])
-        longest = 0
-        while self.waiting and self.waiting[0][2] <= free:
-            request, first, size = self.waiting[0]
-            longest = max(longest, len(request.prompt_tokens))
-            padded = longest * (len(admission.requests) + 1)
-            if admission.requests and padded > MAX_PREFILL_TOKENS:
-                break
-            self.waiting.popleft()
-            admission.source.extend([len(admission.requests)] * size)
-            admission.completions.extend(range(first, first + size))
-            admission.requests.append(request)
-            free -= size
-        return admission if admission.requests else None
+    def all(self) -> Iterator[Drawing]:
+        """Every sequence that there is, by state."""
+        yield from self.running.values()
+        yield from (sequence for _, sequence in self.waiting)
+        yield from self.held.values()
 
+    def groups(self) -> list[Group]:
+        """Every prompt that is, or may be, cached."""
+        return list({id(s.group): s.group for s in self.all()}.values())
 
-def check_requests(requests: Sequence[Request], vocab_size: int, max_seq_len: int) -> None:
-    """Raise UserError for a prompt that cannot be continued or a sample asked for twice."""
-    names = set()
-    for request in requests:
-        where = f"prompt {request.prompt_id}"
-        if not request.prompt_tokens:
-            raise UserError(f"{where} has no tokens; a prompt needs at least one")
-        if len(request.prompt_tokens) >= max_seq_len:
-            raise UserError(
-                f"{where} has {len(request.prompt_tokens)} tokens, the model takes "
-                f"{max_seq_len} with the completion: shorten it or raise model.max_seq_len"
-            )
-        if min(request.prompt_tokens) < 0 or max(request.prompt_tokens) >= vocab_size:
-            raise UserError(f"{where} holds a token outside the vocabulary of {vocab_size}")
-        if request.num_samples < 1:
-            raise UserError(f"{where}: num_samples must be at least 1")
-        for sample in range(request.num_samples):
-            name = (request.prompt_id, request.first_sample_id + sample)
-            if name in names:
-                raise UserError(f"{where}: sample {name[1]} is asked for twice")
-            names.add(name)
+    # --- states -----------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Let the first of those that wait be in flight, as many as there is room for."""
+        promised = 0
+        counted: set[int] = set()  # groups whose prompt is
+        while self.waiting and len(self.running) < self.num_slots:
+            number, sequence = self.waiting[0]
+            group, limit = sequence.group, self.pool.max_pages
+            need = self.pool.pages_of(len(sequence.tokens) + 1)
+            if id(group) in counted:
+                need -= len(group.tokens) // self.pool.page_size
+            elif group.table:
+                need -= len(group.table) - 1
+            while limit is not None and promised + need > limit - self.pool.num_used:
+                if not self._forget_idle(number):
+                    break
+            else:
+                promised += need
+                counted.add(id(group))
+                heapq.heappop(self.waiting)
+                self.running[number] = sequence
+                continue
+            if self.running:
+                return
+            # Alone it has room, which was made sure of at its submission.
+            heapq.heappop(self.waiting)
+            self.running[number] = sequence
+
+    def end(self, sequence: Drawing) -> None:
+        """A sequence draws no more."""
+        self._leave(sequence)
+        if sequence.hold:
+            self.held[sequence.number] = sequence
+        else:
+            self.pool.release(sequence)
+
+    def remove(self, number: int) -> None:
+        """Forget a sequence, whatever it does; one that is not there is forgotten already."""
+        found = self.held.pop(number, None)
+        found = found or next((s for s in self.all() if s.number == number), None)
+        if found is not None:
+            self._leave(found)
+            self.pool.release(found)
+
+    def _leave(self, sequence: Drawing) -> None:
+        if self.running.pop(sequence.number, None) is None:
+            self.waiting = [(n, s) for n, s in self.waiting if s is not sequence]
+            heapq.heapify(self.waiting)
+        sequence.logits_V = None
+        self._started(sequence)
+
+    def forget_all(self) -> None:
+        """Nothing that is cached may be read again; all that go on are computed anew."""
+        for sequence in self.all():
+            self._forget(sequence)
+        for group in self.groups():
+            self._forget_prompt(group)
+
+    # --- pages ------------------------------------------------------------------------------------
+
+    def prompts(self) -> list[Group]:
+        """Prompts that several sequences wait for, one of them in flight, with pages for them."""
+        found: list[Group] = []
+        for sequence in list(self.running.values()):
+            group = sequence.group
+            alone = len(group.waiting) == 1
+            if sequence.length or alone or group.length == len(group.tokens) or group in found:
+                continue
+            if self._make_room(group, min(group.waiting)):
+                found.append(group)
+            else:
+                for number in group.waiting & self.running.keys():
+                    self._preempt(self.running[number])
+        return found
+
+    def start(self) -> None:
+        """Let sequences in flight that have nothing cached go on from their prompt."""
+        for sequence in self.running.values():
+            group = sequence.group
+            if sequence.length or sequence.number not in group.waiting:
+                continue
+            if group.length:
+                self.pool.share(group, sequence, group.length)
+                self.counts.shared += group.length
+                if len(sequence.tokens) == group.length:
+                    sequence.logits_V = group.logits_V
+            self._started(sequence)
+
+    def ready(self) -> list[Drawing]:
+        """Sequences in flight, each with pages for all of its tokens."""
+        for sequence in list(self.running.values()):
+            if sequence.number not in self.running:  # it made room for an earlier one
+                continue
+            if sequence.logits_V is None and not self._make_room(sequence, sequence.number):
+                self._preempt(sequence)
+        return list(self.running.values())
+
+    def _make_room(self, item: Cached, number: int) -> bool:
+        """Pages for an item's tokens; False: those that came before ``number`` have them all."""
+        while (need := self.pool.missing(item)) > len(self.pool.free):
+            if not (self._grow(need) or self._give_up(item, number)):
+                return False
+        if need:
+            self.pool.extend(item)
+        return True
+
+    def _grow(self, need: int) -> bool:
+        """More pages, if there may be: for all that is in flight, to its end."""
+        pool = self.pool
+        rest = sum(
+            pool.pages_of(len(s.group.tokens) + s.limit) - len(s.table)
+            for s in self.running.values()
+        )
+        size = len(pool.holders)
+        pool.grow(max(size + need - len(pool.free), pool.num_used + rest + 1, size * 5 // 4))
+        return len(pool.holders) > size
+
+    def _give_up(self, item: Cached, number: int) -> bool:
+        """Make room by what is needed last; False: there is nothing."""
+        if self._forget_idle(number, item):
+            return True
+        last = next(reversed(self.running.values()), None)
+        if last is None or last.number <= number:
+            return False
+        self._preempt(last)
+        return True
+
+    def _forget_idle(self, number: int, but: Cached | None = None) -> bool:
+        """Give up what no sequence in flight goes on from, of later ones than ``number``."""
+        for sequence in self.held.values():
+            if sequence.table:
+                self._forget(sequence)
+                return True
+        for _, sequence in sorted(self.waiting, reverse=True):
+            group = sequence.group
+            if group.table and group is not but and min(group.waiting) > number:
+                self._forget_prompt(group)
+                return True
+        return False
+
+    def _preempt(self, sequence: Drawing) -> None:
+        del self.running[sequence.number]
+        self._forget(sequence)
+        heapq.heappush(self.waiting, (sequence.number, sequence))
+
+    def _forget(self, sequence: Drawing) -> None:
+        self.pool.release(sequence)
+        sequence.logits_V = None
+        if sequence.number not in self.held:
+            sequence.group.waiting.add(sequence.number)
+
+    def _forget_prompt(self, group: Group) -> None:
+        self.pool.release(group)
+        group.logits_V = None
+
+    def _started(self, sequence: Drawing) -> None:
+        """A sequence needs its prompt no more."""
+        group = sequence.group
+        group.waiting.discard(sequence.number)
+        if not group.waiting:
+            self._forget_prompt(group)

@@ -48,5 +48,5 @@ def weights_checksum(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) ->
 def stream_checksum(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> str:
-    """What `Generator.load` must return for ``weights`` (Hugging Face names) in ``dtype``."""
+    """What `RolloutEngine.update_weights` must return for ``weights`` (Hugging Face names)."""
     return weights_checksum(registry.from_hf_tensors(config, weights), dtype)

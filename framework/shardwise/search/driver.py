@@ -21,7 +21,7 @@ from shardwise.errors import ConfigError
 from shardwise.ops import rng
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.engine import RolloutEngine
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 from shardwise.search.choose import choose
 from shardwise.search.config import MethodConfig, StepsConfig
 from shardwise.search.methods import Drop, Expand, Method, Score, Wish, start

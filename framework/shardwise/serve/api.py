@@ -75,7 +75,7 @@ def serve(
             device = "cuda" if torch.cuda.is_available() else "cpu"
 
         def build(config: DecoderConfig, tokenizer: Tokenizer) -> RolloutEngine:
-            return Generator(  # type: ignore[return-value]
+            return Generator(
                 config, _DTYPES[precision], device, limits.in_flight, decode_text=tokenizer.decode
             )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.errors import ShardwiseError, UserError
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from shardwise.serve import log as logs
 from shardwise.serve.answers import Answer
 from shardwise.serve.asks import (

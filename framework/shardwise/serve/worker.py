@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.engine import RolloutEngine
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

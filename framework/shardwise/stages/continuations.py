@@ -9,7 +9,7 @@ import torch
 from shardwise.engines.base import Engine
 from shardwise.ops import rng
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import ContinuationsConfig
 
@@ -18,7 +18,7 @@ def evaluate(config: ContinuationsConfig, ctx: StageContext, engine: Engine) -> 
     """``samples``: prompt and completion by this stage. Every rank must call it."""
     tokenizer = ctx.tokenizer
     generator = Generator(ctx.run.model, torch.float32, ctx.device, decode_text=tokenizer.decode)
-    generator.load(engine.weights())
+    generator.update_weights(engine.weights())
     if not ctx.is_main:
         return {"samples": []}
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

@@ -26,7 +26,7 @@ from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import LmEvalConfig
 from shardwise.stages.scoring import TextEncoder, score
@@ -208,7 +208,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 decode_text=ctx.tokenizer.decode,
                 adapter=None if adapter is None or adapter.merges else adapter,
             )
-            self._generator.load(self.engine.weights())
+            self._generator.update_weights(self.engine.weights())
         return self._generator
 
 

@@ -22,7 +22,7 @@ from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import MAX_SLOTS, Generator
-from shardwise.rollout.scheduler import Completion, Request
+from shardwise.rollout.sequences import Completion, Request
 from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
 
@@ -147,7 +147,7 @@ class RolloutWorker:
         and must be those that are served, bit by bit: an adapter that never arrives shows in no
         loss (verl#7495). Raises CheckpointError.
         """
-        self.generator.load(engine.weights())
+        self.generator.update_weights(engine.weights())
         config = engine.adapter_config
         if config is None or self._adapter_arrived:
             return

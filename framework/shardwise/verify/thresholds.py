@@ -38,7 +38,8 @@ OF_CHECKPOINTS: Table = {
 }
 OF_UPDATES: Table = {
     ("ops.cross_entropy", "_CPU_CHUNK_ELEMENTS"): 1 << 12,
-    ("rollout.scheduler", "MAX_PREFILL_TOKENS"): 32,
+    ("rollout.backends", "MAX_PREFILL_TOKENS"): 32,
+    ("memory.serving", "PAGE"): 4,
     # A device shards block by block where a CPU takes the model as one.
     ("parallel.data", "SHARDED_WHOLE"): frozenset(),
     # Layers of blocks that are to be compiled take other ways, which a trace only follows.

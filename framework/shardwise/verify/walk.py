@@ -36,7 +36,7 @@ from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import PRECISIONS
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.scheduler import Request
+from shardwise.rollout.sequences import Request
 from shardwise.stages.base import checkpoint_root, evaluations_of
 from shardwise.stages.lineage import Lineage
 from shardwise.stages.loop import Loop, stage_state
@@ -432,7 +432,7 @@ def _evaluate(loop: Loop, notes: Notes) -> None:
 def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     """Completions, greedy and sampled, from the weights that stream out of the layout.
 
-    By what serves rollouts, all at once; for the oracle by the model itself, a prompt at a time.
+    By what serves rollouts, all at once; for the oracle by the model itself, one at a time.
     Raises CheckFailed if what serves is found to compute otherwise than the model.
     """
     dtype = PRECISIONS[task.precision].compute
@@ -443,16 +443,19 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     generator = Generator(
         task.run.model, served, device, SLOTS, accelerate=not task.oracle, adapter=beside
     )
-    generator.load(engine.weights())
+    generator.update_weights(engine.weights())
     if generator.mismatch:
         raise CheckFailed(generator.mismatch)
     tokens = load_tokenizer(task.run.tokenizer).encode(PROMPT)
     prompts = [tokens[:size] for size in range(len(tokens), 0, -1)]
     together = [Request(i, p, SAMPLES) for i, p in enumerate(prompts)]
+    alone = [
+        [Request(r.prompt_id, r.prompt_tokens, 1, s)] for r in together for s in range(SAMPLES)
+    ]
     ends = range(0, task.run.model.vocab_size, ENDS)
     for name, sampling in SAMPLINGS.items():
         stopping, key = sampling.stopping_at(ends), rng.key(0, "verify")
-        calls = [[r] for r in together] if task.oracle else [together]
+        calls = alone if task.oracle else [together]
         done = [c for some in calls for c in generator.generate(some, stopping, key)]
         ids = list(itertools.chain(*(c.token_ids for c in done)))
         logprobs = list(itertools.chain(*(c.logprobs for c in done)))
