@@ -29,16 +29,23 @@ def _case() -> tuple[Tensor, Tensor, Tensor]:
     return logits, targets, mask
 
 
-def _answers(part: Tensor | Logits, leaf: Tensor) -> dict[str, Tensor]:
+def _kept() -> Tensor:
+    """Words that were left of each token's: its target and some more, -1 behind."""
+    _, targets, _ = _case()
+    extra = torch.randint(-1, VOCAB, (ROWS, TOKENS, 3), generator=torch.Generator().manual_seed(3))
+    return torch.cat((targets[..., None], extra), dim=-1)
+
+
+def _answers(part: Tensor | Logits, leaf: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
     _, targets, mask = _case()
-    logp = selected_logprobs(part, targets, mask, 0.7)
+    logp = selected_logprobs(part, targets, mask, 0.7, kept_BTK=kept)
     weights = torch.arange(1.0, 1 + logp.numel(), dtype=torch.float64).view_as(logp)
     (logp * weights).sum().backward()
     assert leaf.grad is not None
     return {"logp": logp.detach(), "grad": leaf.grad}
 
 
-def _sharded() -> dict[str, Tensor]:
+def _sharded(cut: bool = False) -> dict[str, Tensor]:
     world, rank = dist.get_world_size(), dist.get_rank()
     logits = _case()[0]
     each = -(-VOCAB // world)
@@ -46,7 +53,8 @@ def _sharded() -> dict[str, Tensor]:
     own = slice(start, min(start + each, VOCAB))  # of 8 ranks, three have no word
     leaf = logits[..., own].clone().requires_grad_()
     with comm.tally() as tally:
-        found = _answers(Logits(leaf, start, dist.group.WORLD), leaf)
+        kept = _kept() if cut else None
+        found = _answers(Logits(leaf, start, dist.group.WORLD), leaf, kept)
     clean = logits.nan_to_num(0.5)
     part = Logits(clean[..., own].contiguous(), start, dist.group.WORLD)
     found["entropy"], found["greedy"] = entropies(part, 0.7), greedy_tokens(part)
@@ -68,6 +76,25 @@ def test_equals_whole_logits_and_moves_three_numbers_a_token(ranks: RankPool) ->
             assert found["bytes"] == 3 * 8 * mask.sum()
         grad = torch.cat([found["grad"] for found in parts], dim=-1)
         torch.testing.assert_close(grad, expected["grad"], rtol=1e-12, atol=1e-12)
+
+
+def test_of_words_that_were_left_the_others_do_not_count(ranks: RankPool) -> None:
+    logits, targets, mask = _case()
+    leaf = logits.clone().requires_grad_()
+    whole = _answers(leaf, leaf, _kept())
+    for b, t in mask.nonzero().tolist():
+        left = _kept()[b, t]
+        words = left[left >= 0].unique()
+        logp = (logits[b, t, words] / 0.7).log_softmax(0)
+        torch.testing.assert_close(whole["logp"][b, t], logp[words == targets[b, t]][0])
+        others = [w for w in range(VOCAB) if w not in words.tolist()]
+        assert not whole["grad"][b, t, others].any()
+    for world in (2, 8):
+        parts = ranks.run(_sharded, True, world=world)
+        for found in parts:
+            torch.testing.assert_close(found["logp"], whole["logp"], rtol=1e-12, atol=1e-12)
+        grad = torch.cat([found["grad"] for found in parts], dim=-1)
+        torch.testing.assert_close(grad, whole["grad"], rtol=1e-12, atol=1e-12)
 
 
 def _scalar_case() -> tuple[Tensor, Tensor, Tensor]:

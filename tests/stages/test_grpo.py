@@ -32,7 +32,7 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
         pytest.param(["stages.grpo.loss.advantage=reinforce_pp"], marks=pytest.mark.slow),
         ["stages.grpo.updates_per_rollout=2", "stages.grpo.epochs_per_rollout=2"],
         pytest.param(["stages.grpo.loss.preset=grpo_deepseekmath"], marks=pytest.mark.slow),
-        ["stages.grpo.batch.global_batch=3"],
+        ["stages.grpo.batch.global_batch=3", "stages.grpo.sampling.top_p=0.6"],
     ],
 )
 def test_layout_and_micro_batch_change_nothing(
@@ -70,7 +70,9 @@ def test_rollouts_are_the_same_on_any_number_of_ranks(ranks: RankPool, tmp_path:
     assert a[0]["policy"] != records(one, 1)[0]["policy"], "weights moved between steps"
 
 
-@pytest.mark.parametrize("sampling", [[], ["temperature=0.6", "top_k=40"]], ids=["plain", "cut"])
+@pytest.mark.parametrize(
+    "sampling", [[], ["temperature=0.6", "top_k=7", "top_p=0.9"]], ids=["plain", "cut"]
+)
 def test_the_first_update_is_on_policy(
     ranks: RankPool, tmp_path: Path, sampling: list[str]
 ) -> None:
@@ -81,6 +83,11 @@ def test_the_first_update_is_on_policy(
     for row in train_rows(tmp_path / "run"):
         assert row["ratio_mean"] == 1.0 and row["clip_fraction"] == 0.0
         assert row["importance_mean"] == pytest.approx(1.0, abs=1e-5)
+    for row in records(tmp_path / "run", 0):
+        assert ("kept" in row) == bool(sampling)
+        if sampling:  # renormalised: of 7 words, where the whole vocabulary has hundreds
+            assert all(t in k for t, k in zip(row["tokens"], row["kept"], strict=True))
+            assert max(map(len, row["kept"])) <= 7 and min(row["logprobs"]) > -4.0
 
 
 def test_kl_to_the_reference_starts_at_zero_and_survives_resume(

@@ -7,7 +7,9 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch
 from shardwise.ops.logits import Logits, selected_logprobs
 
-# Shape suffixes: B rows, T tokens, V vocabulary.
+# Shape suffixes: B rows, T tokens, V vocabulary, K words.
+
+KEPT_WORDS = "kept_words_BTK"  # extra: the words that sampling left of each target's, -1 behind
 
 
 def valid_logprobs(
@@ -17,8 +19,10 @@ def valid_logprobs(
 
     [B, T], fp32 (fp64 for fp64 logits), for all tokens on every layout: of logits that are cut
     along the vocabulary or the tokens, the ranks exchange log-probabilities. Masked rows of the
-    logits are not even read; prompts and padding cost no softmax.
+    logits are not even read; prompts and padding cost no softmax. Where top-k or top-p acted when
+    the targets were drawn, the batch has `KEPT_WORDS`, and the distribution is over those.
     """
+    kept_BTK = batch.extras.get(KEPT_WORDS)
     return selected_logprobs(
-        logits_BTV, batch.targets_BT, batch.loss_mask_BT, temperature, batch.valid()
+        logits_BTV, batch.targets_BT, batch.loss_mask_BT, temperature, batch.valid(), kept_BTK
     )

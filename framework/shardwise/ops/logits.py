@@ -85,24 +85,43 @@ def selected_logprobs(
     mask_BT: Tensor,
     temperature: float = 1.0,
     valid_N: Tensor | None = None,
+    kept_BTK: Tensor | None = None,
 ) -> Tensor:
     """Log-probability (BT, fp32; fp64 for fp64 logits) of each target under the mask, else 0.
 
-    Rows outside of the mask are not read: what stands there, NaN included, reaches neither the
+    With ``kept_BTK`` (int64; negative: nothing), of the distribution over those words alone. Rows
+    outside of the mask are not read: what stands there, NaN included, reaches neither the
     value nor the gradient. ``valid_N``: indices of the flattened mask, if it is the loss mask; a
     device would have to be waited for to count them.
     """
     part = as_logits(logits)
     targets_Bt = part.own(targets_BT)
     valid_N = part.valid(mask_BT, valid_N)
-    if valid_N.numel() == targets_Bt.numel():  # spares pre-training the copy below
+    if (
+        kept_BTK is None and valid_N.numel() == targets_Bt.numel()
+    ):  # spares pre-training the copy below
         return part.gather_tokens(
             token_logprobs(part.local_BtW, targets_Bt, temperature, part.shard)
         )
     rows_NW = part.local_BtW.flatten(0, 1).index_select(0, valid_N)
     targets_N = targets_Bt.flatten().index_select(0, valid_N)
+    if kept_BTK is not None:
+        kept_NK = part.own(kept_BTK).flatten(0, 1).index_select(0, valid_N)
+        rows_NW = _only(rows_NW, kept_NK - part.offset)
     logp_N = token_logprobs(rows_NW, targets_N, temperature, part.shard)
     return part.spread(logp_N, valid_N)
+
+
+_LEAST = -1e30  # a logit of what cannot be drawn; finite, also over any temperature
+
+
+def _only(rows_NW: Tensor, kept_NK: Tensor) -> Tensor:
+    """Rows of logits of which the columns ``kept_NK`` count; those beyond the rows are no one's."""
+    num_rows, width = rows_NW.shape
+    column_NK = torch.where((kept_NK >= 0) & (kept_NK < width), kept_NK, width)
+    dropped = torch.ones(num_rows, width + 1, dtype=torch.bool, device=rows_NW.device)
+    dropped.scatter_(1, column_NK, False)
+    return rows_NW.masked_fill(dropped[:, :width], _LEAST)
 
 
 def likeliest_words(

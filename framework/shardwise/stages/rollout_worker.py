@@ -35,7 +35,7 @@ class Group:
     prompt_id: int
     prompt: list[int]
     tokens: list[list[int]]
-    logprobs: list[list[float]]  # of the whole distribution, as the sampler saw it
+    logprobs: list[list[float]]  # of what was sampled from: with filters, of what they left
     stopped: list[bool]
     texts: list[str]
     rewards: list[float | None]  # None: unscorable
@@ -43,6 +43,7 @@ class Group:
     # By name, for each completion a number or one a token; what a loss reads of them.
     per_token: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     reasons: list[str] = dataclasses.field(default_factory=list)  # why unscorable; "": it is not
+    kept: list[list[list[int]]] | None = None  # the words that filters left of each token's
 
     @property
     def num_row_tokens(self) -> int:
@@ -85,6 +86,7 @@ class Group:
                 "stopped": self.stopped[i],
                 "reward": self.rewards[i],
                 **({"reason": reasons[i]} if reasons[i] else {}),
+                **({"kept": self.kept[i]} if self.kept else {}),
                 **{_short(name): _plain(values[i]) for name, values in self.per_token.items()},
             }
             for i in range(len(self.tokens))
@@ -218,7 +220,8 @@ class RolloutWorker:
             prompt_id=prompt_id,
             prompt=prompt,
             tokens=[c.token_ids for c in found],
-            logprobs=[c.logprobs for c in found],
+            logprobs=[c.behavior_logprobs for c in found],
+            kept=None if found[0].kept_ids is None else [c.kept_ids for c in found],
             stopped=[c.finish_reason == "stop" for c in found],
             texts=[
                 self.ctx.tokenizer.decode([t for t in c.token_ids if t not in stops]) for c in found

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor
-from shardwise.losses.logprobs import valid_logprobs
+from shardwise.losses.logprobs import KEPT_WORDS, valid_logprobs
 from shardwise.losses.scores import Score
 from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
@@ -52,7 +53,7 @@ class RolloutRows:
         some = [self.groups[i] for i in rows]
         end = [] if self.read_at is None else [self.pad_id]
         read = self.read_at and [[[n + 1 for n in ends] for ends in self.read_at[i]] for i in rows]
-        return collate_groups(
+        batch = collate_groups(
             [g.prompt for g in some],
             [[[*t, *end] for t in g.tokens] for g in some],
             np.asarray([self.row_ids[i] for i in rows]),
@@ -63,6 +64,22 @@ class RolloutRows:
             valid=read,
             dtype=self.dtype,
         )
+        if self.read_at is not None or some[0].kept is None:
+            return batch
+        return dataclasses.replace(
+            batch, extras={**batch.extras, KEPT_WORDS: _kept_words(some, batch.targets_BT.shape)}
+        )
+
+
+def _kept_words(groups: Sequence[Group], shape: tuple[int, ...]) -> Tensor:
+    """The words that sampling left (BTK), where a completion's token is the target; -1 elsewhere."""
+    kept = [[words for of_token in g.kept or () for words in of_token] for g in groups]
+    most = max(len(words) for of_row in kept for words in of_row)
+    out = np.full((*shape, most), -1, dtype=np.int64)
+    for row, group, of_row in zip(out, groups, kept, strict=True):
+        for target, words in zip(row[len(group.prompt) - 1 :], of_row):
+            target[: len(words)] = words
+    return torch.from_numpy(out)
 
 
 @dataclasses.dataclass(frozen=True)
