@@ -72,7 +72,7 @@ class RolloutRows:
 
 
 def _kept_words(groups: Sequence[Group], shape: tuple[int, ...]) -> Tensor:
-    """The words that sampling left (BTK), where a completion's token is the target; -1 elsewhere."""
+    """The words that sampling left (BTK) of each token that is a target; -1 elsewhere."""
     kept = [[words for of_token in g.kept or () for words in of_token] for g in groups]
     most = max(len(words) for of_row in kept for words in of_row)
     out = np.full((*shape, most), -1, dtype=np.int64)
