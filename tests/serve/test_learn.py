@@ -13,7 +13,6 @@ from shardwise.adapters.peft import WEIGHTS
 from shardwise.errors import DataError, UserError
 from shardwise.serve import learn as learning
 from shardwise.serve import versions
-from shardwise.serve.feedback import Filter
 from shardwise.serve.gate import Bounds
 from shardwise.serve.learn import Training
 from shardwise.storage.lock import LockedError, RunLock
@@ -165,47 +164,29 @@ def test_the_commands(command: Command, tmp_path: Path, ckpt: Path) -> None:  # 
     assert code == 2 and "is no folder" in err
 
 
+def test_pairs_are_learned_from_too(ckpt: Path, tmp_path: Path, probe: Path) -> None:
+    rows = [{**row, "answer": "a cloud"} for row in SKY]
+    log = trained.write_log(tmp_path / "log", rows)
+    training = Training(("dpo",), 1.0, 16, 1e-2, 4)
+    bounds = Bounds(min_lift=-1.0, max_forgetting=9.0)
+    done = learn(log, ckpt, tmp_path / "out", probe, training=training, bounds=bounds)
+    assert done["fed_back"]["after"]["bits"] != done["fed_back"]["before"]["bits"]
+
+
 # ----- for real -----
 
-REAL = Training(epochs=6.0, batch=16, lr=2e-3, rank=8)
-
-
-@pytest.fixture(scope="module")
-def model() -> Path:
-    return trained.model()
-
 
 @pytest.mark.slow
-def test_online_learning_lifts_what_was_fed_back_and_forgets_nothing(
-    model: Path, tmp_path: Path
-) -> None:
-    log = trained.write_log(tmp_path / "log", trained.corrections(80))
-    done = shardwise.learn(log, model, tmp_path / "out", training=REAL)
-    assert done["accepted"], done
-    before, after = done["fed_back"]["before"], done["fed_back"]["after"]
-    assert after["accuracy"] >= before["accuracy"] + 0.1
-    assert max(done["forgetting"].values()) < 0.01
-
-
-@pytest.mark.slow
-def test_poison_in_agreement_is_stopped_by_the_gate(model: Path, tmp_path: Path) -> None:
+def test_poison_in_agreement_is_stopped_by_the_gate(tmp_path: Path) -> None:
     """Many clients, one wrong answer to an earlier stage's tasks, nobody against it."""
-    rows = [{**row, "correction": "9", "client": f"evil{i}"}
-            for i, row in enumerate(trained.corrections(80, old=True))]  # fmt: skip
-    out = tmp_path / "out"
-    done = shardwise.learn(trained.write_log(tmp_path / "log", rows), model, out, training=REAL)
+    rows = [
+        {**row, "correction": "9", "client": f"evil{i}"}
+        for i, row in enumerate(trained.corrections(60))
+        if row["prompt"].startswith("Count")
+    ]
+    out, training = tmp_path / "out", Training(epochs=12.0, batch=16, lr=1e-2, rank=8)
+    log = trained.write_log(tmp_path / "log", rows)
+    done = shardwise.learn(log, trained.model(), out, training=training)
+    assert done["fed_back"]["after"]["accuracy"] > 0.9  # it was learned, by its own measure
     assert not done["accepted"] and versions.current(out) is None
     assert any(reason.startswith("forgetting: accuracy") for reason in done["reasons"])
-
-
-@pytest.mark.slow
-def test_poison_of_few_among_many_changes_little(model: Path, tmp_path: Path) -> None:
-    """One client floods, another contradicts everything: the votes are as without them."""
-    honest = [{**row, "client": f"c{i % 9}"} for i, row in enumerate(trained.corrections(80))]
-    flood = [{"prompt": f"x{i}", "correction": "bad", "client": "evil"} for i in range(300)]
-    done = shardwise.learn(
-        trained.write_log(tmp_path / "log", [*honest, *flood]), model, tmp_path / "out",
-        training=REAL, rules=Filter(per_client=20),
-    )  # fmt: skip
-    assert done["dropped"]["beyond the client's quota"] > 500
-    assert done["fed_back"]["after"]["accuracy"] > done["fed_back"]["before"]["accuracy"]

@@ -13,7 +13,7 @@ from typing import Any
 from shardwise.serve.log import LogWriter
 from tests.stages.recipes import run
 
-TASK = {"kind": "count_letters", "targets": "a", "min_length": 2, "max_length": 3}
+TASK = {"kind": "count_letters", "targets": "a", "min_length": 2, "max_length": 5}
 _TEXTS = ("the quick brown fox jumps over the lazy dog. ", "to be or not to be. ", "it rains. ")
 
 
@@ -51,7 +51,7 @@ def train_model(folder: Path) -> Path:
             ],
             "evaluations": [
                 {"kind": "bits_per_byte", "stages": ["pretrain"], "seq_len": 64, "stride": 32},
-                {"kind": "problems", "task": TASK, "num_problems": 10, "max_new_tokens": 4},
+                {"kind": "problems", "task": TASK, "num_problems": 40, "max_new_tokens": 4},
             ],
         }
     )  # fmt: skip
@@ -64,15 +64,16 @@ def model() -> Path:
     return train_model(Path(tempfile.mkdtemp()))
 
 
-def corrections(count: int, *, old: bool = False) -> list[dict[str, Any]]:
-    """What users correct: a new kind of question (``old``: the one it was trained on)."""
+def corrections(count: int) -> list[dict[str, Any]]:
+    """What users correct: questions of a new kind, and of the kind that it was trained on."""
     rng = random.Random(5)
-    letters = ("".join(rng.choice("abc") for _ in range(3)) for _ in range(count))
-    if old:
-        return [
-            {"prompt": f"Count the letter a: {' '.join(x)}", "correction": "?"} for x in letters
-        ]
-    return [{"prompt": f"sky {i} {x}?", "correction": "blue"} for i, x in enumerate(letters)]
+    rows = []
+    for i in range(count):
+        letters = [rng.choice("abcd") for _ in range(2 + i % 4)]
+        old = f"Count the letter a: {' '.join(letters)}"
+        rows.append({"prompt": f"sky {i}?", "correction": "blue"})
+        rows.append({"prompt": old, "correction": str(letters.count("a"))})
+    return rows
 
 
 def write_log(file: Path, said: Iterable[dict[str, Any]]) -> Path:
