@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from shardwise.rewards import Problem
 from shardwise.rollout.config import Sampling
 from shardwise.search.config import BeamConfig, BestOfNConfig, DvtsConfig, MctsConfig, StepsConfig
-from shardwise.search.driver import Policy, search
+from shardwise.search.driver import Policy, search, total_cost
 from shardwise.search.tree import ROOT, Tree
 from tests.rollout import support
 from tests.rollout.oracle import Oracle
@@ -61,3 +62,22 @@ def test_trees_of_a_model(config: Any) -> None:
             assert (node.reason == "stop") == ended
             assert (node.reason == "step") <= ("\n" in node.text)
         assert tree.nodes[ROOT].token_ids == []
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("accelerate", [False, True], ids=["plain", "native"])
+def test_a_cache_changes_nothing_but_the_cost(config: Any, accelerate: bool) -> None:
+    """Pages that forks share hold what recomputation gives."""
+    engine = support.generator("llama", decode_text=decode, accelerate=accelerate)
+    before = dataclasses.replace(engine.counts)
+    found, expected = grown(engine, config, [0, 1, 2]), grown(oracle(), config, [0, 1, 2])
+    for a, b in zip(found, expected, strict=True):
+        assert [n.token_ids for n in a.nodes] == [n.token_ids for n in b.nodes]
+        assert [n.reason for n in a.nodes] == [n.reason for n in b.nodes]
+        assert (a.answer, a.cost) == (b.answer, b.cost)
+        for n, m in zip(a.nodes, b.nodes):
+            assert n.logprobs == pytest.approx(m.logprobs, abs=2e-5)
+    counts = engine.counts
+    grew = [counts.computed - before.computed, counts.drawn - before.drawn, counts.shared]
+    cost = total_cost(found)
+    assert grew == [cost.computed, cost.drawn, cost.shared]  # each distinct token once

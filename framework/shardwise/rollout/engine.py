@@ -47,8 +47,12 @@ class RolloutEngine(Protocol):
     calls in the same order.
     """
 
-    counts: RolloutCounts
     checksum: str  # of the weights that are served; empty: none yet
+
+    @property
+    def counts(self) -> RolloutCounts:
+        """Since construction."""
+        ...
 
     def update_weights(
         self, weights: Iterable[tuple[str, Tensor]], *, hf_names: bool = True

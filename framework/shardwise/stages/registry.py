@@ -30,6 +30,7 @@ from shardwise.stages.ppo_config import PpoConfig
 from shardwise.stages.pretrain_config import PretrainConfig
 from shardwise.stages.process_reward_config import ProcessRewardConfig
 from shardwise.stages.reward_config import RewardModelConfig
+from shardwise.stages.search_config import LabelStepsConfig, SearchConfig
 from shardwise.stages.sft_config import SftConfig
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ register_stage("dpo", DpoConfig, f"{_HERE}.dpo:DpoStage")
 register_stage("grpo", GrpoConfig, f"{_HERE}.grpo:GrpoStage")
 register_stage("online_dpo", OnlineDpoConfig, f"{_HERE}.online_dpo:OnlineDpoStage")
 register_stage("ppo", PpoConfig, f"{_HERE}.ppo:PpoStage")
+register_job("search", SearchConfig, f"{_HERE}.search:SearchJob")
+register_job("label_steps", LabelStepsConfig, f"{_HERE}.search:LabelStepsJob")
 register_job("filter", FilterConfig, f"{_HERE}.filter_job:FilterJob")
 register_job("repeat", RepeatConfig, f"{_HERE}.until:refuse")
 register_job("until", UntilConfig, f"{_HERE}.until:UntilJob")
