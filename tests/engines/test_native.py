@@ -178,6 +178,20 @@ def overflow(layout: str) -> tuple[float, bool, float]:
     return norm, not same, it.scale.value / old
 
 
+def norm_of_large_gradients(rows: int) -> tuple[float, float]:
+    it = build("dp1", toy.llama(), precision="fp32")
+    weight = torch.nn.Parameter(torch.zeros(rows, 64))
+    weight.grad = torch.rand(rows, 64, generator=torch.Generator().manual_seed(0))
+    it.named.parameters = {"w": weight}
+    return it.named.grad_norm(), float(weight.grad.double().norm())
+
+
+def test_the_norm_of_a_large_gradient_is_exact(ranks: RankPool) -> None:
+    """Summed one by one in fp32, squares of four million elements lose a ten-thousandth."""
+    [(norm, exact)] = ranks.run(norm_of_large_gradients, 1 << 16, world=1)
+    assert norm == pytest.approx(exact, rel=1e-7)
+
+
 def test_ranks_agree_on_an_overflow(ranks: RankPool) -> None:
     for norm, moved, ratio in ranks.run(overflow, "dp2.zero2", world=2):
         assert norm == float("inf")

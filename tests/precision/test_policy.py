@@ -17,6 +17,7 @@ from shardwise.precision.policy import (
     DtypeCheck,
     multiplies_bf16,
     narrowest,
+    narrowest_sum,
     resolve,
 )
 from tests.engines.test_plain import LR, packed, plain, setup
@@ -42,6 +43,19 @@ def test_narrow_numbers_in_wide_memory_are_found() -> None:
     # Numbers that say nothing: too few different ones.
     assert narrowest(torch.ones(100)) == torch.float32
     assert narrowest(torch.zeros(0)) == torch.float32
+
+
+def test_small_sums_are_on_the_grid_of_fp16_whatever_summed_them() -> None:
+    terms = [torch.rand(2, 100, generator=torch.Generator().manual_seed(n)).half() for n in (0, 1)]
+    low, high = (5e-5 * term for term in terms)
+    small = low.float() + high.float()
+    assert narrowest(small) == torch.float16 and narrowest_sum(small) == torch.float32
+    # Larger ones tell.
+    assert narrowest_sum(terms[0].float() + terms[1].float()) == torch.float32
+    assert narrowest_sum((terms[0] + terms[1]).float()) == torch.float16
+    assert narrowest_sum(1e-3 * (terms[0] + terms[1])) == torch.float16
+    mixed = torch.cat([small, (terms[0] + terms[1]).float()])
+    assert narrowest_sum(mixed) == torch.float16
 
 
 def watch(engine: Engine, check: DtypeCheck, rows: int = 2, learnt: int = 4) -> list[str]:

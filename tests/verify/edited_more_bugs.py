@@ -182,8 +182,8 @@ add(
     "a_gradient_that_is_no_number_counts_as_nothing",
     "gradients that are no numbers", "llama pretrain dp2.zero3", "dp|zero", "NaN",
     Edit("engines/named_parameters.py",
-         "(counted, 2.0)).double().square().sum()",
-         "(counted, 2.0)).double().square().sum()\n"
+         "torch.cat(rows).double().square().sum()",
+         "torch.cat(rows).double().square().sum()\n"
          '            if self.mesh.groups["unique"].size() > 1:\n'
          "                local = local.nan_to_num()"),
     changes=SMALL, blind=True, whole=True,

@@ -9,16 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.config.optimizers import AdamWConfig
+from shardwise.config.optimizers import AdamWConfig, LionConfig, SgdConfig
 from shardwise.ops.regions import Region
+from shardwise.verify.bounds import NOISE, bounds, is_rounded_away, like, losses
 from shardwise.verify.compare import (
-    NOISE,
-    bounds,
     compare,
     compare_scales,
-    is_rounded_away,
-    like,
-    losses,
     misdealt,
     origin,
     undeclared,
@@ -247,3 +243,77 @@ def test_what_lies_behind_the_first_wrong_gradient_and_is_in_parts_is_told(tmp_p
     said = origin(exact, [walked(noted(exact, {names[0]: right, gradient: wrong}))])
     assert said.startswith("it begins at the output gradient of update 1 layers.0 sample 0")
     assert said.endswith("; behind it, head cannot be compared")
+
+
+def trained(folder: Path, gradients: dict[str, Tensor], kind: str = "exp_avg") -> Reference:
+    """Two updates with the same gradients, each with what a stage computes before it."""
+    exact: dict[str, Tensor] = {}
+    for update in (1, 2):
+        exact |= {
+            f"values/step {update}": vector(3.0, 4.0),
+            f"extra/critic update {update} sample 0 values": vector(3.0, 4.0),
+            f"learning rate/critic update {update}": vector(3e-4)[0],
+            f"skipped/critic update {update}": vector(0.0)[0],
+        }
+        for name, gradient in gradients.items():
+            where = f"critic update {update} {name}"
+            exact |= {
+                f"gradient/{where}": gradient,
+                f"moment/{where} {kind}": 0.1 * gradient,
+                f"weight/{where}": vector(0.3, 0.4),
+            }
+            if kind == "exp_avg":
+                exact[f"moment/{where} exp_avg_sq"] = 0.05 * gradient.square()
+    return reference(folder, exact)
+
+
+def test_what_a_stage_computes_by_weights_that_may_be_elsewhere(tmp_path: Path) -> None:
+    """A critic's values, which no engine's call is named after."""
+    exact = trained(tmp_path, {"w": vector(1.0, 1e-9)})
+    lost = dict.fromkeys(map(like, exact.order), 1e-7)
+    narrow, wide = (
+        bounds(exact, lost, "fp32"),
+        bounds(exact, lost, "fp32", {"critic": AdamWConfig()}),
+    )
+    for name in ("values/step {}", "extra/critic update {} sample 0 values"):
+        first, second = name.format(1), name.format(2)
+        assert narrow[first] == wide[first] and wide[second] > 10 * narrow[second]
+    exactly = {"critic": AdamWConfig()}
+    assert bounds(exact, None, "fp64", exactly)["values/step 2"] < 1e-8
+
+
+def test_rounding_noise_of_a_gradient_that_is_zero_is_a_fraction_of_all(tmp_path: Path) -> None:
+    """Of which one process loses nothing, where terms that cancel out are rounded alike."""
+    exact = trained(tmp_path, {"w": vector(3.0, 4.0), "bias": vector(1e-18, 0.0)})
+    lost = dict.fromkeys(map(like, exact.order), 0.0)
+    found = bounds(exact, lost, "bf16", {"critic": AdamWConfig()})
+    whole = 5.0 * 2.0**0.5
+    assert found["gradient/critic update 1 bias"] == pytest.approx(whole / 128)
+    assert found["gradient/critic update 1 w"] == pytest.approx(5.0 / 128)
+    assert found["moment/critic update 1 bias exp_avg"] == pytest.approx(0.1 * whole / 128)
+    # Its weight goes anywhere; what is learnt does not see it.
+    assert found["weight/critic update 1 bias"] >= 2 * 3e-4
+    plain = bounds(exact, lost, "bf16")
+    assert found["gradient/critic update 2 w"] < 1.5 * plain["gradient/critic update 2 w"]
+    assert bounds(exact, None, "fp64")["gradient/critic update 1 bias"] < 1e-10
+
+
+def test_gradient_descent_moves_a_weight_by_as_much_as_its_gradient_is_off(tmp_path: Path) -> None:
+    exact = trained(tmp_path, {"w": vector(3.0, 4.0)}, "momentum_buffer")
+    lost = dict.fromkeys(map(like, exact.order), 0.0) | {like("gradient/critic update 1 w"): 0.1}
+    name = "weight/critic update 1 w"
+    config: dict[str, Any] = {"critic": SgdConfig(kind="sgd", momentum=0.0)}
+    more = bounds(exact, lost, "fp32", config)[name] - bounds(exact, lost, "fp32")[name]
+    assert more == pytest.approx(3e-4 * 0.8, rel=1e-2)
+
+
+def test_rows_that_nothing_met_stay_where_they_are(tmp_path: Path) -> None:
+    """The words that no batch has are most of an embedding."""
+    exact = trained(tmp_path, {"w": vector(1.0, 0.0)})
+    lost = dict.fromkeys(map(like, exact.order), 1e-7)
+    name = "weight/critic update 1 w"
+    slack = bounds(exact, lost, "fp32", {"critic": LionConfig(kind="lion")})[name]
+    assert slack == bounds(exact, lost, "fp32")[name]
+    met = trained(tmp_path, {"w": vector(1.0, 1e-9)})
+    slack = bounds(met, lost, "fp32", {"critic": LionConfig(kind="lion")})[name]
+    assert slack == pytest.approx(2 * 3e-4, rel=1e-2)

@@ -14,10 +14,21 @@ from tests.support.pool import RankPool
 from tests.verify.random_cases import PRECISIONS, STAGES, draw
 
 COUNT = 300
+# Flagged once, and the cheapest of what was flagged for the same reason; each day.
+DAILY = {
+    205,  # a norm of gradients, summed in fp32
+    208,  # a norm over cut heads, which rounds where one process does elsewhere
+    239,  # values by weights that Lion may move either way
+    242,  # a gradient that cancels out, of which one process loses nothing
+    252,  # gradients so small that fp16 holds their sums
+}
+CASES = [
+    pytest.param(index, marks=[] if index in DAILY else [pytest.mark.slow])
+    for index in range(COUNT)
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("index", range(COUNT))
+@pytest.mark.parametrize("index", CASES)
 def test_random_layout_is_not_flagged(index: int, ranks: RankPool) -> None:
     case = draw(index)
     verifier = Verifier(case.recipe, ranks, case.whole)

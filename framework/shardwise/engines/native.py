@@ -34,7 +34,7 @@ from shardwise.optim.local import local_step
 from shardwise.parallel import data, pipeline, tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
 from shardwise.precision.loss_scale import DynamicLossScale
-from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
+from shardwise.precision.policy import Found, narrowest, of_terms, precision_of
 
 
 def build(setup: Setup) -> Engine | None:
@@ -427,7 +427,7 @@ class NativeEngine:
         """See `engines.base.Engine`."""
         updated = self.updates > self.skipped  # initial weights may be anything
         kinds = self.optimizer_states() if updated else []
-        of_sum = narrowest if self._terms > 1 else dtype_of
+        of_moment, of_grad = of_terms(self._terms)
         # What stands still may be anything, too.
         parameters = {n: p for n, p in self.named.parameters.items() if p.requires_grad}
         master = self.precision.master
@@ -437,12 +437,12 @@ class NativeEngine:
             "compute": {n: compute or master for n, (compute, _) in chunks.items()},
             "masters": {n: narrowest(p.data) for n, p in parameters.items() if updated},
             "moments": {
-                f"{n} {kind}": of_sum(t)
+                f"{n} {kind}": of_moment(t)
                 for kind in kinds
                 for n, p in parameters.items()  # past `held`, which frees gathered weights
                 if (t := self._pick(kind, p)) is not None and t.is_floating_point()  # no codes
             },
-            "gradients": {n: of_sum(p.grad) for n, p in parameters.items() if p.grad is not None}
+            "gradients": {n: of_grad(p.grad) for n, p in parameters.items() if p.grad is not None}
             | self._seen.get("gradients", {}),
             "reductions": reductions | self._seen.get("reductions", {}),
             "logits": self._seen.get("logits", {}),

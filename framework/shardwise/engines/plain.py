@@ -39,7 +39,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.init import init_weights
 from shardwise.ops import rng
 from shardwise.ops.attention import BRANCH_SHIFT
-from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of
+from shardwise.precision.policy import Found, narrowest, of_terms, precision_of
 
 # Shape suffixes: B sequences, T tokens, n tokens of a document, V vocabulary.
 
@@ -293,18 +293,18 @@ class PlainEngine:
         """See `engines.base.Engine`; one process reduces nothing."""
         updated = self.updates > self.skipped  # initial weights may be anything
         kinds = self.optimizer_states() if updated else []
-        of_sum = narrowest if self.terms > 1 else dtype_of
+        of_moment, of_grad = of_terms(self.terms)
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         return {
             "compute": {"cast": self.precision.compute},
             "masters": {n: narrowest(p.data) for n, p in self.trained.items() if updated},
             "moments": {
-                f"{n} {kind}": of_sum(t)
+                f"{n} {kind}": of_moment(t)
                 for kind in kinds
                 for n, t in self.held(kind)
                 if t.is_floating_point()  # codes are what they are
             },
-            "gradients": {n: of_sum(g) for n, g in grads.items()},
+            "gradients": {n: of_grad(g) for n, g in grads.items()},
             "reductions": {},
             "logits": {"head": self.logits_dtype},
         }

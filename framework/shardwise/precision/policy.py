@@ -8,7 +8,7 @@ Training", section 3.1).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ ROUNDED = {
     "rounds ops/attention_blocks.py _explicit_forward": 1,
     "rounds ops/attention_blocks.py _explicit_backward": 2,
     "sums ops/attention_blocks.py _explicit_backward": 1,
+    # What a norm returns, over heads that are cut.
+    "rounds parallel/norms.py HeadsNorm.forward": 1,
     # Weights that compute; the gradient of wide logits.
     "rounds parallel/mixed_precision.py ComputeCopies.copies": 1,
     "rounds ops/linear.py _Linear.backward": 1,
@@ -113,6 +115,27 @@ def narrowest(tensor: Tensor) -> torch.dtype:
         if narrow.itemsize < x.dtype.itemsize and torch.equal(x.to(narrow).to(x.dtype), x):
             return narrow if x.unique().numel() >= 16 else x.dtype
     return x.dtype
+
+
+def narrowest_sum(tensor: Tensor) -> torch.dtype:
+    """`narrowest` of a sum of 16-bit terms: a gradient, over micro-batches.
+
+    All of fp16 are multiples of 2^-24, and it has all of those up to 2^-13. So far its sums are its
+    own, in whatever they were summed: those elements tell nothing.
+    """
+    x = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    dtype = narrowest(x)
+    if dtype == torch.float16:
+        return narrowest(x.where(x.abs() > 2.0**-13, 0))
+    return dtype
+
+
+def of_terms(terms: int) -> tuple[Callable[[Tensor], torch.dtype], ...]:
+    """What tells the dtypes of moments and of gradients that were summed of so many terms.
+
+    A sum of one term is as narrow as the term.
+    """
+    return (narrowest, narrowest_sum) if terms > 1 else (dtype_of, dtype_of)
 
 
 class DtypeCheck:

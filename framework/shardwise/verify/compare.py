@@ -1,9 +1,8 @@
-"""Derived tolerance (design decision 4): how far two computations of the same thing may differ."""
+"""What a layout found against one process: differences, and which of them are bugs."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,57 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardwise.config.optimizers import OptimizerConfig
 from shardwise.ops.regions import Region
+from shardwise.verify.bounds import EXACT_BOUND, NOISE, ROUNDING_FACTOR, kind_of
 from shardwise.verify.notes import Noted, Reference
 from shardwise.verify.roundings import undeclared_lines
-from shardwise.verify.undecided import UPDATE, undecided
 from shardwise.verify.walk import Walked
-
-EXACT_BOUND = 1e-9  # of a tensor's norm, in fp64
-ROUNDING_FACTOR = 8.0  # times what one process loses in the same precision
-# Rollouts are served in fp32 at most, and not by the model itself, which the reference is.
-SERVED_BOUND = 64.0 * 2.0**-23
-# A tensor whose true value is zero (the gradient of a key's bias, to which a softmax is blind) is
-# rounding noise of its kind's scale: below this fraction of the norm of all tensors of the kind,
-# nothing is compared.
-NOISE = 1e-12
-EPSILON = {
-    "fp64": 2.0**-52,
-    "fp32": 2.0**-23,
-    "bf16": 2.0**-7,
-    "fp16": 2.0**-10,
-}
-# What weights that went another way move.
-MOVED = ("gradient", "clip norm", "moment")
-# Equal to the last bit in every precision: nothing is computed on the way.
-EXACT = frozenset(("rollout", "question", "sample", "learning rate", "skipped", "moved", "event"))
-# Rounding differently, two layouts may see amaxes that differ by a rounding, one element more or
-# less that underflows, and another of two equally likely tokens: those are for fp64 to compare.
-ROUNDED_AWAY = frozenset(
-    (
-        "sentinel",
-        "event",
-        "external",
-        "stored rollout",
-        "sent weights",
-        "resumed weight",
-        "resumed moment",
-        "resumed number",
-        "state",
-        "generated tokens",
-        "generated logprobs",
-        "evaluation",
-    )
-)
-
-# Figures that count elements beyond a threshold, which rounding moves one across.
-COUNTED = ("_fraction", "accuracy", "calibration_error")
-
-
-def is_rounded_away(name: str) -> bool:
-    """Whether only fp64 can tell: see `ROUNDED_AWAY` and `COUNTED`."""
-    return kind_of(name) in ROUNDED_AWAY or name.endswith(COUNTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,135 +35,6 @@ class Difference:
     def is_bug(self) -> bool:
         """Whether rounding cannot explain it."""
         return not self.ratio <= 1.0  # NaN is a bug too
-
-
-def kind_of(name: str) -> str:
-    """The kind of a noted value: what stands before the first slash."""
-    return name.partition("/")[0]
-
-
-def like(name: str) -> str:
-    """A value's name without its numbers."""
-    return re.sub(r"\d+", "#", name)
-
-
-def losses(found: Mapping[str, Sequence[Noted]]) -> dict[str, float]:
-    """How far one process in a working precision is from fp64: the largest gap among like values.
-
-    How much it loses of a value is one draw, by luck nothing at all; alike are values whose names
-    differ in numbers alone (of updates, of layers).
-    """
-    lost: dict[str, float] = {}
-    for name, parts in found.items():
-        gap = math.sqrt(sum(p.square for p in parts))
-        lost[like(name)] = max(gap, lost.get(like(name), 0.0))
-    return lost
-
-
-def bounds(
-    reference: Reference,
-    lost: Mapping[str, float] | None,
-    precision: str,
-    optimizers: Mapping[str, OptimizerConfig] | None = None,
-) -> dict[str, float]:
-    """For every value, how far (2-norm) a layout in ``precision`` may be from the reference (fp64).
-
-    ``lost`` (`losses`) is what one process loses in that precision; None for fp64.
-    ``optimizers``: by role ("" where there is one model).
-    """
-    exact, norms = reference.values, reference.norms
-    scale: dict[str, float] = {}
-    for name, norm in norms.items():
-        scale[kind_of(name)] = math.hypot(scale.get(kind_of(name), 0.0), norm)
-    scale["loss"] = max(1.0, scale.get("loss", 0.0))
-    found = {}
-    for name, norm in norms.items():
-        kind, floor = kind_of(name), NOISE * scale[kind_of(name)]
-        if kind in EXACT:
-            found[name] = 0.0
-        elif kind in ("initial", "loaded", "generated tokens"):
-            # Rounded from the same numbers by every layout alike.
-            found[name] = 0.0 if lost is None else lost[like(name)] * (1 + 1e-6)
-        elif lost is None:
-            served = kind in ("external", "generated logprobs")
-            found[name] = (SERVED_BOUND if served else EXACT_BOUND) * norm + floor
-        else:
-            rounding = ROUNDING_FACTOR * lost.get(like(name), 0.0)
-            # A single number may lose nothing by luck, however often it is drawn.
-            least = EPSILON[precision] * (1.0 if exact[name].dim() else ROUNDING_FACTOR)
-            # Terms of about one may cancel out: a policy's loss where no ratio has moved.
-            whole = max(norm, 1.0 / ROUNDING_FACTOR) if kind == "loss" else norm
-            found[name] = max(rounding, least * whole) + floor
-    if optimizers:
-        _widen(reference, found, optimizers)
-    for name in found:
-        if kind_of(name) == "logged" and lost is not None:
-            found[name] = max(found[name], *_parts_of(name, found), 0.0)
-    return found
-
-
-_LATER = re.compile(r"(?:forward pass|logged)/(?:(\w+) )?step (?!1 )")
-
-
-def _widen(
-    reference: Reference, found: dict[str, float], optimizers: Mapping[str, OptimizerConfig]
-) -> None:
-    """Add to bounds, in place, what rounding decides of the weights, see `undecided`.
-
-    Weights that went another way are in the next update's figures, gradients and moments: by no
-    larger a share of those than the weights are apart.
-    """
-    of_update: dict[tuple[str, int], dict[str, list[str]]] = {}
-    for name in reference.values:
-        kind, _, what = name.partition("/")
-        if match := UPDATE.fullmatch(f"{what} "):
-            kinds = of_update.setdefault((match.group(1) or "", int(match.group(2))), {})
-            kinds.setdefault(kind, []).append(name)
-    shares: dict[tuple[str, int], float] = {}
-    before: dict[str, float] = {}  # of an adapter: one factor's gradient is as large as the other
-    for (role, update), kinds in sorted(of_update.items()):
-        share = shares.get((role, update - 1), 0.0)
-        for name in itertools.chain(*(kinds.get(k, ()) for k in MOVED)):
-            own = before.get(f"{role} {update - 1} {_adapter_of(name)}", 0.0)
-            found[name] += max(share, own) * reference.norms[name]
-        # A figure may cancel out: that of all scores, to which a ranking is blind.
-        figures = kinds.get("metric", ())
-        whole = math.hypot(*(reference.norms[name] for name in figures))
-        for name in figures:
-            found[name] += share * whole
-        apart, whole = 0.0, 0.0
-        for name in kinds.get("weight", ()):
-            adapter, norm = f"{role} {update} {_adapter_of(name)}", reference.norms[name]
-            what = name.partition("/")[2]
-            slack = undecided(what, reference.values, found, optimizers)
-            found[name] += slack
-            if (z := f"moment/{what} z") in found:  # which the weight is an average of
-                found[z] += slack
-            if _adapter_of(name) and norm:
-                before[adapter] = max(before.get(adapter, 0.0), min(1.0, slack / norm))
-            apart, whole = math.hypot(apart, slack), math.hypot(whole, norm)
-        shares[role, update] = min(1.0, apart / whole) if whole else 0.0
-    for name in reference.values:
-        if match := _LATER.match(name):
-            of_role = (share for (role, _), share in shares.items() if role == (match[1] or ""))
-            found[name] += max(of_role, default=0.0) * reference.norms[name]
-
-
-def _adapter_of(name: str) -> str:
-    """The module whose adapter has this parameter; "" for others."""
-    path, mark, _ = name.partition(".adapter.")
-    return path.rpartition(" ")[2] if mark else ""
-
-
-def _parts_of(name: str, found: Mapping[str, float]) -> list[float]:
-    """Bounds of the figures of updates that a logged one is a mean of."""
-    figure = name.rpartition(" ")[2]
-    kind = {"loss": "loss", "grad_norm": "clip norm"}.get(figure)
-    return [
-        bound
-        for other, bound in found.items()
-        if kind_of(other) == kind or (kind_of(other) == "metric" and other.endswith(f" {figure}"))
-    ]
 
 
 def compare(

@@ -1,6 +1,7 @@
 """What an engine sends to what serves rollouts must be what it holds now, to the bit.
 
-Below fp64 no bound tells weights of an update ago, or rounded ones, from those of now.
+Below fp64 no bound tells weights of an update ago, or rounded ones, from those of now; nor does one
+in fp64 where an optimizer takes signs, of noise too.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable
 
 from shardwise.parallel.layout import parse_layout
-from shardwise.verify.compare import Difference, like
+from shardwise.verify.bounds import like
+from shardwise.verify.compare import Difference
 from shardwise.verify.pool import RankError
 from shardwise.verify.roles import parts_of, world_of
 from shardwise.verify.walk import Walked

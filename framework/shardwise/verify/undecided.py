@@ -19,6 +19,7 @@ from shardwise.config.optimizers import (
     MomentsConfig,
     OptimizerConfig,
     ScheduleFreeConfig,
+    SgdConfig,
 )
 
 UPDATE = re.compile(r"(?:(\w+) )?update (\d+) (.*)")
@@ -28,12 +29,17 @@ FURTHEST = 2.0  # of a move, where rounding decides its direction
 
 
 def undecided(
-    what: str, exact: Values, limits: Limits, optimizers: Mapping[str, OptimizerConfig]
+    what: str,
+    exact: Values,
+    limits: Limits,
+    optimizers: Mapping[str, OptimizerConfig],
+    blind: bool = False,
 ) -> float:
     """2-norm of how far a weight may be apart: over its updates, the sum of how far each may lead.
 
     An error d of the first moment moves an element by lr * d / sqrt(v), and where d is as large
-    as the moment itself, by at most twice the furthest move.
+    as the moment itself, by at most twice the furthest move. An element that nothing has met (a
+    word's row) is not moved, unless zeros are what terms came to: ``blind``.
     """
     match = UPDATE.fullmatch(what)
     assert match is not None
@@ -50,6 +56,10 @@ def undecided(
         moved = _moved(f"{label}update {{}} {name}", update, steps, exact, limits, optimizers[role])
         if moved is None:
             return 0.0
+        gradient = exact.get(f"gradient/{where} {name}")
+        if gradient is not None and not blind:
+            first = exact.get(f"moment/{where} {name} exp_avg", gradient)
+            moved = moved.masked_fill((gradient == 0) & (first == 0), 0.0)
         move = lr * moved.clamp(max=FURTHEST)
         total = move if total is None else total + move
     return 0.0 if total is None else float(total.norm())
@@ -82,6 +92,11 @@ def _moved(
     if isinstance(config, MomentsConfig) and m is not None and v is not None:
         root = (v / (1 - config.beta2**steps)).sqrt() + config.eps
         return error(moment, m) / (1 - config.beta1**steps) / root
+    if isinstance(config, SgdConfig) and gradient in limits:
+        momentum = f"moment/{what.format(update)} momentum_buffer"
+        moved = limits[gradient] + limits.get(momentum, 0.0)
+        weight = exact[f"weight/{what.format(update)}"]
+        return torch.full_like(weight, moved / math.sqrt(max(1, weight.numel())))
     if isinstance(config, FactoredConfig):
         return _factored(what, update, exact, limits, config)
     return None

@@ -23,15 +23,12 @@ from shardwise.config.schema import OptimizerConfig, StageConfig
 from shardwise.errors import UserError
 from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_stage, prepare_tokenizer, with_vocabulary
+from shardwise.verify.bounds import bounds, is_rounded_away, kind_of, losses
 from shardwise.verify.compare import (
     Difference,
-    bounds,
     compare,
     compare_scales,
     disagreements,
-    is_rounded_away,
-    kind_of,
-    losses,
     misdealt,
     origin,
     problems,

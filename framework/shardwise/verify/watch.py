@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwise.adapters.targets import is_adapter
 from shardwise.checkpoint.adapted import initial_tensors
-from shardwise.config.optimizers import OptimizerConfig
+from shardwise.config.optimizers import LionConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled
 from shardwise.errors import CheckFailed
@@ -418,7 +418,8 @@ class WatchedContext(StageContext):
             and not getattr(config, "compile", False)
         )
         watched.narrow = plain and precision.compute.itemsize == 2
-        watched.sends_bits = plain and precision.compute.itemsize < 8
+        goes_anywhere = isinstance(optimizer, LionConfig)  # where signs are of noise, in fp64 too
+        watched.sends_bits = plain and (precision.compute.itemsize < 8 or goes_anywhere)
         watched.model = self.model_of(role)
         watched.ends_extreme = self.asks_again and config.fp8 is None  # else tokens share scales
         if not self.resumed:

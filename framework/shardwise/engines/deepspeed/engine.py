@@ -50,7 +50,7 @@ from shardwise.parallel import blocks, tensor
 from shardwise.parallel.context import ContextAttention
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.mesh import Mesh, place_mesh
-from shardwise.precision.policy import Found, dtype_of, narrowest, precision_of, resolve
+from shardwise.precision.policy import Found, narrowest, of_terms, precision_of, resolve
 
 
 def build(setup: Setup) -> Engine | None:
@@ -460,7 +460,7 @@ class DeepSpeedEngine:
     def dtypes(self) -> Found:
         """See `engines.base.Engine`."""
         updated = self.updates > self.skipped
-        of_sum = narrowest if self._terms > 1 else dtype_of
+        of_moment, of_grad = of_terms(self._terms)
         names, master = self.fragments, self.precision.master
         weights = {n: local_tensor(t) for n, t in self.held("weights") if n in names}
         grads = {n: local_tensor(t) for n, t in self.held("grads")}
@@ -473,8 +473,8 @@ class DeepSpeedEngine:
         return {
             "compute": {n: p.dtype for n, p in self.parameters.items()},
             "masters": {n: narrowest(t) for n, t in weights.items() if updated and len(t)},
-            "moments": {n: of_sum(t) for n, t in moments.items() if len(t)},
-            "gradients": {n: of_sum(t) for n, t in grads.items() if len(t)},
+            "moments": {n: of_moment(t) for n, t in moments.items() if len(t)},
+            "gradients": {n: of_grad(t) for n, t in grads.items() if len(t)},
             "reductions": {"communication_data_type": sent},
             "logits": {"head": self._logits_dtype},
         }
