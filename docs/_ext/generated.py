@@ -30,6 +30,7 @@ PAGES = {
     "stages.optimizer": "optimizer",
     "stages.adapter": "adapter",
     "evaluations": "evaluations",
+    "callbacks": "callbacks",
 }
 
 

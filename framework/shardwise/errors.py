@@ -21,7 +21,9 @@ EXIT_CODES: dict[str, str] = {
     str(int(ExitCode.DONE)): "done",
     str(int(ExitCode.FAILED)): "a check failed, or training broke",
     str(int(ExitCode.USAGE)): "bad usage, config or data: the message says what to mend",
-    str(int(ExitCode.DIVERGED)): "diverged: gradients stayed non-finite",
+    str(
+        int(ExitCode.DIVERGED)
+    ): "diverged: gradients stayed non-finite, or a metric is out of bounds",
     str(int(ExitCode.MOSTLY_SKIPPED)): "a stage ended, but most of its updates were skipped",
     str(int(ExitCode.BUG)): "a bug in shardwise",
     str(int(ExitCode.REQUEUE)): "stopped by a signal and saved: run the same command again",
@@ -52,6 +54,12 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Input data that cannot be read; the message names the file and the offset."""
+
+
+class DivergedError(ShardwiseError):
+    """Training went where it must not; the weights are those of the last good update."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class CheckpointError(ShardwiseError):

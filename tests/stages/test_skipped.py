@@ -11,7 +11,7 @@ import pytest
 
 from shardwise import checkpoint
 from shardwise.engines.native import NativeEngine
-from shardwise.stages.loop import DivergedError
+from shardwise.errors import DivergedError
 from shardwise.stages.skipped import SkippedError, counted, too_many
 from tests.stages.recipes import metrics, overflowing, recipe, run, weights
 from tests.support.pool import RankPool

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from shardwise.config import registry
 from shardwise.config.adapters import AdapterConfig
+from shardwise.config.callbacks import CallbackConfig
 from shardwise.config.optimizers import OptimizerConfig
 from shardwise.config.schema import (
     EngineConfig,
@@ -39,6 +40,7 @@ REGISTERED: dict[Any, tuple[str, Mapping[str, Any], str | None]] = {
     EngineConfig: ("kind", registry.ENGINE_CONFIGS, registry.DEFAULT_ENGINE),
     OptimizerConfig: ("kind", registry.OPTIMIZER_CONFIGS, registry.DEFAULT_OPTIMIZER),
     JobConfig: ("kind", registry.STAGE_CONFIGS, None),
+    CallbackConfig: ("kind", registry.CALLBACK_CONFIGS, None),
     EvaluationConfig: ("kind", registry.EVALUATION_CONFIGS, None),
 }
 _BOUNDS = {

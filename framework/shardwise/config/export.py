@@ -73,6 +73,7 @@ def json_schema() -> dict[str, Any]:
         "optimizer": registry.OPTIMIZER_CONFIGS,
         "stages": registry.STAGE_CONFIGS,
         "evaluations": registry.EVALUATION_CONFIGS,
+        "callbacks": registry.CALLBACK_CONFIGS,
     }
     classes = [RunConfig, *(cls for table in tables.values() for cls in table.values())]
     refs, schema = models_json_schema(

@@ -24,6 +24,7 @@ OPTIMIZER_CONFIGS: Table = {}
 ADAPTER_CONFIGS: Table = {}
 STAGE_CONFIGS: Table = {}  # those of jobs that train nothing, too
 EVALUATION_CONFIGS: Table = {}
+CALLBACK_CONFIGS: Table = {}
 
 # Who registers, by name: this room imports none of them. They import no torch.
 PROVIDERS = (
@@ -36,6 +37,7 @@ PROVIDERS = (
 )
 ENTRY_POINTS = (
     "shardwise.adapters",
+    "shardwise.callbacks",
     "shardwise.engines",
     "shardwise.optimizers",
     "shardwise.stages",
@@ -72,6 +74,11 @@ def register_stage_config(kind: str, cls: type[BaseModel]) -> None:
 def register_evaluation_config(kind: str, cls: type[BaseModel]) -> None:
     """Make ``evaluations[i].kind: <kind>`` validate against ``cls``."""
     EVALUATION_CONFIGS[kind] = cls
+
+
+def register_callback_config(kind: str, cls: type[BaseModel]) -> None:
+    """Make ``callbacks[i].kind: <kind>`` validate against ``cls``."""
+    CALLBACK_CONFIGS[kind] = cls
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from pydantic import (
 
 from shardwise.config import registry
 from shardwise.config.artifacts import artifacts_of
+from shardwise.config.callbacks import AnyCallback
 from shardwise.config.names import RUN_FOLDER, RUN_NAME, shown_as
 from shardwise.config.schema import (
     AnyEngine,
@@ -110,6 +111,10 @@ class RunConfig(Section):
         Field(default=[], description="measured on the model after each stage")
     )
 
+    callbacks: list[AnyCallback] = Field(
+        default=[], description="what else happens around the steps of stages"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _stages_inherit_engine(cls, data: Any) -> Any:
@@ -120,6 +125,7 @@ class RunConfig(Section):
         lists: dict[str, list[str]] = {
             "stages": [s.name for s in self.stages],
             "evaluations": [e.name for e in self.evaluations],
+            "callbacks": [c.name for c in self.callbacks],
         }
         for what, names in lists.items():
             double = sorted({n for n in names if names.count(n) > 1})
@@ -136,10 +142,12 @@ class RunConfig(Section):
                 self._check_artifact(i, key, reader)
         if self.evaluate_start and self.init_from is None:
             raise ValueError("evaluate_start measures what init_from holds, and there is none")
-        for e in self.evaluations:
-            if unknown := sorted(set(e.stages) - set(lists["stages"])):
+        said = [("evaluation", e.name, e.stages) for e in self.evaluations]
+        said += [("callback", c.name, c.stages) for c in self.callbacks]
+        for what, name, stages in said:
+            if unknown := sorted(set(stages) - set(lists["stages"])):
                 raise ValueError(
-                    f"evaluation {e.name} names the stages {', '.join(unknown)}; "
+                    f"{what} {name} names the stages {', '.join(unknown)}; "
                     f"there are {', '.join(lists['stages'])}"
                 )
         return self

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,28 +17,21 @@ from shardwise.checkpoint import adapted
 from shardwise.checkpoint.ranks import Ranks
 from shardwise.config.export import resolved_yaml
 from shardwise.engines.base import State
-from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
-from shardwise.metrics.declared import by_name
+from shardwise.errors import CheckpointError, DivergedError
 from shardwise.metrics.flops import FlopsShape, training_flops_per_token
-from shardwise.metrics.meters import Throughput, memory_metrics
+from shardwise.metrics.meters import Throughput
 from shardwise.metrics.progress import Progress
 from shardwise.optim.schedules import lr_factor
 from shardwise.resilience.gate import Gate, Point
 from shardwise.stages.base import Stage, StageContext, checkpoint_root
+from shardwise.stages.callbacks import Callback, Figures, Log, Meters, Show, SkipGuard
 from shardwise.stages.lineage import Lineage, check_lineage
+from shardwise.stages.registry import build_callbacks
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER
 from shardwise.stages.trace import TRACED_STEP, trace_step
 
 # Tensors that nothing but an optimizer's step changes.
 _UPDATED_ONLY = ("model.", "optim.")
-# Updates in a row whose gradients were not finite before the run gives up.
-MAX_SKIPPED = 10
-
-
-class DivergedError(ShardwiseError):
-    """Gradients stayed non-finite; the weights are those of the last good update."""
-
-    exit_code = ExitCode.DIVERGED
 
 
 def last_good(root: Path) -> str:
@@ -81,18 +73,42 @@ class Loop:
         self.saver = later(self.root) if behind else None
         self.seconds = 0.0
         self.tokens = 0.0
-        self.skipped = 0
+        self.elapsed, self.steady = 0.0, False  # of the last step; whether it tells of the speed
         self.files = checkpoint_files(ctx)  # once: whoever removes the folder later harms nothing
-        # What the end of a stage is told by, besides its evaluations: the newest values.
-        self.figures: dict[str, float] = {}
-        self.told = [m.name for m in by_name(self.config.metrics()).values() if m.figure]
+        self.newest = Figures(ctx)
+        self.callbacks: list[Callback] = [
+            *(SkipGuard(), Meters(self.meter), self.newest, Log(), Show(progress)),
+            *build_callbacks(ctx),
+        ]
         # Groups are made by all ranks at once, so not when a signal comes.
         self.ranks = Ranks.of(None, background=True)
         self.sent = self.saved = -1  # the steps last given to the saver, and last made durable
         self.pending = False  # what is gone on from was not validated yet
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the end of the stage is told by, besides its evaluations: the newest values."""
+        return self.newest.values
+
+    def last_good(self) -> str:
+        """See `last_good`, of this stage."""
+        return last_good(self.root)
+
+    def tell(self, done: int, kind: str, text: str) -> None:
+        """Something happened at a step: every callback hears of it."""
+        for callback in self.callbacks:
+            callback.event(self, done, kind, text)
+
     def run(self) -> Path:
         """Train to the end; returns the last checkpoint."""
+        try:
+            return self._run()
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.error(self, error)
+            raise
+
+    def _run(self) -> Path:
         has_adapter = self.config.adapter is not None
         if has_adapter:  # a checkpoint holds the adapter alone
             self.ctx.load_initial_weights(self.stage.engine)
@@ -106,10 +122,14 @@ class Loop:
         else:
             self.ctx.logger.rewind(self.config.name, start)
         self.gate.stage(start, self._point(start, durable=True, pending=self.pending))
+        for callback in self.callbacks:
+            callback.start(self, start)
         if self.pending:
             self._conclude(start, {})
         for step in range(start, self.config.steps):
             self.gate.step()
+            for callback in self.callbacks:
+                callback.before_step(self, step)
             began = time.perf_counter()
             metrics = self._train_step(step)
             elapsed = time.perf_counter() - began
@@ -118,6 +138,8 @@ class Loop:
         if self.saver:
             with self._only_finite():
                 self.saver.close()
+        for callback in self.callbacks:
+            callback.end(self)
         newest = checkpoint.latest(self.root)
         assert newest is not None
         return newest
@@ -130,44 +152,23 @@ class Loop:
                 metrics = {"lr": lr} | self.stage.train_step(step, lr)
         finally:  # also what ends the run
             for kind, text in (*self.stage.engine.events(), *self.stage.events()):
-                self.ctx.logger.event(self.config.name, step + 1, kind, text)
-                self.progress.message(f"step {step + 1}: {text}")
-        if math.isfinite(metrics.get("grad_norm", 0.0)):
-            self.skipped = 0
-        else:
-            self.skipped += 1
-            self.ctx.logger.event(
-                self.config.name, step + 1, "skipped", "non-finite gradients; weights kept"
-            )
-        if self.skipped >= MAX_SKIPPED:
-            raise DivergedError(
-                f"stage {self.config.name}: {MAX_SKIPPED} updates in a row had non-finite "
-                f"gradients (last step {step + 1}); lower optimizer.lr, or look at the samples "
-                f"of these steps; {last_good(self.root)}"
-            )
+                self.tell(step + 1, kind, text)
         return metrics
 
     def _traced(self, step: int) -> bool:
         """Whether this is the step that the profiler watches."""
         return self.ctx.run.logging.trace and step == min(TRACED_STEP, self.config.steps - 1)
 
-    def _keep(self, metrics: dict[str, float]) -> None:
-        found = {k: metrics[k] for k in self.told if math.isfinite(metrics.get(k, math.nan))}
-        self.figures |= found
-
     def _after_step(
         self, done: int, metrics: dict[str, float], elapsed: float, steady: bool
     ) -> None:
-        """Log, validate and save, as the config asks; ``done`` steps are complete."""
-        name, last = self.config.name, done == self.config.steps
+        """Tell of it, validate and save, as the config asks; ``done`` steps are complete."""
+        last = done == self.config.steps
         self.seconds += elapsed
         self.tokens += metrics.get("tokens", 0.0)
-        if steady:
-            metrics |= self.meter.update(int(metrics.get("tokens", 0)), elapsed)
-        metrics |= memory_metrics(self.ctx.device) | {"step_seconds": elapsed}
-        self._keep(metrics)
-        self.ctx.logger.log(name, done, metrics, force=last)
-        self.progress.update(name, done, metrics)
+        self.elapsed, self.steady = elapsed, steady
+        for callback in self.callbacks:
+            callback.after_step(self, done, metrics)
         due = last or any(
             _due(done, every)
             for every in (self.config.validation.every, self.config.checkpoint.every)
@@ -178,16 +179,14 @@ class Loop:
 
     def _conclude(self, done: int, metrics: dict[str, float]) -> None:
         """Validate and save where it is due. What is cut before is done by whoever goes on."""
-        name, last = self.config.name, done == self.config.steps
+        last = done == self.config.steps
         validated: dict[str, float] = {}
         if last or not done or _due(done, self.config.validation.every):
             self.gate.validating()
             validated = self.stage.validate()
         with self.gate.concluding(lambda: self._point(done, durable=self.saved == done)):
-            if validated:
-                self._keep(validated)
-                self.ctx.logger.log(name, done, validated, "validation")
-                self.progress.update(name, done, metrics | validated)
+            for callback in self.callbacks if validated else ():
+                callback.after_validation(self, done, validated, metrics)
             if last or _due(done, self.config.checkpoint.every):
                 self._save(done, validated)
 
@@ -251,6 +250,8 @@ class Loop:
                     options |= {"keep": self.config.checkpoint.keep, "lower_is_better": self.lower}
                     checkpoint.save(self.root, done, state.tensors, meta, files, **options)
                     self.saved = done
+            for callback in self.callbacks:
+                callback.after_checkpoint(self, done)
         except CheckpointError as error:
             # A full disk must not cost the run: the previous checkpoint is intact. All ranks fail
             # alike. Only the last one has to succeed.
@@ -290,7 +291,7 @@ class Loop:
         self.seconds, self.tokens = meta["seconds"], meta["tokens"]
         # The stage's own speed is over all its steady steps, whoever ran them.
         self.meter.num_tokens, self.meter.seconds = meta.get("steady", [0, 0.0])
-        self.figures = meta.get("figures", {})
+        self.newest.values = meta.get("figures", {})
         if found.path != newest:
             words = f"{newest} cannot be used; went back to {found.path.name}"
             self.ctx.logger.note("fell_back", words, self.config.name, found.step)

@@ -11,7 +11,12 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from shardwise.config.registry import register_evaluation_config, register_stage_config
+from shardwise.config.callbacks import CallbackConfig, StopWhenConfig
+from shardwise.config.registry import (
+    register_callback_config,
+    register_evaluation_config,
+    register_stage_config,
+)
 from shardwise.config.repeat import RepeatConfig, UntilConfig
 from shardwise.config.schema import EvaluationConfig, JobConfig, StageConfig
 from shardwise.stages.distill_config import DistillConfig
@@ -36,14 +41,17 @@ from shardwise.stages.sft_config import SftConfig
 if TYPE_CHECKING:
     from shardwise.engines.base import Engine
     from shardwise.stages.base import Stage, StageContext
+    from shardwise.stages.callbacks import Callback
     from shardwise.stages.jobs import Job
 
     Build = Callable[[StageContext], Stage]
     BuildJob = Callable[[StageContext], Job]
+    BuildCallback = Callable[[Any], Callback]
     Evaluate = Callable[[Any, StageContext, Engine], dict[str, Any]]
 
 _STAGES: dict[str, Build | str] = {}
 _JOBS: dict[str, BuildJob | str] = {}
+_CALLBACKS: dict[str, BuildCallback | str] = {}
 _EVALUATIONS: dict[str, Evaluate | str] = {}
 
 
@@ -65,6 +73,19 @@ def register_evaluation(
     """Make ``evaluations[i].kind: <kind>`` known: ``evaluate(config, ctx, engine)``."""
     register_evaluation_config(kind, config)
     _EVALUATIONS[kind] = evaluate
+
+
+def register_callback(kind: str, config: type[CallbackConfig], build: BuildCallback | str) -> None:
+    """Make ``callbacks[i].kind: <kind>`` known: its config class, and what builds it."""
+    register_callback_config(kind, config)
+    _CALLBACKS[kind] = build
+
+
+def build_callbacks(ctx: StageContext) -> list[Callback]:
+    """Those that the run has for the stage of a context, in order."""
+    name = ctx.stage.name
+    configs = [c for c in ctx.run.callbacks if not c.stages or name in c.stages]
+    return [_found(_CALLBACKS[config.kind])(config) for config in configs]
 
 
 def build_stage(ctx: StageContext) -> Stage:
@@ -108,6 +129,7 @@ register_job("label_steps", LabelStepsConfig, f"{_HERE}.search:LabelStepsJob")
 register_job("filter", FilterConfig, f"{_HERE}.filter_job:FilterJob")
 register_job("repeat", RepeatConfig, f"{_HERE}.until:refuse")
 register_job("until", UntilConfig, f"{_HERE}.until:UntilJob")
+register_callback("stop_when", StopWhenConfig, f"{_HERE}.callbacks:StopWhen")
 register_evaluation("bits_per_byte", BitsConfig, f"{_HERE}.bits:evaluate")
 register_evaluation("problems", ProblemsConfig, f"{_HERE}.accuracy:evaluate")
 register_evaluation("multiple_choice", MultipleChoiceConfig, f"{_HERE}.multiple_choice:evaluate")
