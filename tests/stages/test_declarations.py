@@ -12,6 +12,7 @@ import pytest
 from shardwise import checkpoint
 from shardwise.config import registry
 from shardwise.config.metrics import VAL_LOSS, Metric
+from shardwise.config.schema import StageConfig
 from shardwise.metrics import declared
 from shardwise.stages.pretrain import PretrainStage
 from shardwise.stages.pretrain_config import PretrainConfig
@@ -74,6 +75,9 @@ def test_declarations_name_what_there_is(kind: str) -> None:
             named |= {*rule.curves.values(), rule.unless} - {""}
         assert named <= {*known, *unlisted}, metric.name
     best = registry.STAGE_CONFIGS[kind].best()
+    if not issubclass(registry.STAGE_CONFIGS[kind], StageConfig):
+        assert best is None, "a job has no model to choose"
+        return
     assert best.better and known[best.name].better == best.better
 
 

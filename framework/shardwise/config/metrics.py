@@ -196,6 +196,14 @@ class Logs:
         """In the order of a line of progress; a later one of the same name takes its place."""
         return ()
 
+    @classmethod
+    def best(cls) -> Metric | None:
+        """The metric, one of `metrics` with a direction, that says which of two models is better.
+
+        Where `Stage.validate` gives it, the best checkpoint is chosen by it.
+        """
+        return None
+
 
 class StageLogs(Logs):
     """The same of a stage."""
@@ -207,8 +215,5 @@ class StageLogs(Logs):
 
     @classmethod
     def best(cls) -> Metric | None:
-        """The metric, one of `metrics` with a direction, that says which of two models is better.
-
-        Where `Stage.validate` gives it, the best checkpoint is chosen by it.
-        """
+        """See `Logs.best`."""
         return VAL_LOSS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shardwise.config.callbacks import StopWhenConfig
 from shardwise.errors import DivergedError
@@ -19,11 +19,31 @@ from shardwise.metrics.progress import Progress
 
 if TYPE_CHECKING:
     from shardwise.stages.base import StageContext
-    from shardwise.stages.loop import Loop
 
 Metrics = Mapping[str, float]
 # Updates in a row whose gradients were not finite before the run gives up.
 MAX_SKIPPED = 10
+
+
+class Loop(Protocol):
+    """What a callback is given of the loop (`stages.loop.Loop`).
+
+    ``elapsed``: seconds of the newest step; ``steady``: whether they tell of the speed (not of
+    the compiler, or the profiler).
+    """
+
+    ctx: StageContext
+    config: Any  # of the stage
+    elapsed: float
+    steady: bool
+
+    def tell(self, done: int, kind: str, text: str) -> None:
+        """Let every callback, and the log, hear of something."""
+        ...
+
+    def last_good(self) -> str:
+        """Which checkpoint a run that breaks can go on from, in words."""
+        ...
 
 
 class Callback:
