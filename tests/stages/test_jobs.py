@@ -11,7 +11,7 @@ import pytest
 from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from tests.stages import toy_job
-from tests.stages.recipes import recipe
+from tests.stages.recipes import TASK, recipe
 from tests.stages.toy_job import known, rows_written, run, run_and_die, toy
 from tests.support.pool import RankError, RankPool
 
@@ -152,6 +152,22 @@ def test_a_reference_survives_the_resolved_recipe(tmp_path: Path) -> None:
         run = load_config(fed(tmp_path / "run")).config
         assert "from: toy.texts" in resolved_yaml(run)
         assert load_config(run.model_dump(mode="json")).config == run
+
+
+def test_a_job_starts_from_a_checkpoint_of_another_run(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(run, recipe(tmp_path / "first", "pretrain"), world=1)
+    start = str(tmp_path / "first" / "stages" / "pretrain" / "checkpoints")
+    search = {
+        "kind": "search",
+        "task": TASK,
+        "num_problems": 2,
+        "method": {"kind": "best_of_n", "samples": 2, "choose": "majority"},
+        "sampling": {"max_new_tokens": 4},
+    }
+    config = recipe(tmp_path / "run", "sft") | {"stages": [search], "init_from": start}
+    [summary] = ranks.run(run, config, world=1)
+    [result] = summary["stages"]
+    assert result["artifacts"]["trees"]["rows"] == 2 and result["parent_hash"]
 
 
 def test_toys_are_known_to_their_tests_alone() -> None:

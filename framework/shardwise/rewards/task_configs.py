@@ -20,7 +20,7 @@ from shardwise.data.streams import MAX_EXPANSION
 from shardwise.errors import DataError
 from shardwise.rewards import families, problem_files, reasoning
 from shardwise.rewards.families import Operation, Problem
-from shardwise.rewards.scoring import AnswerConfig, RewardConfig
+from shardwise.rewards.scoring import AnswerConfig, ExactConfig, RewardConfig
 
 Split = Literal["train_sft", "train_rl", "held_out"]
 # Which tenths of the hash space a split owns.
@@ -320,11 +320,17 @@ def _is_default(key: str, value: Any) -> bool:
 AnyTask = Annotated[Annotated[_Kinds, Field(discriminator="kind")], BeforeValidator(_filled)]
 
 
+# Where a solution of a style has its answer; of the style answer, it is the whole.
+_WRITTEN = {"steps": "marker", "tags": "tag"}
+
+
 def fill_for_file(stage: Section, *numbers: str) -> None:
     """Say what is left out beside a task of kind file, in a stage that was just read.
 
     ``numbers``: keys that say how many problems: all of a file's. A ``reward`` is for answers of
-    any sort. Raises ValueError where all problems are asked for of a task that has no end.
+    any sort. Beside other tasks, the default reward reads the answer where the task's style has it:
+    the whole text of a solution with steps never equals an answer. Raises ValueError where all
+    problems are asked for of a task that has no end.
     """
     task: TaskConfig | None = stage.task  # type: ignore[attr-defined]
     if isinstance(task, FileTaskConfig):
@@ -339,3 +345,7 @@ def fill_for_file(stage: Section, *numbers: str) -> None:
         for name in numbers:
             if getattr(stage, name) is None:
                 raise ValueError(f"{name}: task {task.kind} has no end; say how many")
+        rewarded = "reward" in type(stage).model_fields and "reward" not in stage.model_fields_set
+        if rewarded and (how := _WRITTEN.get(task.style)):
+            part = ExactConfig.model_validate({"extract": how})
+            stage.__dict__["reward"] = RewardConfig(parts=[part])

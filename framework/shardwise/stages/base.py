@@ -30,7 +30,7 @@ from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.layout import Layout, parse_layout
 from shardwise.parallel.mesh import pick_device
 from shardwise.stages.initial_weights import is_native, load_initial_weights
-from shardwise.stages.skipped import check_trained
+from shardwise.stages.skipped import check_trained, may_skip
 
 ACTOR = "actor"  # the role of a stage's own model, and of its only one
 REFERENCE = "reference"
@@ -135,7 +135,7 @@ class StageContext:
         outside = source is not None and source not in (self.parent, *self.finished.values())
         if source is not None and outside and is_native(source):
             key = f"the start of stages.{self.stage.name}, {role}"
-            check_trained(source, self.stage.max_skipped, key)
+            check_trained(source, may_skip(self.stage), key)
         load_initial_weights(engine, self.model_of(role), source, new_head=role != "reward")
 
     def adapter_description(self) -> bytes:

@@ -58,7 +58,7 @@ from shardwise.stages.lengths import check_lengths
 from shardwise.stages.parts import check_parts, check_pipeline
 from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.sizes import check_sizes
-from shardwise.stages.skipped import SkippedError, check_trained
+from shardwise.stages.skipped import SkippedError, check_trained, may_skip
 from shardwise.stages.summary import summarize
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
 from shardwise.storage.durable import StorageError, write_durably
@@ -233,7 +233,7 @@ def _check_files(run: RunConfig, named: Callable[[str], str]) -> None:
         assert isinstance(model, DecoderConfig)
         check_initial_weights(start, model.as_scalar() if scalar else model, named("init_from"))
         if is_native(start):
-            check_trained(start, getattr(first, "max_skipped", 1.0), named("init_from"))
+            check_trained(start, may_skip(first), named("init_from"))
     if run.tokenizer.path is not None:
         try:
             located(run.tokenizer.path)

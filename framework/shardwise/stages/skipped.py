@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise import checkpoint
+from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.errors import ConfigError, ExitCode, ShardwiseError
 
 
@@ -38,6 +39,12 @@ def too_many(counts: Mapping[str, Any], limit: float) -> str:
     if skipped <= limit * updates:
         return ""
     return f"{skipped} of {updates} updates were skipped (non-finite gradients)"
+
+
+def may_skip(stage: JobConfig) -> float:
+    """The share of skipped updates that what a stage or job starts from may have."""
+    default = StageConfig.model_fields["max_skipped"].default
+    return float(getattr(stage, "max_skipped", default))
 
 
 def check_trained(source: Path, limit: float, key: str) -> None:
