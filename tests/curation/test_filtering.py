@@ -285,7 +285,7 @@ def test_an_empty_result_says_which_rule_and_what_to_loosen() -> None:
         filter_rows(rows, rules(THRESHOLD, EXACT))
     assert str(raised.value) == (
         "no row is left of 2; dropped by threshold 2. threshold dropped most (as score 0.2, at "
-        "least 0.5 allowed): take a lower min or a higher max"
+        "least 0.5 allowed): take a lower min or a higher max, or another field"
     )
     with pytest.raises(DataError, match="no rows to filter"):
         filter_rows([], rules(EXACT))

@@ -38,6 +38,13 @@ def test_the_demo() -> None:
     assert "\n".join(summary_lines(summary(), "runs/quickstart/report.html")) == EXPECTED
 
 
+def test_a_job_says_how_many_rows_it_made() -> None:
+    job = {"name": "filter", "seconds": 2.0,
+           "artifacts": {"kept": {"rows": 1204}, "dropped": {"rows": 3}}}  # fmt: skip
+    line = summary_lines(summary() | {"stages": [job]})[-1]
+    assert line.split() == ["filter", "2", "s", "rows:", "kept", "1,204,", "dropped", "3"]
+
+
 def test_nothing_known() -> None:
     assert summary_lines({}) == ["shardwise  run", ""]
 
@@ -50,7 +57,7 @@ STAGE = st.dictionaries(
     st.sampled_from(
         [
             *("name", "kind", "steps", "tokens", "seconds", "wall_seconds", "checkpoint"),
-            "figures",
+            *("figures", "artifacts"),
         ]
     ),
     st.one_of(ODD, FIGURES),

@@ -89,7 +89,7 @@ def test_kept_rows_have_all_of_their_fields(ranks: RankPool, tmp_path: Path) -> 
     assert len(kept) + len(dropped) == 24
     [report] = written(tmp_path / "run", "report")
     assert report["kept"] == 6 == summary["stages"][0]["metrics"]["kept"]
-    assert summary["stages"][0]["metrics"]["dropped.threshold"] == 6
+    assert summary["stages"][0]["metrics"]["dropped_by_threshold"] == 6
 
 
 def test_same_bytes_on_any_number_of_ranks_and_after_a_kill(
@@ -133,7 +133,7 @@ def test_what_the_recipe_measures_on_is_refused(ranks: RankPool, tmp_path: Path)
     assert not (tmp_path / "run" / "stages" / "filter" / "artifacts").exists()
     config["stages"][0]["contamination"] = {"on_overlap": "drop"}  # parts are made again
     [summary, _] = ranks.run(run, config, world=2)
-    assert summary["stages"][0]["metrics"]["dropped.contamination"] == 1
+    assert summary["stages"][0]["metrics"]["dropped_by_contamination"] == 1
     config["stages"][0] |= {"contamination": {"recipe": False}, "name": "careless"}
     config["evaluations"] = []
     [summary] = ranks.run(run, config | {"run_dir": str(tmp_path / "other")}, world=1)

@@ -132,7 +132,7 @@ class ThresholdRule(Section):
     @property
     def loosen(self) -> str:
         """See `FormatRule.loosen`."""
-        return "a lower min or a higher max"
+        return "a lower min or a higher max, or another field"
 
 
 class DuplicatesRule(Section):

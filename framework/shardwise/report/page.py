@@ -14,10 +14,12 @@ from shardwise.errors import EXIT_CODES
 from shardwise.metrics.declared import START, Metric
 from shardwise.metrics.progress import duration, number, written
 from shardwise.report.diagnosis import Check, diagnose
+from shardwise.report.jobs import jobs, metric_text
 from shardwise.report.rundata import RunData, config_stages, summary_stages
 from shardwise.report.series import Series, wilson
 from shardwise.report.summary import (
     against,
+    artifacts_of,
     gemm_rate,
     interval,
     num,
@@ -252,7 +254,7 @@ def lineage(run: RunData) -> list[Link]:
             facts.append(("time", duration(seconds)))
         if row.get("layout"):
             facts.append(("layout", str(row["layout"])))
-        metrics = row.get("metrics")
+        metrics = {} if artifacts_of(row) else row.get("metrics")  # a job's have a table
         for name, value in metrics.items() if isinstance(metrics, dict) else []:
             if (figure := num(value)) is not None and len(facts) < 10:
                 metric = run.metric(stage, name)
@@ -267,6 +269,9 @@ def lineage(run: RunData) -> list[Link]:
             )
             if row.get(key)
         ]
+        inputs = row.get("inputs")
+        read = inputs.items() if isinstance(inputs, dict) else ()
+        hashes += [(str(name), str(value)) for name, value in read]
         kind = str(row.get("kind") or config.get("kind") or stage)
         path = str(row.get("checkpoint") or "")
         path = path[max(path.find("stages/"), 0) :]  # within the run
@@ -280,13 +285,6 @@ def origin(run: RunData) -> str:
         return redact(str(run.config["init_from"]))
     seed = run.config.get("seed")
     return "random weights" + (f", seed {seed}" if isinstance(seed, int) else "")
-
-
-def metric_text(metric: Metric, value: float) -> str:
-    """A figure as its declaration wants it; a whole number, that wants nothing special, whole."""
-    if metric.format == Metric.format and value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    return written(metric, value)
 
 
 @dataclass(frozen=True)
@@ -430,6 +428,7 @@ def view(run: RunData) -> dict[str, Any]:
         "problems": problems,
         "texts": texts,
         "origin": origin(run),
+        "jobs": jobs(run),
         "lineage": lineage(run),
         "events": shown,
         "num_events": num_events,

@@ -137,6 +137,13 @@ def stage_figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def artifacts_of(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a job has written by name; empty for a stage that trains."""
+    found = row.get("artifacts")
+    pairs = found.items() if isinstance(found, dict) else []
+    return {str(name): said for name, said in pairs if isinstance(said, dict)}
+
+
 def _losses(summary: Mapping[str, Any]) -> list[str]:
     rows = stage_figures(summary)
     width = min(max((len(name) for name, _ in rows), default=0), 20)
@@ -200,6 +207,9 @@ def _stages(summary: Mapping[str, Any]) -> list[str]:
         )
         path = str(row.get("checkpoint") or "")
         path = path[max(path.find("stages/"), 0) :]  # within the run
+        if files := artifacts_of(row):
+            rows_of = (f"{name} {int(num(f.get('rows')) or 0):,}" for name, f in files.items())
+            path = f"rows: {', '.join(rows_of)}"
         lines.append((line + shorten(path, WIDTH - len(line))).rstrip())
     if len(rows) > _ROWS:
         lines.append(f"  and {len(rows) - _ROWS} more in the report")

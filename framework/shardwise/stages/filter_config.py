@@ -48,8 +48,8 @@ class FilterConfig(FilterRules, JobConfig):
     def metrics(cls) -> tuple[Metric, ...]:
         """See `Logs.metrics`."""
         return (
-            Metric("rows", "rows read", "rows", format=".0f"),
-            Metric("kept", "rows kept", "rows", format=".0f"),
+            Metric("rows", "rows read", "rows"),
+            Metric("kept", "rows kept", "rows"),
             Metric("rows_left", "left by rules of single rows", "share of rows", line="left"),
             Metric("mean_score", "mean score of the rows read"),
             Metric("mean_score_kept", "mean score of those kept"),

@@ -89,7 +89,7 @@ class FilterJob(Job):
         return Outcome(
             {"kept": [row.data for row in filtered.kept], "dropped": dropped, "report": [report]},
             {name: report[name] for name in figures if report[name] is not None}
-            | {f"dropped.{rule['rule']}": rule["dropped"] for rule in report["rules"]},
+            | {f"dropped_by_{rule['rule']}": rule["dropped"] for rule in report["rules"]},
             table(report),
         )
 
