@@ -78,8 +78,8 @@ BUGS: dict[str, tuple[Callable[[], None], Edit]] = {
         deadlines,
         Edit(
             "rollout/generator.py",
-            "late = [s for s in self.scheduler.all() if s.deadline",
-            "late = [s for s in self.scheduler.running.values() if s.deadline",
+            "bound = [s for s in self.scheduler.all() if s.deadline",
+            "bound = [s for s in self.scheduler.running.values() if s.deadline",
         ),
     ),
     "a_stop_string_that_begins_before_is_missed": (

@@ -216,7 +216,7 @@ add(
     "rollouts_dealt_in_turn_and_gathered_in_blocks",
     "rollouts", "llama grpo dp2.zero2", "rollout|dp", "rollout|sampled",
     Edit("stages/rollout_worker.py",
-         "            Group(problem=problem, **parts[i % world][i // world])",
+         "            Group(problem=problem, **parts[i % len(parts)][i // len(parts)])",
          "            Group(problem=problem, **parts[i * world // len(problems)][\n"
          "                i % -(-len(problems) // world)])"),
     changes=SMALL, blind=True,

@@ -421,3 +421,10 @@ def test_the_recipes_own_layouts() -> None:
         own("auto")
     with pytest.raises(UserError, match="gaps"):
         own(critic={"ranks": [0, 2]})
+
+
+def test_a_shared_generator_is_named_as_given_up(tmp_path: Path) -> None:
+    said = {"tp": 2, "max_slots": 5, "max_cache_tokens": 64}
+    found = shrink(ppo(rollout=said), "ppo", layouts_of("dp2.zero2"), tmp_path)
+    assert found.recipe["stages"][0]["rollout"] == said | {"tp": 1, "max_cache_tokens": None}
+    assert any("rollout.tp" in line for line in found.given_up)

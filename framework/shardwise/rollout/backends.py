@@ -29,13 +29,14 @@ class PlainBackend:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         widen_logits(model)  # as the trainer's are
+        self.parameters = dict(model.named_parameters())
         self.config = model.config
         self.page_size = self._page_size()
         weight = next(model.parameters())
         self.device = weight.device
         self.cache = PagedCache(
             self.config.num_layers,
-            self.config.kv_heads,
+            self._kv_heads(),
             self.config.head_width,
             self.page_size,
             dtype=weight.dtype,
@@ -46,12 +47,23 @@ class PlainBackend:
     def _page_size(self) -> int:
         return PAGE
 
+    def _kv_heads(self) -> int:
+        return self.config.kv_heads
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank serves of a parameter."""
+        return whole
+
+    def agreed(self, flags: Sequence[bool]) -> list[bool]:
+        """What each rank found on its own, as all that share the generator take it."""
+        return list(flags)
+
     def refresh(self) -> None:
         """The model's weights have changed."""
 
     def served(self) -> dict[str, Tensor]:
         """The weights that decoding really uses, under our names."""
-        return dict(self.model.named_parameters())
+        return dict(self.parameters)
 
     def resize(self, num_pages: int) -> None:
         """See `PagedCache.resize`."""

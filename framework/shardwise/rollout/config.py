@@ -8,6 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from shardwise.config.schema import NonNegativeInt, Section, SeqLen
+from shardwise.memory.serving import PAGE
+
+MAX_SLOTS = 128
 
 
 class Sampling(Section):
@@ -42,3 +45,29 @@ class Sampling(Section):
     def filters(self) -> bool:
         """Whether the distribution is cut before sampling."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
+
+
+class RolloutConfig(Section):
+    """Who generates a stage's completions, and in how much memory."""
+
+    tp: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1,
+        description="neighbouring ranks that share one generator: each has some heads of the model "
+        "and of the cache; needs as many ranks, or a multiple",
+        examples=[2],
+    )
+    max_slots: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        MAX_SLOTS, description="completions that a generator writes at a time, at most"
+    )
+    max_cache_tokens: Annotated[int, Field(ge=PAGE, le=2**40)] | None = Field(
+        None,
+        description="tokens that a generator caches, at most; null: as many as it needs",
+        examples=[65536],
+    )
+
+    def shrunk(self) -> RolloutConfig:
+        """For `shardwise.verify`, which holds ranks against one process: each writes alone.
+
+        Nothing small needs the bound of the cache, but rows may be longer than it.
+        """
+        return self.model_copy(update={"tp": 1, "max_cache_tokens": None})

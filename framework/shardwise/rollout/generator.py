@@ -17,9 +17,12 @@ from shardwise.config.adapters import AdapterConfig
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry
+from shardwise.models.common.decoder import Decoder
+from shardwise.parallel.full_tensor import local_tensor
+from shardwise.parallel.mesh import Mesh
 from shardwise.rollout import native
 from shardwise.rollout.backends import PlainBackend
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import MAX_SLOTS, Sampling
 from shardwise.rollout.engine import Progress, RolloutCounts
 from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import row_keys, uniform_at
@@ -33,22 +36,22 @@ from shardwise.rollout.sequences import (
     check_names,
     check_request,
 )
+from shardwise.rollout.sharded import ShardedBackend, cut
 from shardwise.rollout.weights import combine, digest
 
 log = logging.getLogger(__name__)
-MAX_SLOTS = 128  # sequences in flight, of a stage's rollouts
 
 # Shape suffixes: B rows of a forward pass, N rows that draw, V vocabulary.
 
 
 class Generator:
-    """A `RolloutEngine` of this process.
+    """A `RolloutEngine` of this process, or of the tensor-parallel ranks of ``mesh``.
 
     ``max_slots`` bounds the sequences in flight, ``max_cache_tokens`` what is cached of them and
     of held ones (None: as much as they need). ``decode_text`` (ids to text) is needed for stop
     strings alone. ``accelerate`` lets a CPU use the compiled step of `native.py`;
     ``backend_note`` says what is used, and why. ``adapter``: one that cannot be merged; its
-    parameters come with the weights.
+    parameters come with the weights, which must be whole then: no ``mesh``.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Generator:
         decode_text: Callable[[list[int]], str] | None = None,
         accelerate: bool = True,
         adapter: AdapterConfig | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         if max_slots < 1:
             raise UserError("max_slots must be at least 1")
@@ -71,12 +75,14 @@ class Generator:
         with torch.device("meta"):
             model = registry.build(model_config)
         if adapter is not None:
+            if mesh is not None:
+                raise UserError("an adapter that is not merged cannot be cut; leave out the mesh")
             build_adapter(adapter, model.config).attach(model)
-        model = model.to(dtype).to_empty(device=self.device).eval().requires_grad_(False)
-        why_not = native.unavailable(model, dtype, self.device)
-        if not accelerate:
-            why_not = "not asked for"
-        self.backend = PlainBackend(model) if why_not else native.NativeBackend(model)
+        model = model.to(dtype)
+        if mesh is not None:
+            cut(model, mesh)
+        model = model.to_empty(device=self.device).eval().requires_grad_(False)
+        self.backend, why_not = _backend(model, dtype, self.device, accelerate, mesh)
         self.backend_note = f"plain PyTorch: {why_not}" if why_not else "native CPU step"
         self.mismatch = ""  # in what the native step differs from the model, once that is known
         self._compared = why_not is not None
@@ -103,8 +109,9 @@ class Generator:
         self.scheduler.forget_all()
         self.checksum = ""  # whatever goes wrong here, nothing is served
         named = from_hf_tensors(self.config, weights) if hf_names else weights
-        parameters = dict(self.backend.model.named_parameters())
+        parameters = self.backend.parameters
         received: dict[str, str] = {}
+        parts: dict[str, str] = {}  # of those, what this rank serves
         for name, tensor in named:
             if name not in parameters:
                 raise CheckpointError(f"weights: the model has no parameter {name!r}")
@@ -113,17 +120,19 @@ class Generator:
                     f"weights: {name} has shape {tuple(tensor.shape)}, the model needs "
                     f"{tuple(parameters[name].shape)}"
                 )
-            parameters[name].copy_(tensor)
+            part = self.backend.part(name, tensor)
+            local_tensor(parameters[name]).copy_(part)
             received[name] = digest(tensor.to(self.dtype))
+            parts[name] = received[name] if part is tensor else digest(part.to(self.dtype))
         missing = sorted(set(parameters) - set(received))
         if missing:
             raise CheckpointError(f"weights: {', '.join(missing[:5])} did not arrive")
         self.backend.refresh()
         served = {name: digest(tensor) for name, tensor in self.backend.served().items()}
-        wrong = sorted(name for name in received if served.get(name) != received[name])
+        wrong = sorted(name for name in parts if served.get(name) != parts[name])
         if wrong:
             raise CheckpointError(f"weights: {wrong[0]} is served otherwise than it was received")
-        self.checksum = combine(served)
+        self.checksum = combine(received)
         if not self._compared:
             self._compare()
         return self.checksum
@@ -255,8 +264,12 @@ class Generator:
     def _late(self) -> list[Drawing]:
         """Sequences whose time is over; they have ended."""
         now = time.monotonic()
-        late = [s for s in self.scheduler.all() if s.deadline is not None and s.deadline <= now]
-        late = [s for s in late if s.number not in self.scheduler.held]
+        bound = [s for s in self.scheduler.all() if s.deadline is not None]
+        bound = [s for s in bound if s.number not in self.scheduler.held]
+        if not bound:
+            return []
+        flags = self.backend.agreed([s.deadline is not None and s.deadline <= now for s in bound])
+        late = [s for s, over in zip(bound, flags, strict=True) if over]
         for sequence in late:
             self.scheduler.end(sequence)
         return late
@@ -329,3 +342,13 @@ class Generator:
                 self.release(number)
             raise
         return [found[number] for number in numbers]
+
+
+def _backend(
+    model: Decoder, dtype: torch.dtype, device: torch.device, accelerate: bool, mesh: Mesh | None
+) -> tuple[PlainBackend, str | None]:
+    """What computes, and, unless that is the compiled step, why not."""
+    if mesh is not None:
+        return ShardedBackend(model, mesh), f"cut among {mesh.layout.tp} ranks"
+    why_not = native.unavailable(model, dtype, device) if accelerate else "not asked for"
+    return (PlainBackend(model) if why_not else native.NativeBackend(model)), why_not

@@ -20,7 +20,6 @@ from shardwise.parallel.memory_inputs import model_shape, place_of
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
 from shardwise.rewards.tasks import count
-from shardwise.rollout.generator import MAX_SLOTS
 from shardwise.stages.base import (
     ACTOR,
     REFERENCE,
@@ -64,10 +63,12 @@ def bytes_a_rank(
         assert isinstance(run.model, DecoderConfig)
         work = _work(stage, role_of(stage, ACTOR), row, 1, device)
         model, samples = model_shape(run.model), stage.samples_per_prompt
-        rows = min(-(-stage.batch.global_batch // world_size) * samples, MAX_SLOTS)
+        said = stage.rollout
+        prompts = -(-stage.batch.global_batch * said.tp // world_size)  # of a generator
+        rows = min(prompts * samples, said.max_slots)
         length = row - (samples - 1) * stage.sampling.max_new_tokens
-        steady += served_weights(model, work)
-        turns.append(cache(model, work, rows, length))
+        steady += served_weights(model, work, said.tp)
+        turns.append(cache(model, work, rows, length, said.tp, said.max_cache_tokens))
     return steady + max(turns)
 
 

@@ -11,7 +11,7 @@ from shardwise.config.metrics import Metric
 from shardwise.config.schema import Fraction, RoleConfig, Section, SmallSizes
 from shardwise.config.section import beside, shown
 from shardwise.losses.distill_config import DivergenceConfig
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.stages.declarations import TAUGHT
 from shardwise.stages.sft_config import CHATS, ChatStageConfig
 
@@ -48,6 +48,7 @@ class DistillConfig(ChatStageConfig):
     )
     samples_per_prompt: int = Field(1, ge=1, le=2**16, description="texts of each prompt")
     sampling: Sampling = Field(default_factory=Sampling)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     roles: DistillRoles = Field(default_factory=DistillRoles)
 
     @model_validator(mode="after")
@@ -74,6 +75,7 @@ class DistillConfig(ChatStageConfig):
         updates = {
             "samples_per_prompt": min(self.samples_per_prompt, 3),
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
+            "rollout": self.rollout.shrunk(),
             "loss": self.loss.model_copy(update={"top_k": words}),
             "on_policy_fraction": fraction if fraction in (0.0, 1.0) else 0.5,
         }

@@ -24,6 +24,7 @@ from shardwise.metrics.writers import MetricsLogger
 from shardwise.models import travel
 from shardwise.parallel.mesh import init_distributed, pick_device
 from shardwise.rollout.api import served
+from shardwise.rollout.config import RolloutConfig
 from shardwise.stages.base import StageContext
 from shardwise.stages.initial_weights import is_native
 from shardwise.stages.pipeline import evaluate_all
@@ -59,7 +60,8 @@ def evaluate(
         check_evaluations(run)
         said = {} if precision is None else {"precision": precision}
         engine_config = stage.engine.model_copy(update={"layout": "auto", **said})
-        stage = stage.model_copy(update={"engine": engine_config})
+        alone = {"rollout": RolloutConfig()} if hasattr(stage, "rollout") else {}
+        stage = stage.model_copy(update={"engine": engine_config, **alone})
         init_distributed(pick_device(stage.engine.device), stage.engine.timeout_s)
         rank = dist.get_rank()
         with Progress([], rank=rank) as progress:

@@ -26,7 +26,7 @@ from shardwise.rewards import (
     RewardConfig,
     fill_for_file,
 )
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.stages.declarations import POLICY_LOSS, REWARD, ROLLOUT
 
 SMALL_REWARD = '''"""Rewards that any text earns some of, an untrained model's too."""
@@ -80,6 +80,7 @@ class PolicyConfig(StageConfig):
         1, description="completions of each prompt"
     )
     sampling: Sampling = Field(default_factory=Sampling)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(
         default_factory=RewardConfig,
         description="the verifier; default: exact, or answer for a file's problems",
@@ -140,6 +141,7 @@ class PolicyConfig(StageConfig):
             "num_problems": min(self.num_problems or 64, 64),
             "samples_per_prompt": samples,
             "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
+            "rollout": self.rollout.shrunk(),
             "reward": small_reward(folder, refuses=True),
             "max_unscorable_steps": max(self.max_unscorable_steps, small.steps),
             # The second time, a rollout's weights have moved; a third shows nothing new.

@@ -14,15 +14,18 @@ import torch.distributed as dist
 import xxhash
 
 from shardwise.adapters.registry import build_adapter
+from shardwise.config.run import RunConfig
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ConfigError
+from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
-from shardwise.rollout.config import Sampling
-from shardwise.rollout.generator import MAX_SLOTS, Generator
+from shardwise.rollout.config import RolloutConfig, Sampling
+from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Completion, Request
+from shardwise.rollout.sharded import check_tp, group_mesh
 from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
 
@@ -113,11 +116,24 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-class RolloutWorker:
-    """Generators, one a rank, fed from the engine's weights, with a scorer behind each.
+def check_rollout(run: RunConfig, stage: Any, world_size: int) -> None:
+    """Raise ConfigError for a stage whose ``rollout.tp`` nobody can have."""
+    said, key = getattr(stage, "rollout", RolloutConfig()), f"stages.{stage.name}.rollout.tp"
+    assert isinstance(run.model, DecoderConfig)
+    check_tp(said.tp, run.model, world_size, key)
+    if said.tp > 1 and stage.adapter is not None and not stage.adapter.merges:
+        raise ConfigError(
+            f"{key}: an adapter of kind {stage.adapter.kind} is not merged, and a generator with "
+            "it cannot be cut; set rollout.tp to 1, or take an adapter that merges"
+        )
 
-    The ranks of the world share the prompts, whatever the layout of the model that they come
-    from, and every rank gets all completions: a rollout is tokens, which are few.
+
+class RolloutWorker:
+    """Generators, one a group of `RolloutConfig.tp` ranks, fed from the engine's weights, with a
+    scorer behind each.
+
+    The groups share the prompts, whatever the layout of the model that they come from, and every
+    rank gets all completions: a rollout is tokens, which are few.
     """
 
     def __init__(
@@ -126,18 +142,22 @@ class RolloutWorker:
         task: TaskConfig,
         scorer: Scorer,
         dtype: torch.dtype | None = None,
-        max_slots: int = MAX_SLOTS,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
         self.dtype = dtype or precision_of(ctx.precision, ctx.device).compute
-        adapter = ctx.stage.adapter
+        adapter, model = ctx.stage.adapter, ctx.run.model
+        said: RolloutConfig = getattr(ctx.stage, "rollout", RolloutConfig())
+        check_rollout(ctx.run, ctx.stage, dist.get_world_size())
+        self.tp = said.tp
         self.generator = Generator(
-            ctx.run.model,
+            model,
             self.dtype,
             ctx.device,
-            max_slots,
+            said.max_slots,
+            max_cache_tokens=said.max_cache_tokens,
             decode_text=ctx.tokenizer.decode,
             adapter=None if adapter is None or adapter.merges else adapter,
+            mesh=group_mesh(said.tp, ctx.device),
         )
         self._adapter_arrived = False
 
@@ -156,7 +176,9 @@ class RolloutWorker:
         named = engine.full("weights")
         if config.merges:
             named = build_adapter(config, self.ctx.model).merge(named)
-        unlike = first_unlike(named, self.generator.backend.served(), self.dtype)
+        backend = self.generator.backend
+        parts = ((name, backend.part(name, value)) for name, value in named)
+        unlike = first_unlike(parts, backend.served(), self.dtype)
         if unlike:
             raise CheckpointError(
                 f"weights: {unlike} is not served as the base with the adapter of now; what came "
@@ -184,7 +206,7 @@ class RolloutWorker:
         tokenizer = self.ctx.tokenizer
         sampling = sampling.stopping_at(tokenizer.stop_ids)
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = range(rank, len(problems), world)
+        mine = range(rank // self.tp, len(problems), world // self.tp)
         ids = [int(prompt_ids[i]) for i in mine]
         prompts = [self.prompt_of(problems[i]) for i in mine]
         requests = [Request(i, p, num_samples) for i, p in zip(ids, prompts, strict=True)]
@@ -203,13 +225,16 @@ class RolloutWorker:
             self._group(problems[i], id_, prompt, found)
             for i, id_, prompt, found in zip(mine, ids, prompts, completions, strict=True)
         ]
+        if rank % self.tp:
+            groups = []  # the first of those that have them speaks
         self._score(groups)
         if world == 1:
             return groups
         assert dist.group.WORLD is not None
         parts = gather_json([_without_problem(g) for g in groups], dist.group.WORLD)
+        parts = parts[:: self.tp]
         return [
-            Group(problem=problem, **parts[i % world][i // world])
+            Group(problem=problem, **parts[i % len(parts)][i // len(parts)])
             for i, problem in enumerate(problems)
         ]
 

@@ -57,6 +57,7 @@ from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.lengths import check_lengths
 from shardwise.stages.parts import check_parts, check_pipeline
 from shardwise.stages.pipeline import Pipeline
+from shardwise.stages.rollout_worker import check_rollout
 from shardwise.stages.sizes import check_sizes
 from shardwise.stages.skipped import SkippedError, check_trained, may_skip
 from shardwise.stages.summary import summarize
@@ -337,6 +338,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bo
         feasible.check(*cases)
         if name == ACTOR:
             check_pipeline(run, stage, wanted)
+    check_rollout(run, stage, world_size)
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

@@ -217,6 +217,8 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
         has = structure(small, batch, layout, **options)
         has["updates a global batch"] = stage.updates_per_batch
         given_up |= dict.fromkeys(of.lost(had, has))
+    if getattr(stage, "rollout", None) is not None and stage.rollout.tp > 1:  # type: ignore[attr-defined]
+        given_up["rollout.tp: here each rank generates alone"] = None
     if not user.vocab_size and any(x.tp > 1 or x.shard > 1 for x in asked):
         given_up["vocabulary: the recipe leaves its size to the tokenizer"] = None
     return Sizes(small, rows, tuple(given_up))
