@@ -259,6 +259,9 @@ class LabelStepsJob(_SearchJob):
         separator = self.config.step.separator
         for source in self.config.data.sources:
             for where, row in source.told(("prompt-completion",)).rows():
+                text = row.get("completion")
+                if isinstance(text, str) and not text.strip():
+                    continue  # an answer that says nothing has no step to label
                 try:
                     given = _given(ctx, row, separator)
                     self._check_room(given.encoded)

@@ -23,14 +23,16 @@ def summarize(
     summary: dict[str, Any] = {"name": run.name}
     first = next((r for r in results if "layout" in r), results[0])  # the first that trains
     table = declared.of(run.model_dump(mode="json"))
-    measured = [r["metrics"] for r in results]
+    # A job's figures are of its own problems: no evaluation's, though they may share a name.
+    trained = [r for r in results if "checkpoint" in r]
+    measured = [r["metrics"] for r in trained]
     for name, metric in table[declared.START].items():
         if metric.summary == "first":
             for key in filter(None, (name, metric.source)):
                 summary |= next(({key: m[key]} for m in measured if key in m), {})
         elif metric.summary == "stages":
             before = {declared.START: start[name]} if start and name in start else {}
-            after = {r["name"]: r["metrics"][name] for r in results if name in r["metrics"]}
+            after = {r["name"]: r["metrics"][name] for r in trained if name in r["metrics"]}
             summary[name] = before | after
     of_first = [n for n, m in table[first["name"]].items() if m.summary == "first"]
     summary |= {name: first[name] for name in of_first if name in first}
