@@ -279,7 +279,7 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_stage_of_our_recipes_can_be_made_small(path: Path, tmp_path: Path) -> None:
     run = load_config(path).config
-    for stage in run.stages:
+    for stage in run.training:
         assert small(run, stage.name, tmp_path).kind == stage.kind
 
 
