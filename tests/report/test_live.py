@@ -10,6 +10,8 @@ import pytest
 from shardwise.metrics.jsonl import write_jsonl
 from shardwise.report import live
 from shardwise.report.api import report
+from shardwise.report.rundata import load_run
+from shardwise.resilience.ending import write_ending
 from shardwise.storage.lock import RunLock
 from tests.report import synthetic
 
@@ -94,3 +96,16 @@ def test_several_runs_until_the_last_has_ended(tmp_path: Path) -> None:
 
     live.follow([over, run.folder], wait=wait)
     assert len(texts) == 2 and all("location.reload()" in text for text in texts)
+
+
+def test_who_reports_its_own_end_is_not_training(tmp_path: Path) -> None:
+    """`shardwise train` writes the page before it lets go of the folder."""
+    synthetic.write_run(tmp_path)
+    lock = RunLock(tmp_path)
+    try:
+        assert load_run(tmp_path).living
+        write_ending(tmp_path, 0, "done")
+        run = load_run(tmp_path)
+        assert not run.living and run.exit_code == 0
+    finally:
+        lock.release()

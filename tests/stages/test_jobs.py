@@ -122,6 +122,15 @@ def test_nothing_left_is_an_error_on_every_rank(
     assert not (tmp_path / "run" / "stages" / "toy" / "artifacts").exists()
 
 
+def test_an_artifact_without_rows_is_told_to_who_would_read_it(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    words = r"DataError.*stages.sft.data.sources.0.from: toy.texts has no rows"
+    with pytest.raises(RankError, match=words):
+        ranks.run(run, fed(tmp_path / "run", factor=12), world=2)
+    assert rows_written(tmp_path / "run") == b"", "what was made is kept"
+
+
 @pytest.mark.parametrize(
     ("reference", "words"),
     [

@@ -55,7 +55,10 @@ class ToyJob(Job):
         rows = [{"prompt": f"{r['item']}", "completion": f"{r['value']}"} for r in records]
         if self.config.factor == 13:
             raise UserError("thirteen leaves nothing to be written; take another factor")
-        return Outcome({"texts": rows}, {"sum": sum(r["value"] for r in records)})
+        return Outcome(
+            {"texts": rows if self.config.factor != 12 else []},
+            {"sum": sum(r["value"] for r in records)},
+        )
 
 
 FORMATS = ("prompt-completion",)

@@ -126,11 +126,12 @@ def load_run(run_dir: Path) -> RunData:
 
 def _ending(run: RunData, run_dir: Path) -> None:
     """How the run stands: whether it lives, how often it began, how it ended."""
-    run.living = alive(run_dir)
+    file = run_dir / EXIT_FILE  # none while it runs: whoever begins removes it
+    run.living = alive(run_dir) and not file.exists()
     try:
         began = [r for r in read_jsonl(run_dir / ATTEMPTS_FILE) if r.get("event") == "start"]
         run.num_attempts = len(began)
-        if not run.living and (file := run_dir / EXIT_FILE).exists():
+        if file.exists():
             said = _mapping(_json(file), file)
             code = said.get("exit_code")
             run.exit_code = code if isinstance(code, int) else None

@@ -26,7 +26,7 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import JobConfig, StageConfig
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
-from shardwise.errors import CheckpointError, ConfigError
+from shardwise.errors import CheckpointError, ConfigError, DataError
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import MetricsLogger
@@ -66,9 +66,10 @@ class Pipeline:
         self.gate, self.rate = gate or Gate(), rate or measured_rate
         self.run, self.tokenizer, self.logger, self.progress = run, tokenizer, logger, progress
         self.gemm: dict[str, float] = {}
-        # What jobs have written, as ``job.artifact``: where it is, and its hash.
+        # What jobs have written, as ``job.artifact``: where it is, its hash and rows.
         self.artifacts: dict[str, Path] = {}
         self.hashes: dict[str, str] = {}
+        self.rows: dict[str, int] = {}
         self.stopped = ""  # why the last stage that ran is not done
 
     def expected(self) -> dict[str, float | None]:
@@ -250,6 +251,7 @@ class Pipeline:
             key = f"{config.name}.{name}"
             self.artifacts[key] = self.run.directory / artifact["path"]
             self.hashes[key] = artifact["xxh3_128"]
+            self.rows[key] = artifact["rows"]
         return result
 
     def _context(
@@ -261,6 +263,12 @@ class Pipeline:
                 raise ConfigError(
                     f"stages.{config.name}.{'.'.join(map(str, key))}.from: {reader.from_} was not "
                     "written, as its stage was not run; name one that was, or remove the rule"
+                )
+            if not self.rows[reader.from_]:
+                raise DataError(
+                    f"stages.{config.name}.{'.'.join(map(str, key))}.from: {reader.from_} has no "
+                    "rows, so there is nothing to read; ask for more or easier problems, or loosen what "
+                    "its stage keeps, and give that stage another name to run it again"
                 )
         adapters = {s.name: s.adapter for s in self.run.training}
         trained = next((name for name, path in done.items() if path == parent), "")

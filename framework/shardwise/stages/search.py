@@ -190,7 +190,7 @@ class SearchJob(_SearchJob):
             return score is not None and score > above
 
         return {
-            "accuracy": sum(right(t, t.answer) for t in trees) / number,
+            "chosen_right": sum(right(t, t.answer) for t in trees) / number,
             "solved": sum(any(right(t, i) for i in t.finished()) for t in trees) / number,
             "answers": sum(len(t.finished()) for t in trees) / number,
             **super().measured(trees),

@@ -143,8 +143,8 @@ class SearchConfig(SearchJobConfig):
     def metrics(cls) -> tuple[Metric, ...]:
         """See `Logs.metrics`."""
         return (
-            Metric("accuracy", "chosen answers that are right", better="higher", format=".3f",
-                   line="accuracy"),
+            Metric("chosen_right", "chosen answers that are right", better="higher", format=".3f",
+                   line="right"),
             Metric("solved", "problems with a right answer among all", better="higher",
                    format=".3f", line="solved"),
             Metric("answers", "finished answers of a problem", format=".1f"),
