@@ -267,8 +267,8 @@ class Pipeline:
             if not self.rows[reader.from_]:
                 raise DataError(
                     f"stages.{config.name}.{'.'.join(map(str, key))}.from: {reader.from_} has no "
-                    "rows, so there is nothing to read; ask for more or easier problems, or loosen what "
-                    "its stage keeps, and give that stage another name to run it again"
+                    "rows, so there is nothing to read; ask for more or easier problems, or loosen "
+                    "what its stage keeps, and give that stage another name to run it again"
                 )
         adapters = {s.name: s.adapter for s in self.run.training}
         trained = next((name for name, path in done.items() if path == parent), "")
