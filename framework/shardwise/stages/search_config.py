@@ -31,6 +31,7 @@ from shardwise.search.config import (
     StepsConfig,
     check_scorer,
 )
+from shardwise.stages.policy_config import small_reward
 
 DRAWN = Metric("tokens_drawn", "tokens drawn for a problem", "tokens", format=".0f")
 SHARED = Metric("shared_fraction", "share of prefixes that stood in a cache", format=".2f")
@@ -62,6 +63,20 @@ class SearchJobConfig(JobConfig):
         "where that is so (the native CPU step), else 1",
         examples=[16],
     )
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `JobConfig.shrunk`.
+
+        An untrained model ends no answer, and earns nothing: one byte in eight ends one, steps are
+        short, and any text earns some reward. Else no tree would have a value that could differ.
+        """
+        ends = {"max_new_tokens": 24, "stop_ids": tuple(range(0, 256, 8))}
+        updates = {
+            "sampling": self.sampling.model_copy(update=ends),
+            "step": self.step.model_copy(update={"max_step_tokens": 4}),
+            "reward": small_reward(folder),
+        }
+        return super().shrunk(small, folder).model_copy(update=updates)
 
 
 class ExtractConfig(Section):
@@ -154,11 +169,8 @@ class SearchConfig(SearchJobConfig):
 
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `JobConfig.shrunk`."""
-        updates = {
-            "num_problems": min(self.num_problems or 5, 5),
-            "sampling": self.sampling.model_copy(update={"max_new_tokens": 6}),
-        }
-        return super().shrunk(small, folder).model_copy(update=updates)
+        number = {"num_problems": min(self.num_problems or 5, 5)}
+        return super().shrunk(small, folder).model_copy(update=number)
 
 
 class LabelDataConfig(Section):

@@ -36,6 +36,7 @@ from shardwise.verify.verdict import Verdict
 
 BOUND = 1e-9  # of a number's size, see design decision 4
 TIMEOUT_S = 300.0
+MAX_SEQ_LEN = 256  # a prompt in bytes, and an answer
 SINGLE = "dp1"
 
 
@@ -98,7 +99,7 @@ def _small(run: RunConfig, job: JobConfig, layout: str, folder: Path) -> dict[st
     stages = [shrink(run, name, [parsed], folder).recipe["stages"][0] for name in earlier]
     recipe = run.model_dump(mode="json", include={"seed", "engine"})
     return recipe | {
-        "model": small.model.model_dump(mode="json"),
+        "model": small.model.model_dump(mode="json") | {"max_seq_len": MAX_SEQ_LEN},
         "tokenizer": {"kind": "bytes"},
         "stages": [*stages, said],
     }
