@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import shardwise
+from shardwise.rollout import generator
+from shardwise.verify import jobs
 from shardwise.verify.jobs import compare_rows
 from tests.support.pool import RankPool
 
@@ -78,3 +82,32 @@ def test_what_differs_is_named(found: Any, where: str) -> None:
 def test_rounding_in_fp64_is_no_bug() -> None:
     [found] = compare_rows({"t": [0.5]}, {"t": [0.5 + 1e-12]})
     assert 0 < found.ratio < 1
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+def test_a_search_is_judged_on_trees_with_values(ranks: RankPool, layout: str) -> None:
+    job = {
+        "kind": "search",
+        "method": {"kind": "mcts", "simulations": 6, "expand": 2},
+        "scorer": {"kind": "rollouts", "samples": 2},
+    }
+    [verdict] = shardwise.verify(recipe(job), [layout], pool=ranks).verdicts
+    assert verdict.passed, verdict.sentence()
+    assert verdict.counts["rows"] > 10, "trees, answers, and of them rows of other kinds"
+
+
+def test_a_value_that_depends_on_the_rank_is_caught(ranks: RankPool) -> None:
+    job = {"kind": "search", "method": {"kind": "best_of_n", "samples": 3, "choose": "majority"}}
+    with mock.patch("shardwise.verify.jobs._run", _run_with_other_dice):
+        [verdict, *_] = shardwise.verify(recipe(job), ["dp2"], pool=ranks).verdicts
+    assert not verdict.passed and verdict.first is not None
+    assert "row" in verdict.first.name
+
+
+def _run_with_other_dice(config: dict[str, Any]) -> None:
+    """In a rank: draws that are keyed by the rank, as if it were part of their name."""
+    uniform = generator.row_keys
+    with mock.patch.object(
+        generator, "row_keys", lambda key, *ids: uniform(key + dist.get_rank(), *ids)
+    ):
+        jobs._run(config)
