@@ -1,9 +1,9 @@
-"""A learned adapter on disk: what `learn` writes and `serve` watches.
+"""A learned adapter on disk: what `learn` writes into its folder, and `serve` watches there.
 
-    OUT/current.json            the pointer: {"version": NAME, "hash": of its files}
-    OUT/versions/NAME/          adapter_config.json, adapter_model.safetensors, lineage.json
-    OUT/refused/NAME/           the same, of one that the gate refused, with the reasons
-    OUT/work/                   of a `learn` that has not ended
+    current.json            the pointer: {"version": NAME, "hash": of its files}
+    versions/NAME/          adapter_config.json, adapter_model.safetensors, lineage.json
+    refused/NAME/           the same, of one that the gate refused, with the reasons
+    work/                   of a `learn` that has not ended
 
 A version is moved into place whole, and the pointer is replaced in one step behind it: what the
 pointer names is there, complete, at any moment. A version's name is a hash of all that made it.
