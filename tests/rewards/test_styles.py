@@ -16,9 +16,9 @@ MODEL = {
 
 
 @pytest.mark.parametrize("style", ["answer", "steps", "tags"])
-@pytest.mark.parametrize("stage", ["grpo", "search"])
-def test_a_reference_solution_earns_the_default_reward(style: str, stage: str) -> None:
-    task: dict[str, Any] = {"kind": "arithmetic", "style": style}
+@pytest.mark.parametrize(("kind", "stage"), [("arithmetic", "grpo"), ("countdown", "search")])
+def test_a_reference_solution_earns_the_default_reward(style: str, kind: str, stage: str) -> None:
+    task: dict[str, Any] = {"kind": kind, "style": style}
     if stage == "grpo":
         said: dict[str, Any] = {"kind": "grpo", "steps": 1, "samples_per_prompt": 2, "task": task}
     else:

@@ -57,13 +57,14 @@ class SumsConfig(Protocol):
 Operation = Literal["add", "subtract", "multiply", "compare", "chain"]
 
 
-def _rng(kind: str, seed: int, index: int) -> random.Random:
+def seeded(kind: str, seed: int, index: int) -> random.Random:
+    """The draws of one problem of a family."""
     return random.Random(xxhash.xxh3_128_intdigest(f"{kind}/{seed}/{index}".encode()))
 
 
 def count_letters(config: LettersConfig, seed: int, index: int) -> Problem:
     """``Count the letter a: b a c a`` -> ``2``; letters and length uniform."""
-    rng = _rng("count_letters", seed, index)
+    rng = seeded("count_letters", seed, index)
     target = rng.choice(config.targets or config.letters)
     text = rng.choices(config.letters, k=rng.randint(config.min_length, config.max_length))
     count, steps = 0, []
@@ -80,7 +81,7 @@ def count_letters(config: LettersConfig, seed: int, index: int) -> Problem:
 
 def arithmetic(config: SumsConfig, seed: int, index: int) -> Problem:
     """One of ``config.operations`` on numbers of ``min_digits`` to ``max_digits`` digits."""
-    rng = _rng("arithmetic", seed, index)
+    rng = seeded("arithmetic", seed, index)
     operation = rng.choice(config.operations)
 
     def number() -> int:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from shardwise.config.schema import NonNegativeFloat, PositiveInt, Seconds, Section, Weight
 from shardwise.rewards import math_answers, reasoning, verifiers
+from shardwise.rewards.countdown import countdown_match
 from shardwise.rewards.scored import Scored, scored
 from shardwise.rewards.user import UserReward, UserRewardConfig
 
@@ -46,6 +47,16 @@ class AnswerConfig(Section):
 
     kind: Literal["answer"] = "answer"
     weight: Weight = Field(1.0, description="in the sum of the parts")
+
+
+class CountdownRewardConfig(Section):
+    """1 when the extracted answer is an expression of task countdown's numbers, of its value."""
+
+    kind: Literal["countdown"] = "countdown"
+    weight: Weight = Field(1.0, description="in the sum of the parts")
+    extract: verifiers.Extract = Field(
+        "whole", description="which part of a completion is the answer"
+    )
 
 
 class FormatConfig(Section):
@@ -125,6 +136,7 @@ PartConfig = Annotated[
     ExactConfig
     | NumericConfig
     | AnswerConfig
+    | CountdownRewardConfig
     | FormatConfig
     | LanguageConfig
     | LengthConfig
@@ -195,6 +207,8 @@ def _pure(part: Any) -> _Part:
                 )
             case AnswerConfig():
                 return verifiers.answer_match(text, item.answer)
+            case CountdownRewardConfig():
+                return countdown_match(verifiers.extract_answer(text, part.extract), item.meta)
             case FormatConfig():
                 return verifiers.template_match(text, part.template)
             case LanguageConfig():
@@ -207,6 +221,7 @@ def _pure(part: Any) -> _Part:
 
     why = {
         "numeric": "the reference answer is not a number",
+        "countdown": "the problem gives no numbers and target as integers",
         "length": "the completion's token count is not given",
     }.get(part.kind, "")
 

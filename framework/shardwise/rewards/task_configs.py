@@ -19,8 +19,14 @@ from shardwise.config.schema import DataSection, Fraction, PositiveFloat, Sectio
 from shardwise.data.streams import MAX_EXPANSION
 from shardwise.errors import DataError
 from shardwise.rewards import families, problem_files, reasoning
+from shardwise.rewards.countdown import Operator, countdown
 from shardwise.rewards.families import Operation, Problem
-from shardwise.rewards.scoring import AnswerConfig, ExactConfig, RewardConfig
+from shardwise.rewards.scoring import (
+    AnswerConfig,
+    CountdownRewardConfig,
+    ExactConfig,
+    RewardConfig,
+)
 
 Split = Literal["train_sft", "train_rl", "held_out"]
 # Which tenths of the hash space a split owns.
@@ -163,6 +169,33 @@ class ArithmeticConfig(GeneratedConfig):
         return (families.arithmetic(self, self.seed, i) for i in itertools.count())
 
 
+class CountdownConfig(GeneratedConfig):
+    """The numbers game: an expression of all the given numbers that has a given value."""
+
+    kind: Literal["countdown"] = Field("countdown", description="which problems")
+    min_numbers: Annotated[int, Field(ge=2, le=20)] = Field(3, description="fewest numbers")
+    max_numbers: Annotated[int, Field(ge=2, le=20)] = Field(4, description="most numbers")
+    max_number: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        20, description="the largest number; the smallest is 1"
+    )
+    max_target: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        100, description="what no step exceeds"
+    )
+    operators: Annotated[tuple[Operator, ...], BeforeValidator(_as_tuple)] = Field(
+        ("+", "-", "*"), min_length=1, description="drawn uniformly", examples=[["+", "-"]]
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_numbers > self.max_numbers:
+            raise ValueError("min_numbers must not exceed max_numbers")
+        return self
+
+    def candidates(self) -> Iterator[Problem]:
+        """See `GeneratedConfig.candidates`."""
+        return (countdown(self, self.seed, i) for i in itertools.count())
+
+
 class ReasoningGymTaskConfig(GeneratedConfig):
     """A data set of reasoning-gym, made on demand."""
 
@@ -290,10 +323,11 @@ class FileTaskConfig(TaskConfig):
         return self.model_copy(update={**updates, "split": "train", "subset": None, "ignore": []})
 
 
-_Kinds = CountLettersConfig | ArithmeticConfig | ReasoningGymTaskConfig | FileTaskConfig
+_Kinds = CountLettersConfig | ArithmeticConfig | CountdownConfig | ReasoningGymTaskConfig | FileTaskConfig
 KINDS: Mapping[str, type[TaskConfig]] = {
     "count_letters": CountLettersConfig,
     "arithmetic": ArithmeticConfig,
+    "countdown": CountdownConfig,
     "reasoning_gym": ReasoningGymTaskConfig,
     "file": FileTaskConfig,
 }
@@ -329,7 +363,8 @@ def fill_for_file(stage: Section, *numbers: str) -> None:
 
     ``numbers``: keys that say how many problems: all of a file's. A ``reward`` is for answers of
     any sort. Beside other tasks, the default reward reads the answer where the task's style has it:
-    the whole text of a solution with steps never equals an answer. Raises ValueError where all
+    the whole text of a solution with steps never equals an answer. Of countdown, all right answers
+    count. Raises ValueError where all
     problems are asked for of a task that has no end.
     """
     task: TaskConfig | None = stage.task  # type: ignore[attr-defined]
@@ -346,6 +381,8 @@ def fill_for_file(stage: Section, *numbers: str) -> None:
             if getattr(stage, name) is None:
                 raise ValueError(f"{name}: task {task.kind} has no end; say how many")
         rewarded = "reward" in type(stage).model_fields and "reward" not in stage.model_fields_set
-        if rewarded and (how := _WRITTEN.get(task.style)):
-            part = ExactConfig.model_validate({"extract": how})
+        how, game = _WRITTEN.get(task.style, "whole"), isinstance(task, CountdownConfig)
+        if rewarded and (game or how != "whole"):
+            kind = CountdownRewardConfig if game else ExactConfig
+            part = kind.model_validate({"extract": how})
             stage.__dict__["reward"] = RewardConfig(parts=[part])
