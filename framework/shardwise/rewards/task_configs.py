@@ -323,7 +323,13 @@ class FileTaskConfig(TaskConfig):
         return self.model_copy(update={**updates, "split": "train", "subset": None, "ignore": []})
 
 
-_Kinds = CountLettersConfig | ArithmeticConfig | CountdownConfig | ReasoningGymTaskConfig | FileTaskConfig
+_Kinds = (
+    CountLettersConfig
+    | ArithmeticConfig
+    | CountdownConfig
+    | ReasoningGymTaskConfig
+    | FileTaskConfig
+)
 KINDS: Mapping[str, type[TaskConfig]] = {
     "count_letters": CountLettersConfig,
     "arithmetic": ArithmeticConfig,
