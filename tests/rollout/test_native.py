@@ -15,7 +15,9 @@ from shardwise.ops import compiled
 from shardwise.rollout import native
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
-from shardwise.rollout.native import NativeBackend, pack, unpack
+from shardwise.rollout.native import NativeBackend
+from shardwise.rollout.packing import in_huge_pages, pack, unpack
+from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import choose
 from tests.rollout import support
 from tests.support import toy
@@ -28,6 +30,18 @@ def test_packing_round_trips(num_out: int, num_in: int, dtype: torch.dtype) -> N
     packed = pack(weight)
     assert packed.numel() % (32 * 32) == 0 and packed.is_contiguous()
     assert torch.equal(unpack(packed, num_out, num_in), weight)
+
+
+def test_large_weights_lie_side_by_side_and_stay_what_they_are() -> None:
+    large, other = torch.randn(700, 32, 32), torch.randn(9, 32, 32).bfloat16()
+    odd = torch.randn(7)
+    found = in_huge_pages({"large": large, "none": None, "odd": odd, "other": other})
+    assert found["none"] is None and found["odd"] is odd
+    first, second = found["large"], found["other"]
+    assert first is not None and torch.equal(first, large) and first.data_ptr() % (1 << 21) == 0
+    assert second is not None and torch.equal(second, other)
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
+    assert in_huge_pages({"other": other})["other"] is other
 
 
 def backend() -> NativeBackend:
@@ -66,6 +80,28 @@ def test_choosing_survives_infinities_and_nan() -> None:
         token, logp, *_ = step.choose(z, Sampling(), torch.full((3,), u, dtype=torch.float64))
         assert token[:2].tolist() == [1, 2] and 0 <= token[2] < 3
         assert logp[:2].tolist() == [0.0, 0.0] and logp[2].isnan()
+
+
+@pytest.mark.parametrize("name", ["llama", "everything"])
+def test_no_row_depends_on_how_many_there_are(name: str) -> None:
+    """Products take rows by tiles of several sizes, and depth by blocks; the sums stay the same."""
+    prompts = [[(5 * i + 3 * j) % 101 for j in range(1 + i % 3)] for i in range(40)]
+    step = support.generator(name).backend
+    if not isinstance(step, NativeBackend):
+        pytest.skip("no native step here")
+
+    def logits(some: list[list[int]]) -> torch.Tensor:
+        pool = PagePool(step.page_size, None, step.resize, step.cache.copy, step.cache.clear)
+        rows = [Cached(tokens) for tokens in some]
+        step.resize(0)
+        pool.grow(len(rows))
+        for row in rows:
+            pool.extend(row)
+        return step.forward(rows)
+
+    alone = torch.cat([logits([tokens]) for tokens in prompts])
+    for num in (*range(2, 20), 33, 40):
+        assert torch.equal(logits(prompts[:num]), alone[:num]), num
 
 
 def test_reasons() -> None:

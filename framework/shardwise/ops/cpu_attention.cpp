@@ -150,7 +150,7 @@ static void hide(const Problem& m, int64_t b, int64_t t, int64_t n, int64_t s, T
 
 // exp(z - shift), and 0 where z is minus infinity, whatever the shift is; NaN stays NaN.
 static inline v16 weight(v16 z, float shift) {
-  return z == -INFINITY ? splat(0.0f) : exp16(z - shift);
+  return where_seen(z, exp16(z - shift));
 }
 
 template <class T>
@@ -174,8 +174,8 @@ static void forward_head(const Problem& m, const Seen& seen, int64_t b, int64_t 
       hide(m, b, t, n, panels[i], tiles[i]);
       for (int r = 0; r < n; r++) {
         v16 low = load(tiles[i][r]), high = load(tiles[i][r] + 16);
-        low = low > high ? low : high;
-        top[r] = low > top[r] ? low : top[r];
+        low = larger(low, high);
+        top[r] = larger(low, top[r]);
       }
     }
     float total[ROWS];

@@ -28,10 +28,10 @@ template <class T, class F> static void each(const T* row, int64_t width, F f) {
 template <class T> static void statistics(const Rows& m, float scale, int64_t r) {
   const T* row = (const T*)m.logits + r * m.pitch;
   v16 top = splat(-INFINITY), total = {};
-  each(row, m.width, [&](int64_t, v16 z) { top = z > top ? z : top; });
+  each(row, m.width, [&](int64_t, v16 z) { top = larger(z, top); });
   const float most = largest(top) * scale;
   each(row, m.width, [&](int64_t, v16 z) {
-    total += z == -INFINITY ? splat(0.0f) : exp16(z * scale - most);
+    total += where_seen(z, exp16(z * scale - most));
   });
   m.top[r] = most;
   m.total[r] = sum(total);
@@ -43,7 +43,7 @@ template <class T> static void gradient(const Rows& m, float scale, int64_t r) {
   T* grad = (T*)m.grad + r * m.grad_pitch;
   const int64_t last = m.width / 16 * 16;
   each(row, m.width, [&](int64_t i, v16 z) {
-    v16 g = -m.weight[r] * (z == -INFINITY ? splat(0.0f) : exp16(z * scale - m.lse[r]));
+    v16 g = -m.weight[r] * where_seen(z, exp16(z * scale - m.lse[r]));
     if (m.column[r] >= i && m.column[r] < i + 16) g[m.column[r] - i] += m.hit[r];
     if (i < last) {
       store(grad + i, g);

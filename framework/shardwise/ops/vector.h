@@ -9,7 +9,6 @@
 #include <string.h>
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t bf16;
@@ -40,34 +39,16 @@ static inline float largest(v16 x) {
   return m;
 }
 
-// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp, and 0
-// below it.
-static inline v16 exp16(v16 x) {
-  const i16 tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = tiny ? splat(-87.0f) : x;
-  v16 t = x * 1.44269504f;
-  i16 k = __builtin_convertvector(t + (t < 0.0f ? splat(-0.5f) : splat(0.5f)), i16);
-  v16 kf = __builtin_convertvector(k, v16);
-  v16 r = x - kf * 0.693359375f + kf * 2.12194440e-4f;
-  v16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return tiny ? splat(0.0f) : p * (v16)((k + 127) << 23);
-}
-
 // A tile of sums must fit the registers, beside what is multiplied: of AVX-512 8 rows of 32
-// outputs, else (16 registers of half the width) 4 rows of 16.
+// outputs, else (16 registers of half the width) 4 rows of 16, or 6 where the rows need not come
+// out even. A multiplication takes 4 cycles, in which a core begins 8 of them.
 #ifdef __AVX512F__
-enum { TILE_ROWS = 8, TILE_PARTS = 2, PART = 16 };
+enum { TILE_ROWS = 8, BLOCK_ROWS = 8, TILE_PARTS = 2, PART = 16 };
 #else
-enum { TILE_ROWS = 4, TILE_PARTS = 2, PART = 8 };
+enum { TILE_ROWS = 4, BLOCK_ROWS = 6, TILE_PARTS = 2, PART = 8 };
 #endif
 typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
+typedef int32_t ipart __attribute__((vector_size(4 * PART), aligned(4), may_alias));
 typedef uint32_t upart __attribute__((vector_size(4 * PART), aligned(4), may_alias));
 typedef uint16_t hpart __attribute__((vector_size(2 * PART), aligned(2), may_alias));
 static inline part load_part(const float* p) { return *(const part*)p; }
@@ -75,28 +56,106 @@ static inline part load_part(const bf16* p) {
   return (part)(__builtin_convertvector(*(const hpart*)p, upart) << 16);
 }
 
-// C = A W^T for up to 32 rows of A (read by whole tiles) and a panel: 32 outputs of W, packed by
-// depth.
+// A choice between wider vectors than the machine's, `x > y ? x : y`, GCC makes number by number: 16
+// branches where two instructions would do. So choices are made by parts.
+template <class F> static inline v16 by_part(F f, v16 x, v16 y) {
+  v16 out;
+  for (int i = 0; i < 16 / PART; i++) ((part*)&out)[i] = f(((part*)&x)[i], ((part*)&y)[i]);
+  return out;
+}
+static inline v16 larger(v16 x, v16 y) {
+  return by_part([](part a, part b) { return a > b ? a : b; }, x, y);
+}
+// y, but 0 where x is -inf.
+static inline v16 where_seen(v16 x, v16 y) {
+  return by_part([](part a, part b) { return a == -INFINITY ? part{} : b; }, x, y);
+}
+
+// exp by 2^round(x log2 e) times a polynomial; relative error below 2e-7 within the clamp, and 0
+// below it.
+static inline part exp_part(part x) {
+  const part least = (part){} - 87.0f, most = (part){} + 88.0f, half = (part){} + 0.5f;
+  const ipart tiny = x < least;
+  x = x > most ? most : x;
+  x = tiny ? least : x;
+  part t = x * 1.44269504f;
+  ipart k = __builtin_convertvector(t + (t < 0.0f ? -half : half), ipart);
+  part kf = __builtin_convertvector(k, part);
+  part r = x - kf * 0.693359375f + kf * 2.12194440e-4f;
+  part p = (part){} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return tiny ? part{} : p * (part)((k + 127) << 23);
+}
+static inline v16 exp16(v16 x) {
+  return by_part([](part a, part) { return exp_part(a); }, x, x);
+}
+
+// Sums of ROWS rows by PARTS parts of a panel, which go on from c unless `fresh`. With FETCH, what
+// stands from `next` is fetched meanwhile, `stride` bytes for each of depth.
+template <int ROWS, int PARTS, bool FETCH>
+static inline void tile(const float* a, int64_t lda, int64_t depth, const float* w, float (*c)[32],
+                        bool fresh, const char* next, int64_t stride) {
+  part acc[ROWS][PARTS];
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < PARTS; j++) acc[r][j] = fresh ? part{} : load_part(c[r] + j * PART);
+  for (int64_t k = 0; k < depth; k++) {
+    if (FETCH) __builtin_prefetch(next + k * stride, 0, 2);
+    part y[PARTS];
+    for (int j = 0; j < PARTS; j++) y[j] = load_part(w + k * 32 + j * PART);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      part x = a[r * lda + k] - (part){};
+#pragma GCC unroll 4
+      for (int j = 0; j < PARTS; j++) acc[r][j] += x * y[j];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < PARTS; j++) *(part*)(c[r] + j * PART) = acc[r][j];
+}
+
+// `tile` for up to MOST rows, all of the panel; returns where fetching has come to. One or two rows
+// take all parts: so many sums in flight hide the latency of a fused multiply-add, and a panel that
+// is read in the order of memory is fetched by the machine itself, faster than when it is told to.
+template <int MOST>
+static inline const char* tiles(const float* a, int64_t lda, int rows, int64_t depth,
+                                const float* w, float (*c)[32], bool fresh, const char* next,
+                                int64_t bytes) {
+  if constexpr (MOST > 1) {
+    if (rows < MOST)
+      return tiles<MOST - 1>(a, lda, rows, depth, w, c, fresh, next, bytes);
+  }
+  constexpr bool FEW = MOST <= 2;
+  constexpr int PARTS = FEW ? 32 / PART : TILE_PARTS;
+  constexpr int TURNS = 32 / PART / PARTS;
+  for (int i = 0; i < TURNS; i++, next += depth * (bytes / TURNS))
+    tile<MOST, PARTS, !FEW>(a, lda, depth, w + i * PARTS * PART,
+                            (float(*)[32])(c[0] + i * PARTS * PART), fresh, next, bytes / TURNS);
+  return next;
+}
+
+// C = A W^T for up to 32 rows of A and a panel: 32 outputs of W, packed by depth.
+//
+// Panels are read from memory once, and multiplying and reading each take long: so the memory
+// behind the panel is fetched evenly while this one is multiplied. Depth is taken by as much as
+// stays in the L1 cache with the rows. Each sum runs in the order of depth, so that no row's
+// result depends on how many there are.
 static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
                          float (*c)[32]) {
-  for (int top = 0; top < rows; top += TILE_ROWS)
-    for (int left = 0; left < 32; left += TILE_PARTS * PART) {
-      part acc[TILE_ROWS][TILE_PARTS] = {};
-      for (int64_t k = 0; k < depth; k++) {
-        const part* y = (const part*)(w + k * 32 + left);
-        part w0 = y[0], w1 = y[1];
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++) {
-          part x = a[(top + r) * lda + k] - (part){};
-          acc[r][0] += x * w0;
-          acc[r][1] += x * w1;
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < TILE_ROWS; r++) {
-        part* z = (part*)(c[top + r] + left);
-        z[0] = acc[r][0];
-        z[1] = acc[r][1];
-      }
+  const int64_t DEPTH = 96, AHEAD = 8192;
+  const int turns = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  for (int64_t k = 0; k < depth; k += DEPTH) {
+    const char* next = (const char*)(w + k * 32 + AHEAD);
+    const int64_t some = depth - k < DEPTH ? depth - k : DEPTH;
+    for (int i = 0, top = 0; i < turns; i++) {
+      const int few = (rows - top + turns - i - 1) / (turns - i);
+      next = tiles<BLOCK_ROWS>(a + top * lda + k, lda, few, some, w + k * 32, c + top, k == 0, next,
+                               128 / turns);
+      top += few;
     }
+  }
 }

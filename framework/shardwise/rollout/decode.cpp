@@ -220,14 +220,19 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
     top[h] = splat(-INFINITY);
     for (int64_t d = 0; d < K; d += 16) store(query[h] + d, load(q + h * K + d) * scale);
   }
-  // Positions are taken by pages, those out of sight masked.
+  // Positions are taken by pages, those out of sight masked. Pages lie anywhere: what comes next is
+  // fetched meanwhile, the keys of the next page and, at last, the values of this one.
   const int64_t begin = start / 16 * 16;
   for (int64_t i = begin; i < end; i += 16) {
     const T* keys = at.keys + at.table[i / 16] * 16 * K;
+    const T* later = at.keys + at.table[(i + 16 < end ? i + 16 : begin) / 16] * 16 * K;
     for (int left = 0; left < 16; left += PART) {
+      const T* next = left + PART < 16 ? later : at.values + at.table[i / 16] * 16 * K;
       part acc[NUM][2] = {};  // two chains of sums hide the latency of a fused multiply-add
       for (int64_t d = 0; d < K; d += 2) {
         const T* key = keys + d * 16 + left;
+        __builtin_prefetch(next + d * 16, 0, 2);
+        __builtin_prefetch(next + d * 16 + 16, 0, 2);
         part even = load_part(key), odd = load_part(key + 16);
         for (int h = 0; h < NUM; h++) {
           acc[h][0] += query[h][d] * even;
@@ -241,7 +246,7 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
       for (int64_t j = i; j < start; j++) s[j - i] = -INFINITY;
       for (int64_t j = end; j < i + 16; j++) s[j - i] = -INFINITY;
       v16 z = load(s);
-      top[h] = z > top[h] ? z : top[h];
+      top[h] = larger(z, top[h]);
     }
   }
   float inverse[NUM];
@@ -249,8 +254,7 @@ static void attend(const Model& m, const Place<T>& at, const T* q, int64_t start
     const float most = largest(top[h]);
     v16 total = {};
     for (int64_t i = begin; i < end; i += 16) {
-      v16 z = load(scores + h * cap + i), p = exp16(z - most);
-      p = z > -INFINITY ? p : splat(0.0f);
+      v16 z = load(scores + h * cap + i), p = where_seen(z, exp16(z - most));
       total += p;
       store(scores + h * cap + i, p);
     }
@@ -382,18 +386,15 @@ static void choose(const float* z, int64_t vocab, float inverse_temperature, boo
   const int64_t CHUNK = 512, whole = vocab / 16 * 16;
   float top = -INFINITY;
   v16 tops = splat(top);
-  for (int64_t i = 0; i < whole; i += 16) {
-    v16 x = load(z + i);
-    tops = x > tops ? x : tops;
-  }
+  for (int64_t i = 0; i < whole; i += 16)
+    tops = larger(load(z + i), tops);
   for (int i = 0; i < 16; i++) top = tops[i] > top ? tops[i] : top;
   for (int64_t i = whole; i < vocab; i++) top = z[i] > top ? z[i] : top;
   auto weight = [&](int64_t i) {  // of 16 tokens from i; 0 beyond the vocabulary
     v16 x;
     if (i + 16 <= vocab) return exp16((load(z + i) - top) * inverse_temperature);
     for (int j = 0; j < 16; j++) x[j] = i + j < vocab ? z[i + j] - top : -INFINITY;
-    v16 e = exp16(x * inverse_temperature);
-    return x > -INFINITY ? e : splat(0.0f);
+    return where_seen(x, exp16(x * inverse_temperature));
   };
   auto chunk_weight = [&](int64_t begin) {
     v16 part = {};

@@ -33,10 +33,11 @@ from shardwise.models.common.spec import ModelSpec, beyond
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
+from shardwise.rollout.packing import in_huge_pages, pack, unpack, unzip16, up32, zip16
 from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import Choice
 
-# Shape suffixes: N rows, V vocabulary, O outputs and I inputs of a linear layer, D model width.
+# Shape suffixes: N rows, V vocabulary, D model width.
 
 _CHUNK = 256  # rows of one call: large enough to be efficient, small enough for the L2 cache
 _MAX_HEAD_DIM = 256  # as in decode.cpp
@@ -126,50 +127,7 @@ def _switch(spec: ModelSpec) -> str | None:
 
 def _ffn_width(spec: ModelSpec) -> int:
     """As packed: features of the feed-forward, padded."""
-    return _up32(spec.layer.ffn_size)
-
-
-def _up32(size: int) -> int:
-    return (size + 31) // 32 * 32
-
-
-def pack(weight_OI: Tensor) -> Tensor:
-    """A linear weight in the order in which `block` of decode.cpp reads it.
-
-    Panels of 32 outputs, both sizes padded with zeros to multiples of 32: fp32 (panel, I, 32);
-    bf16 as AMX tiles (panel, I / 32, half, 16 pairs, 16 outputs of 2).
-    """
-    num_out, num_in = weight_OI.shape
-    padded = weight_OI.new_zeros(_up32(num_out), _up32(num_in))
-    padded[:num_out, :num_in] = weight_OI
-    if weight_OI.dtype == torch.bfloat16:  # moved as pairs, as whole words
-        tiles = padded.view(torch.int32).view(-1, 2, 16, padded.shape[1] // 32, 16)
-        return tiles.permute(0, 3, 1, 4, 2).contiguous().view(torch.bfloat16)
-    return padded.view(-1, 32, padded.shape[1]).mT.contiguous()
-
-
-def unpack(packed: Tensor, num_out: int, num_in: int) -> Tensor:
-    """The inverse of `pack`."""
-    if packed.dtype == torch.bfloat16:
-        panels, tiles = packed.shape[:2]
-        words = packed.view(torch.int32).permute(0, 2, 4, 1, 3)
-        padded = words.reshape(panels * 32, tiles * 16).view(torch.bfloat16)
-    else:
-        padded = packed.mT.reshape(-1, packed.shape[1])
-    return padded[:num_out, :num_in]
-
-
-def _zip16(gate_FI: Tensor, up_FI: Tensor) -> Tensor:
-    """16 rows of one, then 16 rows of the other; both padded to multiples of 32."""
-    num_rows = len(gate_FI)
-    padded = [F.pad(t, (0, 0, 0, _up32(num_rows) - num_rows)) for t in (gate_FI, up_FI)]
-    return torch.stack([t.unflatten(0, (-1, 16)) for t in padded], dim=1).flatten(0, 2)
-
-
-def _unzip16(both: Tensor, num_rows: int) -> list[Tensor]:
-    """The inverse of `_zip16`."""
-    halves = both.unflatten(0, (-1, 2, 16)).unbind(1)
-    return [half.flatten(0, 1)[:num_rows] for half in halves]
+    return up32(spec.layer.ffn_size)
 
 
 class NativeBackend(PlainBackend):
@@ -192,19 +150,21 @@ class NativeBackend(PlainBackend):
     def refresh(self) -> None:
         """Pack the plain model's weights."""
         m: Any = self.model
-        self.layers = [self._pack_layer(block) for block in m.layers]
-        self.top = {
-            "norm": m.norm.weight.float(),
-            "norm_bias": _bias(m.norm),
-            "head": pack(m.head.weight),
-        }
+        self.layers = [in_huge_pages(self._pack_layer(block)) for block in m.layers]
+        self.top = in_huge_pages(
+            {
+                "norm": m.norm.weight.float(),
+                "norm_bias": _bias(m.norm),
+                "head": pack(m.head.weight),
+            }
+        )
         self.buffers = {}
 
     def _pack_layer(self, block: Any) -> dict[str, Tensor | None]:
         a, f = block.attn, block.mlp
         qkv = torch.cat((a.q.weight, a.k.weight, a.v.weight))
         gated = isinstance(f, SwiGLU)
-        up = _zip16(f.gate.weight, f.up.weight) if gated else f.up.weight
+        up = zip16(f.gate.weight, f.up.weight) if gated else f.up.weight
         biases = [_bias(linear) for linear in (a.q, a.k, a.v)]
         qkv_bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         return {
@@ -236,8 +196,8 @@ class NativeBackend(PlainBackend):
             names["attn.o"] = unpack(_known(packed["o"]), width, sizes[0])
             names["mlp.down"] = unpack(_known(packed["down"]), width, ffn)
             if isinstance(block.mlp, SwiGLU):
-                both = unpack(_known(packed["up"]), 2 * _up32(ffn), width)
-                names |= zip(("mlp.gate", "mlp.up"), _unzip16(both, ffn))
+                both = unpack(_known(packed["up"]), 2 * up32(ffn), width)
+                names |= zip(("mlp.gate", "mlp.up"), unzip16(both, ffn))
             else:
                 names["mlp.up"] = unpack(_known(packed["up"]), ffn, width)
             found |= {f"layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
@@ -258,7 +218,7 @@ class NativeBackend(PlainBackend):
         qkv_width = (c.num_heads + 2 * c.kv_heads) * c.head_width
         self.threads = threads
         self.buffers = {
-            "qkv": torch.zeros(rows, _up32(qkv_width), dtype=dtype),
+            "qkv": torch.zeros(rows, up32(qkv_width), dtype=dtype),
             "attended": torch.zeros(rows, c.num_heads * c.head_width, dtype=dtype),
             "hidden": torch.zeros(rows, _ffn_width(c.spec), dtype=dtype),
             "scratch": torch.zeros(threads, rows, c.hidden_size, dtype=dtype),
@@ -303,7 +263,7 @@ class NativeBackend(PlainBackend):
         positions_N = torch.arange(len(tokens_N)) + (starts_B + lengths_B - ends_B)[row_N]
         tables_BP = self.tables(rows)
         self._prepare(tables_BP.shape[1])
-        logits_BV = torch.empty(len(rows), _up32(c.vocab_size))
+        logits_BV = torch.empty(len(rows), up32(c.vocab_size))
         wanted_B, done = ends_B - 1, 0
         for start in range(0, len(tokens_N), _CHUNK):
             chunk = slice(start, start + _CHUNK)
