@@ -1,20 +1,24 @@
 """Generation speed beside transformers' `generate`, on SmolLM2-135M's shape.
 
     python benchmarks/rollout.py [--weights HF_FOLDER] [--dtypes bf16 fp32]
-        [--rows 16 1] [--threads 2]
+        [--rows 16 1] [--threads 2] [--stored bf16] [--group]
 
 The same prompts, greedy, a fixed number of new tokens, prefill included, for each number of
-sequences at once. transformers runs in each
-of the settings that its documentation gives for CPUs; the first is what it does unasked, and the
-target is said of that. All take
-turns in one process; compiling and warm-up (minutes) are not counted. The last setting adds
-PyTorch's own option of freezing weights to what transformers documents. Without ``--weights`` the
-weights are random, which changes no speed. Greedy tokens are compared too (bf16 rounds differently
-in each implementation, so only fp32 is expected to agree).
+sequences at once. transformers runs in each of the settings that its documentation gives for CPUs;
+the first is what it does unasked, and the target is said of that. All take turns in one process;
+compiling and warm-up (minutes) are not counted. The last setting adds PyTorch's own option of
+freezing weights to what transformers documents. Greedy tokens are compared too (bf16 rounds
+differently in each implementation, so only fp32 is expected to agree).
 
-The limit is what memory allows: each decoding step must read all weights once, at the rate at
-which the same threads sum a large buffer. ``--clock cpu`` counts processor seconds instead of the
-wall's: with ``--threads 1`` that compares fairly on a busy machine.
+Without ``--weights`` the weights are random fp32 numbers, as training leaves them; ``--stored
+bf16`` rounds them, as SmolLM2 is published: in fp32, too, we then read half the memory. ``--group``
+samples all sequences from one prompt (num_return_sequences), as a GRPO group is; we compute it
+once.
+
+The limit is what memory and multiplication allow: each decoding step must read all weights once, at
+the rate at which the same threads sum a large buffer, and multiply them with all rows, at the rate
+of PyTorch's large products; the prefill must multiply. ``--clock cpu`` counts processor seconds
+instead of the wall's: with ``--threads 1`` that compares fairly on a busy machine.
 
 ``--demo`` times the rollout of the quickstart's GRPO step instead (a 5M model, 16 prompts with 8
 samples of 10 tokens), for which every millisecond of overhead a token counts.
@@ -85,25 +89,33 @@ PEERS = {
 }
 
 
-def hf_folder(shape: Shape) -> Path:
-    """Random weights of a shape as a Hugging Face folder."""
+def hf_folder(shape: Shape, stored: torch.dtype = torch.float32) -> Path:
+    """Random weights of a shape, which ``stored`` holds exactly, as a Hugging Face folder."""
     config = registry.config_class("llama")(**dataclasses.asdict(shape))
     model = registry.build(config)
     init_weights(model, 0)
     folder = Path(tempfile.mkdtemp(prefix="shardwise-bench-"))
-    registry.to_hf(folder, config, model.named_parameters())
+    rounded = ((name, p.detach().to(stored).float()) for name, p in model.named_parameters())
+    registry.to_hf(folder, config, rounded)
     return folder
 
 
-def peer(folder: Path, dtype: torch.dtype, setting: Setting, new: int) -> Callable[..., Any]:
-    """transformers' `generate` in one setting: prompts (B, T) to new tokens (B, new)."""
+def peer(
+    folder: Path, dtype: torch.dtype, setting: Setting, new: int, group: int
+) -> Callable[..., Any]:
+    """transformers' `generate` in one setting: prompts (B, T) to new tokens (B, new).
+
+    ``group``: 0, or how many are sampled of each prompt.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=setting.attention
     ).eval()
     model.generation_config.eos_token_id = None  # every row runs to the end
-    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": bool(group), "pad_token_id": 0}
+    if group:
+        options |= {"num_return_sequences": group, "top_k": 0}
     if setting.cache:
         options["cache_implementation"] = setting.cache
     if setting.compiled:
@@ -119,15 +131,17 @@ def peer(folder: Path, dtype: torch.dtype, setting: Setting, new: int) -> Callab
     return run
 
 
-def ours(folder: Path, dtype: torch.dtype, rows: int, new: int) -> tuple[Generator, Any]:
+def ours(
+    folder: Path, dtype: torch.dtype, rows: int, new: int, group: int = 0
+) -> tuple[Generator, Any]:
     """Our generator, and the same call as `peer` returns."""
     config, weights = registry.from_hf(folder)
     generator = Generator(config, dtype, max_slots=rows)
     generator.update_weights(weights, hf_names=False)
-    sampling = Sampling(greedy=True, max_new_tokens=new)
+    sampling = Sampling(greedy=not group, max_new_tokens=new)
 
     def run(prompts_BT: torch.Tensor) -> torch.Tensor:
-        requests = [Request(i, p) for i, p in enumerate(prompts_BT.tolist())]
+        requests = [Request(i, p, group or 1) for i, p in enumerate(prompts_BT.tolist())]
         return torch.tensor([c.token_ids for c in generator.generate(requests, sampling)])
 
     return generator, run
@@ -144,17 +158,41 @@ def bandwidth() -> float:
     return buffer.nbytes / min(seconds[1:])
 
 
+def products(dtype: torch.dtype) -> float:
+    """Operations a second of a large product, best of five."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = clock.now()
+        a @ a
+        seconds.append(clock.now() - start)
+    return 2 * 1024**3 / min(seconds[1:])
+
+
+def limit_of(
+    config: Any, item_bytes: int, rates: tuple[float, float], args: Any, rows: int
+) -> float:
+    """Tokens a second if nothing but weights were read (first rate) and multiplied (second)."""
+    weights = config.spec.matmul_parameters()
+    of_prompts = weights - config.vocab_size * config.hidden_size  # their last tokens' alone
+    prompts = args.prompt * (1 if args.group else rows)
+    prefill = max(weights * item_bytes / rates[0], 2 * of_prompts * prompts / rates[1])
+    step = max(weights * item_bytes / rates[0], 2 * weights * rows / rates[1])
+    return float(rows * args.new / (prefill + (args.new - 1) * step))
+
+
 def compare(folder: Path, name: str, rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """One dtype and number of sequences: a table, and its figures."""
     dtype = DTYPES[name]
     config, _ = registry.from_hf(folder)
     generator = torch.Generator().manual_seed(1)
-    size = (rows, args.prompt)
+    group = rows if args.group else 0
+    size = (1 if group else rows, args.prompt)
     prompts = torch.randint(10, config.vocab_size, size, generator=generator)
-    engine, run = ours(folder, dtype, rows, args.new)
+    engine, run = ours(folder, dtype, rows, args.new, group)
     contestants: dict[str, Callable[..., Any]] = {"shardwise": run}
     for title in args.peers:
-        contestants[title] = peer(folder, dtype, PEERS[title], args.new)
+        contestants[title] = peer(folder, dtype, PEERS[title], args.new, group)
     found: dict[str, torch.Tensor] = {}
     for title, call in list(contestants.items()):
         try:
@@ -173,25 +211,37 @@ def compare(folder: Path, name: str, rows: int, args: argparse.Namespace) -> dic
             start = clock.now()
             call(prompts)
             laps.add(title, clock.now() - start)
-    rate = bandwidth()
-    num_bytes = config.spec.matmul_parameters() * dtype.itemsize
-    limit = rows * rate / num_bytes
+    rates = bandwidth(), max(products(dtype), products(torch.float32))
+    narrow = getattr(engine.backend, "narrow", False)
+    limit = limit_of(config, 2 if narrow else dtype.itemsize, rates, args, rows)
     total = rows * args.new
     lines, figures = [], {}
     for title in contestants:
         speed = total / laps.median(title)
-        same = (found[title] == found["shardwise"]).float().mean().item()
+        # Samples are drawn by other random numbers.
+        same = None if group else (found[title] == found["shardwise"]).float().mean().item()
         figures[title] = {"tokens_per_second": speed, "same_tokens": same}
         ratio = f"{laps.ratio('shardwise', title):.2f}"
-        lines.append([title, f"{speed:.0f}", f"{speed / limit:.2f}", ratio, f"{same:.3f}"])
-    print(f"\n{name}: {rows} rows, {args.prompt} prompt and {args.new} new tokens")
+        lines.append(
+            [
+                title,
+                f"{speed:.0f}",
+                f"{speed / limit:.2f}",
+                ratio,
+                "-" if same is None else f"{same:.3f}",
+            ]
+        )
+    kind = "samples of one prompt" if group else "rows"
+    print(f"\n{name}: {rows} {kind}, {args.prompt} prompt and {args.new} new tokens")
     print(
-        f"our decoding: {engine.backend_note}; memory {rate / 1e9:.1f} GB/s, {limit:.0f} tokens/s"
+        f"our decoding: {engine.backend_note}; memory {rates[0] / 1e9:.1f} GB/s, products "
+        f"{rates[1] / 1e9:.0f} GFLOP/s: {limit:.0f} tokens/s"
     )
     print(table(["", "tokens/s", "of the limit", "we are faster by", "same tokens"], lines))
     result: dict[str, Any] = {
         "dtype": name,
         "rows": rows,
+        "group": bool(group),
         "limit_tokens_per_second": limit,
         "speeds": figures,
     }
@@ -247,6 +297,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--stored", choices=DTYPES, default="fp32", help="of random weights")
+    parser.add_argument("--group", action="store_true", help="all rows from one prompt, sampled")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the benchmark")
     parser.add_argument("--demo", action="store_true", help="the quickstart's rollout instead")
     parser.add_argument("--json", type=Path)
@@ -260,7 +312,7 @@ def main() -> None:
     if args.demo:
         results: Any = demo(args)
     else:
-        folder = args.weights or hf_folder(TINY if args.tiny else SMOLLM2)
+        folder = args.weights or hf_folder(TINY if args.tiny else SMOLLM2, DTYPES[args.stored])
         results = [compare(folder, n, rows, args) for n in args.dtypes for rows in args.rows]
     print(f"load at the end {load()}")
     if args.json:

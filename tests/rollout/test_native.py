@@ -16,7 +16,7 @@ from shardwise.rollout import native
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.native import NativeBackend
-from shardwise.rollout.packing import in_huge_pages, pack, unpack
+from shardwise.rollout.packing import bf16_holds, in_huge_pages, pack, unpack
 from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import choose
 from tests.rollout import support
@@ -82,26 +82,46 @@ def test_choosing_survives_infinities_and_nan() -> None:
         assert logp[:2].tolist() == [0.0, 0.0] and logp[2].isnan()
 
 
+def first_logits(step: NativeBackend, prompts: list[list[int]]) -> torch.Tensor:
+    pool = PagePool(step.page_size, None, step.resize, step.cache.copy, step.cache.clear)
+    rows = [Cached(tokens) for tokens in prompts]
+    step.resize(0)
+    pool.grow(len(rows))
+    for row in rows:
+        pool.extend(row)
+    return step.forward(rows)
+
+
+PROMPTS = [[(5 * i + 3 * j) % 101 for j in range(1 + i % 3)] for i in range(40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "everything"])
-def test_no_row_depends_on_how_many_there_are(name: str) -> None:
+def test_no_row_depends_on_how_many_there_are(name: str, dtype: torch.dtype) -> None:
     """Products take rows by tiles of several sizes, and depth by blocks; the sums stay the same."""
-    prompts = [[(5 * i + 3 * j) % 101 for j in range(1 + i % 3)] for i in range(40)]
-    step = support.generator(name).backend
+    step = support.generator(name, dtype).backend
     if not isinstance(step, NativeBackend):
         pytest.skip("no native step here")
-
-    def logits(some: list[list[int]]) -> torch.Tensor:
-        pool = PagePool(step.page_size, None, step.resize, step.cache.copy, step.cache.clear)
-        rows = [Cached(tokens) for tokens in some]
-        step.resize(0)
-        pool.grow(len(rows))
-        for row in rows:
-            pool.extend(row)
-        return step.forward(rows)
-
-    alone = torch.cat([logits([tokens]) for tokens in prompts])
+    alone = torch.cat([first_logits(step, [tokens]) for tokens in PROMPTS])
     for num in (*range(2, 20), 33, 40):
-        assert torch.equal(logits(prompts[:num]), alone[:num]), num
+        assert torch.equal(first_logits(step, PROMPTS[:num]), alone[:num]), num
+
+
+@pytest.mark.parametrize("name", support.CONFIGS)
+def test_weights_that_bf16_holds_are_packed_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {n: p.bfloat16().float() for n, p in support.model(name).named_parameters()}
+    found = []
+    for narrow in (True, False):
+        if not narrow:
+            monkeypatch.setattr(native, "bf16_holds", lambda tensors: False)
+        step = Generator(support.CONFIGS[name])
+        checksum = step.update_weights(stored.items(), hf_names=False)
+        if not isinstance(step.backend, NativeBackend):
+            pytest.skip("no native step here")
+        assert step.backend.narrow == narrow
+        found.append((checksum, first_logits(step.backend, PROMPTS)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert not bf16_holds([*stored.values(), torch.tensor([1 + 2**-8])])
 
 
 def test_reasons() -> None:

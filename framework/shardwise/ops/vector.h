@@ -41,11 +41,12 @@ static inline float largest(v16 x) {
 
 // A tile of sums must fit the registers, beside what is multiplied: of AVX-512 8 rows of 32
 // outputs, else (16 registers of half the width) 4 rows of 16, or 6 where the rows need not come
-// out even. A multiplication takes 4 cycles, in which a core begins 8 of them.
+// out even, or 5 where weights are widened. A multiplication takes 4 cycles, in which a core begins
+// 8 of them.
 #ifdef __AVX512F__
-enum { TILE_ROWS = 8, BLOCK_ROWS = 8, TILE_PARTS = 2, PART = 16 };
+enum { TILE_ROWS = 8, BLOCK_ROWS = 8, NARROW_ROWS = 8, TILE_PARTS = 2, PART = 16 };
 #else
-enum { TILE_ROWS = 4, BLOCK_ROWS = 6, TILE_PARTS = 2, PART = 8 };
+enum { TILE_ROWS = 4, BLOCK_ROWS = 6, NARROW_ROWS = 5, TILE_PARTS = 2, PART = 8 };
 #endif
 typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias));
 typedef int32_t ipart __attribute__((vector_size(4 * PART), aligned(4), may_alias));
@@ -56,8 +57,8 @@ static inline part load_part(const bf16* p) {
   return (part)(__builtin_convertvector(*(const hpart*)p, upart) << 16);
 }
 
-// A choice between wider vectors than the machine's, `x > y ? x : y`, GCC makes number by number: 16
-// branches where two instructions would do. So choices are made by parts.
+// A choice between wider vectors than the machine's, `x > y ? x : y`, GCC makes number by number,
+// where two instructions would do. So choices are made by parts.
 template <class F> static inline v16 by_part(F f, v16 x, v16 y) {
   v16 out;
   for (int i = 0; i < 16 / PART; i++) ((part*)&out)[i] = f(((part*)&x)[i], ((part*)&y)[i]);
@@ -118,23 +119,51 @@ static inline void tile(const float* a, int64_t lda, int64_t depth, const float*
     for (int j = 0; j < PARTS; j++) *(part*)(c[r] + j * PART) = acc[r][j];
 }
 
+// The same for weights in bf16, which are widened in registers. They are packed by 32 of depth: two
+// halves of 16 pairs of 16 outputs.
+template <int ROWS, int PARTS, bool FETCH>
+static inline void tile(const float* a, int64_t lda, int64_t depth, const bf16* w, float (*c)[32],
+                        bool fresh, const char* next, int64_t stride) {
+  part acc[ROWS][PARTS];
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < PARTS; j++) acc[r][j] = fresh ? part{} : load_part(c[r] + j * PART);
+  for (int64_t k = 0; k < depth; k += 2) {
+    const uint32_t* pairs = (const uint32_t*)(w + k / 32 * 1024 + k % 32 * 16);
+    if (FETCH) __builtin_prefetch(next + k * stride, 0, 2);
+    for (int odd = 0; odd < 2; odd++) {
+      part y[PARTS];
+      for (int j = 0; j < PARTS; j++) {
+        const upart two = *(const upart*)(pairs + j * PART / 16 * 256 + j * PART % 16);
+        y[j] = (part)(odd ? two & 0xffff0000 : two << 16);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        part x = a[r * lda + k + odd] - (part){};
+#pragma GCC unroll 4
+        for (int j = 0; j < PARTS; j++) acc[r][j] += x * y[j];
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < PARTS; j++) *(part*)(c[r] + j * PART) = acc[r][j];
+}
+
 // `tile` for up to MOST rows, all of the panel; returns where fetching has come to. One or two rows
-// take all parts: so many sums in flight hide the latency of a fused multiply-add, and a panel that
-// is read in the order of memory is fetched by the machine itself, faster than when it is told to.
-template <int MOST>
-static inline const char* tiles(const float* a, int64_t lda, int rows, int64_t depth,
-                                const float* w, float (*c)[32], bool fresh, const char* next,
-                                int64_t bytes) {
+// of fp32 take all parts: so many sums in flight hide the latency of a fused multiply-add, and what
+// is read in the order of memory the machine fetches by itself, faster than when it is told to.
+template <int MOST, class W>
+static inline const char* tiles(const float* a, int64_t lda, int rows, int64_t depth, const W* w,
+                                float (*c)[32], bool fresh, const char* next, int64_t bytes) {
   if constexpr (MOST > 1) {
     if (rows < MOST)
       return tiles<MOST - 1>(a, lda, rows, depth, w, c, fresh, next, bytes);
   }
-  constexpr bool FEW = MOST <= 2;
-  constexpr int PARTS = FEW ? 32 / PART : TILE_PARTS;
-  constexpr int TURNS = 32 / PART / PARTS;
+  constexpr bool FEW = MOST <= 2 && sizeof(W) == 4;
+  constexpr int PARTS = FEW ? 32 / PART : TILE_PARTS, TURNS = 32 / PART / PARTS;
+  constexpr int64_t HALF = sizeof(W) == 2 ? 512 : 16;  // from 16 outputs to the next
   for (int i = 0; i < TURNS; i++, next += depth * (bytes / TURNS))
-    tile<MOST, PARTS, !FEW>(a, lda, depth, w + i * PARTS * PART,
-                            (float(*)[32])(c[0] + i * PARTS * PART), fresh, next, bytes / TURNS);
+    tile<MOST, PARTS, !FEW>(a, lda, depth, w + i * HALF, (float(*)[32])(c[0] + i * 16), fresh, next,
+                            bytes / TURNS);
   return next;
 }
 
@@ -144,17 +173,19 @@ static inline const char* tiles(const float* a, int64_t lda, int rows, int64_t d
 // behind the panel is fetched evenly while this one is multiplied. Depth is taken by as much as
 // stays in the L1 cache with the rows. Each sum runs in the order of depth, so that no row's
 // result depends on how many there are.
-static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const float* w,
+template <class W>
+static inline void block(const float* a, int64_t lda, int rows, int64_t depth, const W* w,
                          float (*c)[32]) {
-  const int64_t DEPTH = 96, AHEAD = 8192;
-  const int turns = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t DEPTH = 96, AHEAD = 32768;
+  constexpr int MOST = sizeof(W) == 2 ? NARROW_ROWS : BLOCK_ROWS;
+  const int turns = (rows + MOST - 1) / MOST;
   for (int64_t k = 0; k < depth; k += DEPTH) {
-    const char* next = (const char*)(w + k * 32 + AHEAD);
+    const char* next = (const char*)(w + k * 32) + AHEAD;
     const int64_t some = depth - k < DEPTH ? depth - k : DEPTH;
     for (int i = 0, top = 0; i < turns; i++) {
       const int few = (rows - top + turns - i - 1) / (turns - i);
-      next = tiles<BLOCK_ROWS>(a + top * lda + k, lda, few, some, w + k * 32, c + top, k == 0, next,
-                               128 / turns);
+      next = tiles<MOST>(a + top * lda + k, lda, few, some, w + k * 32, c + top, k == 0, next,
+                               32 * sizeof(W) / turns);
       top += few;
     }
   }

@@ -5,12 +5,16 @@
 // one row a prompt token; both are the same computation, and no row's result depends on which other
 // rows are there. Keys and values lie in pages of 16 positions, anywhere in the cache: a sequence
 // has a table of its pages. Decoding is bound by reading the weights once, so they are packed in
-// the order in which they are read (native.py), and nothing leaves this file between layers. bf16
-// needs AMX tiles or AVX512-BF16; fp32 uses the compiler's vector type, on any machine. Values are
-// rounded to the storage type T where the plain PyTorch model rounds them; sums are fp32.
+// the order in which they are read (packing.py), and nothing leaves this file between layers. bf16
+// is multiplied by AMX tiles or AVX512-BF16 where they are, else as fp32, which uses the compiler's
+// vector type, on any machine. Values are rounded to the storage type T where the plain PyTorch
+// model rounds them; sums are fp32. Weights that bf16 holds exactly are packed so for fp32 too: that
+// is half as much to read.
 //
 // Letters: n rows, D model width, H query heads, G key/value heads, K head width, F feed-forward
 // width, V vocabulary. A "panel" is 32 outputs of a linear layer.
+
+#include <memory>
 
 #include "../ops/vector.h"
 
@@ -98,8 +102,6 @@ static inline void block(const bf16* a, int64_t lda, int rows, int64_t depth, co
     }
   }
 }
-#else
-static inline void block(const bf16*, int64_t, int, int64_t, const bf16*, float (*)[32]) {}
 #endif
 static void tiles_on() {}
 static void tiles_off() {}
@@ -107,8 +109,8 @@ static void tiles_off() {}
 
 // This thread's share of the panels of a linear layer; `finish(row, output, low, high)` gets the
 // sums of outputs [output, output + 16) and the 16 after them.
-template <class T, class Finish>
-static void linear(int64_t n, const T* a, int64_t depth, const T* w, int64_t out, Finish finish) {
+template <class A, class W, class Finish>
+static void multiply(int64_t n, const A* a, int64_t depth, const W* w, int64_t out, Finish finish) {
   int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), panels = (out + 31) / 32;
   float c[32][32] __attribute__((aligned(64)));
   for (int64_t p = panels * me / threads; p < panels * (me + 1) / threads; p++)
@@ -117,6 +119,27 @@ static void linear(int64_t n, const T* a, int64_t depth, const T* w, int64_t out
       block(a + top * depth, depth, rows, depth, w + p * 32 * depth, c);
       for (int r = 0; r < rows; r++) finish(top + r, p * 32, load(c[r]), load(c[r] + 16));
     }
+}
+
+// The same for weights of either type.
+template <class Finish>
+static void linear(int64_t n, const float* a, int64_t depth, const void* w, bool narrow,
+                   int64_t out, Finish finish) {
+  if (narrow)
+    multiply(n, a, depth, (const bf16*)w, out, finish);
+  else
+    multiply(n, a, depth, (const float*)w, out, finish);
+}
+template <class Finish>
+static void linear(int64_t n, const bf16* a, int64_t depth, const void* w, bool, int64_t out,
+                   Finish finish) {
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+  multiply(n, a, depth, (const bf16*)w, out, finish);
+#else
+  std::unique_ptr<float[]> wide(new float[n * depth]);  // depth is a multiple of 32
+  for (int64_t i = 0; i < n * depth; i += 16) store(wide.get() + i, load(a + i));
+  multiply(n, wide.get(), depth, (const bf16*)w, out, finish);
+#endif
 }
 
 static inline v16 bias_at(const float* b, int64_t i) { return b ? load(b + i) : v16{}; }
@@ -174,6 +197,7 @@ struct Model {
   void* scratch;                  // one (rows, D) buffer a thread
   float* scores;                  // 4 * longest of them a thread
   int64_t rows;                   // a multiple of 32, at least n
+  int64_t narrow;                 // whether weights are in bf16
 };
 
 // One row's place in the query-key-value buffer and in the caches, for key/value head g.
@@ -332,7 +356,7 @@ static void forward(const Model& m, int64_t n, T* x, const int64_t* sequences,
         };
       };
       norm_rows(l.norm1, l.norm1_bias);
-      linear(n, normed, D, (const T*)l.qkv, width, keep((T*)m.qkv, pitch, l.qkv_bias));
+      linear(n, normed, D, l.qkv, m.narrow, width, keep((T*)m.qkv, pitch, l.qkv_bias));
 #pragma omp barrier
       const int64_t half = m.K / 2, group = m.H / m.G;
       for (int64_t task = me; task < n * m.G; task += team) {
@@ -349,33 +373,34 @@ static void forward(const Model& m, int64_t n, T* x, const int64_t* sequences,
                (T*)m.attended + row * HK + g * group * m.K, scores);
       }
 #pragma omp barrier
-      linear(n, (const T*)m.attended, HK, (const T*)l.o, D, add(l.o_bias));
+      linear(n, (const T*)m.attended, HK, l.o, m.narrow, D, add(l.o_bias));
 #pragma omp barrier
       norm_rows(l.norm2, l.norm2_bias);
       T* hidden = (T*)m.hidden;
       if (m.gated) {  // a panel holds 16 gates, then their 16 factors
-        linear(n, normed, D, (const T*)l.up, 2 * m.F, [&](int64_t r, int64_t o, v16 g, v16 u) {
+        linear(n, normed, D, l.up, m.narrow, 2 * m.F, [&](int64_t r, int64_t o, v16 g, v16 u) {
           v16 gate = rounded<T>(silu(rounded<T>(g)));
           store(hidden + r * m.F + o / 2, gate * rounded<T>(u));
         });
       } else {
-        linear(n, normed, D, (const T*)l.up, m.F, [&](int64_t r, int64_t o, v16 low, v16 high) {
+        linear(n, normed, D, l.up, m.narrow, m.F, [&](int64_t r, int64_t o, v16 low, v16 high) {
           T* p = hidden + r * m.F + o;
           store(p, gelu_tanh(rounded<T>(low + bias_at(l.up_bias, o))));
           store(p + 16, gelu_tanh(rounded<T>(high + bias_at(l.up_bias, o + 16))));
         });
       }
 #pragma omp barrier
-      linear(n, (const T*)hidden, m.F, (const T*)l.down, D, add(l.down_bias));
+      linear(n, (const T*)hidden, m.F, l.down, m.narrow, D, add(l.down_bias));
 #pragma omp barrier
     }
     const int64_t vocab = (m.V + 31) / 32 * 32;
     for (int64_t r = 0; r < num_wanted; r++)
       norm(x + wanted[r] * D, normed + r * D, m.norm, m.norm_bias, D, eps, m.rms != 0);
-    linear(num_wanted, normed, D, (const T*)m.head, m.V, [&](int64_t r, int64_t o, v16 low, v16 high) {
+    auto tell = [&](int64_t r, int64_t o, v16 low, v16 high) {
       store(logits + r * vocab + o, low);
       store(logits + r * vocab + o + 16, high);
-    });
+    };
+    linear(num_wanted, normed, D, m.head, m.narrow, m.V, tell);
     if (sizeof(T) == 2) tiles_off();
   }
 }

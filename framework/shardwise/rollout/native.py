@@ -33,7 +33,7 @@ from shardwise.models.common.spec import ModelSpec, beyond
 from shardwise.ops import compiled, rope
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
-from shardwise.rollout.packing import in_huge_pages, pack, unpack, unzip16, up32, zip16
+from shardwise.rollout.packing import bf16_holds, in_huge_pages, pack, unpack, unzip16, up32, zip16
 from shardwise.rollout.pages import Cached, PagePool
 from shardwise.rollout.sampling import Choice
 
@@ -66,11 +66,9 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         found = library()
     except compiled.CannotBuildError as e:
         return str(e)
-    unit = found.bf16_unit()
-    if dtype == torch.bfloat16 and (
-        unit == 0 or (unit == 2 and not torch.cpu._is_amx_tile_supported())
-    ):
-        return "bf16 needs a CPU with AVX512-BF16 or AMX"
+    tiles = dtype == torch.bfloat16 and found.bf16_unit() == 2
+    if tiles and not torch.cpu._is_amx_tile_supported():
+        return "this process may not use the CPU's AMX tiles"
     return None
 
 
@@ -141,6 +139,7 @@ class NativeBackend(PlainBackend):
         self.layers: list[dict[str, Tensor | None]] = []
         self.top: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor] = {}
+        self.narrow = False  # whether weights are packed in bf16
         self.threads = torch.get_num_threads()
         torch.cpu._init_amx()
 
@@ -148,17 +147,25 @@ class NativeBackend(PlainBackend):
         return 16  # as in decode.cpp
 
     def refresh(self) -> None:
-        """Pack the plain model's weights."""
+        """Pack the plain model's weights: in bf16 if that holds all of them exactly."""
         m: Any = self.model
+        self.narrow = bf16_holds(p for p in m.parameters() if p.dim() == 2)
         self.layers = [in_huge_pages(self._pack_layer(block)) for block in m.layers]
         self.top = in_huge_pages(
             {
                 "norm": m.norm.weight.float(),
                 "norm_bias": _bias(m.norm),
-                "head": pack(m.head.weight),
+                "head": self._pack(m.head.weight),
             }
         )
         self.buffers = {}
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return pack(weight.bfloat16() if self.narrow else weight)
+
+    def _unpack(self, packed: Tensor | None, num_out: int, num_in: int) -> Tensor:
+        assert packed is not None
+        return unpack(packed, num_out, num_in).to(self.cache.v.dtype)
 
     def _pack_layer(self, block: Any) -> dict[str, Tensor | None]:
         a, f = block.attn, block.mlp
@@ -170,17 +177,17 @@ class NativeBackend(PlainBackend):
         return {
             "norm1": block.attn_norm.weight.float(),
             "norm1_bias": _bias(block.attn_norm),
-            "qkv": pack(qkv),
+            "qkv": self._pack(qkv),
             "qkv_bias": _padded(qkv_bias),
             "q_norm": None if a.q_norm is None else a.q_norm.weight.float(),
             "k_norm": None if a.k_norm is None else a.k_norm.weight.float(),
-            "o": pack(a.o.weight),
+            "o": self._pack(a.o.weight),
             "o_bias": _bias(a.o),
             "norm2": block.mlp_norm.weight.float(),
             "norm2_bias": _bias(block.mlp_norm),
-            "up": pack(up),
+            "up": self._pack(up),
             "up_bias": None if gated else _padded(_bias(f.up)),
-            "down": pack(f.down.weight),
+            "down": self._pack(f.down.weight),
             "down_bias": _bias(f.down),
         }
 
@@ -191,18 +198,18 @@ class NativeBackend(PlainBackend):
         for i, (packed, block) in enumerate(zip(self.layers, blocks)):
             width, ffn = c.hidden_size, block.mlp.down.in_features
             sizes = [c.num_heads * c.head_width, *[c.kv_heads * c.head_width] * 2]
-            qkv = unpack(_known(packed["qkv"]), sum(sizes), width).split(sizes)
+            qkv = self._unpack(packed["qkv"], sum(sizes), width).split(sizes)
             names = dict(zip(("attn.q", "attn.k", "attn.v"), qkv))
-            names["attn.o"] = unpack(_known(packed["o"]), width, sizes[0])
-            names["mlp.down"] = unpack(_known(packed["down"]), width, ffn)
+            names["attn.o"] = self._unpack(packed["o"], width, sizes[0])
+            names["mlp.down"] = self._unpack(packed["down"], width, ffn)
             if isinstance(block.mlp, SwiGLU):
-                both = unpack(_known(packed["up"]), 2 * up32(ffn), width)
+                both = self._unpack(packed["up"], 2 * up32(ffn), width)
                 names |= zip(("mlp.gate", "mlp.up"), unzip16(both, ffn))
             else:
-                names["mlp.up"] = unpack(_known(packed["up"]), ffn, width)
+                names["mlp.up"] = self._unpack(packed["up"], ffn, width)
             found |= {f"layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
         head = "embed.weight" if c.tie_embeddings else "head.weight"
-        return found | {head: unpack(_known(self.top["head"]), c.vocab_size, c.hidden_size)}
+        return found | {head: self._unpack(self.top["head"], c.vocab_size, c.hidden_size)}
 
     def resize(self, num_pages: int) -> None:
         """See `PlainBackend.resize`."""
@@ -243,7 +250,7 @@ class NativeBackend(PlainBackend):
                 *(_pointer(t) for t in self.top.values()),
                 *(self.buffers[k].data_ptr() for k in ("qkv", "attended", "hidden")),
                 *(self.buffers[k].data_ptr() for k in ("scratch", "scores")),
-                rows,
+                *(rows, self.narrow),
             ],
             dtype=torch.int64,
         )
@@ -407,11 +414,6 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     return F.pad(bias, (0, -len(bias) % 32))
-
-
-def _known(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
 
 
 def _pointer(tensor: Tensor | None) -> int:

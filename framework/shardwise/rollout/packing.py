@@ -6,6 +6,7 @@ Shape suffixes: O outputs and I inputs of a linear layer, F features of a feed-f
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,11 @@ def unzip16(both: Tensor, num_rows: int) -> list[Tensor]:
     """The inverse of `zip16`."""
     halves = both.unflatten(0, (-1, 2, 16)).unbind(1)
     return [half.flatten(0, 1)[:num_rows] for half in halves]
+
+
+def bf16_holds(tensors: Iterable[Tensor]) -> bool:
+    """Whether bf16 holds all their numbers exactly, as of a model that was stored in it."""
+    return all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in tensors)
 
 
 def in_huge_pages(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
