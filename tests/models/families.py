@@ -172,6 +172,54 @@ _MAKERS: dict[str, Callable[[], Any]] = {
             logits_scaling=1.5,
         )
     ),
+    "granite-swa": lambda: t.GraniteSWAForCausalLM(
+        t.GraniteSWAConfig(
+            **TINY,
+            embedding_multiplier=12.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.22,
+            logits_scaling=1.5,
+            sliding_window=5,
+            layer_types=[FULL, SLIDING, SLIDING],
+            layer_rope_theta=[0.0, 1e4, 2e3],
+        )
+    ),
+    "ministral3": lambda: t.Ministral3ForCausalLM(
+        t.Ministral3Config(
+            **TINY,
+            pad_token_id=None,
+            head_dim=16,
+            rope_parameters=YARN_ROPE
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
+        )
+    ),
+    "ministral3-window": lambda: t.Ministral3ForCausalLM(
+        t.Ministral3Config(
+            **TINY,
+            pad_token_id=None,
+            head_dim=16,
+            sliding_window=5,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.0,
+            },
+        )
+    ),
+    "seed-oss": lambda: t.SeedOssForCausalLM(
+        t.SeedOssConfig(**TINY, pad_token_id=None, head_dim=16, attention_out_bias=True)
+    ),
+    "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**TINY, pad_token_id=None, head_dim=16)),
+    "starcoder2": lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**TINY, sliding_window=5)),
+    "exaone4": lambda: t.Exaone4ForCausalLM(
+        t.Exaone4Config(**TINY, sliding_window=5, layer_types=[SLIDING, FULL, SLIDING])
+    ),
+    "exaone4-full": lambda: t.Exaone4ForCausalLM(
+        t.Exaone4Config(
+            **TINY, sliding_window=None, layer_types=[FULL] * 3, rope_parameters=LLAMA3_ROPE
+        )
+    ),
 }
 FAMILIES = tuple(_MAKERS)
 

@@ -33,6 +33,18 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "granite": _SIZES
     | {"embed_scale": 12.0, "attn_scale": 0.1, "residual_scale": 0.22, "logit_divisor": 8.0},
+    "granite_swa": _SIZES
+    | {"sliding_window": 40, "layer_types": ["full", "window"], "rope_bases": [0.0, 1e4]}
+    | {"embed_scale": 12.0, "attn_scale": 0.1, "residual_scale": 0.22, "logit_divisor": 8.0},
+    "ministral3": _SIZES
+    | {
+        "query_growth": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 32.0, "original_max_seq_len": 8},
+    },
+    "seed_oss": _SIZES | {"o_bias": True, "tie_embeddings": False},
+    "gemma": _SIZES,
+    "starcoder2": _SIZES | {"sliding_window": 40},
+    "exaone4": _SIZES | {"sliding_window": 40, "layer_types": ["window", "full"]},
     "gpt2": {k: v for k, v in _SIZES.items() if k not in ("num_kv_heads", "ffn_size")},
 }
 

@@ -22,6 +22,9 @@ DAILY = {
     ("olmo2", "dp2.zero3"),
     ("smollm3", "pp2.1f1b"),  # layers without rotation
     ("phi3", "cp2.ring"),  # heads rotated in part
+    ("granite_swa", "tp2.sp"),  # sinks of cut heads,
+    ("granite_swa", "tp4"),  # of which two ranks have the same key
+    ("ministral3", "cp2.ring"),  # queries that grow with their positions
     ("granite", "tp2.sp"),  # constants in front of a cut head and behind row-parallel outputs
 }
 CASES = [

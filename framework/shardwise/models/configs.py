@@ -6,7 +6,23 @@ import dataclasses
 
 from shardwise.config.registry import register_model_config
 from shardwise.models.common.config import DecoderConfig
-from shardwise.models.dense import gemma2, gemma3, gpt2, granite, llama, olmo2, olmo3, phi3, smollm3
+from shardwise.models.dense import (
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    granite,
+    granite_swa,
+    llama,
+    ministral3,
+    olmo2,
+    olmo3,
+    phi3,
+    seed_oss,
+    smollm3,
+    starcoder2,
+)
 from shardwise.models.dense.names import Names
 from shardwise.models.dense.release import Release
 
@@ -23,6 +39,7 @@ class Table:
 TABLES: dict[str, Table] = {
     "llama": Table(llama.LlamaConfig, llama.RELEASES),
     "gpt2": Table(gpt2.GPT2Config, (gpt2.RELEASE,), gpt2.NAMES),
+    "gemma": Table(gemma.GemmaConfig, (gemma.RELEASE,)),
     "gemma2": Table(gemma2.Gemma2Config, (gemma2.RELEASE,), gemma2.NAMES),
     "gemma3": Table(gemma3.Gemma3Config, (gemma3.RELEASE,), gemma2.NAMES),
     "olmo2": Table(olmo2.Olmo2Config, (olmo2.RELEASE,), olmo2.NAMES),
@@ -30,6 +47,11 @@ TABLES: dict[str, Table] = {
     "smollm3": Table(smollm3.SmolLM3Config, (smollm3.RELEASE,)),
     "phi3": Table(phi3.Phi3Config, (phi3.RELEASE,), phi3.NAMES),
     "granite": Table(granite.GraniteConfig, (granite.RELEASE,)),
+    "granite_swa": Table(granite_swa.GraniteSwaConfig, (granite_swa.RELEASE,), granite_swa.NAMES),
+    "ministral3": Table(ministral3.Ministral3Config, (ministral3.RELEASE,)),
+    "seed_oss": Table(seed_oss.SeedOssConfig, (seed_oss.RELEASE,)),
+    "starcoder2": Table(starcoder2.Starcoder2Config, (starcoder2.RELEASE,), starcoder2.NAMES),
+    "exaone4": Table(exaone4.Exaone4Config, (exaone4.RELEASE,), olmo2.NAMES),
 }
 
 for family, table in TABLES.items():

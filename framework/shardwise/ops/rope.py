@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardwise.ops.rope_scaling import RopeScaling, RopeSpec
+from shardwise.ops.rope_scaling import QueryGrowth, RopeScaling, RopeSpec
 
 # Shape suffixes: B sequences, T tokens, H heads, K head width, R rotated pairs (K / 2 at most).
 
@@ -92,6 +92,13 @@ def tables(
     )
     angle_BTR = position_ids_BT[..., None].to(wide) * freq_R
     return angle_BTR.cos() * factor, angle_BTR.sin() * factor
+
+
+def query_scale(position_ids_BT: Tensor, growth: QueryGrowth, dtype: torch.dtype) -> Tensor:
+    """What queries are multiplied by, B1T1 in ``dtype``; computed as wide as `tables`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    periods_BT = (position_ids_BT // growth.period).to(wide)
+    return (1.0 + growth.rate * periods_BT.log1p()).to(dtype)[:, None, :, None]
 
 
 def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:

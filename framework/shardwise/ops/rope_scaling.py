@@ -31,6 +31,17 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries of position p are multiplied by ``1 + rate * ln(1 + p // period)``.
+
+    It keeps attention as sharp over many keys as over a few (Llama 4 release).
+    """
+
+    rate: float
+    period: int  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeSpec:
     """Rotary positions of the first ``width`` features of a head."""
 

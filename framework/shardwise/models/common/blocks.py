@@ -37,6 +37,7 @@ class Context:
 
     mask: Any  # what `Attention.core` takes: `ops.attention.Mask` for the plain one
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, BTR
+    query_scale_B1T1: Tensor | None = None  # of queries by their positions; None: one
     rng_keys_BT: Tensor | None = None  # keys of this layer; None: no dropout
     cache: KVCache | None = None
     layer: int = 0  # read only with a cache, so that compiled blocks do not depend on it
@@ -138,6 +139,8 @@ class Attention(nn.Module):
             q_BHTK, k_BGSK = rotate(q_BHTK, *context.rope), rotate(k_BGSK, *context.rope)
         if self.q_scale != 1.0:
             q_BHTK = q_BHTK * self.q_scale
+        if context.query_scale_B1T1 is not None:
+            q_BHTK = q_BHTK * context.query_scale_B1T1
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.update(context.layer, k_BGSK, v_BGSK)
         # Named only where they are: a core that has not been told of them fails, and guesses not.

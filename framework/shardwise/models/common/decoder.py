@@ -142,10 +142,15 @@ class Decoder(nn.Module):
             r: None if r is None else rope.tables(position_ids_BT, r, x_BTD.dtype)
             for r in {s.rope for _, _, s in held}
         }
+        by_growth = {
+            g: None if g is None else rope.query_scale(position_ids_BT, g, x_BTD.dtype)
+            for g in {s.query_growth for _, _, s in held}
+        }
         for i, block, spec in held:
             context = Context(
                 mask=by_window[spec.window],
                 rope=by_rope[spec.rope],
+                query_scale_B1T1=by_growth[spec.query_growth],
                 rng_keys_BT=None if rng_keys_BT is None else rng.fold(rng_keys_BT, i),
                 cache=cache,
                 layer=0 if cache is None else i,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection
 from typing import Any, Literal
 
-from shardwise.ops.rope_scaling import RopeSpec
+from shardwise.ops.rope_scaling import QueryGrowth, RopeSpec
 
 Shape = tuple[int, ...]
 
@@ -49,6 +49,7 @@ class LayerSpec:
     window: int | None = None  # tokens that are seen, the query's included; None: all
     rope: RopeSpec | None = None
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head_width)
+    query_growth: QueryGrowth | None = None  # with the position
     attn_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned score a head that no value belongs to
     qkv_bias: bool = False

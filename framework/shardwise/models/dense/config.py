@@ -146,7 +146,7 @@ class DenseConfig(DecoderConfig):
 
 
 # Keys whose values are repeated over the layers.
-PATTERNS = ("layer_types", "rope_layers")
+PATTERNS = ("layer_types", "rope_layers", "rope_bases")
 
 
 class BiasedConfig(DenseConfig):

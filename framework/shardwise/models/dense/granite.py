@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,10 +13,9 @@ from shardwise.models.dense.release import ATTENTION_BIAS, HEAD_WIDTH_BESIDE, Re
 from shardwise.models.dense.rope import ROPE
 
 
-class GraniteConfig(BiasedConfig):
+class ScaledConfig(BiasedConfig):
     """The constants keep activations alike at every width and depth (maximal update)."""
 
-    family: Literal["granite"] = "granite"
     mlp_bias: bool = Field(False, description="biases of the feed-forward")
     embed_scale: PositiveFloat = Field(1.0, description="of embeddings", examples=[12.0])
     attn_scale: PositiveFloat = Field(
@@ -27,9 +26,8 @@ class GraniteConfig(BiasedConfig):
     )
     logit_divisor: PositiveFloat = Field(1.0, description="logits are divided by it", examples=[8])
 
-    @property
-    def spec(self) -> ModelSpec:
-        """See `DecoderConfig.spec`."""
+    def scaled_spec(self, **switches: Any) -> ModelSpec:
+        """See `make_spec`."""
         return self.make_spec(
             qkv_bias=self.qkv_bias,
             o_bias=self.o_bias,
@@ -38,7 +36,19 @@ class GraniteConfig(BiasedConfig):
             attn_scale=self.attn_scale,
             residual_scale=self.residual_scale,
             logit_scale=1.0 / self.logit_divisor,
+            **switches,
         )
+
+
+class GraniteConfig(ScaledConfig):
+    """Full attention in all layers."""
+
+    family: Literal["granite"] = "granite"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """See `DecoderConfig.spec`."""
+        return self.scaled_spec()
 
 
 _SCALES = {
@@ -47,12 +57,14 @@ _SCALES = {
     "residual_scale": "residual_multiplier",
     "logit_divisor": "logits_scaling",
 }
+SCALED_KEYS = _SCALES | {"mlp_bias": "mlp_bias"}
+SCALED_DEFAULTS = dict.fromkeys(_SCALES.values(), 1.0) | {"mlp_bias": False}
 RELEASE = Release(
     model_type="granite",
     name="Granite",
     config=GraniteConfig,
-    keys=_SCALES | {"mlp_bias": "mlp_bias"},
+    keys=SCALED_KEYS,
     only={"hidden_act": ("silu",)},
-    defaults=dict.fromkeys(_SCALES.values(), 1.0) | {"mlp_bias": False},
+    defaults=SCALED_DEFAULTS,
     parts=(HEAD_WIDTH_BESIDE, ROPE, ATTENTION_BIAS),
 )

@@ -40,5 +40,6 @@ def _of_module(
             rows = tuple(shapes[name][0] for name in ours)
             turned = kind == "weight" and theirs.endswith(tuple(names.transposed))
             full = tuple(stem + name for name in ours)
-            found.append(Rule(f"{theirs}.{kind}", full, rows, bool(names.transposed) and turned))
+            name = theirs if theirs.endswith(tuple(names.bare)) else f"{theirs}.{kind}"
+            found.append(Rule(name, full, rows, bool(names.transposed) and turned))
     return found

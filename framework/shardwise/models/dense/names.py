@@ -37,3 +37,4 @@ class Names:
     prefix: str = "model."  # may be absent from all names, as in checkpoints of the bare decoder
     ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of what holds no weights of ours
     transposed: frozenset[str] = frozenset()  # theirs, whose weights are (in, out)
+    bare: frozenset[str] = frozenset()  # theirs, whose weight has the module's own name

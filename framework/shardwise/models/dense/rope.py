@@ -194,17 +194,19 @@ def types_to_hf(windows: list[int | None]) -> list[str]:
     return [_NAMES["full" if w is None else "window"] for w in windows]
 
 
-def window_types(every: int = 0, word: str | None = None) -> Part:
+def window_types(every: int = 0, word: str | None = None, *, first: bool = False) -> Part:
     """Layers by ``layer_types``; where they are not said, one of ``every`` so many is full.
 
-    0: none is. ``word``: a key that may say another number.
+    It is the last of them, or the ``first``; 0: none is. ``word``: a key that may say another
+    number.
     """
+    ahead = 0 if first else 1
 
     def read(raw: Raw) -> Fields:
         layers = range(raw["num_hidden_layers"])
         if raw.get("layer_types") is None:
             number = every if word is None else raw.get(word, every)
-            types = ["full" if number and (i + 1) % number == 0 else "window" for i in layers]
+            types = ["full" if number and (i + ahead) % number == 0 else "window" for i in layers]
         else:
             types = types_from_hf(raw)
         return {"sliding_window": raw["sliding_window"], "layer_types": pattern_of(types)}
