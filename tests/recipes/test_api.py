@@ -114,6 +114,57 @@ def test_ranks_elsewhere_need_nothing_of_this_machine(large: Path, tmp_path: Pat
     assert 8 < written.gib_a_rank < 21
 
 
+def test_a_verifier_is_chosen_by_name(model: Path, tmp_path: Path) -> None:
+    data, out = data_file("grpo", "problems", tmp_path), tmp_path / "a.yaml"
+    written = init(model, data, stage="grpo", reward="numeric", out=out)
+    run = load_config(out).config
+    [stage] = run.stages
+    assert [part.kind for part in stage.reward.parts] == ["numeric"]  # type: ignore[attr-defined]
+    assert [p.kind for p in run.evaluations[0].reward.parts] == ["numeric"]  # type: ignore[attr-defined]
+    assert "is the reference's number" in why(written)["stages.0.reward.parts"]
+    own = tmp_path / "mine.py"
+    own.write_text("def score(question, completion, answer, meta):\n    return 1.0\n")
+    init(model, data, stage="grpo", reward=f"{own}:score", out=out, force=True)
+    [part] = load_config(out).config.stages[0].reward.parts  # type: ignore[attr-defined]
+    assert (part.kind, part.function) == ("user", f"{own}:score")
+
+
+@pytest.mark.parametrize(
+    ("stage", "reward", "said"),
+    [
+        ("grpo", "numbers", "--reward numbers: known: exact, numeric, answer, .*or path.py:name"),
+        ("grpo", "length", "--reward length: known"),  # it asks for keys of its own
+        ("grpo", "mine:score", "--reward mine:score: .*path"),
+        ("grpo", "numeric", "--reward numeric: the answer 'blue' is no number"),
+        ("sft", "answer", "--reward answer: of --stage grpo alone"),
+    ],
+)
+def test_verifiers_that_cannot_be(
+    model: Path, tmp_path: Path, stage: str, reward: str, said: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    row = {"prompt": "Which colour?", "answer": "blue"}
+    data.write_text("".join(json.dumps(row | {"n": i}) + "\n" for i in range(9)))
+    with pytest.raises(UserError, match=said):
+        init(model, data, stage=stage, reward=reward, out=tmp_path / "a.yaml")
+    assert not (tmp_path / "a.yaml").exists()
+
+
+@pytest.mark.parametrize(("stage", "form"), [("sft", "messages"), ("dpo", "preference")])
+def test_a_duration_is_told_with_what_it_assumes(
+    model: Path, tmp_path: Path, stage: str, form: str
+) -> None:
+    data, out = data_file(stage, form, tmp_path), tmp_path / "a.yaml"
+    written = init(model, data, stage=stage, out=out)
+    assert written.seconds is not None and written.seconds > 0
+    assert "here, if rows are computed at 45%" in written.takes and written.takes in written.lines()
+    assert "# Duration: about" in out.read_text()
+    twice = init(model, data, stage=stage, epochs=200, out=out, force=True)
+    assert twice.seconds is not None and twice.seconds > written.seconds
+    elsewhere = init(model, data, stage=stage, gpu_memory=24, out=out, force=True)
+    assert elsewhere.seconds is None and "said when it is started" in elsewhere.takes
+
+
 def test_problems_are_parted_and_their_answers_found(model: Path, tmp_path: Path) -> None:
     data = data_file("grpo", "with steps", tmp_path, rows=150)
     written = init(model, data, stage="grpo", out=tmp_path / "a.yaml")

@@ -10,7 +10,8 @@ import pytest
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
 from shardwise.recipes.machine import BASE, GIB, USABLE, Machine, find_machine
-from shardwise.recipes.sizes import TOKENS, choose, least, occupied, sized
+from shardwise.recipes.sizes import TOKENS, _ways, choose, least, occupied, sized
+from shardwise.stages.run import check_stage
 
 SEVEN_B = {
     "family": "llama",
@@ -92,9 +93,23 @@ def test_one_long_row_is_cut_by_tensor_parallelism_where_nothing_else_helps() ->
     assert size is not None and size.layout.startswith("tp")
 
 
-def _untensored(run: RunConfig, machine: Machine) -> list[Any]:
-    from shardwise.recipes.sizes import _ways
+@pytest.mark.parametrize(
+    ("adapter", "seq_len", "cut"),
+    [(None, 4096, "cp"), ({"kind": "lora", "quantise": "nf4"}, 2048, "pp")],
+)
+def test_rows_or_layers_are_cut_where_tensor_parallelism_and_zero_do_not_help(
+    adapter: Any, seq_len: int, cut: str
+) -> None:
+    run, machine = run_of(batch=8, seq_len=seq_len, adapter=adapter), find_machine(8, 80.0)
+    need = min(occupied(sized(run, way), machine, seq_len) for way in _ways(run, machine))
+    fits = choose(run, with_budget(machine, need + 1), seq_len)
+    assert fits is not None and "cp" not in fits.layout and "pp" not in fits.layout
+    size = choose(run, with_budget(machine, need - 1), seq_len)
+    assert size is not None and cut in size.layout and size.bytes_a_rank < need
+    check_stage(sized(run, size), sized(run, size).training[0], 8, here=False)
 
+
+def _untensored(run: RunConfig, machine: Machine) -> list[Any]:
     return [w for w in _ways(run, machine) if not w.layout.startswith("tp")]
 
 

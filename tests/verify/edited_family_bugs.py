@@ -55,3 +55,10 @@ add(
          "            soft_cap=None,"),
     changes={"model.attn_soft_cap": 50.0},  # as released: what small weights never reach
 )  # fmt: skip
+add(
+    "sinks_of_cut_heads_do_not_learn",
+    "sinks", "granite_swa pretrain tp2", "tp", "sinks",
+    Edit("parallel/norms.py",
+         '        """Those of this rank\'s heads."""\n        return local(self.weight)',
+         '        """Those of this rank\'s heads."""\n        return local(self.weight).detach()'),
+)  # fmt: skip

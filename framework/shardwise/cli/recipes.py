@@ -68,6 +68,10 @@ def init(
     epochs: Annotated[
         float | None, typer.Option(metavar="X", help="Times through the data; default: by stage.")
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of grpo: a verifier, or path.py:name; default: answer."),
+    ] = None,
     out: Annotated[str, typer.Option(metavar="FILE", help="Where to write.")] = "recipe.yaml",
     force: Annotated[bool, typer.Option("--force", help="Over a recipe that is there.")] = False,
     no_verify: NoVerify = False,
@@ -87,6 +91,7 @@ def init(
         columns=named(column or [], "--column"),
         seq_len=seq_len,
         epochs=epochs,
+        reward=reward,
         out=out,
         force=force,
     )

@@ -14,7 +14,9 @@ from shardwise.config import yaml12
 from shardwise.config.load import LoadedConfig, load_config
 from shardwise.config.run import RunConfig
 from shardwise.errors import UserError
-from shardwise.recipes.choices import REWARD, stage_choices, task_of
+from shardwise.recipes import duration
+from shardwise.recipes import reward as verifier
+from shardwise.recipes.choices import stage_choices, task_of
 from shardwise.recipes.data import READS, as_task, look
 from shardwise.recipes.facts import Asked, Facts
 from shardwise.recipes.machine import GIB, Machine, find_machine
@@ -28,18 +30,24 @@ ADAPTERS = ("lora", "qlora")
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A recipe that was written: where, what starts it, and every choice with its reason."""
+    """A recipe that was written: where, what starts it, and every choice with its reason.
+
+    ``seconds`` is an estimate, None where there is none; ``takes`` says it, and what it assumes.
+    """
 
     path: Path
     train: str
     machine: str
     gib_a_rank: float
+    seconds: float | None
+    takes: str
     choices: list[Choice]
 
     def lines(self) -> list[str]:
         """For a terminal: one a choice, then what to do next."""
         said = [choice.line for choice in self.choices if choice.why]
-        return [f"for {self.machine}", *said, f"written: {self.path}; start it: {self.train}"]
+        last = f"written: {self.path}; start it: {self.train}"
+        return [f"for {self.machine}", *said, self.takes, last]
 
 
 def init(
@@ -54,6 +62,7 @@ def init(
     columns: Mapping[str, str] | None = None,
     seq_len: int | None = None,
     epochs: float | None = None,
+    reward: str | None = None,
     out: str | Path = "recipe.yaml",
     force: bool = False,
 ) -> Written:
@@ -65,13 +74,14 @@ def init(
     machine (default: one for each GPU, or one), or for GPUs of ``gpu_memory`` GiB on another.
     ``held_out``: data to measure on; default: a share of ``data``. ``columns``: our names of some
     columns to the data's own, where they differ. ``seq_len`` and ``epochs`` are
-    chosen unless they are given.
+    chosen unless they are given. ``reward``: of grpo, a verifier by name (default: answer), or a
+    function of one's own as ``path.py:name``.
 
     Nothing is written unless the recipe loads, its layout and its memory fit and a sample of the
     data was read and tokenised. Raises UserError (exit code 2) that names what does not fit and
     the mend, and for an ``out`` that exists, without ``force``.
     """
-    asked = _asked(stage, adapter, held_out, seq_len, epochs)
+    asked = _asked(stage, adapter, held_out, seq_len, epochs, reward)
     target = _target(Path(out), force)
     machine = find_machine(ranks, gpu_memory)
     start = open_start(str(model))
@@ -82,14 +92,22 @@ def init(
     facts = Facts(asked, start, found, lengths, machine, apart, measured)
     _check_lengths(facts)
     choices, size = _sized(facts, target)
-    text = as_yaml(choices, _head(facts, target, size))
+    seconds = duration.seconds_of(_load(choices, facts), facts)
+    takes = duration.words(seconds, facts)
+    text = as_yaml(choices, _head(facts, target, takes))
     _check(load_config(yaml12.parse(text, f"{target}").data), machine)
     _write(target, text)
-    return Written(target, _train(target, machine), machine.words, size.bytes_a_rank / GIB, choices)
+    gib, train = size.bytes_a_rank / GIB, _train(target, machine)
+    return Written(target, train, machine.words, gib, seconds, takes, choices)
 
 
 def _asked(
-    stage: str, adapter: str | None, held_out: Any, seq_len: int | None, epochs: float | None
+    stage: str,
+    adapter: str | None,
+    held_out: Any,
+    seq_len: int | None,
+    epochs: float | None,
+    reward: str | None,
 ) -> Asked:
     if stage not in READS:
         raise UserError(f"--stage {stage}: known: {', '.join(READS)}")
@@ -99,13 +117,20 @@ def _asked(
         raise UserError(f"--seq-len {seq_len}: at least 1")
     if epochs is not None and epochs <= 0:
         raise UserError(f"--epochs {epochs:g}: more than 0")
-    return Asked(stage, adapter, None if held_out is None else str(held_out), seq_len, epochs)
+    if reward is not None and stage != "grpo":
+        raise UserError(f"--reward {reward}: of --stage grpo alone; {stage} learns from its rows")
+    verifier.parts(reward)
+    apart = None if held_out is None else str(held_out)
+    return Asked(stage, adapter, apart, seq_len, epochs, reward)
 
 
 def _check_lengths(facts: Facts) -> None:
     """Raise UserError where no row fits, or the model reads no such rows."""
-    if facts.asked.stage == "grpo" and facts.validation:
-        any(as_task(task_of(facts)).problems("held_out"))  # says which prompts are in both
+    if facts.asked.stage == "grpo":
+        task = as_task(task_of(facts))
+        verifier.check(facts.asked.reward, task)
+        if facts.validation:
+            any(task.problems("held_out"))  # says which prompts are in both
     most, said = facts.start.config.max_seq_len, facts.asked.seq_len
     if said is not None and said > most:
         raise UserError(f"--seq-len {said}: the model reads {most} tokens at most")
@@ -181,7 +206,7 @@ def _measured(facts: Facts) -> list[Choice]:
             "kind": kind,
             "task": task_of(facts),
             "max_new_tokens": facts.new_tokens,
-            "reward": {"parts": REWARD},
+            "reward": {"parts": verifier.parts(facts.asked.reward)},
         }
     return [
         Choice(("evaluate_start",), True, ""),
@@ -198,8 +223,13 @@ def _layout_why(size: Size, machine: Machine) -> str:
         "zero2": "gradients, too, are divided among the data ranks",
         "zero3": "weights, too, are divided among the data ranks",
     }
+    shares = {
+        "tp": "{} ranks share every layer",
+        "cp": "{} ranks share every row",
+        "pp": "{} ranks have some layers each",
+    }
     parts = size.layout.split(".")
-    said = [f"{parts[0][2:]} ranks share every layer"] if parts[0].startswith("tp") else []
+    said = [shares[p[:2]].format(p[2:]) for p in parts if p[:2] in shares]
     said += [shards[p] for p in parts if p in shards]
     return f"{' and '.join(said)}, or it would not fit"
 
@@ -252,12 +282,13 @@ def _train(target: Path, machine: Machine) -> str:
     return f"shardwise train {shlex.quote(str(target))}{ranks}"
 
 
-def _head(facts: Facts, target: Path, size: Size) -> str:
+def _head(facts: Facts, target: Path, takes: str) -> str:
     adapter = {None: "", "lora": " with LoRA", "qlora": " with QLoRA"}[facts.asked.adapter]
     names = (Path(ref).name for ref in (facts.start.ref, facts.data.ref))
     return (
         f"{' learns from '.join(names)}: {facts.asked.stage}{adapter}.\n"
-        f"Written by shardwise init for {facts.machine.words}. What starts it:\n"
+        f"Written by shardwise init for {facts.machine.words}.\n"
+        f"{takes.capitalize()}.\nWhat starts it:\n"
         f"{_train(target, facts.machine)}"
     )
 

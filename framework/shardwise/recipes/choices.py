@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import UserError
-from shardwise.recipes import rates
+from shardwise.recipes import rates, reward
 from shardwise.recipes.facts import Facts
 from shardwise.recipes.writing import Choice
 
 SAVED = 12  # bytes of a trained weight in a checkpoint: itself and two moments in fp32
 COPIES = 4  # that there may be at once: two, the best, and the one that is being written
-REWARD = [{"kind": "answer"}]
-REWARD_WHY = "1 for the answer, a number or a text, in whichever way it is marked; else 0"
 LOOKS = 5  # at the validation data, and checkpoints, in a stage
 
 
@@ -119,14 +117,14 @@ def task_of(facts: Facts) -> dict[str, Any]:
 
 
 def _problems(facts: Facts) -> list[Choice]:
-    why = f"{facts.data.words}; "
+    why, said = f"{facts.data.words}; ", facts.asked.reward
     why += "held_out: others" if facts.validation else f"held_out: {facts.held_out:.0%} of them"
     return [
         _at("task", task_of(facts), why=why if facts.measures else facts.data.words),
         _at("samples_per_prompt", rates.SAMPLES, why=rates.SAMPLES_WHY),
         _at("sampling", "temperature", 1.0),
         _at("sampling", "max_new_tokens", facts.new_tokens, why=rates.NEW_TOKENS_WHY),
-        _at("reward", "parts", REWARD, why=REWARD_WHY),
+        _at("reward", "parts", reward.parts(said), why=reward.why(said)),
     ]
 
 

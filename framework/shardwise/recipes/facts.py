@@ -31,6 +31,7 @@ class Asked:
     held_out: str | None = None
     seq_len: int | None = None
     epochs: float | None = None
+    reward: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""How a stage is laid out so that it fits: ZeRO stage, recompute, tensor parallelism, micro-batch.
+"""How a stage is laid out so that it fits: ZeRO stage, recompute, tensor and, where those are not
+enough, context and pipeline parallelism, micro-batch.
 
 Every candidate is held against `shardwise.memory`, by way of the same numbers that a run prints.
 """
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
 from shardwise.errors import ConfigError
 from shardwise.recipes.machine import GIB, Machine
 from shardwise.stages.arithmetic import bytes_a_rank
@@ -25,6 +25,7 @@ TOKENS = {"cpu": 2048, "cuda": 16384}
 # Under this part of it a layout that divides more is worth its traffic.
 ENOUGH = 1 / 4
 TENSOR = (1, 2, 4, 8)  # ranks of one machine
+CUTS = (1, 2, 4, 8)  # of rows by context parallelism, of layers by pipelines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +63,21 @@ def occupied(run: RunConfig, machine: Machine, row: int) -> int:
 
 
 def choose(run: RunConfig, machine: Machine, row: int) -> Size | None:
-    """The first way of `_ways` with a micro-batch that is large enough, or the largest; None: none.
+    """How to compute the stage of ``run``, whose global batch stands; None: it fits in no way.
 
-    ``run`` has one stage, whose global batch stands.
+    Data and tensor parallelism, if they are enough; else rows or layers are cut, too.
     """
+    return _first(run, machine, row, _ways(run, machine)) or _first(
+        run, machine, row, _cut_ways(run, machine)
+    )
+
+
+def _first(run: RunConfig, machine: Machine, row: int, ways: Iterator[Size]) -> Size | None:
+    """The first of ``ways`` with a micro-batch that is large enough, or the largest."""
     best: Size | None = None
-    for way in _ways(run, machine):
+    for way in ways:
+        if occupied(sized(run, way), machine, row) > machine.budget:
+            continue
         wanted = _wanted(run.training[0], machine, row, way.data_ranks)
         for micro in _halves(wanted):
             size = dataclasses.replace(way, micro_batch=micro)
@@ -84,7 +94,8 @@ def choose(run: RunConfig, machine: Machine, row: int) -> Size | None:
 
 def least(run: RunConfig, machine: Machine, row: int) -> int:
     """Bytes that the most frugal way needs on a rank."""
-    return min(occupied(sized(run, way), machine, row) for way in _ways(run, machine))
+    ways = itertools.chain(_ways(run, machine), _cut_ways(run, machine))
+    return min(occupied(sized(run, way), machine, row) for way in ways)
 
 
 def _wanted(stage: Any, machine: Machine, row: int, data_ranks: int) -> int:
@@ -101,21 +112,34 @@ def _halves(number: int) -> Iterator[int]:
         power >>= 1
 
 
-def _ways(run: RunConfig, machine: Machine) -> Iterator[Size]:
-    """Layouts that the stage can have, the cheapest in traffic and recomputation first."""
-    stage, ranks = run.training[0], machine.ranks
+def _ways(run: RunConfig, machine: Machine, cuts: int = 1, stages: int = 1) -> Iterator[Size]:
+    """Layouts that the stage can have, the cheapest in traffic and recomputation first.
+
+    ``cuts``: ranks that share a row; ``stages``: of a pipeline.
+    """
+    ranks = machine.ranks
     zeros = ("auto", "zero2", "zero3") if ranks > 1 else ("auto",)
     for tensor, recompute, zero in itertools.product(TENSOR, ("none", "full"), zeros):
-        if ranks % tensor:
+        if ranks % (tensor * cuts * stages):
             continue
         parts = [f"tp{tensor}", "sp"] if tensor > 1 else []
+        parts += [f"cp{cuts}"] if cuts > 1 else []
+        parts += [f"pp{stages}"] if stages > 1 else []
         layout = ".".join([*parts, *([] if zero == "auto" and parts else [zero])])
-        size = Size(layout, recompute, 1, ranks // tensor, 0)
-        if _can_be(sized(run, size), stage, ranks):
+        size = Size(layout, recompute, 1, ranks // (tensor * cuts * stages), 0)
+        if _can_be(sized(run, size), ranks):
             yield size
 
 
-def _can_be(run: RunConfig, stage: StageConfig, ranks: int) -> bool:
+def _cut_ways(run: RunConfig, machine: Machine) -> Iterator[Size]:
+    """The same with rows cut, layers, or both: those of the fewest parts first."""
+    pairs = itertools.product(CUTS, CUTS)
+    for cuts, stages in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
+        if 1 < cuts * stages <= machine.ranks:
+            yield from _ways(run, machine, cuts, stages)
+
+
+def _can_be(run: RunConfig, ranks: int) -> bool:
     try:
         check_stage(run, run.training[0], ranks)
     except ConfigError:

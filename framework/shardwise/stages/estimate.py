@@ -85,6 +85,14 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class Looked:
+    """What somebody who has read a stage's files says of them: rows, and mean tokens of one."""
+
+    rows: int
+    tokens: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """What the work of a part follows from, beside its own settings."""
 
@@ -92,6 +100,7 @@ class Case:
     stage: StageConfig
     tokenizer: Tokenizer
     done: int = 0  # steps of the stage that stand in a checkpoint
+    looked: Looked | None = None
 
     def train(self, tokens: float, seq_len: int, head: str = "vocabulary") -> float:
         """FLOPs of a forward and a backward pass; a forward pass is a third of it."""
@@ -123,12 +132,24 @@ def _rows(stage: PretrainConfig | SftConfig | DistillConfig, case: Case) -> Work
 
 @work_of.register
 def _rankings(stage: RewardModelConfig, case: Case) -> Work | None:
-    if stage.data.sources or stage.task is None:
-        return None  # lengths stand in files
-    prompt, answer = lengths(stage.task, case.tokenizer)
-    row = prompt + stage.answers_per_problem * answer
+    if (looked := _rows_of(stage, case)) is None:
+        return None
+    row = looked.tokens
     rankings = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
     return Work(rows=case.train(rankings * row, int(row), "scalar"))
+
+
+def _rows_of(stage: RewardModelConfig | DpoConfig, case: Case) -> Looked | None:
+    """All rows that a stage of rankings reads: those of files if somebody has looked, or a task's.
+
+    Lengths that stand in files are not read for an estimate.
+    """
+    if stage.data.sources or stage.task is None:
+        return case.looked
+    prompt, answer = lengths(stage.task, case.tokenizer)
+    rows = count(stage.task, "train_sft", stage.num_problems)
+    rows += count(stage.task, "held_out", stage.num_held_out)
+    return Looked(rows, prompt + stage.answers_per_problem * answer)
 
 
 @work_of.register
@@ -144,16 +165,12 @@ def _solutions(stage: ProcessRewardConfig, case: Case) -> Work | None:
 @work_of.register
 def _preferences(stage: DpoConfig, case: Case) -> Work | None:
     """Of unpaired answers, a forward pass more of each role: the baseline's."""
-    if stage.data.sources or stage.task is None:
+    if (looked := _rows_of(stage, case)) is None:
         return None
-    prompt, answer = lengths(stage.task, case.tokenizer)
-    row = prompt + stage.answers_per_problem * answer
-    flops = case.train(row, int(row))
+    flops = case.train(looked.tokens, int(looked.tokens))
     rows = consumed_before(stage.batch, stage.steps) - consumed_before(stage.batch, case.done)
     if stage.reference_in_use == "precomputed":
-        held_out = count(stage.task, "held_out", stage.num_held_out)
-        read = count(stage.task, "train_sft", stage.num_problems) + held_out
-        return Work(rows=flops * (rows + read / 3))
+        return Work(rows=flops * (rows + looked.rows / 3))
     reads = (1 + (not stage.loss.paired)) * (stage.reference_in_use == "model")
     return Work(rows=flops * rows * (1 + (reads + (not stage.loss.paired)) / 3))
 
@@ -268,15 +285,17 @@ def estimate(
     rates: Mapping[str, float],
     world_size: int,
     done: Mapping[str, int],
+    looked: Looked | None = None,
 ) -> dict[str, float | None]:
     """Seconds that each stage will take, its evaluations included; None where it is not known.
 
     ``rates``: the GEMM rate in FLOP/s over all ranks, by precision. ``done``: steps of each stage
-    that need not be run again; a stage with all of them is left out.
+    that need not be run again; a stage with all of them is left out. ``looked``: at the files of
+    the stage, if there is one.
     """
     found: dict[str, float | None] = {}
     for stage in run.training:
-        case = Case(run, stage, tokenizer, done.get(stage.name, 0))
+        case = Case(run, stage, tokenizer, done.get(stage.name, 0), looked)
         if case.done < stage.steps:
             found[stage.name] = _seconds(stage, case, rates[stage.engine.precision], world_size)
     return found
