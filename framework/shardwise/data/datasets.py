@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shardwise.data import parts
+from shardwise.data import left_out, parts
 from shardwise.data.chat import check_use, encode_chat
 from shardwise.data.config import ChatDataConfig, DataConfig, Texts, Turns
 from shardwise.data.conversation import (
@@ -252,6 +252,7 @@ def _open_source(
             store = IndexedStore(prefix)
         manifest = read_manifest(prefix)
         assert manifest is not None
+        left_out.tell(manifest.get("left_out", []))
     return store, int(manifest["num_bytes"]), key
 
 

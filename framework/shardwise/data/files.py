@@ -11,6 +11,7 @@ from pathlib import Path
 
 import xxhash
 
+from shardwise.data.left_out import OTHER_FILE, leave_out
 from shardwise.data.streams import suffix_of
 from shardwise.errors import DataError
 
@@ -71,7 +72,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _by_suffix(folder: Path, files: list[Path], suffixes: Sequence[str]) -> list[Path]:
     if not suffixes:
         return files
-    others = Counter(suffix_of(f) or "no suffix" for f in files if suffix_of(f) not in suffixes)
+    unread = [f for f in files if suffix_of(f) not in suffixes]
+    others = Counter(suffix_of(f) or "no suffix" for f in unread)
+    for file in unread:
+        leave_out(OTHER_FILE, str(file))
     if others:
         said = ", ".join(f"{number} of {suffix}" for suffix, number in sorted(others.items()))
         log.info("%s: only files of %s are read; left out: %s", folder, "/".join(suffixes), said)

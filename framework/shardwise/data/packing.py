@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from shardwise.data import left_out
 from shardwise.data.batch import MicroBatch
 from shardwise.data.config import TooLong
 from shardwise.data.indexed import IndexedStore
@@ -224,10 +225,12 @@ class PackedExamples:
                 truncated += too_long == "truncate"
                 dropped += too_long == "drop"
                 if too_long == "drop":
+                    left_out.leave_out(left_out.too_long(seq_len + 1), where)
                     continue
             learn = np.asarray(mask[: seq_len + 1], dtype=np.bool_)
             if not learn[1:].any():
                 unlearnable += 1
+                left_out.leave_out(left_out.NOTHING_TO_LEARN, where)
                 continue
             self._examples.append((np.asarray(ids[: seq_len + 1], dtype=np.int64), learn))
         if not self._examples:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from shardwise.data import left_out
 from shardwise.data.batch import MicroBatch
 from shardwise.data.chat import check_use, encode_chat
 from shardwise.data.config import Reading
@@ -166,6 +167,7 @@ def read_rankings(
             if how.max_tokens is not None and ranking.longest > how.max_tokens:
                 dropped += 1
                 if how.drop:
+                    left_out.leave_out(left_out.too_long(how.max_tokens), where)
                     continue
                 raise DataError(
                     f"{where}: the prompt with its longest answer has {ranking.longest} tokens, "

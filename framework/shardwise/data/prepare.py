@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shardwise.data import left_out
 from shardwise.data.indexed import (
     IndexedStore,
     IndexedWriter,
@@ -97,7 +98,7 @@ def write_store(
     digest = xxhash.xxh3_128(tokenizer.hash.encode())
     num_bytes = 0
     writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
-    with writer:
+    with left_out.scope() as found, writer:
         for batch in _batches(documents):
             for document, ids in zip(batch, _encoded(batch, tokenizer)):
                 writer.add(np.append(np.asarray(ids, dtype=np.int64), tokenizer.eos_id))
@@ -113,6 +114,7 @@ def write_store(
             "num_documents": writer.num_documents,
             "num_tokens": writer.num_tokens,
             "num_bytes": num_bytes,
+            **({"left_out": found.as_json()} if found.all() else {}),
         }
     return _report(prefix, writer, num_bytes)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.data import streams, tables
+from shardwise.data.left_out import EMPTY, leave_out
 from shardwise.data.streams import MAX_EXPANSION
 from shardwise.data.tables import ARROW, PARQUET
 from shardwise.data.unused import Unused
@@ -50,6 +51,7 @@ def read_text(files: Sequence[Path], max_expansion: float = MAX_EXPANSION) -> It
         text = streams.decode(streams.whole(file, max_expansion), file)
         if not text:
             log.warning("%s: empty file skipped", file)
+            leave_out(EMPTY, str(file))
             continue
         found = True
         yield Document(file.as_posix(), text)
@@ -216,4 +218,5 @@ def read_documents(
 def _any_text(text: str, where: str) -> bool:
     if not text:
         log.warning("%s: empty document skipped", where)
+        leave_out(EMPTY, where)
     return bool(text)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from shardwise.data import left_out
 from shardwise.data.batch import MicroBatch
 from shardwise.data.chat import check_use
 from shardwise.data.config import StepReading
@@ -147,7 +148,9 @@ def read_solutions(
                         f"batch.seq_len is {how.max_tokens}; raise it, or set data.too_long"
                     )
                 fitting = truncated(made, how.max_tokens) if how.truncate else None
-            if fitting is not None:
+            if fitting is None:
+                left_out.leave_out(left_out.too_long(how.max_tokens or 0), where)
+            else:
                 yield fitting
         unused.say()
         if too_long:

@@ -20,6 +20,7 @@ Kind = Literal["train", "validation", "eval", "event"]
 
 METRICS_FILE = "metrics.jsonl"
 NOTES_FILE = "notes.jsonl"
+LEFT_OUT = "left_out"  # a note: rows of a stage's files that it does not learn from
 _RESERVED = frozenset({"time", "stage", "step", "kind"})
 
 

@@ -31,7 +31,7 @@ def seconds_of(run: RunConfig, facts: Facts) -> float | None:
     flops = rate(machine.precision, machine.device)
     flops *= machine.ranks if machine.device == "cuda" else 1
     looked = Looked(facts.lengths.rows, float(facts.lengths.row.mean()))
-    rates = {stage.engine.precision: flops}
+    rates: dict[str, float] = {stage.engine.precision: flops}
     return estimate(run, facts.start.tokenizer, rates, machine.ranks, {}, looked)[stage.name]
 
 

@@ -13,6 +13,7 @@ from shardwise.config.redact import redact
 from shardwise.errors import EXIT_CODES
 from shardwise.metrics.declared import START, Metric
 from shardwise.metrics.progress import duration, number, written
+from shardwise.metrics.writers import LEFT_OUT
 from shardwise.report.diagnosis import Check, diagnose
 from shardwise.report.jobs import jobs, metric_text
 from shardwise.report.rundata import RunData, config_stages, summary_stages
@@ -301,14 +302,21 @@ class Event:
 def events(run: RunData) -> tuple[list[Event], int]:
     """The newest `MAX_EVENTS` events, oldest first, and how many there are in all."""
     out = []
-    for row in run.events[-MAX_EVENTS:]:
+    rows = [row for row in run.events if row.get("event") != LEFT_OUT]  # a line of its own
+    for row in rows[-MAX_EVENTS:]:
         when = num(row.get("time"))
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when)) if when else ""
         message = redact(str(row.get("message") or ""))
         stage, step = str(row.get("stage") or ""), row.get("step")
         shown = "" if step is None or not stage else str(step)
         out.append(Event(stamp, stage, shown, str(row.get("event") or "event"), message))
-    return out, len(run.events)
+    return out, len(rows)
+
+
+def left_out(run: RunData) -> list[tuple[str, str]]:
+    """Stages that left out rows of their files, and which: counts by reason, each with a place."""
+    said = {str(e.get("stage")): e.get("message") for e in run.events if e.get("event") == LEFT_OUT}
+    return [(stage, redact(str(words))) for stage, words in said.items()]
 
 
 def machine(run: RunData) -> list[tuple[str, str]]:
@@ -430,6 +438,7 @@ def view(run: RunData) -> dict[str, Any]:
         "origin": origin(run),
         "jobs": jobs(run),
         "lineage": lineage(run),
+        "left_out": left_out(run),
         "events": shown,
         "num_events": num_events,
         "machine": machine(run),

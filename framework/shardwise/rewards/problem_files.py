@@ -16,6 +16,7 @@ from shardwise.config.explain import nearest
 from shardwise.data import folders, formats, readers
 from shardwise.data.conversation import MEDIA, check_messages
 from shardwise.data.conversions import from_sharegpt
+from shardwise.data.left_out import AGAIN, leave_out
 from shardwise.data.parts import Part
 from shardwise.data.unused import say_once, warn_once
 from shardwise.errors import DataError
@@ -146,6 +147,7 @@ def _read(config: FileTask, path: Path, split: str) -> list[Problem]:
                 f"there {first.answer!r}); drop one, or give one row a list of answers"
             )
         again[first.id] += 1
+        leave_out(AGAIN, where)
     say_once(found.describe(path, len(problems) + again.total()))
     if again:
         warn_once(

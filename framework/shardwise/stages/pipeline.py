@@ -24,12 +24,13 @@ from shardwise.checkpoint.steps import step_of
 from shardwise.config.artifacts import artifacts_of, resolved
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import JobConfig, StageConfig
+from shardwise.data import left_out
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.errors import CheckpointError, ConfigError, DataError
 from shardwise.metrics.gemm import measure_gemm
 from shardwise.metrics.progress import Progress
-from shardwise.metrics.writers import MetricsLogger
+from shardwise.metrics.writers import LEFT_OUT, MetricsLogger
 from shardwise.parallel.collectives import sum_over
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import precision_of
@@ -187,7 +188,9 @@ class Pipeline:
         torch.compiler.reset()  # graphs of an earlier stage's model serve nobody
         began = time.perf_counter()
         ctx = self._context(stage, parent, done)
-        live = build_stage(ctx)
+        with left_out.scope() as found:
+            live = build_stage(ctx)
+        self._say_left_out(stage, found.as_json())
         if isinstance(live, PolicyStage):
             world, row = dist.get_world_size(), live.longest_row()
             self.progress.message(arithmetic(self.run, stage, world, row))
@@ -292,6 +295,12 @@ class Pipeline:
         found = checkpoint.latest(checkpoint_root(self.run.directory, stage.name))
         name: str | None = Ranks.of(None).share(None if found is None else str(found))
         return None if name is None else Path(name)
+
+    def _say_left_out(self, stage: StageConfig, found: list[dict[str, Any]]) -> None:
+        """Note the rows that no batch will have; every rank reads the same files."""
+        if found:
+            words = "; ".join(str(left_out.LeftOut(**one)) for one in found)
+            self.logger.note(LEFT_OUT, words, stage.name, left_out=found)
 
     def _result_path(self, stage: JobConfig) -> Path:
         return self.run.directory / "stages" / stage.name / RESULT_FILE
