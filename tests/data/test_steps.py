@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,60 @@ def test_rows_in_all_their_forms_are_one(tmp_path: Path) -> None:
     theirs = write(tmp_path, {"prompt": "?", "completions": ["a", "b"], "labels": [True, False]})
     with pytest.raises(DataError, match=r"near: steps with columns: \{steps: completions\}"):
         list(read_solutions(theirs, PLAIN, StepReading()))
+
+
+SPANS = {
+    "prompt": "?",
+    "completion": "So 4, then 6.",
+    "spans": [[3, 4], [11, 12]],
+    "labels": [1, 0],
+}
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
+def test_spans_end_where_their_last_word_does(parts: list[tuple[str, str]]) -> None:
+    text, spans = "", []
+    for unlabelled, labelled in parts:
+        text += unlabelled
+        spans.append([len(text), len(text) + len(labelled)])
+        text += labelled
+    if "<|" in text:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        row = {"prompt": "?", "completion": text, "spans": spans, "labels": [1] * len(spans)}
+        [made] = read_solutions(write(Path(folder), row), PLAIN, StepReading())
+    *inside, last = made.ends
+    assert [PLAIN.decode(made.answer[: end + 1]) for end in inside] == [
+        text[:end] for _, end in spans[:-1]
+    ]
+    assert last == len(made.answer) - 1  # where an answer's last step is read, too
+
+
+def test_spans_of_which_none_is_the_end(tmp_path: Path) -> None:
+    sources = write(tmp_path, SPANS)
+    [made] = read_solutions(sources, PLAIN, StepReading())
+    assert [made.answer[end] for end in made.ends] == [ord("4"), ord("6")]
+    assert made.labels == [1.0, 0.0]
+    assert detect(sources[0].path).format == "steps"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": [1]}, "2 spans and 1 labels"),
+        ({"spans": [[3, 4], [3, 12]]}, "before the one in front"),
+        ({"spans": [[3, 4], [11, 14]]}, "beyond the completion's 13"),
+        ({"spans": [[2, 3], [11, 12]]}, "is blank"),
+        ({"spans": [[3, 4], [12, 11]]}, "is blank, before"),
+        ({"spans": [3, 4]}, "no list of pairs"),
+        ({"spans": [[True, 2]]}, "no list of pairs"),
+        ({"completion": [{"role": "assistant", "content": "x"}]}, "is no text"),
+        ({"steps": ["a", "b"]}, "not both"),
+    ],
+)
+def test_what_are_no_spans_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=f"line 2, byte .*{said}"):
+        list(read_solutions(write(tmp_path, SPANS, SPANS | change), PLAIN, StepReading()))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@
 | ``alpaca`` | instruction, output; input, system, history |
 | ``prompt-completion`` | prompt and completion, each a text or messages |
 | ``preference`` | chosen and rejected (or answers, or completion and label); prompt |
-| ``steps`` | prompt, steps (a list of texts, or one text) and labels (a number a step) |
+| ``steps`` | prompt, steps (a list of texts, or one text) and labels (a number a step); \
+or prompt, completion, spans (of characters) and labels |
 | ``problems`` | prompt and answer; all else goes to the verifier |
 
 A format is a way to write what `conversation` and `preferences` read (`conversions`).
@@ -58,7 +59,10 @@ FORMATS: dict[str, Format] = {
         (("chosen", "rejected"), ("answers",), ("prompt", "completion", "label")),
         ("ratings", "margin", "system", *_ROW),
     ),
-    "steps": Format((("prompt", "steps", "labels"),), ("system", *_ROW)),
+    "steps": Format(
+        (("prompt", "steps", "labels"), ("prompt", "completion", "spans", "labels")),
+        ("system", *_ROW),
+    ),
     "messages": Format((("messages",),), _ROW, ("role", "content")),
     "sharegpt": Format((("conversations",),), ("system", *_ROW), ("from", "value")),
     "prompt-completion": Format((("prompt", "completion"),), ("system", *_ROW)),

@@ -4,14 +4,17 @@ A row of a source of steps is one of
 
     {"prompt": P, "steps": ["2 + 2 = 4", "4 + 1 = 6"], "labels": [true, false]}
     {"prompt": P, "steps": "2 + 2 = 4\\n4 + 1 = 6", "labels": [1.0, 0.25]}
+    {"prompt": P, "completion": "So 4, then 6.", "spans": [[3, 4], [11, 12]], "labels": [1, 0]}
 
-where P is a text or a list of chat messages, a text is cut at the separator, and a label is a
-number, or true or false. The steps of a list are written with the separator between them. TRL
-calls them ``completions``; PRM800K and Math-Shepherd can be written so.
+where P is a text or a list of chat messages, a text of steps is cut at the separator, and a label
+is a number, or true or false. The steps of a list are written with the separator between them. TRL
+calls them ``completions``; PRM800K and Math-Shepherd can be written so. Spans are of characters
+(Unicode), from the first to behind the last, in order; words outside of them have no label.
 
 A step ends with the token with which its text and the separator behind it are complete; the last
-one with the answer's end token. There, and nowhere else, a score is read: of data that is learnt
-from and of what a policy writes (`step_ends`) alike.
+one with the answer's end token. A span ends with the token with which its text is complete, one at
+the very end of the answer with the end token, too. There, and nowhere else, a score is read: of
+data that is learnt from and of what a policy writes (`step_ends`) alike.
 """
 
 from __future__ import annotations
@@ -70,22 +73,35 @@ def step_ends(tokenizer: Tokenizer, ids: Sequence[int], separator: str) -> list[
     pieces = tokenizer.decode(ids).split(separator)
     reached = itertools.accumulate(len(piece) + len(separator) for piece in pieces)
     ends = [end for end, piece in zip(reached, pieces) if piece.strip()]
-    return _tokens_at(tokenizer, ids, ends[:-1])
+    return sorted({*_tokens_at(tokenizer, ids, ends[:-1]), len(ids) - 1})
 
 
 def _tokens_at(tokenizer: Tokenizer, ids: Sequence[int], reached: Sequence[int]) -> list[int]:
-    """The first token with which so many characters are written, for each; and the last token."""
+    """The first token with which so many characters are written, for each of ``reached``."""
     text = tokenizer.decode(ids)
 
     def has(n: int, number: int) -> bool:
         # Compared, not counted: a character may be of several tokens.
         return tokenizer.decode(ids[: n + 1]).startswith(text[:number])
 
-    found = (
+    return [
         bisect.bisect_left(range(len(ids)), True, key=lambda n, number=number: has(n, number))  # type: ignore[misc]
         for number in reached
-    )
-    return sorted({*found, len(ids) - 1})
+    ]
+
+
+_Marked = tuple[str, list[int]]  # a text, and the number of characters behind which labels stand
+
+
+def _joined(steps: Sequence[str], separator: str) -> _Marked:
+    """Steps as one text, and where each ends in it, behind its separator. Raises DataError."""
+    if not steps or not all(step.strip() for step in steps):
+        raise DataError("there is an answer without steps, or a step without words")
+    if separator and any(separator in step for step in steps):
+        raise DataError(f"a step holds data.separator {separator!r}; mend one of them")
+    text = separator.join(steps)
+    ends = itertools.accumulate(len(step) + len(separator) for step in steps)
+    return text, [min(end, len(text)) for end in ends]
 
 
 def encode_solution(
@@ -100,23 +116,32 @@ def encode_solution(
 
     Raises DataError where a step cannot be told from its neighbours.
     """
-    if not steps or not all(step.strip() for step in steps):
-        raise DataError("there is an answer without steps, or a step without words")
-    if separator and any(separator in step for step in steps):
-        raise DataError(f"a step holds data.separator {separator!r}; mend one of them")
-    text = separator.join(steps)
-    ranking = encode_ranking(tokenizer, prompt, [text], [0.0], **variables)
-    [ids] = ranking.answers
+    text, ends = _joined(steps, separator)
+    return _encode(tokenizer, prompt, text, ends, labels, **variables)
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    text: str,
+    reached: Sequence[int],
+    labels: Sequence[float],
+    **variables: Any,
+) -> Solution:
+    """An answer with a label behind each of so many characters; at its end, behind the end token.
+
+    Raises DataError where two labels stand at one token.
+    """
+    [ids] = (ranking := encode_ranking(tokenizer, prompt, [text], [0.0], **variables)).answers
     start = tokenizer.decode(ids).find(text)
     if start < 0:
         raise DataError("the chat template, or the tokenizer, does not write the steps as they are")
-    lengths = (len(step) + len(separator) for step in steps[:-1])
-    reached = list(itertools.accumulate(lengths, initial=start))[1:]
-    ends = _tokens_at(tokenizer, ids, reached)
-    if len(ends) != len(steps):
+    inside = [start + end for end in reached if end < len(text)]
+    ends = [*_tokens_at(tokenizer, ids, inside), *([len(ids) - 1] * (len(inside) < len(reached)))]
+    if len(set(ends)) != len(reached):
         raise DataError(
             "two steps end in one token; write a separator that the tokenizer does not merge with "
-            "what follows"
+            "what follows, or spans that are further apart"
         )
     return Solution(ranking.prompt, ids, ends, [float(x) for x in labels])
 
@@ -130,12 +155,12 @@ def read_solutions(
         unused, too_long = Unused(source.label, how.strict, source.ignore), 0
         for where, row in source.rows():
             try:
-                prompt, steps, labels, variables, rest = _parse(row, how)
+                prompt, (text, ends), labels, variables, rest = _parse(row, how)
                 if not how.part.has(prompt):
                     continue
-                said = [*prompt, {"role": "assistant", "content": how.separator.join(steps)}]
+                said = [*prompt, {"role": "assistant", "content": text}]
                 rest += check_use(tokenizer, said, variables)
-                made = encode_solution(tokenizer, prompt, steps, labels, how.separator, **variables)
+                made = _encode(tokenizer, prompt, text, ends, labels, **variables)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             unused.add(where, rest)
@@ -172,23 +197,21 @@ def truncated(solution: Solution, longest: int) -> Solution | None:
 
 def _parse(
     row: dict[str, Any], how: StepReading
-) -> tuple[list[dict[str, Any]], list[str], list[float], dict[str, Any], list[str]]:
-    """(prompt, steps, labels, variables of the template, fields that nothing reads)."""
+) -> tuple[list[dict[str, Any]], _Marked, list[float], dict[str, Any], list[str]]:
+    """(prompt, marked text, labels, variables of the template, fields that nothing reads)."""
     said = {k: v for k, v in row.items() if v not in (None, [], {})}
     variables = take_variables(said)
-    steps, labels = said.pop("steps", None), said.pop("labels", None)
-    if isinstance(steps, str):
-        if not how.separator:
-            raise DataError("steps are one text, and data.separator is empty; write a list")
-        steps = [step for step in steps.split(how.separator) if step.strip()]
-    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        raise DataError("field 'steps' is neither a text nor a list of texts")
+    if "spans" in said and "steps" in said:
+        raise DataError("a row has 'steps', or 'completion' with 'spans'; not both")
+    take = _spans if "spans" in said else _steps
+    marked, labels = take(said, how.separator), said.pop("labels", None)
     if not isinstance(labels, list) or not all(
         isinstance(x, int | float) and math.isfinite(x) for x in labels
     ):
         raise DataError("field 'labels' is no list of numbers, or of true and false")
-    if len(labels) != len(steps):
-        raise DataError(f"{len(steps)} steps and {len(labels)} labels; each step needs one")
+    if len(labels) != (number := len(marked[1])):
+        what = "spans" if take is _spans else "steps"
+        raise DataError(f"{number} {what} and {len(labels)} labels; each needs one")
     if how.hard_above is not None:
         labels = [float(x > how.hard_above) for x in labels]
     elif not all(0.0 <= x <= 1.0 for x in labels):
@@ -196,7 +219,41 @@ def _parse(
             f"labels {labels} are no chances (0 to 1); set data.hard_above to say which are right"
         )
     prompt = asked(said.pop("prompt", None), said, [])
-    return prompt, steps, [float(x) for x in labels], variables, sorted(said)
+    return prompt, marked, [float(x) for x in labels], variables, sorted(said)
+
+
+def _steps(said: dict[str, Any], separator: str) -> _Marked:
+    """The text of a row's steps, and where each ends."""
+    steps = said.pop("steps", None)
+    if isinstance(steps, str):
+        if not separator:
+            raise DataError("steps are one text, and data.separator is empty; write a list")
+        steps = [step for step in steps.split(separator) if step.strip()]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise DataError("field 'steps' is neither a text nor a list of texts")
+    return _joined(steps, separator)
+
+
+def _spans(said: dict[str, Any], separator: str) -> _Marked:
+    """The text of a row's completion, and where each of its spans ends."""
+    text, spans = said.pop("completion", None), said.pop("spans")
+    if not isinstance(text, str):
+        raise DataError("field 'completion' is no text, of which spans could be parts")
+    pairs = isinstance(spans, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+        for span in spans
+    )
+    if not pairs:
+        raise DataError("field 'spans' is no list of pairs [first, end] of whole numbers")
+    reached = 0
+    for first, end in spans:
+        if not reached <= first < end <= len(text) or not text[first:end].strip():
+            raise DataError(
+                f"span [{first}, {end}] is blank, before the one in front of it, or beyond the "
+                f"completion's {len(text)} characters"
+            )
+        reached = end
+    return text, [end for _, end in spans]
 
 
 def collate_solutions(
