@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.rewards.families import arithmetic, count_letters
-from shardwise.rewards.task_configs import ArithmeticConfig, CountLettersConfig
+from shardwise.rewards.sudoku import grids, sudoku
+from shardwise.rewards.task_configs import ArithmeticConfig, CountLettersConfig, SudokuConfig
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -64,3 +65,24 @@ def test_digits_are_as_configured() -> None:
     for index in range(50):
         a, _, b = arithmetic(config, 0, index).question[8:-1].partition(" + ")
         assert len(a) == len(b) == 3
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_sudoku(seed: int, index: int) -> None:
+    problem = sudoku(SudokuConfig(min_clues=4, max_clues=6), seed, index)
+    clues = problem.question.removeprefix("Solve ").split()
+    rows = problem.answer.split()
+    columns = ["".join(column) for column in zip(*rows, strict=True)]
+    boxes = [rows[y][x : x + 2] + rows[y + 1][x : x + 2] for y in (0, 2) for x in (0, 2)]
+    assert all(sorted(unit) == list("1234") for unit in (*rows, *columns, *boxes))
+    given = [(y, x) for y in range(4) for x in range(4) if clues[y][x] != "."]
+    assert 4 <= len(given) == problem.meta["clues"] <= 6
+    assert all(clues[y][x] == rows[y][x] for y, x in given)
+    others = [g for g in grids() if all(g[4 * y + x] == rows[y][x] for y, x in given)]
+    assert others == ["".join(rows)]  # no other solution
+    assert problem.meta["steps"].split(", ") == rows
+
+
+def test_there_are_288_grids() -> None:
+    assert len(set(grids())) == 288

@@ -26,7 +26,7 @@ def task(**settings: object) -> TaskConfig:
 SPLITS = ("train_sft", "train_rl", "held_out")
 
 
-@pytest.mark.parametrize("kind", ["count_letters", "arithmetic", "countdown"])
+@pytest.mark.parametrize("kind", ["count_letters", "arithmetic", "countdown", "sudoku"])
 def test_splits_are_disjoint_across_seeds(kind: str) -> None:
     questions = {
         split: {

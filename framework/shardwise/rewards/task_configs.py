@@ -18,7 +18,7 @@ from shardwise.config.artifacts import ArtifactName
 from shardwise.config.schema import DataSection, Fraction, PositiveFloat, Section, Seed, shown
 from shardwise.data.streams import MAX_EXPANSION
 from shardwise.errors import DataError
-from shardwise.rewards import families, problem_files, reasoning
+from shardwise.rewards import families, problem_files, reasoning, sudoku
 from shardwise.rewards.countdown import Operator, countdown
 from shardwise.rewards.families import Operation, Problem
 from shardwise.rewards.scoring import (
@@ -196,6 +196,28 @@ class CountdownConfig(GeneratedConfig):
         return (countdown(self, self.seed, i) for i in itertools.count())
 
 
+class SudokuConfig(GeneratedConfig):
+    """Sudokus of four by four, each with one solution."""
+
+    kind: Literal["sudoku"] = Field("sudoku", description="which problems")
+    min_clues: Annotated[int, Field(ge=sudoku.FEWEST, le=16)] = Field(
+        5, description="fewest numbers that are given"
+    )
+    max_clues: Annotated[int, Field(ge=sudoku.FEWEST, le=16)] = Field(
+        8, description="most numbers that are given"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_clues > self.max_clues:
+            raise ValueError("min_clues must not exceed max_clues")
+        return self
+
+    def candidates(self) -> Iterator[Problem]:
+        """See `GeneratedConfig.candidates`."""
+        return (sudoku.sudoku(self, self.seed, i) for i in itertools.count())
+
+
 class ReasoningGymTaskConfig(GeneratedConfig):
     """A data set of reasoning-gym, made on demand."""
 
@@ -327,6 +349,7 @@ _Kinds = (
     CountLettersConfig
     | ArithmeticConfig
     | CountdownConfig
+    | SudokuConfig
     | ReasoningGymTaskConfig
     | FileTaskConfig
 )
@@ -334,6 +357,7 @@ KINDS: Mapping[str, type[TaskConfig]] = {
     "count_letters": CountLettersConfig,
     "arithmetic": ArithmeticConfig,
     "countdown": CountdownConfig,
+    "sudoku": SudokuConfig,
     "reasoning_gym": ReasoningGymTaskConfig,
     "file": FileTaskConfig,
 }
