@@ -72,6 +72,56 @@ def test_choosing_agrees_with_the_reference(vocab: int, temperature: float) -> N
             assert (gap[~same] < 1e-5).all()
 
 
+@pytest.mark.parametrize("vocab", [1, 15, 16, 101, 513, 5000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (7, 1.0), (0, 0.6), (40, 0.9), (0, 0.999)])
+@pytest.mark.parametrize("size", [0.1, 4.0])
+def test_what_is_cut_agrees_with_the_reference(
+    vocab: int, top_k: int, top_p: float, size: float
+) -> None:
+    rows = 60
+    generator = torch.Generator().manual_seed(vocab)
+    z = (torch.randn(rows, vocab, generator=generator) * size * 8).round() / 8  # there are equals
+    z[::7, ::3] = -torch.inf
+    z[:, 0] = z[:, 0].clamp_min(0)
+    u = torch.rand(rows, dtype=torch.float64, generator=generator)
+    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p)
+    ours, theirs = backend().choose(z, sampling, u), choose(z, sampling, u)
+    assert ours[3] is not None and theirs[3] is not None
+    whole = (z.double() / 0.7).float().double().log_softmax(-1)
+    for row in range(rows):
+        kept, wanted = ours[3][row], theirs[3][row]
+        if kept != wanted:  # one more, or one less, where the mass comes close to top_p
+            longer, shorter = sorted((kept, wanted), key=len, reverse=True)
+            [edge] = set(longer) - set(shorter)
+            assert set(shorter) < set(longer)
+            mass = whole[row][filtered_by_k(z[row], top_k)].exp().sum()
+            before = whole[row][shorter].exp().sum() / mass
+            assert abs(before - top_p) < 1e-5 and edge in filtered_by_k(z[row], top_k)
+            continue
+        full = whole[row]
+        assert abs(ours[1][row] - full[ours[0][row]]) < 1e-5
+        left = full[kept] - full[kept].logsumexp(0)
+        cdf = left.exp().cumsum(0)
+        at = kept.index(int(ours[0][row]))
+        assert abs(ours[2][row] - left[at]) < 1e-5
+        assert (cdf[at - 1] if at else 0.0) - 1e-5 < u[row] < cdf[at] + 1e-5
+
+
+def filtered_by_k(z: torch.Tensor, top_k: int) -> list[int]:
+    order = z.sort(descending=True, stable=True).indices
+    return order[: top_k or None].tolist()
+
+
+def test_a_cut_survives_infinities_and_nan() -> None:
+    inf, nan = float("inf"), float("nan")
+    z = torch.tensor([[-inf, 0.0, -inf], [-0.0, 0.0, -inf], [nan, 1.0, nan], [-inf] * 3])
+    u = torch.full((4,), 0.5, dtype=torch.float64)
+    token, logp, behavior, kept = backend().choose(z, Sampling(top_k=1, top_p=0.9), u)
+    assert kept == [[1], [0], [], []]
+    assert token.tolist() == [1, 0, 0, 0]
+    assert behavior[:2].tolist() == [0.0, 0.0] and logp[2:].isnan().all()
+
+
 def test_choosing_survives_infinities_and_nan() -> None:
     step = backend()
     inf, nan = float("inf"), float("nan")
@@ -169,12 +219,13 @@ def test_a_failing_compiler_is_a_reason(
         pytest.param(["-mavx512f", "-mamx-tile", "-mamx-bf16"], id="amx"),
     ],
 )
-def test_the_source_compiles_without_warnings(machine: list[str]) -> None:
+@pytest.mark.parametrize("name", ["decode.cpp", "choose.cpp"])
+def test_the_source_compiles_without_warnings(name: str, machine: list[str]) -> None:
     """Each kind of processor takes another branch; this one has only one of them."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    source = Path(native.__file__).with_name("decode.cpp")
+    source = Path(native.__file__).with_name(name)
     command = [
         compiler,
         *machine,

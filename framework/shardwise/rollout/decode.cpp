@@ -405,54 +405,6 @@ static void forward(const Model& m, int64_t n, T* x, const int64_t* sequences,
   }
 }
 
-// The greedy choice, or the first token whose cumulated probability reaches u; and its log-prob.
-static void choose(const float* z, int64_t vocab, float inverse_temperature, bool greedy, double u,
-                   int64_t* token, float* logprob) {
-  const int64_t CHUNK = 512, whole = vocab / 16 * 16;
-  float top = -INFINITY;
-  v16 tops = splat(top);
-  for (int64_t i = 0; i < whole; i += 16)
-    tops = larger(load(z + i), tops);
-  for (int i = 0; i < 16; i++) top = tops[i] > top ? tops[i] : top;
-  for (int64_t i = whole; i < vocab; i++) top = z[i] > top ? z[i] : top;
-  auto weight = [&](int64_t i) {  // of 16 tokens from i; 0 beyond the vocabulary
-    v16 x;
-    if (i + 16 <= vocab) return exp16((load(z + i) - top) * inverse_temperature);
-    for (int j = 0; j < 16; j++) x[j] = i + j < vocab ? z[i + j] - top : -INFINITY;
-    return where_seen(x, exp16(x * inverse_temperature));
-  };
-  auto chunk_weight = [&](int64_t begin) {
-    v16 part = {};
-    for (int64_t i = begin; i < begin + CHUNK && i < vocab; i += 16) part += weight(i);
-    return (double)sum(part);
-  };
-  double total = 0;
-  for (int64_t i = 0; i < vocab; i += CHUNK) total += chunk_weight(i);
-  int64_t pick = -1;
-  if (greedy) {
-    for (pick = 0; pick < vocab - 1 && z[pick] != top;) pick++;
-  } else {
-    double left = u * total;
-    int64_t begin = 0;
-    for (; begin + CHUNK < vocab; begin += CHUNK) {
-      double part = chunk_weight(begin);
-      if (left <= part) break;
-      left -= part;
-    }
-    for (int64_t i = begin; i < vocab; i += 16) {
-      v16 e = weight(i);
-      for (int j = 0; j < 16 && i + j < vocab; j++) {
-        if (e[j] > 0) pick = i + j;  // rounding may leave a rest: the last possible token
-        left -= e[j];
-        if (left <= 0 && pick >= 0) { i = vocab; break; }
-      }
-    }
-  }
-  pick = pick < 0 ? 0 : pick;  // all logits are NaN: the log-probability says so
-  *token = pick;
-  *logprob = (z[pick] - top) * inverse_temperature - (float)log(total);
-}
-
 extern "C" {
 int64_t bf16_unit() {  // what multiplies bf16: 0 nothing, 1 AVX512-BF16, 2 AMX
 #if defined(__AMX_BF16__)
@@ -474,14 +426,5 @@ void forward(const Model* m, int64_t is_bf16, int64_t n, void* x, const int64_t*
   else
     forward<float>(*m, n, (float*)x, sequences, positions, tables, table_width, cosine, sine, eps,
                    num_wanted, wanted, logits, threads);
-}
-
-void choose_tokens(const float* logits, int64_t n, int64_t vocab, int64_t pitch,
-                   float inverse_temperature, int64_t greedy, const double* u, int64_t* tokens,
-                   float* logprobs, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < n; r++)
-    choose(logits + r * pitch, vocab, inverse_temperature, greedy != 0, u[r], tokens + r,
-           logprobs + r);
 }
 }

@@ -31,6 +31,7 @@ from shardwise.models.common.blocks import (
 from shardwise.models.common.decoder import Decoder
 from shardwise.models.common.spec import ModelSpec, beyond
 from shardwise.ops import compiled, rope
+from shardwise.rollout import native_choice
 from shardwise.rollout.backends import PlainBackend
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.packing import bf16_holds, in_huge_pages, pack, unpack, unzip16, up32, zip16
@@ -64,6 +65,7 @@ def unavailable(model: Decoder, dtype: torch.dtype, device: torch.device) -> str
         return "hidden and head widths must be multiples of 32, the latter at most 256"
     try:
         found = library()
+        native_choice.library()
     except compiled.CannotBuildError as e:
         return str(e)
     tiles = dtype == torch.bfloat16 and found.bf16_unit() == 2
@@ -314,28 +316,8 @@ class NativeBackend(PlainBackend):
         )
 
     def choose(self, logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Choice:
-        """See `PlainBackend.choose`; filters are left to it."""
-        if sampling.filters:
-            return super().choose(logits_NV, sampling, uniform_N)
-        logits_NV = logits_NV.float()
-        if logits_NV.stride(1) != 1:
-            logits_NV = logits_NV.contiguous()
-        n = len(logits_NV)
-        token_N = torch.empty(n, dtype=torch.int64)
-        logp_N = torch.empty(n)
-        self.library.choose_tokens(
-            ctypes.c_void_p(logits_NV.data_ptr()),
-            ctypes.c_int64(n),
-            ctypes.c_int64(logits_NV.shape[1]),
-            ctypes.c_int64(logits_NV.stride(0)),
-            ctypes.c_float(1.0 / sampling.temperature),
-            ctypes.c_int64(sampling.greedy),
-            ctypes.c_void_p(uniform_N.data_ptr()),
-            ctypes.c_void_p(token_N.data_ptr()),
-            ctypes.c_void_p(logp_N.data_ptr()),
-            ctypes.c_int(self.threads),
-        )
-        return token_N, logp_N, logp_N, None
+        """See `PlainBackend.choose`."""
+        return native_choice.choose(logits_NV, sampling, uniform_N, self.threads)
 
 
 _PROBE = (9, 24, 2)  # lengths of the prompts that are compared; then a few steps of each

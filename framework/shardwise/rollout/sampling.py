@@ -46,7 +46,7 @@ def filtered(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
         before_NV = kept_NV.softmax(-1).cumsum(-1).roll(1, dims=-1)
         before_NV[:, 0] = 0.0
         drop_NV |= before_NV >= top_p
-    return logits_NV.masked_fill(drop_NV.gather(1, order_NV.argsort(dim=-1)), -math.inf)
+    return logits_NV.masked_fill(drop_NV.scatter(1, order_NV, drop_NV), -math.inf)
 
 
 Choice = tuple[Tensor, Tensor, Tensor, list[list[int]] | None]
