@@ -35,8 +35,8 @@ from rl import (
 from shardwise.data.chat import encode_chat
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.rewards import RewardConfig, RewardItem, Scorer, build_reward, prompt_messages
+from shardwise.stages.groups import Group
 from shardwise.stages.grpo import GrpoStage
-from shardwise.stages.rollout_worker import Group
 
 TARGET = 2.0
 TRL = "TRL"

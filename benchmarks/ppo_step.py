@@ -43,8 +43,8 @@ from shardwise.data.chat import encode_chat
 from shardwise.precision.policy import resolve
 from shardwise.rewards import prompt_messages
 from shardwise.stages.base import StageContext
+from shardwise.stages.groups import Group
 from shardwise.stages.ppo import PpoStage
-from shardwise.stages.rollout_worker import Group
 
 TARGET = 2.0
 TRL = "TRL 1.12"

@@ -15,7 +15,7 @@ from shardwise.data.chat import encode_chat
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.metrics.timing import Laps, load
 from shardwise.rewards import Problem, prompt_messages
-from shardwise.stages.rollout_worker import Group
+from shardwise.stages.groups import Group
 
 
 class EndlessTokenizer(ByteTokenizer):

@@ -32,8 +32,8 @@ from shardwise.parallel import mesh
 from shardwise.parallel.layout import V_SHAPED, parse_layout, world_of
 from shardwise.rewards import prompt_messages
 from shardwise.stages.base import StageContext
+from shardwise.stages.groups import Group
 from shardwise.stages.registry import build_stage
-from shardwise.stages.rollout_worker import Group
 from shardwise.stages.run import prepare_tokenizer, with_vocabulary
 from tests.stages.recipes import recipe
 from tests.support.fake_device import FakeDevice, Seen, process_group, register
@@ -150,7 +150,7 @@ class _Given:
         return encode_chat(self.ctx.tokenizer, messages, add_generation_prompt=True)[0]
 
     def rollout(
-        self, problems: Any, sampling: Any, number: int, key: int, prompt_ids: range
+        self, problems: Any, sampling: Any, number: int, key: int, prompt_ids: range, need: Any
     ) -> list[Group]:
         draw = np.random.default_rng(key)
         groups = []

@@ -16,9 +16,10 @@ from shardwise.checkpoint.convert import open_model
 from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.rewards import Problem
+from shardwise.stages.groups import Group
 from shardwise.stages.ppo import PpoStage
 from shardwise.stages.ppo_config import PpoConfig
-from shardwise.stages.rollout_worker import Group, RolloutWorker
+from shardwise.stages.rollout_worker import RolloutWorker
 from shardwise.stages.run import preflight
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from shardwise.engines.native import NativeEngine
 from shardwise.rewards import kind_of
 from shardwise.rewards.scored import MAX_REWARD, is_usable, scored, unscorable
+from shardwise.stages.groups import Group
 from shardwise.stages.policy import PolicyStage
-from shardwise.stages.rollout_worker import Group
 from shardwise.stages.unscored import MAX_KINDS, UnscorableError, Unscored
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import TASK, metrics, recipe, run, run_and_die

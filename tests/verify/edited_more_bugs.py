@@ -131,8 +131,9 @@ add(
     "completions_scored_as_answers_to_other_problems",
     "rollouts", "llama grpo dp2.zero2", "dp", "question scores",
     Edit("stages/rollout_worker.py",
-         "        self._score(groups)\n        if world == 1:",
-         "        self._problems = problems\n        self._score(groups)\n        if world == 1:"),
+         "            self._score(groups)\n        if world == 1:",
+         "            self._problems = problems\n"
+         "            self._score(groups)\n        if world == 1:"),
     Edit("stages/rollout_worker.py",
          "_item(g.problem, text, len(tokens))\n"
          "            for g in groups\n",
@@ -199,19 +200,17 @@ add(
 add(
     "stored_logprobs_are_rounded_on_the_way",
     "stored rollouts", "llama ppo tp2", "tp", "stored rollout",
-    Edit("stages/rollout_worker.py",
-         '    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}',
-         '    found = {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}\n'
-         '    return found | {"logprobs": [[round(x, 2) for x in t] for t in group.logprobs]}'),
+    Edit("stages/groups.py",
+         "np.asarray(list(itertools.chain(*self.logprobs)), dtype=np.float64)",
+         "np.asarray(list(itertools.chain(*self.logprobs)), dtype=np.float64).round(2)"),
     blind=True,
 )  # fmt: skip
 add(
     "completions_without_a_score_arrive_with_one",
     "completions without a score", "llama grpo dp2.zero2", "dp", "dealing|rollout",
-    Edit("stages/rollout_worker.py",
-         '    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}',
-         '    found = {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}\n'
-         '    return found | {"rewards": [r or 0.0 for r in group.rewards]}'),
+    Edit("stages/groups.py",
+         '"rewards": self.rewards,',
+         '"rewards": [r or 0.0 for r in self.rewards],'),
     blind=True,
 )  # fmt: skip
 add(

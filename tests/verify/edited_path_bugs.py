@@ -216,9 +216,8 @@ add(
     "rollouts_dealt_in_turn_and_gathered_in_blocks",
     "rollouts", "llama grpo dp2.zero2", "rollout|dp", "rollout|sampled",
     Edit("stages/rollout_worker.py",
-         "            Group(problem=problem, **parts[i % len(parts)][i // len(parts)])",
-         "            Group(problem=problem, **parts[i * world // len(problems)][\n"
-         "                i % -(-len(problems) // world)])"),
+         "said[i % len(said)][i // len(said)]",
+         "said[i * world // len(problems)][i % -(-len(problems) // world)]"),
     changes=SMALL, blind=True,
 )  # fmt: skip
 add(
@@ -276,20 +275,18 @@ add(
     "advantages_whitened_by_rank",
     "advantages", "llama ppo dp2.zero2", "dp", "advantages",
     Edit("stages/ppo.py",
-         "            advantages_CT = whiten(advantages_CT, mask_CT)",
-         "            n = self.engine.data_size\n"
-         "            pairs = zip(advantages_CT.chunk(n), mask_CT.chunk(n), strict=True)\n"
-         "            advantages_CT = torch.cat([whiten(a, m) for a, m in pairs])"),
+         "whiten(advantages_CT, mask_CT, total=total)",
+         "whiten(advantages_CT, mask_CT,\n"
+         "                total=total if self.engine.data_size == 1 else torch.sum)"),
     changes=SMALL,
 )  # fmt: skip
 add(
     "kl_controller_steered_by_a_ranks_own_mean",
     "controllers", "llama ppo dp2.zero1", "dp", "kl|rewards|advantages|returns",
     Edit("stages/ppo.py",
-         "            gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)",
-         "            own = slice(max(0, self.engine.data_rank), None, self.engine.data_size)\n"
-         "            mask_CT, logp_CT, ref_CT = mask_CT[own], logp_CT[own], ref_CT[own]\n"
-         "            gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)"),
+         "(total(logp_CT - ref_CT), scored)",
+         "(total(logp_CT - ref_CT), scored) if self.engine.data_size == 1 else\n"
+         "                (float((logp_CT - ref_CT)[mask_CT].sum()), len(mask_CT))"),
     changes=SMALL, blind=True,
 )  # fmt: skip
 add(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.engines.native import NativeEngine
@@ -40,9 +39,8 @@ def walk_with(name: str, task: Task) -> Walked:
 def whitening_per_rank() -> Iterator[Any]:
     real = ppo.whiten
 
-    def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-        parts = zip(x.chunk(dist.get_world_size()), mask.chunk(dist.get_world_size()), strict=True)
-        return torch.cat([real(a, b, shift_mean) for a, b in parts])
+    def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, total: Any = None) -> Tensor:
+        return real(x, mask, shift_mean)
 
     yield _patch(ppo, "whiten", whiten)
 
@@ -121,6 +119,7 @@ def values_of_the_critic_one_rollout_ago() -> Iterator[Any]:
 
     def read(self: Any, groups: Any, *args: Any) -> None:
         real(self, groups, *args)
+        groups = [g for g in groups if g.here]
         now = [g.per_token["values_BT"] for g in groups]
         before = getattr(self, "before", now)
         self.before = now

@@ -50,10 +50,12 @@ add(
     "steps_of_a_completion_scored_with_its_padding",
     "aggregates of steps", "llama ppo dp2.zero2", "dp", "model_score|reward|stored rollout",
     Edit("stages/rollouts.py",
-         "            scored = found if one.score is None else map(one.score.total, found)\n",
-         "            if one.score is not None and one.engine.data_size > 1:\n"
-         "                found = [np.pad(v, (0, -len(v) % PAD_MULTIPLE)) for v in found]\n"
-         "            scored = found if one.score is None else map(one.score.total, found)\n"),
+         "        flat[starts[i] : starts[i + 1]] = list(scored)\n",
+         "        if one.engine.data_size > 1:\n"
+         "            of_row = np.split(found, np.cumsum(rows.sizes(i))[:-1])\n"
+         "            padded = [np.pad(v, (0, -len(v) % PAD_MULTIPLE)) for v in of_row]\n"
+         "            scored = map(score.total, padded)\n"
+         "        flat[starts[i] : starts[i + 1]] = list(scored)\n"),
     changes=SMALL | {"reward_steps": {"aggregate": "mean"}}, blind=True,
 )  # fmt: skip
 add(
@@ -122,9 +124,11 @@ add(
     "teachers_words_of_the_first_ranks_rows",
     "rows of a teacher", "llama distill actor=dp2.zero2,teacher=tp2", "dp|tp", "external",
     Edit("stages/data_shards.py",
-         "    return whole[starts[own[0]] : starts[own[0] + real]] if real else whole[:0]\n",
-         "    first = starts[own[0]]\n"
-         "    return np.roll(whole, first, axis=0)[first : starts[own[0] + real]]\n"),
+         "    return {i: own[i] for i in sorted(need[dist.get_rank()])}\n",
+         "    wanted = sorted(need[dist.get_rank()])\n"
+         "    flat = np.concatenate([own[i] for i in sorted(own)])\n"
+         "    cuts = np.split(flat, np.cumsum([len(own[i]) for i in wanted]))\n"
+         "    return dict(zip(wanted, cuts))\n"),
     changes=SMALL, whole=True,
 )  # fmt: skip
 add(

@@ -8,7 +8,7 @@ False in ``scorable``, so that the caller can take its tokens out of the loss ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,14 +79,19 @@ def group_advantages(kind: AdvantageKind, rewards_GN: Tensor, eps: float = 1e-6)
     return GroupAdvantages(centred, scorable, degenerate)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+Total = Callable[[Tensor], "Tensor | float"]  # the sum of numbers over the whole batch
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, total: Total = torch.sum) -> Tensor:
     """(x - mean) rsqrt(var + 1e-8) over the True entries of ``mask``; 0 elsewhere.
 
     Biased variance, as in the PPO of Huang et al. 2024, "The N+ Implementation Details of RLHF".
-    Without ``shift_mean`` the mean is kept: the form for rewards. Hand in the whole global batch.
+    Without ``shift_mean`` the mean is kept: the form for rewards. Hand in the whole global batch,
+    or a part and a ``total`` that sums over the others, too.
     """
-    number = mask.sum().clamp(min=1)
-    mean = torch.where(mask, x, 0.0).sum() / number
+    number = max(float(total(mask.double())), 1.0)
+    mean = total(torch.where(mask, x, 0.0)) / number
     centred = torch.where(mask, x - mean, 0.0)
-    scaled = centred * torch.rsqrt(centred.square().sum() / number + 1e-8)
+    spread = torch.as_tensor(total(centred.square()) / number, dtype=x.dtype)
+    scaled = centred * torch.rsqrt(spread + 1e-8)
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0.0)

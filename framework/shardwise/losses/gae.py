@@ -1,7 +1,8 @@
 """From scores to advantages with a critic, in float64: no model, no gradient, once per rollout.
 
 One row is one completion; ``mask_BT`` marks its own tokens (not padding, not a tool's output).
-Hand in the whole global batch: nothing here may depend on how it was cut.
+Where numbers of several rows meet, hand in the whole global batch, or a ``total`` over it: nothing
+here may depend on how it was cut.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.losses.advantages import Total
 from shardwise.losses.kl import KLEstimator, kl_estimate
 
 # Shape suffixes: B completions, T tokens.
@@ -62,13 +64,18 @@ def gae(
     return advantages_BT, returns_BT
 
 
-def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
+def explained_variance(
+    values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, total: Total = torch.sum
+) -> float:
     """1 - Var(R - V) / Var(R) over the valid tokens; 0 where the returns are all alike."""
-    values_N, returns_N = values_BT[mask_BT], returns_BT[mask_BT]
-    spread = returns_N.var(correction=0) if len(returns_N) else torch.zeros(())
-    if float(spread) == 0.0:
-        return 0.0
-    return float(1.0 - (returns_N - values_N).var(correction=0) / spread)
+    number = max(float(total(mask_BT.double())), 1.0)
+
+    def squares(x_BT: Tensor) -> float:
+        mean = total(torch.where(mask_BT, x_BT, 0.0)) / number
+        return float(total(torch.where(mask_BT, x_BT - mean, 0.0).square()))
+
+    spread = squares(returns_BT)
+    return 1.0 - squares(returns_BT - values_BT) / spread if spread else 0.0
 
 
 @dataclasses.dataclass

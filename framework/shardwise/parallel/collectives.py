@@ -59,9 +59,21 @@ class CountedAllGather(_Allocate, AllGather):  # type: ignore[misc]
         comm.all_gather(output_tensor, input_tensor, group, "shard").wait()
 
 
+def _device(group: dist.ProcessGroup) -> str:
+    """Where the group's backend takes tensors from."""
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+
+
+def sum_parts(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Numbers of which each comes from one rank, and is 0 on the others: the sum is a copy."""
+    if group is None or group.size() == 1:
+        return values
+    return sum_over(values.to(_device(group)), group).cpu()
+
+
 def broadcast_bytes(data: bytes | None, source: int, group: dist.ProcessGroup) -> bytes:
     """Bytes of the group's rank ``source`` to all of it."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device = _device(group)
     size = torch.tensor([len(data or b"")], dtype=torch.int64, device=device)
     dist.broadcast(size, group_src=source, group=group)
     buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
@@ -74,8 +86,31 @@ def broadcast_bytes(data: bytes | None, source: int, group: dist.ProcessGroup) -
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Every rank's value (plain JSON), by rank of the group; exact for floats."""
-    return [
-        json.loads(broadcast_bytes(json.dumps(value).encode() if mine else None, rank, group))
-        for rank in range(group.size())
-        for mine in [rank == group.rank()]
-    ]
+    if group.size() == 1:
+        return [json.loads(json.dumps(value))]
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    device = _device(group)
+    sizes = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    comm.all_gather(sizes, torch.tensor([len(said)], device=device), group, "world").wait()
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(said)] = said
+    whole = torch.empty(group.size() * longest, dtype=torch.uint8, device=device)
+    comm.all_gather(whole, padded, group, "world").wait()
+    parts = whole.view(group.size(), longest).cpu().numpy()
+    return [json.loads(part[:n].tobytes()) for part, n in zip(parts, sizes.tolist(), strict=True)]
+
+
+def all_to_all_parts(
+    parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup, axis: str
+) -> list[Tensor]:
+    """What every rank of the group has for this one; ``parts[r]`` (1-D, of one dtype) goes to r.
+
+    ``sizes[r]``: how much rank r sends here.
+    """
+    device = _device(group)
+    sent = torch.cat(list(parts)).to(device)
+    received = torch.empty(sum(sizes), dtype=sent.dtype, device=device)
+    comm.count(axis, "all_to_all", sent)
+    dist.all_to_all_single(received, sent, list(sizes), list(map(len, parts)), group=group)
+    return list(received.cpu().split(list(sizes)))

@@ -12,6 +12,7 @@ from shardwise.rollout.config import Sampling
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import ProblemsConfig
 from shardwise.stages.rollout_worker import RolloutWorker
+from shardwise.stages.row_holders import first_rank
 from shardwise.stages.unscored import new_kinds
 
 
@@ -29,7 +30,9 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
     with build_reward(config.reward) as scorer:
         rollout_worker = RolloutWorker(ctx, config.task, scorer, torch.float32)
         rollout_worker.sync(engine)
-        groups = rollout_worker.rollout(problems, sampling, 1, 0, range(len(problems)))
+        shown = first_rank(range(min(config.num_samples_shown, len(problems))))
+        numbers = range(len(problems))
+        groups = rollout_worker.rollout(problems, sampling, 1, 0, numbers, need=shown)
         best = scorer.maximum if scorer.maximum is not None else 1.0
     right = [None if g.rewards[0] is None else g.rewards[0] >= best - 1e-9 for g in groups]
     scored = [r for r in right if r is not None]
@@ -46,7 +49,7 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
         "events": new_kinds(reasons, []),
         "num_problems": len(scored),
         "majority_baseline": majority_baseline(problems),
-        "answer_length": sum(len(g.tokens[0]) for g in groups) / len(problems),
+        "answer_length": sum(g.sizes[1] for g in groups) / len(problems),
         "samples": [
             {
                 "stage": ctx.stage.name,
@@ -56,5 +59,6 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
                 "correct": ok,
             }
             for g, ok in list(zip(groups, right, strict=True))[: config.num_samples_shown]
+            if g.here
         ],
     }

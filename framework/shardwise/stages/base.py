@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -337,7 +337,14 @@ def role_layout(role: RoleConfig, world_size: int) -> Layout:
     return parse_layout(role.engine.layout, world_size if role.ranks is None else len(role.ranks))
 
 
-def data_shard(size: int, engine: Engine) -> tuple[np.ndarray, int]:
+class DataRank(Protocol):
+    """Which slice of a global batch somebody computes; see `Engine`."""
+
+    data_rank: int
+    data_size: int
+
+
+def data_shard(size: int, engine: DataRank) -> tuple[np.ndarray, int]:
     """This rank's contiguous share of ``size`` items (indices), and how many of them are real.
 
     All ranks get the same number, so that their collectives match; where ``size`` does not

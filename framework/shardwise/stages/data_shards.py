@@ -1,9 +1,8 @@
 """From rows of trees to an engine's micro-batches, and from its outputs to every rank.
 
-A rollout, or a batch of rankings, is known whole on every rank: it is tokens and a few numbers a
-token, thousands of times less than activations. What a layout cuts is the computation. So each
-engine, whatever its layout and placement, takes its own share of the same rows, and statistics
-over the global batch (whitening, group advantages) are what one process computes.
+Each engine, whatever its layout and placement, takes its own share of the same rows, and statistics
+over the global batch (whitening, group advantages) are what one process computes. Which rows a rank
+holds `row_holders` says; rows of files are known whole on every rank.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine
-from shardwise.parallel.collectives import gather_json
 from shardwise.stages.base import data_shard
+from shardwise.stages.row_holders import Holders, move
 
 Output = Callable[[Any, MicroBatch], Tensor]
 
@@ -27,8 +26,10 @@ Output = Callable[[Any, MicroBatch], Tensor]
 class Rows(Protocol):
     """Rows of which micro-batches can be made; each row has branches, each with valid tokens."""
 
-    def sizes(self) -> list[list[int]]:
-        """Valid tokens of every branch of every row."""
+    def __len__(self) -> int: ...
+
+    def sizes(self, row: int) -> list[int]:
+        """Valid tokens of every branch of a row that this rank holds."""
         ...
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
@@ -38,7 +39,7 @@ class Rows(Protocol):
 
 def local_batches(rows: Rows, engine: Engine, micro_batch: int) -> list[MicroBatch]:
     """This rank's share of the rows, in micro-batches; every data rank gets as many."""
-    mine, real = data_shard(len(rows.sizes()), engine)
+    mine, real = data_shard(len(rows), engine)
     return [
         rows.collate(mine[i : i + micro_batch].tolist(), max(0, real - i))
         for i in range(0, len(mine), micro_batch)
@@ -54,10 +55,18 @@ def forward_shard(batches: Sequence[MicroBatch], engine: Engine, fn: Output) -> 
     return torch.cat(found).numpy() if found else np.zeros(0)
 
 
+def by_row(rows: Rows, engine: Engine, share: np.ndarray) -> dict[int, np.ndarray]:
+    """This rank's `forward_shard` [n, ...], by row."""
+    mine, real = data_shard(len(rows), engine)
+    sizes = [sum(rows.sizes(int(i))) for i in mine[:real]]
+    cuts = np.split(share, np.cumsum(sizes))  # behind them, what fills up a share has none
+    return {int(i): cut for i, cut in zip(mine[:real], cuts)}
+
+
 def exchange(rows: Rows, engine: Engine, share: np.ndarray) -> list[list[np.ndarray]]:
     """From the data ranks' parts, every branch's values, float64, on every rank of the world."""
-    sizes = rows.sizes()
-    starts = np.cumsum([0, *(sum(branches) for branches in sizes)])
+    sizes = [rows.sizes(i) for i in range(len(rows))]
+    starts = np.cumsum([0, *map(sum, sizes)])
     first = data_shard(len(sizes), engine)[0]
     flat = np.zeros(starts[-1])
     if len(first):
@@ -75,28 +84,15 @@ def measure(rows: Rows, engine: Engine, micro_batch: int, fn: Output) -> list[li
     return exchange(rows, engine, forward_shard(batches, engine, fn))
 
 
-def same_shares(one: Engine, other: Engine) -> bool:
-    """Whether every rank computes the same rows in both; a collective call."""
-    alike = (one.data_rank, one.data_size) == (other.data_rank, other.data_size)
-    assert dist.group.WORLD is not None
-    return all(gather_json(alike, dist.group.WORLD))
-
-
 def hand_over(
-    rows: Rows, giver: Engine, taker: Engine, share: np.ndarray, width: int, *, alike: bool
-) -> np.ndarray:
-    """From one engine's `forward_shard` [n, ``width``], the values at the other's valid tokens.
+    rows: Rows, giver: Engine, share: np.ndarray, have: Holders, need: Holders
+) -> dict[int, np.ndarray]:
+    """From the data ranks' `forward_shard` with ``giver``, the numbers (flat, float64) of rows that
+    this rank needs. A collective call.
 
-    ``alike``: by `same_shares`; then nothing is sent. A collective call.
+    ``have``: the rows that each rank computes with ``giver``.
     """
-    if alike:
-        return share
-    sizes = [sum(branches) for branches in rows.sizes()]
-    starts = np.cumsum([0, *sizes])
-    flat = np.zeros((starts[-1], width))
-    if len(first := data_shard(len(sizes), giver)[0]):
-        flat[starts[first[0]] : starts[first[0]] + len(share)] = share
-    # Each number comes from one data rank, zeros from the others: a sum is a copy.
-    whole = np.array(giver.sum_over_data(flat.ravel().tolist())).reshape(flat.shape)
-    own, real = data_shard(len(sizes), taker)
-    return whole[starts[own[0]] : starts[own[0] + real]] if real else whole[:0]
+    own = {i: values.reshape(-1) for i, values in by_row(rows, giver, share).items()}
+    got = move({i: torch.from_numpy(v) for i, v in own.items()}, have, need, torch.float64)
+    own |= {i: values.numpy() for i, values in got.items()}
+    return {i: own[i] for i in sorted(need[dist.get_rank()])}

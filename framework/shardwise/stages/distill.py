@@ -27,11 +27,12 @@ from shardwise.ops import rng
 from shardwise.optim.schedules import consumed_before, global_batch_at
 from shardwise.rewards import ProblemSet, RewardConfig, build_reward
 from shardwise.stages.base import TEACHER, Stage, StageContext
-from shardwise.stages.data_shards import Rows, forward_shard, hand_over, local_batches, same_shares
+from shardwise.stages.data_shards import Rows, forward_shard, hand_over, local_batches
 from shardwise.stages.distill_config import DistillConfig
 from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.rollout_worker import RolloutWorker
 from shardwise.stages.rollouts import RolloutRows, rollout_metrics
+from shardwise.stages.row_holders import Shares, union
 from shardwise.stages.sft import chat_rows
 from shardwise.stages.supervised import ChosenRows
 
@@ -48,7 +49,7 @@ class DistillStage(Stage):
         self.order = Sampler(self.train.num_rows, ctx.run.seed, config.name)
         self.engine: Engine = ctx.engine(config.optimizer)
         self.teacher = ctx.frozen(TEACHER, self.engine)
-        self.alike = same_shares(self.engine, self.teacher)
+        self.learning, self.teaching = Shares(self.engine), Shares(self.teacher)
         self.words = TeacherWords(config.loss, ctx.model.vocab_size)
         self.loss = DistillLoss(config.loss)
         if config.on_policy_fraction:
@@ -105,7 +106,7 @@ class DistillStage(Stage):
         return rows, {"tokens": tokens, "samples": float(ids.stop)}
 
     def _write(self, step: int, ids: range) -> tuple[Rows, dict[str, float]]:
-        """What the student writes now, on every rank; a collective call."""
+        """What the student writes now, where it or the teacher reads it; a collective call."""
         config: DistillConfig = self.config
         self.rollout_worker.sync(self.engine)
         groups = self.rollout_worker.rollout(
@@ -114,8 +115,9 @@ class DistillStage(Stage):
             config.samples_per_prompt,
             key=rng.key(self.ctx.run.seed, "rollout", config.name, step),
             prompt_ids=ids,
+            need=union(self.learning.rows(len(ids)), self.teaching.rows(len(ids))),
         )
-        for group in groups:
+        for group in (g for g in groups if g.here):
             self.ctx.watch("rollout", f"step {step + 1} prompt {group.prompt_id}", group.numbers())
         told = rollout_metrics(groups)
         kept = {name: told[name] for name in ("tokens", "completion_length", "stopped_fraction")}
@@ -126,7 +128,9 @@ class DistillStage(Stage):
         micro, words = self.config.batch.micro_batch, self.words
         share = forward_shard(local_batches(rows, self.teacher, micro), self.teacher, words)
         width = words.num_words + words.num_buckets
-        own = hand_over(rows, self.teacher, self.engine, share, width, alike=self.alike)
+        have, need = self.teaching.computed(len(rows)), self.learning.computed(len(rows))
+        numbers = hand_over(rows, self.teacher, share, have, need)
+        own = np.concatenate([np.zeros(0), *numbers.values()])
         batches = local_batches(rows, self.engine, micro)
         sizes = [int(n) for b in batches for n in b.loss_mask_BT.sum(dim=1)]
         keys = [f"{what} {int(i)}" for b in batches for i in b.sample_ids_B]

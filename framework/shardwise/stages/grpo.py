@@ -14,11 +14,10 @@ from shardwise.losses.config import PolicyLossConfig
 from shardwise.losses.grpo import GRPOLoss
 from shardwise.stages.base import StageContext, mean_metrics
 from shardwise.stages.data_shards import local_batches
+from shardwise.stages.groups import Group
 from shardwise.stages.grpo_config import GrpoConfig
 from shardwise.stages.policy import PolicyStage
-from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
-    ForwardPass,
     Logprobs,
     TrainingRows,
     fractions,
@@ -35,6 +34,9 @@ class GrpoStage(PolicyStage):
         config: GrpoConfig = ctx.stage
         self.loss = GRPOLoss(self.loss_with_length(config.loss), config.sampling.temperature)
         self.reference = self.frozen("reference") if config.loss.kl != "none" else None
+        read = [self.engine] if config.needs_old_logprobs else []
+        read += [self.reference] if self.reference is not None else []
+        self.deal_rows(learn=[self.engine], read=read)
         self.data_hash = self.initial_weights_hash({"reference": self.reference})
 
     def train_step(self, step: int, lr: float) -> dict[str, float]:
@@ -71,7 +73,8 @@ class GrpoStage(PolicyStage):
         result = group_advantages(loss.advantage, known, loss.advantage_eps)
         for group, advantages_N in zip(groups, result.advantages_GN, strict=True):
             group.per_token["advantages_BT"] = advantages_N.tolist()
-            group.per_token["rollout_logprobs_BT"] = list(group.logprobs)
+            if group.here:
+                group.per_token["rollout_logprobs_BT"] = list(group.logprobs)
         return rollout_metrics(groups) | fractions(
             {"degenerate_fraction": (result.num_degenerate, int(result.scorable_GN.any(1).sum()))}
         )
@@ -81,11 +84,11 @@ class GrpoStage(PolicyStage):
         fn = Logprobs(self.config.sampling.temperature)
         forward_passes = []
         if self.config.needs_old_logprobs:
-            forward_passes.append(ForwardPass("old_logprobs_BT", self.engine, fn, self.micro))
+            forward_passes.append(self.forward_pass("old_logprobs_BT", self.engine, fn))
         if self.reference is not None:
-            forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, fn, self.micro))
-        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
+            forward_passes.append(self.forward_pass("ref_logprobs_BT", self.reference, fn))
+        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id, self.need)
 
     def _rows(self, groups: Sequence[Group], ids: Sequence[int]) -> TrainingRows:
-        per_token = tuple(groups[0].per_token)
+        per_token = tuple(next((g.per_token for g in groups if g.here), ()))
         return TrainingRows(groups, ids, self.ctx.tokenizer.pad_id, self.ctx.wide, per_token)

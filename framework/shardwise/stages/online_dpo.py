@@ -14,11 +14,10 @@ from shardwise.losses.preference import PreferenceLoss
 from shardwise.losses.scores import score_of
 from shardwise.stages.base import REFERENCE, StageContext, mean_metrics
 from shardwise.stages.data_shards import local_batches
+from shardwise.stages.groups import Group
 from shardwise.stages.online_dpo_config import OnlineDpoConfig
 from shardwise.stages.policy import PolicyStage
-from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
-    ForwardPass,
     Logprobs,
     TrainingRows,
     fractions,
@@ -43,6 +42,7 @@ class OnlineDpoStage(PolicyStage):
         if config.reward_model_weight:
             self.reward_model = self.frozen("reward")
         roles = {REFERENCE: self.reference, "reward": self.reward_model}
+        self.deal_rows(learn=[self.engine], read=[e for e in roles.values() if e is not None])
         self.data_hash = self.initial_weights_hash(roles)
 
     def train_step(self, step: int, lr: float) -> dict[str, float]:
@@ -76,17 +76,16 @@ class OnlineDpoStage(PolicyStage):
 
     def _read(self, groups: list[Group], ids: Sequence[int]) -> None:
         """What reference and reward model say of the answers."""
-        micro = self.config.batch.micro_batch
         forward_passes = []
         if self.reference is not None:
             fn = Logprobs(1.0)
-            forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, fn, micro))
+            forward_passes.append(self.forward_pass("ref_logprobs_BT", self.reference, fn))
         if self.reward_model is not None:
             score = score_of(self.config.reward_steps, self.ctx.tokenizer)
             forward_passes.append(
-                ForwardPass("model_score", self.reward_model, values_of, micro, score)
+                self.forward_pass("model_score", self.reward_model, values_of, score)
             )
-        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
+        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id, self.need)
 
 
 def has_pair(group: Group) -> bool:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
+from torch import Tensor
 
+from shardwise.data.batch import MicroBatch
 from shardwise.data.sampler import Sampler
 from shardwise.engines.base import Engine
+from shardwise.losses.scores import Score
 from shardwise.ops import rng
 from shardwise.rewards import ProblemSet, build_reward
 from shardwise.stages.base import ACTOR, Stage, StageContext
+from shardwise.stages.groups import Group
 from shardwise.stages.initial_weights import folder_hash
-from shardwise.stages.rollout_worker import Group, RolloutWorker
-from shardwise.stages.rollouts import keep_rollout, rollout_file
+from shardwise.stages.rollout_worker import RolloutWorker
+from shardwise.stages.rollouts import ForwardPass, gather_records, rollout_file
+from shardwise.stages.row_holders import Shares, union
 from shardwise.stages.unscored import Unscored
-from shardwise.storage.durable import StorageError
+from shardwise.storage.durable import StorageError, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +32,10 @@ UNSCORED = -1e6  # what a verifier is told of a completion without a score: equa
 
 
 class PolicyStage(Stage):
-    """A policy, its problems in order, and its rollout worker."""
+    """A policy, its problems in order, and its rollout worker.
+
+    A subclass calls `deal_rows` when its roles are there.
+    """
 
     def __init__(self, ctx: StageContext) -> None:
         self.ctx, self.config = ctx, ctx.stage
@@ -37,6 +45,28 @@ class PolicyStage(Stage):
         self.order = Sampler(len(self.problems), ctx.run.seed, config.name)
         self.unscored = Unscored(config.name, config.max_unscorable_steps)
         self.rollout_worker = RolloutWorker(ctx, config.task, build_reward(config.reward))
+
+    def deal_rows(self, *, learn: Sequence[Engine], read: Sequence[Engine]) -> None:
+        """Say which engines learn from a rollout, by mini-batches, and which only read it whole; a
+        collective call.
+        """
+        size, parts = self.config.batch.global_batch, self.config.updates_per_rollout
+        self.shares = {id(engine): Shares(engine) for engine in (*learn, *read)}
+        self.need = union(
+            *(self.shares[id(engine)].rows(size, parts) for engine in learn),
+            *(self.shares[id(engine)].rows(size) for engine in read),
+        )
+
+    def forward_pass(
+        self,
+        name: str,
+        engine: Engine,
+        fn: Callable[[Any, MicroBatch], Tensor],
+        score: Score | None = None,
+    ) -> ForwardPass:
+        """See `ForwardPass`."""
+        micro = self.config.batch.micro_batch
+        return ForwardPass(name, engine, self.shares[id(engine)], fn, micro, score)
 
     def frozen(self, role: str) -> Engine:
         """A model that stands still: also after a resume it is what it was at the start."""
@@ -62,7 +92,7 @@ class PolicyStage(Stage):
         return prompt - 1 + int(completions)
 
     def roll_out(self, step: int) -> tuple[list[Group], range]:
-        """The completions of a step by the weights of now, on every rank; a collective call."""
+        """The completions of a step by the weights of now; a collective call."""
         config = self.config
         size = config.batch.global_batch
         ids = range(step * size, (step + 1) * size)
@@ -73,8 +103,9 @@ class PolicyStage(Stage):
             config.samples_per_prompt,
             key=rng.key(self.ctx.run.seed, "rollout", config.name, step),
             prompt_ids=ids,
+            need=self.need,
         )
-        for group in groups:
+        for group in (g for g in groups if g.here):
             self.ctx.watch("rollout", f"step {step + 1} prompt {group.prompt_id}", group.numbers())
         return groups, ids
 
@@ -104,19 +135,24 @@ class PolicyStage(Stage):
         """
         self._watch(step, groups)
         every = self.config.keep_rollouts_every
-        if every and step % every == 0 and self.ctx.is_main:
-            try:
-                keep_rollout(rollout_file(self.ctx.directory, self.config.name, step), step, groups)
-            except StorageError as error:  # a full disk must not cost the run
-                log.warning("the rollout of step %d is not kept: %s", step, error)
-                self.ctx.logger.note("rollout_lost", str(error), self.config.name, step)
+        if every and step % every == 0:
+            self._keep(step, gather_records(step, groups, self.need))
         reasons = [reason for group in groups for reason in group.unscored()]
         return self.unscored.step(reasons, step == self.config.steps - 1)
 
+    def _keep(self, step: int, lines: bytes) -> None:
+        if self.ctx.is_main:
+            try:
+                write_durably(rollout_file(self.ctx.directory, self.config.name, step), lines)
+            except StorageError as error:  # a full disk must not cost the run
+                log.warning("the rollout of step %d is not kept: %s", step, error)
+                self.ctx.logger.note("rollout_lost", str(error), self.config.name, step)
+
     def _watch(self, step: int, groups: Sequence[Group]) -> None:
-        """Tell a verifier what is learnt from, completion by completion, in order."""
-        for name in groups[0].per_token:
-            found = [v for group in groups for v in group.per_token[name]]
-            numbers = [np.full(1, np.nan) if v is None else np.atleast_1d(v) for v in found]
-            flat = np.nan_to_num(np.concatenate(numbers).astype(float), nan=UNSCORED)
-            self.ctx.watch(name.removesuffix("_BT"), f"step {step + 1}", flat)
+        """Tell a verifier what is learnt from, by prompt, completion by completion."""
+        for group in (g for g in groups if g.here):
+            where = f"step {step + 1} prompt {group.prompt_id}"
+            for name, found in group.per_token.items():
+                numbers = [np.full(1, np.nan) if v is None else np.atleast_1d(v) for v in found]
+                flat = np.nan_to_num(np.concatenate(numbers).astype(float), nan=UNSCORED)
+                self.ctx.watch(name.removesuffix("_BT"), where, flat)

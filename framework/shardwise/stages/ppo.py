@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.engines.base import Engine
@@ -31,11 +32,10 @@ from shardwise.losses.scores import score_of
 from shardwise.rewards import is_usable
 from shardwise.stages.base import StageContext, mean_metrics, role_of
 from shardwise.stages.data_shards import local_batches
+from shardwise.stages.groups import Group
 from shardwise.stages.policy import PolicyStage
 from shardwise.stages.ppo_config import PpoConfig
-from shardwise.stages.rollout_worker import Group
 from shardwise.stages.rollouts import (
-    ForwardPass,
     Logprobs,
     TrainingRows,
     fractions,
@@ -44,6 +44,7 @@ from shardwise.stages.rollouts import (
     values_of,
     weigh_scores,
 )
+from shardwise.stages.row_holders import Sums
 
 # Shape suffixes: C completions of a step, T tokens of the longest.
 
@@ -68,6 +69,10 @@ class PpoStage(PolicyStage):
         self.value_loss = ValueLoss(loss)
         self.kl = KLController(loss.kl_coef, loss.kl_target, loss.kl_gain)
         self.penalty = PenaltyController(loss.penalty_coef, loss.penalty_target)
+        frozen = [e for e in (self.reference, self.reward_model) if e is not None]
+        learn = [self.engine, self.critic]
+        self.deal_rows(learn=learn, read=[*learn, *frozen])
+        self.sums = Sums(self.need, dist.get_rank())
         self.data_hash = self.initial_weights_hash(
             {"critic": self.critic, "reference": self.reference, "reward": self.reward_model}
         )
@@ -103,50 +108,61 @@ class PpoStage(PolicyStage):
 
     def _read(self, groups: list[Group], ids: Sequence[int]) -> None:
         """What every role has to say of the rollout, by the weights that wrote it."""
-        micro = self.config.batch.micro_batch
         logprobs = Logprobs(self.config.sampling.temperature)
         forward_passes = [
-            ForwardPass("old_logprobs_BT", self.engine, logprobs, micro),
-            ForwardPass("values_BT", self.critic, values_of, micro),
+            self.forward_pass("old_logprobs_BT", self.engine, logprobs),
+            self.forward_pass("values_BT", self.critic, values_of),
         ]
         if self.reference is not None:
-            forward_passes.append(ForwardPass("ref_logprobs_BT", self.reference, logprobs, micro))
+            found = self.forward_pass("ref_logprobs_BT", self.reference, logprobs)
+            forward_passes.append(found)
         if self.reward_model is not None:
             score = score_of(self.config.reward_steps, self.ctx.tokenizer)
             forward_passes.append(
-                ForwardPass("model_score", self.reward_model, values_of, micro, score)
+                self.forward_pass("model_score", self.reward_model, values_of, score)
             )
-        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id)
+        run_forward_passes(forward_passes, groups, ids, self.ctx.tokenizer.pad_id, self.need)
 
     def _add_experience(self, groups: list[Group]) -> dict[str, float]:
-        """Scores to rewards to advantages and returns, over the global batch, in float64."""
+        """Scores to rewards to advantages and returns, in float64.
+
+        Of the rows that this rank holds; what is summed is summed over the global batch.
+        """
         loss: PpoLossConfig = self.config.loss
         for group in groups:
             self._score(group)
-        mask_CT = _pad([[np.full(len(t), r is not None) for t, r in _pairs(g)] for g in groups])
+        here = [g for g in groups if g.here]
+        mask_CT = _pad([[np.full(len(t), r is not None) for t, r in _pairs(g)] for g in here])
         mask_CT = mask_CT.bool()
-        logp_CT, values_CT = (_per_token(groups, n) for n in ("old_logprobs_BT", "values_BT"))
-        ref_CT = None if self.reference is None else _per_token(groups, "ref_logprobs_BT")
-        score_C = rewards_tensor([g.rewards for g in groups]).nan_to_num().reshape(-1)
+        logp_CT, values_CT = (_per_token(here, n) for n in ("old_logprobs_BT", "values_BT"))
+        ref_CT = None if self.reference is None else _per_token(here, "ref_logprobs_BT")
+        score_C = rewards_tensor([g.rewards for g in here]).nan_to_num().reshape(-1)
+
+        def total(values_CT: Tensor) -> float:
+            """Of all valid tokens of the global batch; a collective call."""
+            rows = np.cumsum([len(g.tokens) for g in here])[:-1].tolist()
+            cuts = zip(values_CT.tensor_split(rows), mask_CT.tensor_split(rows), strict=True)
+            return self.sums.of([values[mask].numpy() for values, mask in cuts])
+
         rewards_CT = token_rewards(score_C, logp_CT, ref_CT, mask_CT, self.kl.coef, loss.kl)
         if loss.whiten_rewards:
-            rewards_CT = whiten(rewards_CT, mask_CT, shift_mean=False)
+            rewards_CT = whiten(rewards_CT, mask_CT, False, total)
         advantages_CT, returns_CT = gae(rewards_CT, values_CT, mask_CT, loss.gamma, loss.lam)
-        explained = explained_variance(values_CT, returns_CT, mask_CT)
+        explained = explained_variance(values_CT, returns_CT, mask_CT, total)
         if loss.whiten_advantages:
-            advantages_CT = whiten(advantages_CT, mask_CT)
-        _set_per_token(groups, "advantages_BT", advantages_CT)
-        _set_per_token(groups, "returns_BT", returns_CT)
-        means = {"return_mean": (float(returns_CT.sum()), float(mask_CT.sum()))}
+            advantages_CT = whiten(advantages_CT, mask_CT, total=total)
+        _set_per_token(here, "advantages_BT", advantages_CT)
+        _set_per_token(here, "returns_BT", returns_CT)
+        means = {"return_mean": (total(returns_CT), total(mask_CT.double()))}
         for name in ("verifier", "model_score"):
             found = [float(s) for g in groups for s in g.per_token.get(name, []) if is_usable(s)]
             means[f"{name}_mean"] = (sum(found), len(found))
         metrics = rollout_metrics(groups) | fractions(means)
-        if mask_CT.any():
+        scored = sum(r is not None for g in groups for r in g.rewards)
+        if scored:
             metrics["explained_variance"] = explained
         if ref_CT is not None:
-            gap_CT = torch.where(mask_CT, logp_CT - ref_CT, 0.0)
-            kl = fractions({"kl_response": (float(gap_CT.sum()), float(mask_CT.any(dim=1).sum()))})
+            kl = fractions({"kl_response": (total(logp_CT - ref_CT), scored)})
             metrics |= kl | {"kl_coef": self.kl.coef}
             for value in kl.values():
                 self.kl.update(value)
@@ -205,7 +221,7 @@ def _pairs(group: Group) -> list[tuple[list[int], float | None]]:
 def _pad(per_completion: Sequence[Sequence[np.ndarray]]) -> Tensor:
     """Arrays of the completions of all groups as one float64 [C, T], zeros behind each."""
     flat = [a for of_group in per_completion for a in of_group]
-    out = np.zeros((len(flat), max(map(len, flat))))
+    out = np.zeros((len(flat), max(map(len, flat), default=1)))
     for row, values in zip(out, flat, strict=True):
         row[: len(values)] = values
     return torch.from_numpy(out)

@@ -31,9 +31,12 @@ class SolutionRows:
     row_ids: Sequence[int]
     pad_id: int
 
-    def sizes(self) -> list[list[int]]:
+    def __len__(self) -> int:
+        return len(self.solutions)
+
+    def sizes(self, row: int) -> list[int]:
         """Steps of every answer."""
-        return [[len(s.ends)] for s in self.solutions]
+        return [len(self.solutions[row].ends)]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
         """See `data_shards.Rows`."""

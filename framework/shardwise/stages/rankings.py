@@ -43,9 +43,12 @@ class RankingRows:
     scored: bool = True
     per_token: Mapping[str, Sequence[Sequence[Any]]] = dataclasses.field(default_factory=dict)
 
-    def sizes(self) -> list[list[int]]:
+    def __len__(self) -> int:
+        return len(self.rankings)
+
+    def sizes(self, row: int) -> list[int]:
         """Valid tokens of every answer."""
-        return [[1 if self.scored else len(a) for a in r.answers] for r in self.rankings]
+        return [1 if self.scored else len(a) for a in self.rankings[row].answers]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
         """See `data_shards.Rows`."""

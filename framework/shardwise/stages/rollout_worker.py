@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
 
 from shardwise.adapters.registry import build_adapter
 from shardwise.config.run import RunConfig
@@ -28,92 +25,14 @@ from shardwise.rollout.sequences import Completion, Request
 from shardwise.rollout.sharded import check_tp, group_mesh
 from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
-
-
-@dataclasses.dataclass
-class Group:
-    """A problem with its completions; the lists below run in parallel, one entry a completion."""
-
-    problem: Problem
-    prompt_id: int
-    prompt: list[int]
-    tokens: list[list[int]]
-    logprobs: list[list[float]]  # of what was sampled from: with filters, of what they left
-    stopped: list[bool]
-    texts: list[str]
-    rewards: list[float | None]  # None: unscorable
-    policy: str  # checksum of the weights that wrote it
-    # By name, for each completion a number or one a token; what a loss reads of them.
-    per_token: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    reasons: list[str] = dataclasses.field(default_factory=list)  # why unscorable; "": it is not
-    kept: list[list[list[int]]] | None = None  # the words that filters left of each token's
-
-    @property
-    def num_row_tokens(self) -> int:
-        """Tokens in its training row."""
-        return len(self.prompt) - 1 + sum(map(len, self.tokens))
-
-    def numbers(self) -> list[float]:
-        """All that was written and paid, as numbers: equal for equal groups alone."""
-        text = xxhash.xxh32_intdigest(repr([self.problem.id, self.texts, self.reasons]).encode())
-        rewards = [math.nan if r is None else r for r in self.rewards]
-        flat = [self.prompt_id, text, *self.prompt, *itertools.chain(*self.tokens), *self.stopped]
-        flat += np.nan_to_num(np.asarray(rewards, dtype=float), nan=-1e6).tolist()
-        return [float(v) for v in flat]
-
-    def unscored(self) -> list[str]:
-        """Why completions have no reward; "" for those that have one."""
-        reasons = self.reasons or [""] * len(self.rewards)
-        return [
-            "" if reward is not None else reason or "it was left out"
-            for reward, reason in zip(self.rewards, reasons, strict=True)
-        ]
-
-    def records(self, step: int) -> list[dict[str, Any]]:
-        """One JSON record a completion; ``mask``: which tokens carry loss (none, if unscorable)."""
-        reasons = self.unscored()
-        return [
-            {
-                "step": step,
-                "prompt_id": self.prompt_id,
-                "sample_id": i,
-                "policy": self.policy,
-                "problem": self.problem.id,
-                "question": self.problem.question,
-                "answer": self.problem.answer,
-                "prompt_tokens": self.prompt,
-                "tokens": self.tokens[i],
-                "logprobs": self.logprobs[i],
-                "mask": [self.rewards[i] is not None] * len(self.tokens[i]),
-                "text": self.texts[i],
-                "stopped": self.stopped[i],
-                "reward": self.rewards[i],
-                **({"reason": reasons[i]} if reasons[i] else {}),
-                **({"kept": self.kept[i]} if self.kept else {}),
-                **{_short(name): _plain(values[i]) for name, values in self.per_token.items()},
-            }
-            for i in range(len(self.tokens))
-        ]
+from shardwise.stages.groups import Group
+from shardwise.stages.row_holders import Holders, move
 
 
 def _item(problem: Problem, text: str, num_tokens: int) -> RewardItem:
     """A completion with what its verifier is told of the problem."""
     _, question, answer, meta, _, others = problem
     return RewardItem(question, text, answer, meta, num_tokens, others)
-
-
-def _without_problem(group: Group) -> dict[str, Any]:
-    fields = dataclasses.fields(group)
-    return {f.name: getattr(group, f.name) for f in fields if f.name != "problem"}
-
-
-def _short(name: str) -> str:
-    """A name in a record: ``advantage`` for ``advantages_BT``."""
-    return name.removesuffix("_BT").removesuffix("s")
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def check_rollout(run: RunConfig, stage: Any, world_size: int) -> None:
@@ -132,8 +51,7 @@ class RolloutWorker:
     """Generators, one a group of `RolloutConfig.tp` ranks, fed from the engine's weights, with a
     scorer behind each.
 
-    The groups share the prompts, whatever the layout of the model that they come from, and every
-    rank gets all completions: a rollout is tokens, which are few.
+    The groups share the prompts, whatever the layout of the model that they come from.
     """
 
     def __init__(
@@ -198,10 +116,13 @@ class RolloutWorker:
         num_samples: int,
         key: int,
         prompt_ids: Sequence[int] | np.ndarray,
+        need: Holders,
     ) -> list[Group]:
-        """``num_samples`` scored completions of each problem, on every rank; a collective call.
+        """``num_samples`` scored completions of each problem; a collective call.
 
-        ``key`` and a problem's ``prompt_id`` decide its draws, whatever else is in the batch.
+        Every rank gets all groups, with the rows (by number of the problem) that it needs: see
+        `Group`. ``key`` and a problem's ``prompt_id`` decide its draws, whatever else is in the
+        batch.
         """
         tokenizer = self.ctx.tokenizer
         sampling = sampling.stopping_at(tokenizer.stop_ids)
@@ -225,21 +146,24 @@ class RolloutWorker:
             self._group(problems[i], id_, prompt, found)
             for i, id_, prompt, found in zip(mine, ids, prompts, completions, strict=True)
         ]
-        if rank % self.tp:
-            groups = []  # the first of those that have them speaks
-        self._score(groups)
+        if rank % self.tp == 0:  # the first of those that have them speaks
+            self._score(groups)
         if world == 1:
             return groups
         assert dist.group.WORLD is not None
-        parts = gather_json([_without_problem(g) for g in groups], dist.group.WORLD)
-        parts = parts[:: self.tp]
-        return [
-            Group(problem=problem, **parts[i % len(parts)][i // len(parts)])
+        said = gather_json([g.statistics() for g in groups], dist.group.WORLD)[:: self.tp]
+        rows = {i: group.packed() for i, group in zip(mine, groups, strict=True)}
+        have = [range(r // self.tp, len(problems), world // self.tp) for r in range(world)]
+        rows |= move(rows, have, need, torch.int32)
+        found = [
+            Group.told(problem, int(prompt_ids[i]), said[i % len(said)][i // len(said)])
             for i, problem in enumerate(problems)
         ]
+        for i in need[rank]:
+            found[i].unpack(rows[i], self._text_of)
+        return found
 
     def _group(self, problem: Problem, prompt_id: int, prompt: list[int], found: Any) -> Group:
-        stops = set(self.ctx.tokenizer.stop_ids)
         return Group(
             problem=problem,
             prompt_id=prompt_id,
@@ -248,12 +172,14 @@ class RolloutWorker:
             logprobs=[c.behavior_logprobs for c in found],
             kept=None if found[0].kept_ids is None else [c.kept_ids for c in found],
             stopped=[c.finish_reason == "stop" for c in found],
-            texts=[
-                self.ctx.tokenizer.decode([t for t in c.token_ids if t not in stops]) for c in found
-            ],
+            texts=[self._text_of(c.token_ids) for c in found],
             rewards=[],
             policy=self.generator.checksum,
         )
+
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        tokenizer = self.ctx.tokenizer
+        return tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
 
     def _score(self, groups: Sequence[Group]) -> None:
         items = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
@@ -20,9 +21,9 @@ from shardwise.losses.scores import Score
 from shardwise.metrics.jsonl import line_of
 from shardwise.ops.logits import selected_values
 from shardwise.rewards import is_usable
-from shardwise.stages.data_shards import exchange, forward_shard, local_batches
-from shardwise.stages.rollout_worker import Group
-from shardwise.storage.durable import write_durably
+from shardwise.stages.data_shards import by_row, forward_shard, hand_over, local_batches
+from shardwise.stages.groups import Group
+from shardwise.stages.row_holders import Holders, Shares, first_rank, move
 
 PAD_MULTIPLE = 16
 
@@ -42,11 +43,14 @@ class RolloutRows:
     per_token: tuple[str, ...] = ()
     read_at: Sequence[Sequence[Sequence[int]]] | None = None
 
-    def sizes(self) -> list[list[int]]:
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def sizes(self, row: int) -> list[int]:
         """Valid tokens of every completion."""
         if self.read_at is not None:
-            return [[len(ends) for ends in of_group] for of_group in self.read_at]
-        return [[len(t) for t in g.tokens] for g in self.groups]
+            return list(map(len, self.read_at[row]))
+        return self.groups[row].sizes[1:]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
         """See `data_shards.Rows`."""
@@ -103,10 +107,14 @@ class TrainingRows(RolloutRows):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass over a rollout, and the name of its numbers: one a token, or a score."""
+    """One forward pass over a rollout, and the name of its numbers: one a token, or a score.
+
+    ``shares``: which rows each rank computes.
+    """
 
     name: str
     engine: Engine
+    shares: Shares
     fn: Callable[[Any, MicroBatch], Tensor]
     micro_batch: int
     score: Score | None = None
@@ -123,10 +131,12 @@ def run_forward_passes(
     groups: Sequence[Group],
     row_ids: Sequence[int],
     pad_id: int,
+    need: Holders,
 ) -> None:
-    """Give every group the numbers of several forward passes, on every rank.
+    """Give groups the numbers of several forward passes: a token's to the ranks that ``need`` the
+    row, scores to all.
 
-    All of them run before their results are exchanged, so that roles on disjoint ranks work at
+    All passes run before their results are exchanged, so that roles on disjoint ranks work at
     the same time.
     """
     rows = [RolloutRows(groups, row_ids, pad_id, read_at=r.read_at(groups)) for r in forward_passes]
@@ -135,9 +145,27 @@ def run_forward_passes(
         for some, r in zip(rows, forward_passes, strict=True)
     ]
     for some, share, one in zip(rows, shares, forward_passes, strict=True):
-        for group, found in zip(groups, exchange(some, one.engine, share), strict=True):
-            scored = found if one.score is None else map(one.score.total, found)
-            group.per_token[one.name] = list(scored)
+        if one.score is not None:
+            _add_scores(one, one.score, groups, some, share)
+            continue
+        have = one.shares.computed(len(groups))
+        for i, found in hand_over(some, one.engine, share, have, need).items():
+            groups[i].per_token[one.name] = np.split(found, np.cumsum(some.sizes(i))[:-1])
+
+
+def _add_scores(
+    one: ForwardPass, score: Score, groups: Sequence[Group], rows: RolloutRows, share: np.ndarray
+) -> None:
+    """Every completion's score, on all ranks."""
+    starts = np.cumsum([0, *(len(g.rewards) for g in groups)])
+    flat = np.zeros(starts[-1])
+    for i, found in by_row(rows, one.engine, share).items():
+        scored = map(score.total, np.split(found, np.cumsum(rows.sizes(i))[:-1]))
+        flat[starts[i] : starts[i + 1]] = list(scored)
+    # Each number comes from one data rank, zeros from the others: a sum is a copy.
+    whole = one.engine.sum_over_data(flat.tolist())
+    for i, group in enumerate(groups):
+        group.per_token[one.name] = whole[starts[i] : starts[i + 1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +216,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         **({"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if n else {}),
         "unscorable_fraction": 1.0 - n / count,
-        "completion_length": sum(len(t) for g in groups for t in g.tokens) / count,
+        "completion_length": sum(n for g in groups for n in g.sizes[1:]) / count,
         "stopped_fraction": sum(sum(g.stopped) for g in groups) / count,
         "tokens": float(sum(g.num_row_tokens for g in groups)),
     }
@@ -204,6 +232,16 @@ def rollout_file(directory: Path, stage: str, step: int) -> Path:
     return directory / "rollouts" / stage / f"step_{step:08d}.jsonl"
 
 
-def keep_rollout(path: Path, step: int, groups: Sequence[Group]) -> None:
-    """Store a rollout as JSON lines: tokens, numbers per token, policy version."""
-    write_durably(path, b"".join(line_of(r) for g in groups for r in g.records(step)))
+def gather_records(step: int, groups: Sequence[Group], need: Holders) -> bytes:
+    """A rollout as JSON lines: tokens, numbers per token, policy version; on the first rank.
+
+    A collective call: the others send it what they hold.
+    """
+    lines = {
+        i: torch.frombuffer(
+            bytearray(b"".join(line_of(r) for r in groups[i].records(step))), dtype=torch.uint8
+        )
+        for i in need[dist.get_rank()]
+    }
+    lines |= move(lines, need, first_rank(range(len(groups))), torch.uint8)
+    return b"".join(lines[i].numpy().tobytes() for i in sorted(lines))

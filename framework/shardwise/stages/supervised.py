@@ -55,9 +55,12 @@ class ChosenRows:
     row_ids: Sequence[int]
     packed: bool
 
-    def sizes(self) -> list[list[int]]:
-        """Valid tokens of every row."""
-        return [[int(self.data.row(i).loss_mask.sum())] for i in self.indices]
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def sizes(self, row: int) -> list[int]:
+        """Valid tokens of a row."""
+        return [int(self.data.row(self.indices[row]).loss_mask.sum())]
 
     def collate(self, rows: Sequence[int], num_real: int) -> MicroBatch:
         """See `data_shards.Rows`."""
