@@ -9,9 +9,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from shardwise.config.load import load_config
 from shardwise.data.tokenizer import Tokenizer
+from shardwise.search.scorers import Verifier
 from shardwise.stages.run import run_rank
 from shardwise.stages.search import LabelStepsJob, SearchJob
 from tests.stages.recipes import KilledError, recipe
@@ -92,3 +94,15 @@ def written(folder: Path, job: str = "search") -> dict[str, bytes]:
     """Every artifact's bytes."""
     artifacts = folder / "stages" / job / "artifacts"
     return {path.stem: path.read_bytes() for path in sorted(artifacts.iterdir())}
+
+
+def run_with_odd_verifiers(config: dict[str, Any]) -> None:
+    """The same, where the verifier of a rank that does not speak for its group scores nothing."""
+    score = Verifier.__call__
+
+    def odd(self: Verifier, paths: Sequence[Any]) -> list[float | None]:
+        tp = config["stages"][0]["rollout"]["tp"]
+        return [None for _ in paths] if dist.get_rank() % tp else score(self, paths)
+
+    with mock.patch.object(Verifier, "__call__", odd):
+        run(config)

@@ -10,20 +10,21 @@ import pytest
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.rollout.config import Sampling
 from shardwise.stages import continuations
+from shardwise.stages.served import Served
 
 
 def test_stops_of_the_user_are_added_to_the_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sampling] = []
 
     class Generator:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self.update_weights = lambda weights: None
+        def update_weights(self, weights: Any) -> None: ...
 
         def generate(self, requests: Any, sampling: Sampling, key: int) -> Any:
             asked.append(sampling)
             return [SimpleNamespace(token_ids=[65]) for _ in requests]
 
-    monkeypatch.setattr(continuations, "Generator", Generator)
+    served = Served(Generator(), group=0, groups=1, place=0)  # type: ignore[arg-type]
+    monkeypatch.setattr(continuations, "serve", lambda *_, **__: served)
     tokenizer = ByteTokenizer()
     ctx: Any = SimpleNamespace(
         tokenizer=tokenizer,
@@ -33,7 +34,7 @@ def test_stops_of_the_user_are_added_to_the_tokenizers(monkeypatch: pytest.Monke
         stage=SimpleNamespace(name="s"),
     )
     config: Any = SimpleNamespace(
-        prompts=["a"], sampling=Sampling(stop_ids=(10, 256)), name="continuations"
+        prompts=["a"], sampling=Sampling(stop_ids=(10, 256)), name="continuations", rollout=None
     )
     engine: Any = SimpleNamespace(weights=lambda: iter(()))
     [sample] = continuations.evaluate(config, ctx, engine)["samples"]

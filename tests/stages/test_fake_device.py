@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from shardwise.config.load import load_config
@@ -104,10 +105,12 @@ WAITS = [
     Wait(
         "to device",
         "engines.native.NativeEngine.sum_over_data",
-        RL,
-        "once a forward pass over a rollout: what the data ranks tell each other of it",
+        ("ppo",),
+        "once a rollout: the scores of a reward model, which all ranks are told",
     ),
-    Wait("number", "engines.native.NativeEngine.sum_over_data", RL, "the same, on its way back"),
+    Wait(
+        "number", "engines.native.NativeEngine.sum_over_data", ("ppo",), "the same, on its way back"
+    ),
 ]
 # Where a result is in fp64, which some devices lack: scalars, and numbers a token of a micro-batch.
 FP64: dict[str, tuple[str, ...]] = {
@@ -115,7 +118,7 @@ FP64: dict[str, tuple[str, ...]] = {
     "engines.reduction.LossSums.__init__": KINDS,
     "engines.reduction.LossSums.add": KINDS,
     "engines.reduction.LossSums.reduced": KINDS,
-    "engines.native.NativeEngine.sum_over_data": RL,
+    "engines.native.NativeEngine.sum_over_data": ("ppo",),
     "losses.causal_lm.CausalLM.counts": ("pretrain", "sft"),
     "losses.aggregate.fold": RL,
     "losses.aggregate.sequence_sum": ("grpo",),
@@ -171,7 +174,17 @@ class _Given:
                     policy="",
                 )
             )
-        return groups
+        return [
+            group
+            if i in need[dist.get_rank()]
+            else Group.told(group.problem, group.prompt_id, group.statistics())
+            for i, group in enumerate(groups)
+        ]
+
+
+def _alike(value: Any, group: Any) -> list[Any]:
+    """Where nobody else is: what all ranks would say, if all were as this one."""
+    return [value] * group.size()
 
 
 class _Fresh(StageContext):
@@ -186,6 +199,8 @@ def _stage(kind: str, layout: str, folder: Path) -> Any:
     cut = parse_layout(layout, world_of(layout))
     config["model"]["num_layers"] = cut.num_chunks
     size = cut.dp * (2 if cut.pp > 1 else 1)
+    if kind in RL:
+        config["stages"][0]["keep_rollouts_every"] = 0  # others would have to send what they hold
     config["stages"][0]["batch"] |= {"global_batch": size, "micro_batch": 1}
     config["engine"] |= {"layout": layout, **LAYOUTS[layout]}
     if kind == "ppo":
@@ -219,6 +234,7 @@ def _step(
         process_group(rank, world_of(layout)),
         mock.patch("shardwise.stages.base.pick_device", lambda wish: device),
         mock.patch("shardwise.stages.policy.RolloutWorker", _Given),
+        mock.patch("shardwise.stages.row_holders.gather_json", _alike),
         mock.patch.dict(mesh._GROUPS, clear=True),
         # An error in a thread of autograd's would end the process.
         torch.autograd.set_multithreading_enabled(False),

@@ -49,6 +49,23 @@ def test_ranks_that_share_a_generator_write_the_same(
     assert theirs == ours and theirs, "evaluations are of the same generator"
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_evaluations_of_any_stage_may_share_a_generator(
+    ranks: RankPool, tmp_path: Path, world: int
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for number in (1, world):
+        rollout = {"tp": min(number, 2), "max_slots": 2}
+        texts = {"kind": "continuations", "prompts": ["the quick", "a", "docum"]}
+        measured = [{**e, "rollout": rollout} for e in (EVALUATION, texts)]
+        config = recipe(tmp_path / str(number), "pretrain", evaluations=measured)
+        config["stages"][0] |= {"steps": 1, "batch": {"global_batch": 4, "seq_len": 16}}
+        summary, *_ = ranks.run(run, config, FP64, world=number)
+        rows.append({k: summary[k] for k in ("accuracy", "samples")})
+    assert rows[0] == rows[1]
+    assert [s["prompt"] for s in rows[0]["samples"]][-3:] == ["the quick", "a", "docum"]
+
+
 def test_a_student_writes_the_same(ranks: RankPool, tmp_path: Path) -> None:
     rows: list[list[dict[str, Any]]] = []
     for world in (1, 2):

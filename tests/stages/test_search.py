@@ -12,8 +12,9 @@ from shardwise.config.load import load_config
 from shardwise.data import formats
 from shardwise.errors import ConfigError
 from shardwise.search.tree import from_record
+from shardwise.verify.jobs import compare_rows
 from tests.stages.recipes import recipe
-from tests.stages.search_job import made, run, run_and_die, written
+from tests.stages.search_job import made, run, run_and_die, run_with_odd_verifiers, written
 from tests.support.pool import RankError, RankPool
 
 LABELS = {
@@ -54,6 +55,25 @@ def test_files_are_the_same_on_any_ranks_and_after_a_kill(
     if kind == "mcts":
         assert all(t.nodes[0].visits == 12 or t.cost.drawn == 300 for t in trees)
         assert all(t.cost.drawn <= 300 for t in trees)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("mcts", 2), ("beam", 4)])
+def test_ranks_that_share_a_generator_write_the_same_files(
+    ranks: RankPool, tmp_path: Path, kind: str, world: int
+) -> None:
+    """A reward that each rank would answer otherwise is the first's of those that share one."""
+    for name, number in (("one", 1), ("many", world)):
+        config = made(tmp_path / name, LABELS, kind=kind)
+        for job in config["stages"]:
+            job["rollout"] = {"tp": min(number, 2), "max_slots": 5}
+        config["engine"] |= {"precision": "fp64"}
+        ranks.run(run_with_odd_verifiers, config, world=number)
+    for job in ("search", "label_steps"):
+        one, many = (written(tmp_path / name, job) for name in ("one", "many"))
+        assert one.keys() == many.keys() and any(one.values())
+        for file in one:
+            differences = compare_rows({file: rows(one[file])}, {file: rows(many[file])})
+            assert not any(d.is_bug for d in differences), file
 
 
 def test_what_is_written_is_read(ranks: RankPool, tmp_path: Path) -> None:

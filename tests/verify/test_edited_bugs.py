@@ -24,6 +24,7 @@ from tests.verify.edited_reach_bugs import REACH_BUGS
 from tests.verify.edits import Edit, applied, run_edited
 from tests.verify.optimizer_bugs import OPTIMIZER_BUGS
 from tests.verify.preference_bugs import PREFERENCE_BUGS
+from tests.verify.shared_generator_bugs import SHARED_GENERATOR_BUGS
 from tests.verify.teaching_bugs import TEACHING_BUGS
 from tests.verify.tracker_bugs import TRACKER_BUGS
 
@@ -31,6 +32,7 @@ TABLES = (
     *(BUGS, PATH_BUGS, MORE_BUGS, EXTREME_BUGS, REACH_BUGS),
     *(FAMILY_BUGS, COMPANY_BUGS, TRACKER_BUGS, OPTIMIZER_BUGS, PREFERENCE_BUGS),
     TEACHING_BUGS,
+    SHARED_GENERATOR_BUGS,
 )
 ALL = {name: bug for table in TABLES for name, bug in table.items()}
 # Kinds that are near each other, of which one is caught daily; a kind in none stands for itself.

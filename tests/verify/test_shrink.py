@@ -423,8 +423,14 @@ def test_the_recipes_own_layouts() -> None:
         own(critic={"ranks": [0, 2]})
 
 
-def test_a_shared_generator_is_named_as_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "fits"), [("dp2.zero2", True), ("dp3.zero1", False)])
+def test_a_shared_generator_stays_where_the_ranks_can_share_one(
+    tmp_path: Path, layout: str, fits: bool
+) -> None:
     said = {"tp": 2, "max_slots": 5, "max_cache_tokens": 64}
-    found = shrink(ppo(rollout=said), "ppo", layouts_of("dp2.zero2"), tmp_path)
-    assert found.recipe["stages"][0]["rollout"] == said | {"tp": 1, "max_cache_tokens": None}
-    assert any("rollout.tp" in line for line in found.given_up)
+    found = shrink(ppo(rollout=said), "ppo", layouts_of(layout), tmp_path)
+    assert found.recipe["stages"][0]["rollout"] == said | {"max_cache_tokens": None}
+    assert any("rollout.tp" in line for line in found.given_up) != fits
+    [stage] = load_config(found.recipe).config.training
+    assert with_layouts(stage, layout).rollout.tp == (2 if fits else 1)  # type: ignore[attr-defined]
+    assert with_layouts(stage, "dp1").rollout.tp == 1  # type: ignore[attr-defined]

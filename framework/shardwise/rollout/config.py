@@ -66,8 +66,11 @@ class RolloutConfig(Section):
     )
 
     def shrunk(self) -> RolloutConfig:
-        """For `shardwise.verify`, which holds ranks against one process: each writes alone.
-
-        Nothing small needs the bound of the cache, but rows may be longer than it.
+        """For `shardwise.verify`: nothing small needs the bound of the cache, but rows may be
+        longer than it.
         """
-        return self.model_copy(update={"tp": 1, "max_cache_tokens": None})
+        return self.model_copy(update={"max_cache_tokens": None})
+
+    def on(self, world_size: int) -> RolloutConfig:
+        """The same on so many ranks; where they cannot be shared out so, each generates alone."""
+        return self if world_size % self.tp == 0 else self.model_copy(update={"tp": 1})

@@ -28,7 +28,7 @@ def evaluate(config: ProblemsConfig, ctx: StageContext, engine: Engine) -> dict[
     problems = ProblemSet(config.task, "held_out", config.num_problems)
     sampling = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
     with build_reward(config.reward) as scorer:
-        rollout_worker = RolloutWorker(ctx, config.task, scorer, torch.float32)
+        rollout_worker = RolloutWorker(ctx, config.task, scorer, torch.float32, config.rollout)
         rollout_worker.sync(engine)
         shown = first_rank(range(min(config.num_samples_shown, len(problems))))
         numbers = range(len(problems))

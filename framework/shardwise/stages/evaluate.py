@@ -14,7 +14,7 @@ from shardwise import checkpoint
 from shardwise.checkpoint.convert import RUN_FILE, open_model
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import StageConfig
+from shardwise.config.schema import EvaluationConfig, StageConfig
 from shardwise.config.start import located
 from shardwise.config.yaml12 import parse
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +62,8 @@ def evaluate(
         engine_config = stage.engine.model_copy(update={"layout": "auto", **said})
         alone = {"rollout": RolloutConfig()} if hasattr(stage, "rollout") else {}
         stage = stage.model_copy(update={"engine": engine_config, **alone})
+        measured = [_alone(e) for e in run.evaluations]
+        run = run.model_copy(update={"evaluations": measured})
         init_distributed(pick_device(stage.engine.device), stage.engine.timeout_s)
         rank = dist.get_rank()
         with Progress([], rank=rank) as progress:
@@ -76,6 +78,12 @@ def evaluate(
                 engine.load_weights(weights)
                 found[str(own)] = evaluate_all(ctx, engine, progress)
             return found
+
+
+def _alone(evaluation: EvaluationConfig) -> EvaluationConfig:
+    """The same where the model is not shared among ranks."""
+    shared = getattr(evaluation, "rollout", None) is not None
+    return evaluation.model_copy(update={"rollout": None}) if shared else evaluation
 
 
 def _of_run(

@@ -30,8 +30,15 @@ from shardwise.rewards import (
     RewardConfig,
     fill_for_file,
 )
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.stages.policy_config import small_reward
+
+ROLLOUT: Any = Field(
+    None,
+    description="how the model is served; null: as the stage's own section says, else whole on "
+    "each rank",
+    examples=[{"tp": 2}],
+)
 
 
 class BitsConfig(EvaluationConfig):
@@ -125,6 +132,7 @@ class ProblemsConfig(EvaluationConfig):
         "file's problems",
     )
     num_samples_shown: NonNegativeInt = Field(6, description="generations kept for the report")
+    rollout: RolloutConfig | None = ROLLOUT
 
     @classmethod
     def metrics(cls) -> tuple[Metric, ...]:
@@ -176,6 +184,7 @@ class ContinuationsConfig(EvaluationConfig):
         min_length=1, description="beginnings", examples=[["def read(self, "]]
     )
     sampling: Sampling = Field(default_factory=Sampling)
+    rollout: RolloutConfig | None = ROLLOUT
 
     def shrunk(self, stage: StageConfig, small: SmallSizes, folder: Path) -> Self:
         """See `EvaluationConfig.shrunk`."""
@@ -311,6 +320,7 @@ class LmEvalConfig(EvaluationConfig):
         "raw", description="as the task writes them, or by the model's chat template"
     )
     micro_batch: Rows = Field(16, description="continuations that a rank computes at once")
+    rollout: RolloutConfig | None = ROLLOUT
 
     def check(self) -> None:
         """See `EvaluationConfig.check`."""

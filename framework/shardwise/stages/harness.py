@@ -25,11 +25,11 @@ from shardwise.ops import rng
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rollout.config import Sampling
-from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Request
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import LmEvalConfig
 from shardwise.stages.scoring import TextEncoder, score
+from shardwise.stages.served import Served, serve
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -109,7 +109,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.config, self.ctx, self.engine = config, ctx, engine
         self.encoder, self.tokenizer = TextEncoder(ctx.tokenizer), ctx.tokenizer
         self.max_length = ctx.run.model.max_seq_len
-        self._generator: Generator | None = None
+        self._served: Served | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -169,11 +169,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
         The ranks of the world share the prompts, and all get every completion.
         """
-        generator, key = self._served(), rng.key(self.ctx.run.seed, "lm_eval", self.config.name)
+        served, key = self._serve(), rng.key(self.ctx.run.seed, "lm_eval", self.config.name)
         stop_ids = self.ctx.tokenizer.stop_ids
         mine: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
-        for i in range(dist.get_rank(), len(requests), dist.get_world_size()):
+        for i in range(served.group, len(requests), served.groups):
             groups.setdefault(json.dumps(requests[i].args[1], sort_keys=True), []).append(i)
         for said, indices in groups.items():
             sampling = sampling_of(json.loads(said), self.config.name)
@@ -187,29 +187,24 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices
             ]
             asked = [Request(i, ids[-room:]) for i, ids in zip(indices, prompts)]
-            for done in generator.generate(asked, sampling.stopping_at(stop_ids), key):
+            for done in served.generator.generate(asked, sampling.stopping_at(stop_ids), key):
                 text = self.ctx.tokenizer.decode(done.token_ids)
                 for stop in sampling.stop_strings:
                     text = text.split(stop)[0]
                 mine[done.prompt_id] = text
         assert dist.group.WORLD is not None
-        parts = gather_json(list(mine.items()), dist.group.WORLD)
+        parts = gather_json(list(mine.items()), dist.group.WORLD)[:: served.tp]
         whole = {i: text for part in parts for i, text in part}
         return [whole[i] for i in range(len(requests))]
 
-    def _served(self) -> Generator:
+    def _serve(self) -> Served:
         """A generator with the engine's weights; a collective call when it is made."""
-        if self._generator is None:
+        if self._served is None:
             ctx, adapter = self.ctx, self.engine.adapter_config
-            self._generator = Generator(
-                ctx.run.model,
-                precision_of(ctx.precision, ctx.device).compute,
-                ctx.device,
-                decode_text=ctx.tokenizer.decode,
-                adapter=None if adapter is None or adapter.merges else adapter,
-            )
-            self._generator.update_weights(self.engine.weights())
-        return self._generator
+            dtype = precision_of(ctx.precision, ctx.device).compute
+            self._served = serve(ctx, dtype, said=self.config.rollout, adapter=adapter)
+            self._served.generator.update_weights(self.engine.weights())
+        return self._served
 
 
 def sampling_of(said: Mapping[str, Any], name: str) -> Sampling:

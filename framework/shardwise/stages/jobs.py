@@ -59,11 +59,13 @@ class Job:
     num_items: int = 0
     chunk: int = 16  # items of a part
     cheap: bool = False  # parts of another recipe are made again, not refused
+    tp: int = 1  # neighbouring ranks that work on the same items; the first one's values count
 
     def work(self, items: Sequence[int]) -> list[Any]:
         """Plain JSON, one value an item. Each rank has items of its own, and may have none.
 
-        Ranks call it equally often, so it may hold collective calls.
+        Ranks call it equally often, so it may hold collective calls, also of the ``tp`` ranks that
+        have the same items.
         """
         raise NotImplementedError
 
@@ -118,8 +120,9 @@ class JobRun:
 
     def _chunk(self, part: int, items: range) -> dict[str, float]:
         """Work on some items together, and keep what they give; on rank 0, their figures."""
-        mine = items[self.ranks.rank :: self.ranks.size]
-        parts = self.ranks.collect(self.job.work(mine))
+        tp = self.job.tp
+        mine = items[self.ranks.rank // tp :: self.ranks.size // tp]
+        parts = self.ranks.collect(self.job.work(mine))[::tp]
         figures: dict[str, float] = {}
         with self.ranks.together():
             if self.ctx.is_main:

@@ -11,40 +11,25 @@ import torch
 import torch.distributed as dist
 
 from shardwise.adapters.registry import build_adapter
-from shardwise.config.run import RunConfig
 from shardwise.data.chat import encode_chat
 from shardwise.engines.base import Engine
-from shardwise.errors import CheckpointError, ConfigError
-from shardwise.models.common.config import DecoderConfig
+from shardwise.errors import CheckpointError
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, RewardItem, Scorer, TaskConfig, prompt_messages
 from shardwise.rollout.config import RolloutConfig, Sampling
-from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Completion, Request
-from shardwise.rollout.sharded import check_tp, group_mesh
 from shardwise.rollout.weights import first_unlike
 from shardwise.stages.base import StageContext
 from shardwise.stages.groups import Group
 from shardwise.stages.row_holders import Holders, move
+from shardwise.stages.served import serve
 
 
 def _item(problem: Problem, text: str, num_tokens: int) -> RewardItem:
     """A completion with what its verifier is told of the problem."""
     _, question, answer, meta, _, others = problem
     return RewardItem(question, text, answer, meta, num_tokens, others)
-
-
-def check_rollout(run: RunConfig, stage: Any, world_size: int) -> None:
-    """Raise ConfigError for a stage whose ``rollout.tp`` nobody can have."""
-    said, key = getattr(stage, "rollout", RolloutConfig()), f"stages.{stage.name}.rollout.tp"
-    assert isinstance(run.model, DecoderConfig)
-    check_tp(said.tp, run.model, world_size, key)
-    if said.tp > 1 and stage.adapter is not None and not stage.adapter.merges:
-        raise ConfigError(
-            f"{key}: an adapter of kind {stage.adapter.kind} is not merged, and a generator with "
-            "it cannot be cut; set rollout.tp to 1, or take an adapter that merges"
-        )
 
 
 class RolloutWorker:
@@ -60,23 +45,12 @@ class RolloutWorker:
         task: TaskConfig,
         scorer: Scorer,
         dtype: torch.dtype | None = None,
+        said: RolloutConfig | None = None,
     ) -> None:
         self.ctx, self.task, self.scorer = ctx, task, scorer
         self.dtype = dtype or precision_of(ctx.precision, ctx.device).compute
-        adapter, model = ctx.stage.adapter, ctx.run.model
-        said: RolloutConfig = getattr(ctx.stage, "rollout", RolloutConfig())
-        check_rollout(ctx.run, ctx.stage, dist.get_world_size())
-        self.tp = said.tp
-        self.generator = Generator(
-            model,
-            self.dtype,
-            ctx.device,
-            said.max_slots,
-            max_cache_tokens=said.max_cache_tokens,
-            decode_text=ctx.tokenizer.decode,
-            adapter=None if adapter is None or adapter.merges else adapter,
-            mesh=group_mesh(said.tp, ctx.device),
-        )
+        self.served = serve(ctx, self.dtype, said=said, adapter=ctx.stage.adapter)
+        self.generator = self.served.generator
         self._adapter_arrived = False
 
     def sync(self, engine: Engine) -> None:
@@ -127,7 +101,7 @@ class RolloutWorker:
         tokenizer = self.ctx.tokenizer
         sampling = sampling.stopping_at(tokenizer.stop_ids)
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = range(rank // self.tp, len(problems), world // self.tp)
+        mine = range(self.served.group, len(problems), self.served.groups)
         ids = [int(prompt_ids[i]) for i in mine]
         prompts = [self.prompt_of(problems[i]) for i in mine]
         requests = [Request(i, p, num_samples) for i, p in zip(ids, prompts, strict=True)]
@@ -146,14 +120,15 @@ class RolloutWorker:
             self._group(problems[i], id_, prompt, found)
             for i, id_, prompt, found in zip(mine, ids, prompts, completions, strict=True)
         ]
-        if rank % self.tp == 0:  # the first of those that have them speaks
+        if self.served.place == 0:  # the first of those that have them speaks
             self._score(groups)
         if world == 1:
             return groups
         assert dist.group.WORLD is not None
-        said = gather_json([g.statistics() for g in groups], dist.group.WORLD)[:: self.tp]
+        said = gather_json([g.statistics() for g in groups], dist.group.WORLD)[:: self.served.tp]
         rows = {i: group.packed() for i, group in zip(mine, groups, strict=True)}
-        have = [range(r // self.tp, len(problems), world // self.tp) for r in range(world)]
+        tp, groups_ = self.served.tp, self.served.groups
+        have = [range(r // tp, len(problems), groups_) for r in range(world)]
         rows |= move(rows, have, need, torch.int32)
         found = [
             Group.told(problem, int(prompt_ids[i]), said[i % len(said)][i // len(said)])

@@ -57,7 +57,7 @@ from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.lengths import check_lengths
 from shardwise.stages.parts import check_parts, check_pipeline
 from shardwise.stages.pipeline import Pipeline
-from shardwise.stages.rollout_worker import check_rollout
+from shardwise.stages.served import check_served
 from shardwise.stages.sizes import check_sizes
 from shardwise.stages.skipped import SkippedError, check_trained, may_skip
 from shardwise.stages.summary import summarize
@@ -296,6 +296,7 @@ def check_job(run: RunConfig, job: JobConfig, world_size: int, *, here: bool = T
     wanted = parse_layout(job.engine.layout, world_size)
     rows = wanted.dp * wanted.pp
     feasible.check(feasible.Case(wanted, run.model, False, rows, 1, job.engine.precision))
+    check_served(run, job, world_size)
 
 
 def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bool = True) -> None:
@@ -338,7 +339,7 @@ def check_stage(run: RunConfig, stage: StageConfig, world_size: int, *, here: bo
         feasible.check(*cases)
         if name == ACTOR:
             check_pipeline(run, stage, wanted)
-    check_rollout(run, stage, world_size)
+    check_served(run, stage, world_size)
 
 
 def tokenizer_data(run: RunConfig) -> DataConfig:

@@ -21,7 +21,6 @@ from shardwise.losses.scores import ANSWER_CHANCE, score_of
 from shardwise.models.common.config import DecoderConfig
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, ProblemSet, build_reward, prompt_messages
-from shardwise.rollout.generator import Generator
 from shardwise.rollout.native import NativeBackend
 from shardwise.search import extract, methods
 from shardwise.search.config import (
@@ -40,12 +39,13 @@ from shardwise.stages.base import StageContext
 from shardwise.stages.initial_weights import folder_hash
 from shardwise.stages.jobs import Job, Outcome
 from shardwise.stages.search_config import LabelStepsConfig, SearchConfig, SearchJobConfig
+from shardwise.stages.served import Served, serve
 
 TRUTH = "verifier"  # the name of the scores that say which answers are right
 
 
 class _SearchJob(Job):
-    """What both jobs have: a generator of this rank's own, a verifier, and trees."""
+    """What both jobs have: a generator, a verifier, and trees."""
 
     def __init__(self, ctx: StageContext) -> None:
         self.ctx, tokenizer = ctx, ctx.tokenizer
@@ -53,7 +53,8 @@ class _SearchJob(Job):
         self.chunk = config.chunk
         sampling = config.sampling.stopping_at(tokenizer.stop_ids)
         self.policy = Policy(sampling, config.step, ctx.run.model.max_seq_len, tokenizer.decode)
-        self.generator = _generator(ctx, config.max_slots)
+        self.served = _served(ctx)
+        self.generator, self.tp = self.served.generator, self.served.tp
         exact = isinstance(self.generator.backend, NativeBackend)
         self.concurrent = config.concurrent or (config.chunk if exact else 1)
         self.reward = build_reward(config.reward)
@@ -76,25 +77,18 @@ class _SearchJob(Job):
             Answer(t.problem, t.prompt_id, t.prompt_tokens, t.tokens(i), t.text(i), True)
             for t, i in ends
         ]
-        for (tree, i), score in zip(ends, Verifier(self.reward)(answers), strict=True):
+        verify = self.served.agreed(Verifier(self.reward))
+        for (tree, i), score in zip(ends, verify(answers), strict=True):
             tree.nodes[i].scores[TRUTH] = score
 
 
-def _generator(ctx: StageContext, max_slots: int) -> Generator:
+def _served(ctx: StageContext) -> Served:
     """A generator with the weights that the job starts from; a collective call."""
     engine = ctx.engine(None)
     ctx.load_initial_weights(engine)
-    adapter = ctx.inherited
-    generator = Generator(
-        ctx.run.model,
-        precision_of(ctx.precision, ctx.device).compute,
-        ctx.device,
-        max_slots,
-        decode_text=ctx.tokenizer.decode,
-        adapter=None if adapter is None or adapter.merges else adapter,
-    )
-    generator.update_weights(engine.weights())
-    return generator
+    served = serve(ctx, precision_of(ctx.precision, ctx.device).compute, adapter=ctx.inherited)
+    served.generator.update_weights(engine.weights())
+    return served
 
 
 def _hash(*said: Any) -> str:
@@ -110,7 +104,8 @@ class SearchJob(_SearchJob):
         self.problems = ProblemSet(config.task, config.split, config.num_problems)
         self.num_items = len(self.problems)
         super().__init__(ctx)
-        self.scorer, weights = self._scorer()
+        scorer, weights = self._scorer()
+        self.scorer = None if scorer is None else self.served.agreed(scorer)
         said = [p._replace(id="") for p in self.problems]
         self.data_hash = _hash(said, config.task.identity(), weights)
 
@@ -285,7 +280,7 @@ class LabelStepsJob(_SearchJob):
     def work(self, items: Sequence[int]) -> list[Any]:
         """See `Job`."""
         trees = [self._tree(i) for i in items]
-        scorer = Verifier(self.reward, self.config.samples)
+        scorer = self.served.agreed(Verifier(self.reward, self.config.samples))
         Driver(
             self.generator,
             self.policy,

@@ -22,7 +22,7 @@ from shardwise.config.schema import (
 from shardwise.data.source import DataSource
 from shardwise.rewards import AnyTask, CountLettersConfig, RewardConfig, fill_for_file
 from shardwise.rewards.task_configs import Split
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.search.config import (
     AnyMethod,
     AnyScorer,
@@ -55,7 +55,9 @@ class SearchJobConfig(JobConfig):
     chunk: PositiveInt = Field(
         16, description="problems whose results are stored together; a killed job loses one chunk"
     )
-    max_slots: PositiveInt = Field(128, description="sequences of a rank at a time")
+    rollout: RolloutConfig = Field(
+        default_factory=RolloutConfig, description="how the model that draws is served"
+    )
     concurrent: PositiveInt | None = Field(
         None,
         description="problems of a rank at a time; more than one is faster, and files are then the "
@@ -75,6 +77,7 @@ class SearchJobConfig(JobConfig):
             "sampling": self.sampling.model_copy(update=ends),
             "step": self.step.model_copy(update={"max_step_tokens": 4}),
             "reward": small_reward(folder),
+            "rollout": self.rollout.shrunk(),
         }
         return super().shrunk(small, folder).model_copy(update=updates)
 

@@ -15,6 +15,7 @@ from shardwise.config.schema import EngineConfig, JobConfig, RoleConfig, StageCo
 from shardwise.errors import UserError
 from shardwise.parallel import layout as grammar
 from shardwise.parallel.layout import Layout, parse_layout
+from shardwise.rollout.config import RolloutConfig
 from shardwise.stages.arithmetic import roles_in_use
 from shardwise.stages.base import ACTOR, role_of, roles_of
 
@@ -75,6 +76,8 @@ def with_layouts(stage: J, text: str, **engine: Any) -> J:
     whole = next((p.layout for p in placings if not p.role), f"dp{world_of(text)}.zero0")
     base = _with_keys(stage.engine, {**engine, "layout": whole})
     updates: dict[str, Any] = {"engine": base}
+    if isinstance(rollout := getattr(stage, "rollout", None), RolloutConfig):
+        updates["rollout"] = rollout.on(world_of(text))
     named = [p for p in placings if p.role]
     roles: Any = getattr(stage, "roles", None)
     if roles is not None:

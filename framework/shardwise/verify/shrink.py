@@ -194,7 +194,8 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
     user = user.model_copy(update={"vocab_size": words})
     asked = tuple(dict.fromkeys(layouts))
     tokens = _tokens(stage, asked)
-    small = _widths(user, _heads(user, asked), stage, asked)
+    tp = getattr(getattr(stage, "rollout", None), "tp", 1)  # of who generates
+    small = _widths(user, _heads(user, (*asked, Layout(tp=tp))), stage, asked)
     longest = max(tokens, *(e.small_seq_len for e in evaluations_of(run, stage)), 0)
     small = small.model_copy(update={"max_seq_len": longest})
     small = _window(user, _layers(user, small, stage, asked), stage, tokens, asked)
@@ -217,8 +218,8 @@ def sizes(run: RunConfig, stage: StageConfig, layouts: Sequence[Layout]) -> Size
         has = structure(small, batch, layout, **options)
         has["updates a global batch"] = stage.updates_per_batch
         given_up |= dict.fromkeys(of.lost(had, has))
-    if getattr(stage, "rollout", None) is not None and stage.rollout.tp > 1:  # type: ignore[attr-defined]
-        given_up["rollout.tp: here each rank generates alone"] = None
+    if any(x.world % tp for x in asked):
+        given_up[f"rollout.tp: {tp} ranks cannot be had here; each generates alone"] = None
     if not user.vocab_size and any(x.tp > 1 or x.shard > 1 for x in asked):
         given_up["vocabulary: the recipe leaves its size to the tokenizer"] = None
     return Sizes(small, rows, tuple(given_up))

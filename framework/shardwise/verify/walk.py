@@ -34,9 +34,10 @@ from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.parallel.mesh import pick_device
 from shardwise.precision.policy import PRECISIONS
-from shardwise.rollout.config import Sampling
+from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Request
+from shardwise.rollout.sharded import group_mesh
 from shardwise.stages.base import checkpoint_root, evaluations_of
 from shardwise.stages.lineage import Lineage
 from shardwise.stages.loop import Loop, stage_state
@@ -321,7 +322,7 @@ def _walk_through(task: Task, stage: StageConfig, notes: Notes, asked: External)
         notes.problems[before:] = [f"after a resume, {p}" for p in notes.problems[before:]]
     notes.marked["ended"] = len(notes.values)
     if stage.on_policy or (task.whole and stage.head == "vocabulary"):
-        _generate(task, loop.stage.engine, notes)
+        _generate(task, loop.stage.engine, stage, notes)
     if task.whole and task.precision == "fp64":
         _evaluate(loop, notes)
     if task.whole:
@@ -429,7 +430,7 @@ def _evaluate(loop: Loop, notes: Notes) -> None:
         notes.note("evaluation", f"{config.name} done", 1.0)
 
 
-def _generate(task: Task, engine: Engine, notes: Notes) -> None:
+def _generate(task: Task, engine: Engine, stage: StageConfig, notes: Notes) -> None:
     """Completions, greedy and sampled, from the weights that stream out of the layout.
 
     By what serves rollouts, all at once; for the oracle by the model itself, one at a time.
@@ -440,8 +441,10 @@ def _generate(task: Task, engine: Engine, notes: Notes) -> None:
     device = pick_device(task.device)
     config = engine.adapter_config
     beside = None if config is None or config.merges else config
+    mesh = group_mesh(getattr(stage, "rollout", RolloutConfig()).tp, device)
+    accelerate = not task.oracle
     generator = Generator(
-        task.run.model, served, device, SLOTS, accelerate=not task.oracle, adapter=beside
+        task.run.model, served, device, SLOTS, accelerate=accelerate, adapter=beside, mesh=mesh
     )
     generator.update_weights(engine.weights())
     if generator.mismatch:
