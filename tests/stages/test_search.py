@@ -63,7 +63,7 @@ def test_ranks_that_share_a_generator_write_the_same_files(
 ) -> None:
     """A reward that each rank would answer otherwise is the first's of those that share one."""
     for name, number in (("one", 1), ("many", world)):
-        config = made(tmp_path / name, LABELS, kind=kind)
+        config = made(tmp_path / name, dict(LABELS), kind=kind)
         for job in config["stages"]:
             job["rollout"] = {"tp": min(number, 2), "max_slots": 5}
         config["engine"] |= {"precision": "fp64"}
