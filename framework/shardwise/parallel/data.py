@@ -72,6 +72,7 @@ def shard(
             wrap(block, reshard_after_forward=row.reshard_after_forward)
     # The embedding and the head are needed first and last: resharding them buys nothing.
     wrap(model, reshard_after_forward=False)
+    model.fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]  # type: ignore[assignment]
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -82,7 +83,7 @@ def shard(
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """All FSDP2 modules of ``model``, the root first."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+    return getattr(model, "fsdp_modules", [])
 
 
 def reshard(model: nn.Module) -> None:

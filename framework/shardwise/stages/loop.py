@@ -74,7 +74,7 @@ class Loop:
         self.seconds = 0.0
         self.tokens = 0.0
         self.elapsed, self.steady = 0.0, False  # of the last step; whether it tells of the speed
-        self.files = checkpoint_files(ctx)  # once: whoever removes the folder later harms nothing
+        self.copied = copied_files(ctx)  # once: whoever removes a folder later harms nothing
         self.newest = Figures(ctx)
         self.callbacks: list[Callback] = [
             *(SkipGuard(), Meters(self.meter), self.newest, Log(), Show(progress)),
@@ -84,6 +84,11 @@ class Loop:
         self.ranks = Ranks.of(None, background=True)
         self.sent = self.saved = -1  # the steps last given to the saver, and last made durable
         self.pending = False  # what is gone on from was not validated yet
+
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """What makes a checkpoint complete; made with the first, and the same in all."""
+        return self.copied | described(self.ctx)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -339,15 +344,20 @@ def stage_state(stage: Stage) -> State:
     return State(tensors, meta, frozenset(nonfinite))
 
 
-def checkpoint_files(ctx: StageContext) -> dict[str, bytes]:
-    """What makes a checkpoint complete: recipe, stage, tokenizer, and a model of another kind."""
+def copied_files(ctx: StageContext) -> dict[str, bytes]:
+    """What a checkpoint has of other folders: the tokenizer, and what an adapter stands on."""
     folder = ctx.directory / TOKENIZER_FOLDER
     found = sorted(p for p in folder.rglob("*") if p.is_file())
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
-    files["config.yaml"] = resolved_yaml(ctx.run).encode()
-    files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
     if ctx.stage.adapter is not None:
         files[adapted.ADAPTER_FILE] = ctx.adapter_description()
+    return files
+
+
+def described(ctx: StageContext) -> dict[str, bytes]:
+    """The recipe, the stage, and a model of another kind than the recipe's."""
+    files = {"config.yaml": resolved_yaml(ctx.run).encode()}
+    files["stage.json"] = json.dumps({"stage": ctx.stage.name}).encode()
     if ctx.model != ctx.run.model:
         files["model.json"] = ctx.model.model_dump_json().encode()
     return files

@@ -121,6 +121,8 @@ def rank_main(rank: int, world: int, folder: str, backend: str, pipe: Connection
         GROUP_RANK=str(rank // node),
     )
     torch.set_num_threads(1)
+    # What a rank writes is small and soon removed; nobody reads it after the machine went down.
+    os.fsync = lambda fd: None
     with stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGXCPU, stacks)
         dist.init_process_group(

@@ -30,7 +30,7 @@ OF_BOTH: Table = {
 # Bytes are multiples of a number's eight.
 OF_CHECKPOINTS: Table = {
     ("checkpoint.manifest", "BLOCK_BYTES"): 3 << 11,
-    ("checkpoint.files", "HASH_BYTES"): 1 << 10,
+    ("checkpoint.files", "HASH_BYTES"): 1 << 11,
     ("checkpoint.writer", "WRITE_BACK_BYTES"): 1 << 12,
     ("checkpoint.saving", "MAX_SHARD_BYTES"): 1 << 17,
     ("checkpoint.loading", "READ_BYTES"): 1 << 13,
@@ -50,11 +50,14 @@ OF_UPDATES: Table = {
 @contextlib.contextmanager
 def lowered(*tables: Table) -> Iterator[None]:
     """All of these tables until the block ends."""
+    values = dict(itertools.chain(*(table.items() for table in tables)))
+    homes = {key: importlib.import_module(f"{_PACKAGE}.{key[0]}") for key in values}
+    ours = [vars(m) for name, m in list(sys.modules.items()) if name.startswith(f"{_PACKAGE}.")]
     with contextlib.ExitStack() as undo:
-        for (module, name), value in itertools.chain(*(table.items() for table in tables)):
-            before = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
-            for other in list(sys.modules.values()):  # who imported the value holds it, too
-                if other.__name__.split(".")[0] == _PACKAGE and vars(other).get(name) is before:
-                    undo.callback(setattr, other, name, before)
-                    setattr(other, name, value)
+        for (module, name), value in values.items():
+            before = getattr(homes[module, name], name)
+            for held in ours:  # who imported the value holds it, too
+                if held.get(name) is before:
+                    undo.callback(held.__setitem__, name, before)
+                    held[name] = value
         yield
