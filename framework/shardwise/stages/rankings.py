@@ -96,7 +96,8 @@ def checked(ctx: StageContext, train: list[S], held_out: list[S]) -> tuple[list[
 
 def samples_hash(*parts: Sequence[Ranking | Solution]) -> str:
     """xxh3-128 of all tokens and verdicts."""
-    said = json.dumps([dataclasses.astuple(r) for part in parts for r in part])
+    # Not `astuple`, which copies every number by itself.
+    said = json.dumps([list(vars(r).values()) for part in parts for r in part])
     return xxhash.xxh3_128_hexdigest(said.encode())
 
 
