@@ -61,6 +61,7 @@ class Side:
     layout: str
     world: int
     threads: int
+    precision: Any = "auto"
 
     @property
     def micro_batches(self) -> int:
@@ -89,9 +90,9 @@ def build(side: Side, shape: Shape, compile: bool) -> NativeEngine:
         torch.device("cpu")
     )  # the pool has made the process group; the rest as in a run
     mesh = build_mesh(parse_layout(side.layout, side.world), torch.device("cpu"))
-    # A dry run's figures do not hang on the machine: every processor can compute bf16, if slowly.
-    precision: Any = "bf16" if shape.name == "tiny" else "auto"
-    config = NativeConfig(layout=side.layout, precision=precision, compile=compile, device="cpu")
+    config = NativeConfig(
+        layout=side.layout, precision=side.precision, compile=compile, device="cpu"
+    )
     return NativeEngine(model, config, mesh, seed=0, optimizer=AdamWConfig(lr=LR))
 
 
@@ -135,7 +136,7 @@ def gemm(side: Side, budget_s: float) -> float:
     """FLOP/s of products in the engine's dtype on this rank's threads, as its peers do the same."""
     torch.set_num_threads(side.threads)
     dist.barrier()
-    dtype = precision_of("auto", torch.device("cpu")).compute
+    dtype = precision_of(side.precision, torch.device("cpu")).compute
     return measure_gemm(dtype, budget_s=budget_s).flops
 
 
@@ -182,7 +183,7 @@ def contest(
     ``profiled``: profile the one process, too.
     """
     shape = SHAPES["tiny" if options.tiny else "110M"]
-    one, two = Side(ALONE, 1, 2), Side(layout, 2, 1)
+    one, two = (Side(*s, options.precision) for s in ((ALONE, 1, 2), (layout, 2, 1)))
     sides = {ALONE: one, layout: two}
     for side in sides.values():
         pool.run(enter, side, shape, options.compile, world=side.world, timeout=900)
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=1, help="steps a turn")
     parser.add_argument("--gemm-s", type=float, default=4.0, help="seconds to measure products")
     parser.add_argument("--profile", action="store_true", help="print each side's top operators")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="a toy model: a dry run")
     parser.add_argument("--no-memory", action="store_true", help="speed only")
     parser.add_argument("--no-speed", action="store_true", help="memory only")
@@ -305,8 +307,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if results["speed"]:
             report(results["speed"], "compiled" if options.compile else "eager")
         if not options.no_memory:
-            for side in [Side(ALONE, 1, 2), *(Side(name, 2, 1) for name in options.layouts)]:
-                results["memory"] += occupy(pool, side, options)
+            for side in [(ALONE, 1, 2), *((name, 2, 1) for name in options.layouts)]:
+                results["memory"] += occupy(pool, Side(*side, options.precision), options)
             report_memory(results["memory"])
     finally:
         pool.close()

@@ -42,7 +42,8 @@ def test_a_rejected_ratio_is_not_printed(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--turns", "2", "--warmup", "1", "--gemm-s", "0.1", "--profile"]
-    results = bench.main(["--tiny", *short, "--layouts", "dp2.zero1", "pp2"])
+    tiny = ["--tiny", "--layouts", "dp2.zero1", "pp2", "--precision"]
+    results = bench.main([*tiny, "fp32", *short])
     for found in results["speed"]:
         both = {found["layout"], bench.ALONE}
         assert set(found["tokens_per_second"]) == set(found["gemm"]) == both
@@ -51,10 +52,10 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert found["losses"][found["layout"]] == pytest.approx(
             found["losses"][bench.ALONE], rel=1e-2
         )
-    assert {r["layout"] for r in results["memory"]} == {bench.ALONE, "dp2.zero1", "pp2"}
-    assert {r["category"] for r in results["memory"]} >= {"master_shards", "buffers"}
-    wrong = [r for r in results["memory"] if abs(r["error"]) > bench.MEMORY_TARGET]
-    assert not wrong
+    for memory in (results["memory"], bench.main([*tiny, "bf16", "--no-speed"])["memory"]):
+        assert {r["layout"] for r in memory} == {bench.ALONE, "dp2.zero1", "pp2"}
+        assert {r["category"] for r in memory} >= {"master_shards", "buffers"}
+        assert not [r for r in memory if abs(r["error"]) > bench.MEMORY_TARGET]
     printed = capsys.readouterr().out
     assert "aten::mm" in printed and "MISSED" not in printed.split("memory by category")[1]
 
@@ -125,14 +126,18 @@ ODD = {"vocab_size": 301, "tie_embeddings": False}
         ({"num_kv_heads": 1}, "tp2", 2, 1, {"precision": "bf16"}),
         ({}, "tp2.sp", 2, 1, {"precision": "bf16", "recompute": "selective"}),
         (ODD, "pp2.gpipe", 2, 4, {"precision": "bf16"}),
-        ({}, "pp2", 2, 4, {"precision": "fp32"}),
+        ({}, "pp2", 2, 8, {"precision": "fp32"}),
+        (ODD, "pp2", 2, 8, {"precision": "fp32"}),
         ({"num_layers": 4}, "pp4", 4, 8, {"precision": "bf16"}),
         ({"num_layers": 4}, "pp2.interleaved.v2", 2, 4, {"precision": "bf16"}),
         ({"num_layers": 4}, "pp2.zbv", 2, 4, {"precision": "bf16"}),
         ({}, "cp2", 2, 1, {"precision": "bf16"}),
         ({"num_kv_heads": 1}, "cp2.ulysses", 2, 1, {"precision": "bf16"}),
         ({"qk_norm": True}, "tp2", 2, 1, {"precision": "bf16"}),
+        ({}, "tp2", 2, 4, {"precision": "fp32"}),
+        (ODD, "tp2.sp", 2, 4, {"precision": "fp32"}),
         ({"family": "gemma2"}, "dp1.zero0", 1, 1, {"precision": "bf16"}),
+        ({"family": "gemma2"}, "dp1.zero0", 1, 1, {"precision": "fp32"}),
         ({"family": "gemma3"}, "tp2.sp", 2, 1, {"precision": "bf16"}),
         ({"family": "olmo2"}, "pp2", 2, 4, {"precision": "fp32"}),
         ({"family": "olmo3"}, "tp2", 2, 1, {"precision": "bf16"}),

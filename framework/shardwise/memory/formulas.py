@@ -137,7 +137,7 @@ def peak_gradients(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def buffers(model: ModelShape, place: Place, work: Work) -> int:
-    """Logits, messages, workspace: the largest of four moments, and what a pipeline has in transit.
+    """Logits, messages, workspace: the largest of five moments, and what a pipeline has in transit.
 
     Gradients are reduced in the last backward pass, by when little is in transit; from ZeRO-2 on,
     in each. Kernels' own workspace is not seen.
@@ -151,6 +151,7 @@ def buffers(model: ModelShape, place: Place, work: Work) -> int:
         return max(
             moving + loss_buffers(model, place, work, part),
             moving + waiting + backward_buffers(model, place, work, part),
+            moving + waiting + end_buffers(model, place, work, part),
             moving + gather_buffers(model, place, work, part),
             (moving if by_batch else settled) + reduce_buffers(model, place, work, part),
         )
@@ -177,18 +178,68 @@ def backward_buffers(model: ModelShape, place: Place, work: Work, part: Part) ->
     """The widest moment of a block's backward pass, and what waits beside it.
 
     It is an RMS norm's (five tensors in fp32 at least), the feed-forward's (three), or that of
-    attention with a soft cap, for which no kernel serves: five tensors of all scores.
+    attention with a soft cap, for which no kernel serves: five tensors of all scores, or four of
+    them beside the gradients.
     """
     norm = 5 * work.wide_bytes * activations.stream_tokens(place, work) * model.hidden_size
-    width = -(-model.ffn_size // place.tp)
-    ffn = 3 * work.compute_bytes * activations.tokens(place, work) * width
-    made = quantised.in_full(model, place, work)
+    tokens, c = activations.tokens(place, work), work.compute_bytes
+    width = c * tokens * -(-model.ffn_size // place.tp)
+    ffn = 3 * width
+    if (
+        not place.splits_backward
+    ):  # beside the gradients of gate and up: what they read, and one's weight
+        arriving = added(place, work, block_matrices(model, place))
+        ffn = max(ffn, 2 * width + c * tokens * model.hidden_size + arriving) if arriving else ffn
     scores = 0
     if model.soft_capped_scores:
-        pairs = activations.tokens(place, work) * -(-work.seq_len // place.cp)
-        q = activations.tokens(place, work) * query_width(model, place)
-        scores = work.wide_bytes * (5 * pairs * model.num_heads // place.tp + 2 * q)
+        pairs = tokens * -(-work.seq_len // place.cp) * model.num_heads // place.tp
+        q, kv = (tokens * f(model, place) for f in (query_width, used_kv_width))
+        capped = 5 * work.wide_bytes * pairs + 4 * c * q
+        ended = (3 * work.wide_bytes + c) * pairs + c * (6 * q + 2 * kv)
+        scores = max(capped, ended)
+    made = quantised.in_full(model, place, work)
     return max(norm, ffn, scores) + made + _waiting(model, place, work, part)
+
+
+def end_buffers(model: ModelShape, place: Place, work: Work, part: Part) -> int:
+    """Where the gradient of an embedding or a head is added to those of earlier micro-batches.
+
+    A head's arrives beside the logits' and that of its input.
+    """
+    stream = activations.boundary(model, place, work)
+    ends = end_matrices(model, place, part)
+    total = 0
+    if part.first:
+        arriving = added(place, work, ends[:1])
+        tied = model.tied and part.last and not (place.alone and place.tp > 1)
+        total = arriving * (2 if tied else 1) + stream
+    if part.last:
+        head = added(place, work, ends)
+        if not place.splits_backward:  # else the logits' waits, see `deferred_buffers`
+            head += activations.logits(model, place, work) + _summed(model, place, work)
+        total = max(total, head)
+    return total
+
+
+def _summed(model: ModelShape, place: Place, work: Work) -> int:
+    """A head's input's gradient; several ranks sum it from a copy, or scatter it from one."""
+    whole = work.compute_bytes * activations.tokens(place, work) * model.hidden_size
+    if place.tp == 1:
+        return whole
+    copies = (2 if work.device == "cpu" else 1) if place.sp else 0
+    return whole * (1 + copies) + activations.boundary(model, place, work)
+
+
+def added(place: Place, work: Work, matrices: list[Matrix]) -> int:
+    """The largest gradient that is made to be added to another: of an earlier micro-batch.
+
+    Where it is added in another dtype, it counts as a gradient (`peak_gradients`); where shards are
+    reduced at once, it is the only one.
+    """
+    again = work.micro_batches > 1 and (place.alone or place.zero < 2)
+    if not again or work.compute_bytes != work.master_bytes:
+        return 0
+    return work.master_bytes * max((m.elements for m in learned(matrices)), default=0)
 
 
 def _waiting(model: ModelShape, place: Place, work: Work, part: Part) -> int:

@@ -117,6 +117,11 @@ class Place:
         return self.dp * self.cp == 1
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether products for weights' gradients wait for a half of their own."""
+        return any(map(any, self.halves))
+
+    @property
     def holders(self) -> int:
         """Ranks that share one copy of a parameter; context ranks are data ranks to ZeRO."""
         return self.shard * self.cp if self.zero else 1
