@@ -70,7 +70,7 @@ add(
 
 add(
     "copies_of_the_last_pass_are_sent",
-    "weights sent rounded", "llama grpo tp2", "tp", "sent",
+    "weights sent rounded", "llama grpo tp2", "no axis", "sent",
     Edit("engines/native.py",
          "        named = self.named.stream(lambda p: p.data)\n",
          "        made = [getattr(c, \"compute_copies\", None) for c in self.chunks.values()]\n"
@@ -80,7 +80,7 @@ add(
 )  # fmt: skip
 add(
     "scores_come_back_in_another_order",
-    "dealing of scores", "llama grpo dp2.zero2", "dp", "external",
+    "dealing of scores", "llama grpo dp2.zero2", "no axis", "external",
     Edit("stages/rollout_worker.py",
          "lambda: self.scorer.score(items), questions",
          "lambda: self.scorer.score(items[0::2]) + self.scorer.score(items[1::2]), questions"),

@@ -28,7 +28,7 @@ add(
 )  # fmt: skip
 add(
     "blocks_after_the_first_read_from_the_wrong_rows",
-    "blocks of a checkpoint", "llama pretrain dp2.zero2", "resumed", "resumed",
+    "blocks of a checkpoint", "llama pretrain dp2.zero2", "resumed|dp", "resumed|loaded",
     Edit("checkpoint/loading.py",
          "            low, high = (first + start) * row_bytes, (first + start + rows)",
          "            low = (first + start // step) * row_bytes\n"

@@ -78,7 +78,7 @@ add(
 )  # fmt: skip
 add(
     "pair_that_fills_up_a_share_counts",
-    "preference pairs", "llama dpo dp2.zero1", "dp", "sample|loss|dealing",
+    "preference pairs", "llama dpo dp2.zero1", "dp", "sample|loss|dealing|data_shard",
     Edit("stages/data_shards.py",
          "max(0, real - i))",
          "micro_batch)"),

@@ -29,7 +29,7 @@ add(
 )  # fmt: skip
 add(
     "scores_read_behind_the_ends_of_steps_too",
-    "places of steps", "llama process_reward dp2.zero1", "dp", "mask|loss|valid",
+    "places of steps", "llama process_reward dp2.zero1", "dp", "mask|loss|valid|sample",
     Edit("stages/reward.py",
          _BATCHES,
          _BATCHES +
@@ -133,7 +133,8 @@ add(
 )  # fmt: skip
 add(
     "divergence_averaged_within_a_ranks_share",
-    "counts of a divergence", "llama distill dp2.zero3", "dp", "loss|gradient",
+    "counts of a divergence", "llama distill dp2.zero3", "accumulation of micro-batches|dp",
+    "loss|gradient",
     Edit("losses/distill.py",
          '            {"divergence": divergence(teacher_NJ, student_NJ, self.config).sum()},\n',
          '            {"divergence": divergence(teacher_NJ, student_NJ, self.config).mean()},\n'),

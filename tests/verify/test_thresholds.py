@@ -14,9 +14,15 @@ from shardwise.engines import plain_optimizers, plain_quantised
 from shardwise.ops import nf4
 from shardwise.optim import blockwise
 from shardwise.parallel import data
-from shardwise.verify.thresholds import OF_BOTH, OF_CHECKPOINTS, OF_UPDATES, lowered
+from shardwise.verify.thresholds import (
+    OF_BOTH,
+    OF_CHECKPOINTS,
+    OF_MODELS,
+    OF_UPDATES,
+    lowered,
+)
 
-ALL = {**OF_BOTH, **OF_CHECKPOINTS, **OF_UPDATES}
+ALL = {**OF_BOTH, **OF_MODELS, **OF_CHECKPOINTS, **OF_UPDATES}
 
 
 @pytest.mark.parametrize(("module", "name"), ALL)

@@ -27,6 +27,12 @@ OF_BOTH: Table = {
     ("engines.plain_optimizers", "BLOCK"): 32,
     ("engines.plain_optimizers", "LEAST"): 1 << 7,
 }
+# Where no adapter is trained, whose factors are smaller: so that some of a model's matrices are
+# beyond it as a whole, and a rank's part of them is not.
+OF_MODELS: Table = {
+    ("optim.blockwise", "LEAST"): 1 << 10,
+    ("engines.plain_optimizers", "LEAST"): 1 << 10,
+}
 # Bytes are multiples of a number's eight.
 OF_CHECKPOINTS: Table = {
     ("checkpoint.manifest", "BLOCK_BYTES"): 3 << 11,

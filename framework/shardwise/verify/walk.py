@@ -49,7 +49,13 @@ from shardwise.verify.notes import Noted, Notes, Reference
 from shardwise.verify.roles import parse, with_engines, with_layouts
 from shardwise.verify.roundings import Lines
 from shardwise.verify.shrink import STEPS
-from shardwise.verify.thresholds import OF_BOTH, OF_CHECKPOINTS, OF_UPDATES, lowered
+from shardwise.verify.thresholds import (
+    OF_BOTH,
+    OF_CHECKPOINTS,
+    OF_MODELS,
+    OF_UPDATES,
+    lowered,
+)
 from shardwise.verify.watch import (
     External,
     WatchedContext,
@@ -273,6 +279,11 @@ def walk(task: Task) -> Walked:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     stage = stage_of(task)
+    with lowered(OF_MODELS if stage.adapter is None else {}):
+        return _walk(task, stage)
+
+
+def _walk(task: Task, stage: StageConfig) -> Walked:
     reference = None if task.reference is None else Reference(task.reference)
     notes = Notes(reference)
     notes.probe = task.probe
