@@ -116,7 +116,8 @@ def test_a_lost_peer_is_not_the_cause(own: RankPool) -> None:
     with pytest.raises(RankError) as caught:
         own.run(raises_later_than_its_cause, world=3)
     assert (caught.value.rank, caught.value.cause) == (2, "KeyError")
-    assert "Connection closed" in caught.value.others[0]
+    # On a busy machine, a peer may have said nothing by then.
+    assert all("Connection closed" in said for said in caught.value.others.values())
 
 
 def test_a_hang_says_who_and_where(own: RankPool) -> None:
