@@ -141,14 +141,14 @@ def test_a_killed_sweep_goes_on(write: Write, fakes: Fakes, tmp_path: Path, afte
 def test_a_stopped_sweep_lets_its_trials_save(
     write: Write, fakes: Fakes, tmp_path: Path, number: signal.Signals
 ) -> None:
-    fakes(steps=20, seconds=0.05)
+    fakes(steps=1000, seconds=0.05)  # more than it has time for
     folder = tmp_path / "sweep"
     pid = in_a_fork(write())
     until(lambda: len(starts(folder)) > 0)
     os.kill(pid, number)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.REQUEUE
     assert ends(folder) == {("0000", 85): 1}
-    fakes(steps=20)
+    fakes(steps=1000)
     assert sweep(write())["trials"] == {"done": 3}
 
 
