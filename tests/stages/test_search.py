@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from shardwise.config.load import load_config
 from shardwise.data import formats
 from shardwise.errors import ConfigError
 from shardwise.search.tree import from_record
+from shardwise.stages.run import preflight
 from shardwise.verify.jobs import compare_rows
 from tests.stages.recipes import recipe
 from tests.stages.search_job import made, run, run_and_die, run_with_odd_verifiers, written
@@ -135,6 +137,9 @@ def test_a_model_of_the_run_scores(ranks: RankPool, tmp_path: Path, stage: str, 
     [trained] = recipe(tmp_path / "run", stage)["stages"]
     config["stages"].insert(0, trained)
     config["stages"][1]["scorer"] = {"kind": kind, "model": stage}
+    if kind == "process_reward_model":
+        config["stages"][1]["scorer"]["steps"] = {"separator": ", "}
+        config["stages"][1]["step"]["separator"] = ", "
     ranks.run(run, config, world=2)
     trees = [from_record(r) for r in rows(written(tmp_path / "run")["trees"])]
     scores = [n.scores[kind] for t in trees for n in t.nodes[1:] if kind in n.scores]
@@ -142,9 +147,54 @@ def test_a_model_of_the_run_scores(ranks: RankPool, tmp_path: Path, stage: str, 
     assert len(set(scores)) > len(scores) // 3
     assert all(t.cost.scored for t in trees)
     [other] = [k for s, k in MODELS if s != stage]
+    config["stages"][1]["step"]["separator"] = "\n"
     config["stages"][1] |= {"scorer": {"kind": other, "model": stage}, "name": "again"}
     with pytest.raises(RankError, match=f"read otherwise; write kind: {kind}"):
         ranks.run(run, config, world=1)
+
+
+def separated(folder: Path, model: str, scorer: str, step: str, kind: str) -> dict[str, Any]:
+    """A recipe that searches with a model of steps, whose stage cuts them at a comma."""
+    config = made(folder, kind=kind)
+    [trained] = recipe(folder, "process_reward")["stages"]
+    config["stages"][0]["step"]["separator"] = step
+    steps = {"separator": scorer}
+    judge = {"kind": "process_reward_model", "model": model, "steps": steps}
+    config["stages"][0]["scorer"] = judge
+    if model == "process_reward":
+        config["stages"].insert(0, trained)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("scorer", "step", "kind", "words"),
+    [
+        (", ", ", ", "beam", ""),
+        (", ", ";", "best_of_n", ""),
+        ("; ", ", ", "mcts", r"stages.1.scorer.steps.separator.*'; ' ends .*', ' \(step.separator"),
+        (";", ";", "dvts", r"stages.1.scorer.steps.separator .*';', and process_reward was"),
+        (";", ", ", "best_of_n", r"trained with data.separator ', '; write ', '"),
+        ("", ", ", "beam", r"trained with data.separator ', '"),
+    ],
+)
+def test_steps_are_cut_as_the_scorer_was_trained(
+    tmp_path: Path, scorer: str, step: str, kind: str, words: str
+) -> None:
+    config = separated(tmp_path, "process_reward", scorer, step, kind)
+    refused = pytest.raises(ConfigError, match=words) if words else contextlib.nullcontext()
+    with refused:
+        loaded = load_config(config)
+        preflight(loaded.config, 1, loaded.provenance)
+
+
+def test_steps_are_cut_as_a_checkpoint_says(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(run, recipe(tmp_path / "prm", "process_reward"), world=1)
+    model = str(tmp_path / "prm" / "stages" / "process_reward" / "checkpoints")
+    loaded = load_config(separated(tmp_path / "run", model, ", ", ", ", "beam"))
+    preflight(loaded.config, 1, loaded.provenance)
+    loaded = load_config(separated(tmp_path / "run", model, ";", ";", "beam"))
+    with pytest.raises(ConfigError, match=r"checkpoints was trained with data.separator ', '"):
+        preflight(loaded.config, 1, loaded.provenance)
 
 
 def test_another_method_is_another_job(ranks: RankPool, tmp_path: Path) -> None:
@@ -176,6 +226,8 @@ def test_recipes_that_cannot_search(tmp_path: Path, changes: dict[str, Any], wor
 
 def test_a_scorer_that_is_no_model(ranks: RankPool, tmp_path: Path) -> None:
     config = made(tmp_path / "run")
-    config["stages"][0]["scorer"] = {"kind": "process_reward_model", "model": "prm"}
+    steps = {"separator": ";"}
+    judge = {"kind": "process_reward_model", "model": "prm", "steps": steps}
+    config["stages"][0]["scorer"] = judge
     with pytest.raises(RankError, match=r"neither an earlier stage .none. nor a model"):
         ranks.run(run, config, world=1)

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 Target = Literal["hf", "native", "peft", "deepspeed", "megatron"]
 MODEL_FILE = "model.json"  # the model section, where no recipe says it: no run, or another head
 RUN_FILE = "config.yaml"  # the resolved recipe, in one that a run wrote
+STAGE_FILE = "stage.json"  # which of its stages, beside it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -176,3 +176,17 @@ def check_scorer(method: MethodConfig, scorer: Section | None) -> None:
     why = _WHOLE.get(getattr(scorer, "kind", ""))
     if why and kind != "best_of_n":
         raise ValueError(f"{kind} scores single steps, and the scorer {scorer.kind} {why}")  # type: ignore[attr-defined]
+
+
+def check_steps(method: MethodConfig, scorer: Section | None, steps: StepsConfig) -> None:
+    """Raise ValueError for a process reward model that cuts steps where the search does not.
+
+    A search of whole answers has no steps; a scorer that reads every token cuts at all of them.
+    """
+    if not isinstance(scorer, ProcessRewardModelConfig) or isinstance(method, BestOfNConfig):
+        return
+    if scorer.steps.separator not in ("", steps.separator):
+        raise ValueError(
+            f"{scorer.steps.separator!r} ends a step for the scorer, and {steps.separator!r} "
+            "(step.separator) for the search; write the one that the model was trained with in both"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardwise import checkpoint
-from shardwise.checkpoint.convert import RUN_FILE, open_model
+from shardwise.checkpoint.convert import RUN_FILE, STAGE_FILE, open_model
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
 from shardwise.config.schema import EvaluationConfig, StageConfig
@@ -100,7 +100,7 @@ def _of_run(
         raise UserError(f"{path}: its recipe has no evaluations; {_SAY}")
     tokenizer = load_tokenizer(folder)
     run = with_vocabulary(run, tokenizer)
-    name = json.loads(files["stage.json"])["stage"]
+    name = json.loads(files[STAGE_FILE])["stage"]
     stage = next(s for s in run.training if s.name == name)
     if stage.head != "vocabulary":
         raise UserError(f"{path}: its model gives scores, no text; its stage's validation is all")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from shardwise import checkpoint
 from shardwise.adapters.trained import EVERYTHING, names_by_part
+from shardwise.checkpoint.convert import RUN_FILE, STAGE_FILE
+from shardwise.config import yaml12
+from shardwise.config.paths import expand
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import OptimizerConfig, StageConfig
+from shardwise.config.schema import JobConfig, OptimizerConfig, StageConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.optim.build import check_groups
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.pipeline import chunks_of
+from shardwise.search.config import ProcessRewardModelConfig
 from shardwise.stages.base import ACTOR, SCORERS, TEACHER, role_of, roles_of, trained_of
+from shardwise.stages.initial_weights import is_native
 
 
 def check_parts(run: RunConfig, stage: StageConfig, key: str, named: Callable[[str], str]) -> None:
@@ -65,6 +73,43 @@ def check_scorer(run: RunConfig, stage: Any, key: str, named: Callable[[str], st
         f"{where}: stage {name} trains a model that scores answers, not steps; leave it out, or "
         "name a stage of kind process_reward by roles.reward.init_from"
     )
+
+
+def check_step_scorer(
+    run: RunConfig, job: JobConfig, key: str, named: Callable[[str], str], *, files: bool
+) -> None:
+    """Refuse a process reward model whose steps a search cuts otherwise than it was trained.
+
+    It is a stage's, or (``files``: it lies here) a checkpoint's that carries its recipe.
+    """
+    scorer = getattr(job, "scorer", None)
+    if not isinstance(scorer, ProcessRewardModelConfig):
+        return
+    stages: list[Any] = [s for s in run.training if s.name == scorer.model]
+    if stages:
+        trained = stages[0].data.separator if stages[0].scores_steps else None
+    else:
+        trained = _trained_separator(Path(expand(scorer.model))) if files else None
+    if trained not in (None, scorer.steps.separator):
+        raise ConfigError(
+            f"{named(f'{key}.scorer.steps.separator')}: {scorer.steps.separator!r}, and "
+            f"{scorer.model} was trained with data.separator {trained!r}; write {trained!r}, in "
+            "step.separator, too, or train it with the other"
+        )
+
+
+def _trained_separator(place: Path) -> str | None:
+    """What ended a step where a checkpoint was trained; None where no recipe says it."""
+    if not place.is_dir() or not is_native(place):
+        return None
+    files = checkpoint.read_files(place)
+    if not {RUN_FILE, STAGE_FILE} <= files.keys():
+        return None
+    recipe = yaml12.parse(files[RUN_FILE].decode(), f"{place}/{RUN_FILE}").data
+    name = json.loads(files[STAGE_FILE])["stage"]
+    trained = {s["name"]: s for s in recipe["stages"] if s["kind"] == "process_reward"}
+    found: str | None = trained[name]["data"]["separator"] if name in trained else None
+    return found
 
 
 def _model(run: RunConfig, stage: StageConfig, role: str) -> DecoderConfig:

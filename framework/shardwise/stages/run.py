@@ -55,7 +55,7 @@ from shardwise.stages.claim import claimed
 from shardwise.stages.evaluation_configs import BitsConfig
 from shardwise.stages.initial_weights import check_initial_weights, is_native
 from shardwise.stages.lengths import check_lengths
-from shardwise.stages.parts import check_parts, check_pipeline
+from shardwise.stages.parts import check_parts, check_pipeline, check_step_scorer
 from shardwise.stages.pipeline import Pipeline
 from shardwise.stages.served import check_served
 from shardwise.stages.sizes import check_sizes
@@ -202,6 +202,7 @@ def preflight(
         except ConfigError as error:
             where = named(f"{key}.engine.layout").removeprefix(f"{key}.engine.layout")
             raise ConfigError(f"{key}, {stage.name}{where}: {error}") from error
+        check_step_scorer(run, stage, key, named, files=files)
         if not isinstance(stage, StageConfig):
             continue
         check_parts(run, stage, key, named)

@@ -30,6 +30,7 @@ from shardwise.search.config import (
     RolloutsConfig,
     StepsConfig,
     check_scorer,
+    check_steps,
 )
 from shardwise.stages.policy_config import small_reward
 
@@ -148,6 +149,10 @@ class SearchConfig(SearchJobConfig):
             check_scorer(self.method, self.scorer)
         except ValueError as error:
             self.refuse(("scorer",), str(error))
+        try:
+            check_steps(self.method, self.scorer, self.step)
+        except ValueError as error:
+            self.refuse(("scorer", "steps", "separator"), str(error))
         if self.sampling.greedy and self.method.kind != "best_of_n":
             self.refuse(("sampling", "greedy"), "draws the same step each time; nothing branches")
         worth = self.extract.worth
