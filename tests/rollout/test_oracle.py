@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from shardwise.errors import UserError
 from shardwise.ops import rng
@@ -14,8 +15,8 @@ from tests.rollout import support
 from tests.rollout.oracle import Oracle, drain
 
 
-def oracle() -> Oracle:
-    made = Oracle(support.CONFIGS["llama"], decode_text=lambda ids: " ".join(map(str, ids)))
+def oracle(dtype: torch.dtype = torch.float32) -> Oracle:
+    made = Oracle(support.CONFIGS["llama"], dtype, lambda ids: " ".join(map(str, ids)))
     made.update_weights(support.hf_weights("llama"))
     return made
 
@@ -41,6 +42,16 @@ def test_it_draws_what_the_generator_draws(sampling: Sampling) -> None:
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
         assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
         assert (ours.prompt_id, ours.sample_id) == (theirs.prompt_id, theirs.sample_id)
+
+
+def test_in_fp64_nothing_is_narrowed() -> None:
+    engine, sampling = oracle(torch.float64), Sampling(max_new_tokens=4, top_p=0.9)
+    numbers = engine.submit(Request(0, [5, 6]), sampling, rng.key(3))
+    found = drain(engine)[numbers[0]]
+    generator = support.generator("llama", torch.float64)
+    [expected] = generator.generate([Request(0, [5, 6])], sampling, rng.key(3))
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-12)
+    assert found.behavior_logprobs == pytest.approx(expected.behavior_logprobs, abs=1e-12)
 
 
 def test_a_fork_goes_on_where_it_left() -> None:

@@ -28,11 +28,12 @@ class PlainBackend:
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
-        widen_logits(model)  # as the trainer's are
+        weight = next(model.parameters())
+        if weight.dtype != torch.float64:
+            widen_logits(model)  # as the trainer's are
         self.parameters = dict(model.named_parameters())
         self.config = model.config
         self.page_size = self._page_size()
-        weight = next(model.parameters())
         self.device = weight.device
         self.cache = PagedCache(
             self.config.num_layers,

@@ -53,11 +53,13 @@ Choice = tuple[Tensor, Tensor, Tensor, list[list[int]] | None]
 
 
 def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Choice:
-    """Tokens (int64 N), their log-probabilities before filters, and after them (fp32 N).
+    """Tokens (int64 N), their log-probabilities before filters, and after them (fp32 or fp64 N).
 
-    And the words that the filters left of each row, ascending; None without filters.
+    And the words that the filters left of each row, ascending; None without filters. Logits in fp64
+    are not narrowed, so that what is computed in fp64 differs by rounding in fp64 alone.
     """
-    z_NV = logits_NV.float() / sampling.temperature
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    z_NV = wide_NV / sampling.temperature
     logp_NV = z_NV.log_softmax(-1)
     if sampling.greedy:
         token_N = z_NV.argmax(-1)
