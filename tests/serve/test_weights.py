@@ -35,10 +35,13 @@ def test_a_swap_drops_no_request_and_says_who_drew_what(ckpt: Path, tmp_path: Pa
         base = engine.checksum
         assert base == served.engine().checksum  # before there is a version
         before = client.chat.completions.create(**ASK, max_tokens=60)
-        engine.pause = 0.02
+        engine.pause = 0.2  # so that the answer outlasts the swap on a busy machine, too
         stream = iter(client.chat.completions.create(**ASK, max_tokens=60, stream=True))
         chunks = [next(stream) for _ in range(3)]
         commit(tmp_path, "1" * 32, 1)  # as `learn` does; the pointer is followed
+        while engine.checksum == base:
+            chunks.append(next(stream))
+        engine.pause = 0.0
         chunks += list(stream)
         first, second = engine.checksum, chunks[-1].system_fingerprint
         spans = chunks[-1].choices[0].model_dump()["weights"]
@@ -46,7 +49,6 @@ def test_a_swap_drops_no_request_and_says_who_drew_what(ckpt: Path, tmp_path: Pa
         text = "".join(c.choices[0].delta.content or "" for c in chunks)
         start = spans[1][0]
         assert 0 < start < 60 and len(text) > 0
-        engine.pause = 0.0
         after = client.chat.completions.create(**ASK, max_tokens=60)
         assert after.system_fingerprint == first
         said = [before.choices[0].message.content, text, after.choices[0].message.content]

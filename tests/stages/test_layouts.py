@@ -40,7 +40,10 @@ def test_a_traced_step_is_profiled_and_counted(ranks: RankPool, tmp_path: Path) 
     expected = {
         "pretrain": {("shard", "all_gather"), ("shard", "reduce_scatter")},
         "sft": {("tp", "all_gather"), ("tp", "all_reduce"), ("tp", "reduce_scatter")},
-        "grpo": {("pp", "send"), ("pp", "all_reduce")},
+        "grpo": {
+            *(("pp", "send"), ("pp", "all_reduce")),
+            *(("rows", "all_to_all"), ("world", "all_gather")),
+        },
     }
     for stage, axes in expected.items():
         for rank in range(2):
