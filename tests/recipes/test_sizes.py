@@ -95,7 +95,10 @@ def test_one_long_row_is_cut_by_tensor_parallelism_where_nothing_else_helps() ->
 
 @pytest.mark.parametrize(
     ("adapter", "seq_len", "cut"),
-    [(None, 4096, "cp"), ({"kind": "lora", "quantise": "nf4"}, 2048, "pp")],
+    [
+        (None, 4096, "cp"),
+        pytest.param({"kind": "lora", "quantise": "nf4"}, 2048, "pp", marks=pytest.mark.slow),
+    ],
 )
 def test_rows_or_layers_are_cut_where_tensor_parallelism_and_zero_do_not_help(
     adapter: Any, seq_len: int, cut: str

@@ -32,13 +32,16 @@ def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options:
     assert verdict.passed, verdict.sentence()
 
 
-# Every day, on two cores: those of two ranks, every third one of four, and of eight these.
+# Every day, on two cores: every second one of two ranks, every fifth of four, and of eight these.
 OF_EIGHT = ("dp8.hsdp4.zero3", "dp2.zero2.pp2.dualpipev.cp2.ring")
-OF_FOUR = [case for case in suite.subset() if world_of(case[-1]) == 4][::3]
+DAILY = [
+    case
+    for world, every in ((2, 2), (4, 5))
+    for case in [case for case in suite.subset() if world_of(case[-1]) == world][::every]
+]
 SUBSET = [
-    pytest.param(*case, marks=[] if world_of(case[-1]) == 2 or daily else [pytest.mark.slow])
+    pytest.param(*case, marks=[] if case in DAILY or case[-1] in OF_EIGHT else [pytest.mark.slow])
     for case in suite.subset()
-    for daily in [case in OF_FOUR or case[-1] in OF_EIGHT]
 ]
 
 
