@@ -184,7 +184,7 @@ add(
 )  # fmt: skip
 add(
     "sums_over_data_ranks_take_tensor_ranks_in",
-    "groups", "llama grpo tp2.sp", "tp", "logprobs|forward pass",
+    "groups", "llama dpo tp2.sp", "tp", "logprobs|forward pass",
     Edit("engines/native.py",
          'sum_over(vector, self.mesh.groups["dp"]).tolist()]',
          'sum_over(vector, self.mesh.groups["stage"]).tolist()]'),
