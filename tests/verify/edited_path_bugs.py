@@ -242,11 +242,11 @@ add(
 )  # fmt: skip
 add(
     "rows_dealt_in_turn_and_put_together_in_blocks",
-    "rollouts", "llama grpo dp2.zero3", "dp", "logprobs|forward pass",
+    "dealing", "llama dpo dp2.zero3", "dp", "logprobs|forward pass",
     Edit("stages/base.py",
          "np.arange(engine.data_rank * share, (engine.data_rank + 1) * share)",
          "engine.data_rank + engine.data_size * np.arange(share)"),
-    changes=SMALL, blind=True,
+    blind=True,
 )  # fmt: skip
 add(
     "reference_is_the_trained_model_on_several_ranks",
