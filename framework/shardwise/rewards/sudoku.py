@@ -1,4 +1,4 @@
-"""Sudokus of four by four, each with one solution: a word of the answer must fit all others."""
+"""Sudokus of four by four, each with one solution: a row of an answer must fit all others."""
 
 from __future__ import annotations
 
