@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import sys
@@ -23,6 +24,8 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 PACKAGE = "shardwise"
+_CACHED: Any = type(functools.lru_cache(len))
+_Swap = tuple[CodeType, CodeType]  # old, new
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -61,9 +64,18 @@ def applied(edits: Sequence[Edit]) -> Iterator[list[str]]:
     """
     with contextlib.ExitStack() as undo:
         names: list[str] = []
-        for module in dict.fromkeys(e.module for e in edits):
-            names += _apply([e for e in edits if e.module == module], undo)
+        for path, values, swaps in _changes(edits):
+            names += _set_values(values, undo) + _swap(swaps, path, undo)
         yield names
+
+
+def fit(edits: Sequence[Edit]) -> None:
+    """Raises EditError for an edit that cannot be applied or changes nothing; applies none.
+
+    Whether what it changes lives in this process is not asked: that takes a walk over all objects.
+    """
+    for _ in _changes(edits):
+        pass
 
 
 def run_edited(edits: Sequence[Edit], fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -72,20 +84,20 @@ def run_edited(edits: Sequence[Edit], fn: Callable[..., Any], *args: Any, **kwar
         return fn(*args, **kwargs)
 
 
-def _apply(edits: Sequence[Edit], undo: contextlib.ExitStack) -> list[str]:
-    """All edits of one file; what takes them back goes onto ``undo``."""
-    module = importlib.import_module(edits[0].module)
-    path = module.__file__
-    assert path is not None
-    before = after = Path(path).read_text()
-    for edit in edits:
-        after = edit.of(after)
-    values = _changed_values(module, ast.parse(before), ast.parse(after))
-    swaps = _changed_code(_compiled(before, path), _compiled(after, path))
-    names = _set_values(values, undo) + _swap(swaps, path, undo)
-    if not names:
-        raise EditError(f"{edits[0].file}: the edit changes nothing")
-    return names
+def _changes(edits: Sequence[Edit]) -> Iterator[tuple[str, list[_Value], list[_Swap]]]:
+    """Of each file its path, the values and the code that its edits change."""
+    for name in dict.fromkeys(e.module for e in edits):
+        module = importlib.import_module(name)
+        path = module.__file__
+        assert path is not None
+        before = after = Path(path).read_text()
+        for edit in (e for e in edits if e.module == name):
+            after = edit.of(after)
+        values = _changed_values(module, ast.parse(before), ast.parse(after))
+        swaps = _changed_code(_compiled(before, path), _compiled(after, path))
+        if not values and not swaps:
+            raise EditError(f"{path}: the edit changes nothing")
+        yield path, values, swaps
 
 
 # --- functions ----------------------------------------------------------------------------------
@@ -111,14 +123,14 @@ def _is_class_body(code: CodeType) -> bool:
     return "__qualname__" in code.co_names and not code.co_flags & 0x2  # CO_NEWLOCALS
 
 
-def _changed_code(before: CodeType, after: CodeType) -> list[tuple[CodeType, CodeType]]:
+def _changed_code(before: CodeType, after: CodeType) -> list[_Swap]:
     """(old, new) of every function whose code changed, those inside of others too."""
     old, new = _inner(before), _inner(after)
     if [c.co_qualname for c in old] != [c.co_qualname for c in new]:
         if before.co_name == "<module>" or _is_class_body(before):
             raise EditError(f"{before.co_qualname}: functions were added, dropped or renamed")
         return []  # of a function: its own new code makes them
-    pairs: list[tuple[CodeType, CodeType]] = []
+    pairs: list[_Swap] = []
     for a, b in zip(old, new, strict=True):
         if not _is_class_body(a) and _bare(a) != _bare(b):
             pairs.append((a, b))
@@ -126,19 +138,18 @@ def _changed_code(before: CodeType, after: CodeType) -> list[tuple[CodeType, Cod
     return pairs
 
 
-def _swap(
-    pairs: Sequence[tuple[CodeType, CodeType]], path: str, undo: contextlib.ExitStack
-) -> list[str]:
+def _swap(pairs: Sequence[_Swap], path: str, undo: contextlib.ExitStack) -> list[str]:
     """Give live functions their new code; caches of their results are emptied, now and after."""
     live: dict[tuple[str, int], list[FunctionType]] = {}
     caches: dict[int, list[Any]] = {}
     gc.unfreeze()  # a rank froze what it shares with its server: such objects are not listed
-    for thing in gc.get_objects():
-        if type(thing) is FunctionType and thing.__code__.co_filename == path:
-            key = (thing.__code__.co_qualname, thing.__code__.co_firstlineno)
-            live.setdefault(key, []).append(thing)
-        elif type(thing).__name__ == "_lru_cache_wrapper":
-            caches.setdefault(id(thing.__wrapped__), []).append(thing)
+    things = gc.get_objects()  # millions: each pass does little
+    for function in [t for t in things if type(t) is FunctionType]:
+        if function.__code__.co_filename == path:
+            key = (function.__code__.co_qualname, function.__code__.co_firstlineno)
+            live.setdefault(key, []).append(function)
+    for cache in [t for t in things if type(t) is _CACHED]:
+        caches.setdefault(id(cache.__wrapped__), []).append(cache)
     names = []
     for old, new in pairs:
         # By place, not by code: pytest rewrites the assertions of a package with an entry point.
