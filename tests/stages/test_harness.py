@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -96,9 +97,11 @@ def ours(folder: Path, asked: list[dict[str, Any]], cache: Path) -> tuple[Any, d
 def theirs(folder: Path, tasks: list[str], **said: Any) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     model = HFLM(str(folder), device="cpu", dtype="float32", batch_size=1)
-    found: dict[str, Any] = simple_evaluate(model, tasks=tasks, **said)
+    manager = TaskManager(include_defaults=False)
+    found: dict[str, Any] = simple_evaluate(model, tasks=tasks, task_manager=manager, **said)
     return found
 
 
@@ -158,10 +161,22 @@ def _alike(mine: Any, other: Any) -> None:
             assert float(a) == pytest.approx(float(b), abs=1e-3)
 
 
-def test_what_is_not_known_or_not_done_is_told(tmp_path: Path) -> None:
+def test_the_librarys_own_tasks_are_listed_where_they_are_asked(tmp_path: Path) -> None:
+    from shardwise.stages import harness
+
+    own, group = tmp_path / "own.yaml", tmp_path / "group.yaml"
+    own.write_text("task: own\ndescription: |\n  group: no\n")
+    group.write_text("group: both\ntask: [own, arc_easy]\n")
+    assert harness._stands_alone(str(own))
+    assert not harness._stands_alone(str(group)) and not harness._stands_alone("arc_easy")
+
+
+def test_what_is_not_known_or_not_done_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from shardwise.stages import harness
     from shardwise.stages.evaluation_configs import LmEvalConfig
 
+    few = functools.partial(harness.TaskManager, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", lambda **_: few())
     config = LmEvalConfig(kind="lm_eval", tasks=["no_such_task"])
     with pytest.raises(UserError, match=r"lm-eval .* has no task 'no_such_task'"):
         harness.measure(config, None, None)  # type: ignore[arg-type]
