@@ -23,6 +23,7 @@ from tests.adapters.support import (
     worst,
 )
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 NF4 = adapter(quantise="nf4", targets=["all-linear", "head"])
@@ -30,7 +31,7 @@ INT8 = adapter("dora", quantise="int8", init="pissa", rslora=True)
 UNTIED: dict[str, Any] = {"tie_embeddings": False}
 
 
-@pytest.mark.parametrize("layout", ["dp2.zero3", "tp2.sp", "pp2"])
+@pytest.mark.parametrize("layout", daily(["dp2.zero3", "tp2.sp", "pp2"], 1))
 def test_a_layout_changes_nothing(ranks: RankPool, layout: str) -> None:
     """Of rows that are not whole blocks, which tp cuts within."""
     for asked in (NF4, INT8):

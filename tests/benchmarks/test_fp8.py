@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.gpu import fp8
 
 
+@pytest.mark.slow
 def test_dry_run() -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, str(Path(fp8.__file__)), "--device", "cpu", "--dry-run"]

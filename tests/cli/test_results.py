@@ -10,6 +10,7 @@ import pytest
 
 from shardwise.launch.train import train
 from tests.cli.conftest import Command, write_recipe
+from tests.support.daily import daily
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,12 @@ def test_a_missing_checkpoint_is_bad_usage(shardwise: Command, ckpt: Path, tmp_p
     assert shardwise("checkpoint", "verify", tmp_path / "step_00000001")[0] == 1
 
 
-def test_json_on_stdout_is_alone(shardwise: Command, run: Path) -> None:
+@pytest.mark.parametrize("command", daily([["train"], ["launch", "local"]], 1))
+def test_json_on_stdout_is_alone(shardwise: Command, run: Path, command: list[str]) -> None:
     recipe = run.parent / "tiny.yaml"
-    for command in (["train"], ["launch", "local"]):
-        code, out, err = shardwise(*command, recipe, "--nproc", 2, "--json", "-")
-        assert code == 0 and json.loads(out)["name"] == "tiny", err
-        assert "report: " in err  # what a rank prints goes there
+    code, out, err = shardwise(*command, recipe, "--nproc", 2, "--json", "-")
+    assert code == 0 and json.loads(out)["name"] == "tiny", err
+    assert "report: " in err  # what a rank prints goes there
 
 
 def test_report(shardwise: Command, run: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from shardwise.config.schema import NativeConfig
 from shardwise.engines.base import Engine
 from shardwise.engines.registry import as_kind
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.engines import LR, assert_near, copies, engine, update
 from tests.support.pool import RankPool
 
@@ -67,7 +68,7 @@ def step(kind: str, layout: str, precision: str, root: Path, number: int) -> dic
     return {"loaded": loaded, "made": made, "figures": [loss, norm]}
 
 
-@pytest.mark.parametrize("precision", CHAINS)
+@pytest.mark.parametrize("precision", daily(CHAINS, 0))
 def test_a_chain_of_engines_is_one_run(precision: str, ranks: RankPool, tmp_path: Path) -> None:
     """What is loaded is what was saved, bit by bit; what comes of it is one process's."""
     chain = [(k, x) for k, x in CHAINS[precision] if find_spec(PACKAGES[k].split(".")[0])]

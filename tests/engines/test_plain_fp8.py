@@ -27,6 +27,7 @@ from shardwise.engines.registry import build_engine
 from shardwise.losses.causal_lm import CausalLM
 from tests.engines.test_plain import LR, packed, plain, setup
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 RECIPES = ("delayed", "current", "block", "mxfp8")
@@ -169,7 +170,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("recipe,layout,heads", CASES)
+@pytest.mark.parametrize("recipe,layout,heads", daily(CASES, 1, 2, 6, 8, 9))
 def test_native_scales_alike_bit_for_bit(
     ranks: RankPool, recipe: str, layout: str, heads: int
 ) -> None:

@@ -57,6 +57,25 @@ def finish(agents: list[subprocess.Popen], folder: Path) -> None:
     assert sorted(reports) == [0, 1]  # rank 0 speaks, on whichever node it is
 
 
+def test_what_the_script_starts(tmp_path: Path) -> None:
+    """One agent, whose rank 0 of two is this machine; what it is given goes to the ranks."""
+    said = tmp_path / "python"
+    said.write_text('#!/bin/sh\nprintf "%s\\n" "$GLOO_SOCKET_IFNAME" "$@"\n')
+    said.chmod(0o755)
+    settings = {"PYTHON": str(said), "INTERFACE": "eth7", "LOCAL_ADDR": "10.0.0.1", "NODES": "3"}
+    out, _ = agent(0, "a:29400", tmp_path / "r.yaml", **settings).communicate(timeout=60)
+    words = out.splitlines()
+    assert words[:3] == ["eth7", "-m", "torch.distributed.run"]
+    for name, value in [
+        ("--nnodes", "3"), ("--node-rank", "0"), ("--nproc-per-node", "1"),
+        ("--rdzv-endpoint", "a:29400"), ("--rdzv-id", tmp_path.name),
+        ("--rdzv-conf", "is_host=true"), ("--local-addr", "10.0.0.1"), ("--max-restarts", "0"),
+    ]:  # fmt: skip
+        assert words[words.index(name) + 1] == value
+    assert words[-4:] == ["-m", "shardwise", "train", str(tmp_path / "r.yaml")]
+
+
+@pytest.mark.slow
 def test_two_agents_train_to_the_end(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     head = f"127.0.0.1:{free_port()}"

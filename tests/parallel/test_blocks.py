@@ -31,9 +31,8 @@ def gradients(layout: str, compiled: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(not blocks.compiler_available(torch.device("cpu")), reason="no C++ compiler")
-@pytest.mark.parametrize(
-    "layout", [pytest.param("cp2.ring", marks=pytest.mark.slow), "cp2.ulysses"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["cp2.ring", "cp2.ulysses"])
 def test_context_parallel_blocks_compile_around_their_attention(
     ranks: RankPool, layout: str
 ) -> None:

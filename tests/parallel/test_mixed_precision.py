@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from shardwise.parallel.layout import parse_layout, world_of
 from shardwise.parallel.mesh import Mesh, build_mesh
 from shardwise.parallel.mixed_precision import ComputeCopies
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 
@@ -77,8 +79,13 @@ def test_equals_fsdp_bitwise(ranks: RankPool, config: dict[str, Any]) -> None:
         assert torch.equal(value, state_fsdp[name]), name
 
 
-@pytest.mark.parametrize("layout", ["tp2.sp", "pp2", "pp2.zbv", "pp2.interleaved.v2"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    daily(
+        itertools.product(("bf16", "fp32"), ("tp2.sp", "pp2", "pp2.zbv", "pp2.interleaved.v2")),
+        *(0, 2, 3, 5),
+    ),
+)
 def test_equals_fsdp_on_layouts_without_data_ranks(
     ranks: RankPool, layout: str, precision: str
 ) -> None:

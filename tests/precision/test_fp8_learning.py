@@ -90,11 +90,9 @@ def criterion(loss: float, twin: float) -> bool:
     return abs(loss - twin) <= 0.01 * twin
 
 
-# A hundred steps each: one recipe every day, the others among the slow proofs.
-RECIPES = [
-    "delayed",
-    *(pytest.param(r, marks=pytest.mark.slow) for r in ("current", "block", "mxfp8")),
-]
+RECIPES = ("delayed", "current", "block", "mxfp8")
+
+pytestmark = pytest.mark.slow  # a hundred steps each
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

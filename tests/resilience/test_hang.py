@@ -18,6 +18,7 @@ from shardwise.resilience.gate import Gate
 from shardwise.resilience.sequence import Call, Collectives
 from tests.launch.test_local import Launcher
 from tests.resilience import faults
+from tests.support.daily import daily
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_rank_at_fault_is_named_with_the_stacks_of_all(
         assert "in loop" in (tmp_path / "logs" / f"rank_{rank}.stacks").read_text()
 
 
-@pytest.mark.parametrize("how", faults.HARMLESS)
+@pytest.mark.parametrize("how", daily(faults.HARMLESS, 0))
 def test_long_work_is_no_hang(tmp_path: Path, how: str) -> None:
     code, _, err = Launcher("loop", tmp_path, how, module=faults.__name__).finish()
     assert code == 0, err

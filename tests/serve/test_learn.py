@@ -20,6 +20,7 @@ from tests.cli.conftest import Command
 from tests.cli.conftest import shardwise as command  # noqa: F401  # a fixture
 from tests.serve import trained
 from tests.serve.support import running, until, write_model
+from tests.support.daily import daily
 
 QUICK = Training(epochs=1.0, batch=16, lr=1e-2, rank=4)
 LOOSE = Bounds(max_forgetting=1.0)
@@ -66,11 +67,14 @@ def test_a_log_becomes_a_version_that_is_served(ckpt: Path, tmp_path: Path, prob
     assert again["fed_back"]["before"]["bits"] != done["fed_back"]["after"]["bits"]
 
 
+PLACES = daily(["train", "convert", "measure", "commit", "pointer", "clean"], 1, 3)
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("place", ["train", "convert", "measure", "commit", "pointer", "clean"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_kill_at_any_moment_comes_to_the_same_bits(
     ckpt: Path, tmp_path: Path, probe: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

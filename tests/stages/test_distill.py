@@ -14,6 +14,7 @@ from shardwise.errors import ConfigError
 from shardwise.stages.run import preflight
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -35,12 +36,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("layout", "teacher"),
-    [
-        ("dp2.zero2", {}),
-        ("tp2", {"engine": {"layout": "dp2.zero3"}}),
-        pytest.param("pp2", {}, marks=pytest.mark.slow),
-        pytest.param("dp2.zero1", {"ranks": [1], "engine": {"layout": "dp1"}}),
-    ],
+    daily(
+        [
+            ("dp2.zero2", {}),
+            ("tp2", {"engine": {"layout": "dp2.zero3"}}),
+            ("pp2", {}),
+            ("dp2.zero1", {"ranks": [1], "engine": {"layout": "dp1"}}),
+        ],
+        1,
+    ),
 )
 def test_layout_and_micro_batch_change_nothing(
     ranks: RankPool, tmp_path: Path, layout: str, teacher: dict[str, Any]
@@ -72,6 +76,7 @@ def test_a_student_comes_near_its_teacher(
     assert last["loss"] < 0.3 * first["loss"]
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     ranks.run(run, taught(clean), world=2)

@@ -18,6 +18,7 @@ from shardwise.stages.dpo import labelled, mismatched
 from shardwise.stages.reference import FOLDER
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -30,7 +31,7 @@ def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("loss", "layout"),
-    [({"sft_weight": 0.3, "ld_alpha": 0.5}, "dp2.zero2"), (KTO, "dp2.zero3")],
+    daily([({"sft_weight": 0.3, "ld_alpha": 0.5}, "dp2.zero2"), (KTO, "dp2.zero3")], 1),
 )
 def test_layout_and_micro_batch_change_nothing(
     ranks: RankPool, tmp_path: Path, loss: dict[str, Any], layout: str
@@ -107,6 +108,7 @@ def test_stored_log_probabilities_are_those_of_the_frozen_copy(
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     start = "stages.dpo.validation.at_start=true"

@@ -81,7 +81,7 @@ def _held_out(config: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[] if kind in ("grpo", "reward") else [pytest.mark.slow])
+        pytest.param(kind, marks=[] if kind == "grpo" else [pytest.mark.slow])
         for kind in ("grpo", "ppo", "online_dpo", "reward", "dpo")
     ],
 )

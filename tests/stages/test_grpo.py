@@ -14,6 +14,7 @@ from shardwise import checkpoint
 from shardwise.rewards.user import UserRewardConfig
 from shardwise.stages.grpo import GrpoStage
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -26,14 +27,17 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        [],
-        pytest.param(["stages.grpo.loss.preset=dr_grpo"], marks=pytest.mark.slow),
-        pytest.param(["stages.grpo.loss.advantage=reinforce_pp"], marks=pytest.mark.slow),
-        ["stages.grpo.updates_per_rollout=2", "stages.grpo.epochs_per_rollout=2"],
-        pytest.param(["stages.grpo.loss.preset=grpo_deepseekmath"], marks=pytest.mark.slow),
-        ["stages.grpo.batch.global_batch=3", "stages.grpo.sampling.top_p=0.6"],
-    ],
+    daily(
+        [
+            [],
+            ["stages.grpo.loss.preset=dr_grpo"],
+            ["stages.grpo.loss.advantage=reinforce_pp"],
+            ["stages.grpo.updates_per_rollout=2", "stages.grpo.epochs_per_rollout=2"],
+            ["stages.grpo.loss.preset=grpo_deepseekmath"],
+            ["stages.grpo.batch.global_batch=3", "stages.grpo.sampling.top_p=0.6"],
+        ],
+        5,
+    ),
 )
 def test_layout_and_micro_batch_change_nothing(
     ranks: RankPool, tmp_path: Path, options: list[str]

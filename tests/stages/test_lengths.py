@@ -13,6 +13,7 @@ from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.stages.run import preflight
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 
@@ -27,7 +28,7 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     return [r for r in metrics(folder) if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "grpo"])
+@pytest.mark.parametrize("kind", daily(["pretrain", "grpo"], 0))
 def test_a_lengthened_run_is_an_unbroken_longer_one(
     ranks: RankPool, tmp_path: Path, kind: str
 ) -> None:

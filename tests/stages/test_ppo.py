@@ -23,6 +23,7 @@ from shardwise.stages.rollout_worker import RolloutWorker
 from shardwise.stages.run import preflight
 from shardwise.verify.pool import RankError
 from tests.stages.recipes import KilledError, metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -52,7 +53,7 @@ def assert_same(one: Path, two: Path) -> None:
 @pytest.mark.parametrize(
     "options,layout",
     [
-        ([], "dp2.zero2"),
+        pytest.param([], "dp2.zero2", marks=pytest.mark.slow),
         (["stages.ppo.batch.global_batch=6", "stages.ppo.loss.whiten_rewards=true"], "dp2.zero0"),
         pytest.param(
             ["stages.ppo.loss.objective=kl_penalty", "stages.ppo.loss.penalty_target=0.1"],
@@ -119,7 +120,7 @@ def kill_in_rollout(config: dict[str, Any], step: int, *overrides: str) -> None:
         run(config, *overrides)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", daily(["ppo", "grpo"], 0))
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     """Between steps, and in the middle of a rollout."""
     clean, broken = tmp_path / "clean", tmp_path / "broken"

@@ -16,6 +16,7 @@ from shardwise.losses.config import StepScoresConfig
 from shardwise.losses.scores import score_of
 from shardwise.stages.run import preflight
 from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -34,9 +35,7 @@ def from_file(config: dict[str, Any], file: Path, **data: Any) -> dict[str, Any]
     return config
 
 
-@pytest.mark.parametrize(
-    "layout", ["dp2.zero2", "tp2.sp", "pp2", pytest.param("cp2.ring", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", daily(["dp2.zero2", "tp2.sp", "pp2", "cp2.ring"], 1))
 def test_layout_and_micro_batch_change_nothing(
     ranks: RankPool, tmp_path: Path, layout: str
 ) -> None:
@@ -85,6 +84,7 @@ def test_made_answers_are_right_up_to_a_step(ranks: RankPool, tmp_path: Path) ->
     assert 0.5 < said["val_step_label"] < 1.0
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     ranks.run(run, recipe(clean, "process_reward"), world=2)

@@ -32,12 +32,17 @@ def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "options,layout,world",
     [
-        ([], "dp2.zero2", 2),
+        pytest.param([], "dp2.zero2", 2, marks=pytest.mark.slow),
         pytest.param(
             ["stages.reward.loss.objective=plackett_luce"], "tp2.sp", 2, marks=pytest.mark.slow
         ),
         (["stages.reward.loss.centring=0.1", "stages.reward.batch.global_batch=3"], "dp2.zero0", 2),
-        (["stages.reward.loss.margin=0.5", "stages.reward.loss.label_smoothing=0.1"], "pp2", 2),
+        pytest.param(
+            ["stages.reward.loss.margin=0.5", "stages.reward.loss.label_smoothing=0.1"],
+            "pp2",
+            2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param([], "cp2.ring", 2, marks=pytest.mark.slow),
     ],
 )
@@ -90,6 +95,7 @@ def test_it_starts_from_the_language_model_but_for_the_head(
     assert summary["stages"][2]["parent_hash"] == summary["stages"][0]["checkpoint_hash"]
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     ranks.run(run, recipe(clean, "reward"), world=2)

@@ -13,6 +13,7 @@ from shardwise.errors import ConfigError
 from shardwise.stages.arithmetic import bytes_a_rank
 from shardwise.stages.run import check_stage
 from tests.stages.recipes import TASK, metrics, recipe, run
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 FP64 = "engine.precision=fp64"
@@ -25,7 +26,9 @@ def rollouts(folder: Path, kind: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (r["step"], r["prompt_id"], r["sample_id"]))
 
 
-@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "rank": 2}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "adapter", daily([None, {"kind": "lora", "rank": 2}], 1), ids=["whole", "lora"]
+)
 def test_ranks_that_share_a_generator_write_the_same(
     ranks: RankPool, tmp_path: Path, adapter: dict[str, Any] | None
 ) -> None:
@@ -49,7 +52,7 @@ def test_ranks_that_share_a_generator_write_the_same(
     assert theirs == ours and theirs, "evaluations are of the same generator"
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", daily([2, 4], 0))
 def test_evaluations_of_any_stage_may_share_a_generator(
     ranks: RankPool, tmp_path: Path, world: int
 ) -> None:

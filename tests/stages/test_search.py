@@ -17,6 +17,7 @@ from shardwise.stages.run import preflight
 from shardwise.verify.jobs import compare_rows
 from tests.stages.recipes import recipe
 from tests.stages.search_job import made, run, run_and_die, run_with_odd_verifiers, written
+from tests.support.daily import daily
 from tests.support.pool import RankError, RankPool
 
 LABELS = {
@@ -39,7 +40,10 @@ def rows(data: bytes) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("kind", "native"),
-    [("best_of_n", False), ("beam", False), ("dvts", True), ("mcts", False), ("mcts", True)],
+    daily(
+        [("best_of_n", False), ("beam", False), ("dvts", True), ("mcts", False), ("mcts", True)],
+        *(0, 2, 4),
+    ),
 )
 def test_files_are_the_same_on_any_ranks_and_after_a_kill(
     ranks: RankPool, tmp_path: Path, kind: str, native: bool
@@ -59,7 +63,7 @@ def test_files_are_the_same_on_any_ranks_and_after_a_kill(
         assert all(t.cost.drawn <= 300 for t in trees)
 
 
-@pytest.mark.parametrize(("kind", "world"), [("mcts", 2), ("beam", 4)])
+@pytest.mark.parametrize(("kind", "world"), daily([("mcts", 2), ("beam", 4)], 0))
 def test_ranks_that_share_a_generator_write_the_same_files(
     ranks: RankPool, tmp_path: Path, kind: str, world: int
 ) -> None:

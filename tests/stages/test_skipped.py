@@ -14,6 +14,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.errors import DivergedError
 from shardwise.stages.skipped import SkippedError, counted, too_many
 from tests.stages.recipes import metrics, overflowing, recipe, run, weights
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 
@@ -88,7 +89,8 @@ def poisoned(config: dict[str, Any], name: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed.weight", "optim.embed.weight.exp_avg_sq", "optim.norm.weight.exp_avg"]
+    "name",
+    daily(["model.embed.weight", "optim.embed.weight.exp_avg_sq", "optim.norm.weight.exp_avg"], 2),
 )
 def test_a_bad_value_ends_the_run_at_the_save(ranks: RankPool, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from shardwise.storage import lock
 from shardwise.storage.lock import LockedError, Presence, RunLock
+from tests.support.daily import daily
 
 
 @contextlib.contextmanager
@@ -82,8 +84,13 @@ def left_by(folder: Path, **who: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("other", [{"host": "far"}, {"boot": "b"}, {"namespace": "n"}])
+@pytest.mark.parametrize(
+    ("other", "kernel"),
+    daily(
+        itertools.product([{"host": "far"}, {"boot": "b"}, {"namespace": "n"}], [True, False]),
+        *(0, 3, 4),
+    ),
+)
 def test_a_holder_elsewhere_is_watched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool, other: dict[str, str]
 ) -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from shardwise.sweep.api import sweep
 from tests.stages.recipes import TIMES
 from tests.sweep.conftest import LR, Write, in_a_fork, until
@@ -20,6 +22,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_ends_bitwise_like_an_unbroken_one(write: Write, tmp_path: Path) -> None:
     search = {LR: [1e-2]}
     steps = {"stages.pretrain.steps": 24, "stages.pretrain.checkpoint.every": 4}

@@ -143,13 +143,13 @@ def _swap(pairs: Sequence[_Swap], path: str, undo: contextlib.ExitStack) -> list
     live: dict[tuple[str, int], list[FunctionType]] = {}
     caches: dict[int, list[Any]] = {}
     gc.unfreeze()  # a rank froze what it shares with its server: such objects are not listed
-    things = gc.get_objects()  # millions: each pass does little
-    for function in [t for t in things if type(t) is FunctionType]:
-        if function.__code__.co_filename == path:
-            key = (function.__code__.co_qualname, function.__code__.co_firstlineno)
-            live.setdefault(key, []).append(function)
-    for cache in [t for t in things if type(t) is _CACHED]:
-        caches.setdefault(id(cache.__wrapped__), []).append(cache)
+    kinds = {FunctionType, _CACHED}  # of millions of objects: one pass that does little
+    for thing in [t for t in gc.get_objects() if type(t) in kinds]:
+        if type(thing) is _CACHED:
+            caches.setdefault(id(thing.__wrapped__), []).append(thing)
+        elif thing.__code__.co_filename == path:
+            key = (thing.__code__.co_qualname, thing.__code__.co_firstlineno)
+            live.setdefault(key, []).append(thing)
     names = []
     for old, new in pairs:
         # By place, not by code: pytest rewrites the assertions of a package with an entry point.

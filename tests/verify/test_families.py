@@ -19,11 +19,9 @@ DAILY = {
     ("gemma2", "cp2.ring"),  # soft caps of scores that are merged
     ("olmo2", "tp2.sp"),  # no norm in front, norms over cut heads
     ("olmo2", "tp4"),  # of which two ranks have the same
-    ("olmo2", "dp2.zero3"),
     ("smollm3", "pp2.1f1b"),  # layers without rotation
     ("phi3", "cp2.ring"),  # heads rotated in part
-    ("granite_swa", "tp2.sp"),  # sinks of cut heads,
-    ("granite_swa", "tp4"),  # of which two ranks have the same key
+    ("granite_swa", "tp2.sp"),  # sinks of cut heads
     ("ministral3", "cp2.ring"),  # queries that grow with their positions
     ("granite", "tp2.sp"),  # constants in front of a cut head and behind row-parallel outputs
 }

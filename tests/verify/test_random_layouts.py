@@ -18,7 +18,6 @@ COUNT = 300
 DAILY = {
     205,  # a norm of gradients, summed in fp32
     208,  # a norm over cut heads, which rounds where one process does elsewhere
-    239,  # values by weights that Lion may move either way
     242,  # a gradient that cancels out, of which one process loses nothing
     252,  # gradients so small that fp16 holds their sums
 }
