@@ -25,7 +25,11 @@ from tests.support.daily import daily
     ("how", "said"),
     [
         ("stopped", "rank 1 is stopped (SIGSTOP"),
-        ("asleep", "rank 1 holds the interpreter (the GIL) and sleeps"),
+        pytest.param(
+            "asleep",
+            "rank 1 holds the interpreter (the GIL) and sleeps",
+            marks=pytest.mark.slow,
+        ),
         (
             "skips",
             "rank 1 left a collective out: rank 0 waits in collective 26, all_reduce of float32[4]",

@@ -21,6 +21,7 @@ from shardwise.metrics.gemm import GemmRate
 from shardwise.stages import pipeline
 from shardwise.storage.lock import LockedError, RunLock
 from tests.stages.recipes import recipe, run, run_and_die, weights
+from tests.support.daily import daily
 from tests.support.pool import RankError, RankPool
 
 RATE = GemmRate(1e12, 1024, "float32", "cpu", 1, 1.0)  # it takes its time to measure
@@ -44,7 +45,10 @@ def test_a_second_run_is_refused_before_it_writes(ranks: RankPool, tmp_path: Pat
     assert not (folder / ".lock" / "holder.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "flip", "missing", "mark", "folder", "garbage mark"])
+DAMAGE = daily(["empty", "flip", "missing", "mark", "folder", "garbage mark"], 1, 3)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_tokenizer_comes_back_from_a_checkpoint(
     ranks: RankPool, tmp_path: Path, damage: str
 ) -> None:

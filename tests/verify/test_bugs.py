@@ -84,6 +84,7 @@ def wrong_at_decoding(kind: str, task: Task) -> Walked:
         return walk(task)
 
 
+@pytest.mark.slow
 def test_a_wrong_compiled_decoder_is_caught(ranks: RankPool) -> None:
     """Rollouts of verify are served by what serves those of training."""
     recipe = suite.recipe("llama")

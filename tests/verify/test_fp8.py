@@ -95,6 +95,7 @@ def test_stages_that_write_their_own_batches_scale_alike(layout: str, ranks: Ran
     assert "sentinel" in verdict.worst
 
 
+@pytest.mark.slow
 def test_each_role_scales_in_its_own_domains(ranks: RankPool) -> None:
     rl = recipe("current")
     rl["stages"] = [suite.STAGES["ppo"] | {"reward_model_weight": 0.0, "samples_per_prompt": 2}]

@@ -23,7 +23,7 @@ DAILY = {
     "lomo": "dp2.zero3",
     "adalomo": "tp2.sp",
 }
-RESUMED = ("adafactor", "adamw8bit", "schedule_free")
+RESUMED = ("adamw8bit", "schedule_free")
 # Weights move in the backward pass: one micro-batch, no clipping, no pipeline.
 FUSED = ("lomo", "adalomo")
 LAYOUTS = (

@@ -37,6 +37,9 @@ OF_EIGHT = ("dp8.hsdp4.zero3",)
 ELSEWHERE = {  # by tests of their own, or beside another one of the kind
     ("gpt2", "grpo", "tp2"),
     ("llama", "ppo", "cp2.ring"),
+    ("gpt2", "ppo", "pp2.zbv"),
+    ("gpt2", "process_reward", "pp4.interleaved.v2"),
+    ("llama-untied-odd", "distill", "dp2.zero1.cp2.ring"),
     ("llama", "dpo", "dp2.zero2.pp2.interleaved.v2"),
 }
 DAILY = [

@@ -74,7 +74,7 @@ def verifier(ranks: RankPool, recipe: str) -> Verifier:
 @pytest.mark.parametrize(
     "recipe,layouts",
     [
-        ("delayed", ["tp2.sp"]),
+        pytest.param("delayed", ["tp2.sp"], marks=pytest.mark.slow),
         pytest.param("mxfp8", ["dp2.zero3"], marks=pytest.mark.slow),
         pytest.param("delayed", ["dp2.zero2", "pp2.1f1b"], marks=pytest.mark.slow),
         pytest.param("current", ["tp2.sp"], marks=pytest.mark.slow),
