@@ -12,6 +12,7 @@ import torch
 from shardwise.models import registry, travel
 from shardwise.models.common.init import load_weights
 from shardwise.models.hf_folder import read_config, write_config
+from shardwise.models.releases import release_of, releases
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Request
@@ -43,6 +44,16 @@ def test_config_is_the_same_in_both_directions(name: str, tmp_path: Path) -> Non
     assert type(again) is type(theirs)
     assert _said(again) == _said(theirs)
     assert read_config(tmp_path) == ours
+
+
+@pytest.mark.parametrize("name", [r.model_type for r in releases()])
+def test_keys_that_are_not_there_are_the_class_s_own(name: str) -> None:
+    release = release_of(name)
+    assert release is not None
+    theirs = transformers.AutoConfig.for_model(name).to_dict()
+    ours, expected = release.read({"model_type": name}), release.read(theirs)
+    assert ours.spec == expected.spec
+    assert ours.max_seq_len == expected.max_seq_len
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -46,7 +46,7 @@ from shardwise.config.schema import ModelConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, UserError
 from shardwise.models import registry as models
-from shardwise.models import travel
+from shardwise.models import text_part, travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.config_file import read_json
 
@@ -126,7 +126,7 @@ def open_model(path: Path | str, base: Path | None = None, trust_pickle: bool = 
                 f"convert {path} OUT --to native --trust-pickle"
             )
     config, tensors = models.from_hf(path)
-    return OpenModel("hf", config, tensors, travel.read(path))
+    return OpenModel("hf", config, tensors, travel.read(path), path=path)
 
 
 def _described(
@@ -331,6 +331,7 @@ def convert(
         "family": model.config.family,
         "tokenizer": model.has_tokenizer,
         "files": sorted(model.files),
+        "part": text_part.described(model.path) if model.format == "hf" else "",
     }
 
 
@@ -362,6 +363,11 @@ def _write_peft(model: OpenModel, checkpoint: Path, out: Path) -> Path:
     if not isinstance(config, LowRankConfig):
         raise UserError(f"{checkpoint}: PEFT has no form for adapters of kind {config.kind}")
     place = adapted.base_of(checkpoint, base)
+    if place is not None and (part := text_part.described(place)):
+        raise UserError(
+            f"{checkpoint}: PEFT would look for its places in all of {place}, and it was trained "
+            f"on {part}; write the model with it merged: --to hf --merge-adapter"
+        )
     # Others find the base exported, which has another hash than a checkpoint.
     known = None if place is None or (place / manifest.NAME).exists() else str(base["hash"])
     adapter = peft_own.to_peft(adapted.own_tensors(checkpoint), config, known)

@@ -311,7 +311,8 @@ def convert(
     from shardwise.checkpoint.convert import convert as run
 
     done = run(source, out, to, dtype, merge_adapter, base, trust_pickle)  # type: ignore[arg-type]
-    emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}", json)
+    part = f" ({done['part']})" if done["part"] else ""
+    emit(done, f"{done['source_format']} -> {done['format']}: {done['out']}{part}", json)
 
 
 @app.command()

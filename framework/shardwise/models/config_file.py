@@ -7,12 +7,11 @@ from typing import Any
 
 from shardwise import safe_files
 from shardwise.errors import CheckpointError, UserError
-from shardwise.models import travel
+from shardwise.models import text_part, travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.releases import release_of, unsupported
+from shardwise.models.text_part import INDEX, SINGLE
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 
 # Counts in a config.json, of every family; 0 or a text would only fail much later.
@@ -56,7 +55,7 @@ def refuse_adapter(folder: Path) -> None:
 def read_config(folder: Path) -> DecoderConfig:
     """The config of a folder, with or without weights; raises as `hf_folder.from_hf`."""
     path = folder / travel.CONFIG
-    raw = read_json(path)
+    raw = text_part.own_config(read_json(path), folder)
     refuse_adapter(folder)
     release = release_of(raw.get("model_type"))
     if release is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from torch import Tensor
 from shardwise import integrity
 from shardwise.config.schema import ModelConfig
 from shardwise.errors import CheckpointError
-from shardwise.models import travel
+from shardwise.models import text_part, travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.hf import from_hf_stream, to_hf_stream
 from shardwise.models.common.hf_config import LABELS
 from shardwise.models.config_file import read_config as read_config
+from shardwise.models.config_file import read_json
 from shardwise.models.families import family_of
 from shardwise.models.releases import release_for, release_of
 from shardwise.models.weight_files import INDEX, SINGLE, read_tensors
+
+log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TIED = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
@@ -60,8 +65,17 @@ def from_hf(folder: Path | str) -> tuple[DecoderConfig, Iterator[tuple[str, Tens
     folder = Path(folder)
     integrity.check_folder(folder)
     config = read_config(folder)
-    stored = _tied_alike(folder, config, read_tensors(folder))
+    stored = read_tensors(folder)
+    if text_part.is_whole(read_json(folder / travel.CONFIG)):
+        _tell(folder)
+        stored = text_part.tensors(stored)
+    stored = _tied_alike(folder, config, stored)
     return config, _fitting(folder / travel.CONFIG, config, from_hf_tensors(config, stored))
+
+
+@functools.cache
+def _tell(folder: Path) -> None:
+    log.warning("%s: read is %s", folder, text_part.described(folder))
 
 
 def _fitting(
@@ -152,7 +166,7 @@ def _config_json(config: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]
         return release_for(config).write(config)
     before = own.read(carried)
     if before == config:
-        return carried
+        return {"architectures": [own.name + own.decoder]} | carried
     release = release_for(config, own)
     made, words = release.write(config), own.words | release.words
     kept = {k: v for k, v in carried.items() if k not in made and k not in words}

@@ -9,6 +9,7 @@ from shardwise.errors import CheckpointError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.configs import TABLES
 from shardwise.models.dense.release import Release
+from shardwise.models.text_part import WRAPPERS
 
 
 def releases() -> list[Release]:
@@ -69,6 +70,11 @@ def unsupported(raw: Mapping[str, Any]) -> str:
     unread = sorted(said - nearest.words)
     known = ", ".join(release.model_type for release in releases())
     parts = [f"model_type {raw.get('model_type')!r} is not supported"]
+    if isinstance(text := raw.get("text_config"), Mapping):
+        parts.append(
+            f"whether it computes what the {text.get('model_type')} of its text_config alone does "
+            f"is not known here, as it is of {', '.join(WRAPPERS)}; save that model by itself"
+        )
     if missing:
         parts.append(f"missing here: {', '.join(missing)}")
     if nearest.words & said:

@@ -2,7 +2,8 @@
 
 The files of its tokenizer, its config.json and its generation_config.json go on as they are, byte
 by byte, from a Hugging Face folder through a run and its checkpoints to the folder of an export.
-What we know better (weights' dtype, a longer context, further end tokens) is written over them.
+What we know better (weights' dtype, a longer context, further end tokens) is written over them. Of
+a multimodal model, the config.json is its text model's (`text_part`).
 Names: transformers 5, `tokenization_utils_base.py` and the vocabulary files of its tokenizers.
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 
 from shardwise import safe_files
 from shardwise.errors import CheckpointError
+from shardwise.models import text_part
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION = text_part.CONFIG, "generation_config.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -62,6 +64,8 @@ def read(folder: Path, names: Iterable[str] = ALL) -> dict[str, bytes]:
                 found[name] = safe_files.read_bytes(path)
             except OSError as error:
                 raise CheckpointError(f"{name}: cannot be read: {error.strerror}") from error
+    if CONFIG in found and text_part.is_whole(raw := parse(found, CONFIG)):
+        found[CONFIG] = dump(text_part.own_config(raw, folder))
     return found
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from shardwise import safe_files
 from shardwise.errors import CheckpointError
-from shardwise.models.config_file import INDEX as INDEX
-from shardwise.models.config_file import SINGLE as SINGLE
 from shardwise.models.config_file import instead, read_json
+from shardwise.models.text_part import INDEX as INDEX
+from shardwise.models.text_part import SINGLE as SINGLE
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -26,6 +26,7 @@ from shardwise.config.run import RunConfig
 from shardwise.config.schema import EngineConfig, JobConfig, StageConfig
 from shardwise.data.tokenizer import load_tokenizer
 from shardwise.errors import CheckpointError, ExitCode, ShardwiseError
+from shardwise.models import text_part
 from shardwise.stages.initial_weights import initial_hash
 
 # Keys of a stage that may change without making it another computation.
@@ -44,7 +45,8 @@ class LineageError(CheckpointError):
 class Lineage:
     """Where a stage's weights or rows come from, as hashes.
 
-    ``inputs``: of the artifacts that it reads, by name.
+    ``inputs``: of the artifacts that it reads, by name. ``part``: of a multimodal model that a run
+    starts from, in words, what is read and what is left out.
     """
 
     config_hash: str
@@ -52,6 +54,7 @@ class Lineage:
     parent_hash: str
     parent: str = ""
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    part: str = ""
 
 
 def identity(run: RunConfig, stage: JobConfig, tokenizer_hash: str) -> list[Any]:
@@ -83,6 +86,7 @@ def lineage_of(
         parent_hash=manifest.read(parent).digest if parent else initial_hash(run),
         parent=str(parent.relative_to(run.directory)) if parent else _pinned(run),
         inputs={reader.from_: (artifacts or {})[reader.from_] for _, reader in artifacts_of(stage)},
+        part="" if parent or (start := run.start) is None else text_part.described(start),
     )
 
 

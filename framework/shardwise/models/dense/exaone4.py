@@ -42,6 +42,7 @@ RELEASE = Release(
     model_type="exaone4",
     name="Exaone4",
     config=Exaone4Config,
+    sizes=(102_400, 4096, 16_384, 32, 32),
     only={"hidden_act": ("silu",)},
     defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096},
     parts=(HEAD_WIDTH_BESIDE, ROPE, window_types(4, "sliding_window_pattern")),

@@ -31,6 +31,7 @@ RELEASE = Release(
     model_type="gemma",
     name="Gemma",
     config=GemmaConfig,
+    sizes=(256_000, 3072, 24_576, 28, 16),
     # The first folders say gelu, and their class takes the tanh form for it.
     only={"hidden_act": ("gelu_pytorch_tanh", "gelu")},
     defaults={

@@ -65,6 +65,7 @@ RELEASE = Release(
     model_type="gemma2",
     name="Gemma2",
     config=Gemma2Config,
+    sizes=(256_000, 2304, 9216, 26, 8),
     keys={
         "query_scale": "query_pre_attn_scalar",
         "attn_soft_cap": "attn_logit_softcapping",

@@ -62,6 +62,7 @@ RELEASE = Release(
     name="Gemma3",
     scorer="Gemma3Text",
     config=Gemma3Config,
+    sizes=(262_208, 2304, 9216, 26, 8),
     keys={"query_scale": "query_pre_attn_scalar", "logit_soft_cap": "final_logit_softcapping"},
     only=GEMMA_ONLY,
     defaults=GEMMA_DEFAULTS

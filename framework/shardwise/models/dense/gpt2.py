@@ -84,6 +84,11 @@ RELEASE = Release(
         "dropout": "resid_pdrop",
     },
     defaults={
+        "vocab_size": 50_257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
         "n_inner": None,
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,

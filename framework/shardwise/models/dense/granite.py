@@ -63,6 +63,7 @@ RELEASE = Release(
     model_type="granite",
     name="Granite",
     config=GraniteConfig,
+    sizes=(32_000, 4096, 11_008, 32, 32),
     keys=SCALED_KEYS,
     only={"hidden_act": ("silu",)},
     defaults=SCALED_DEFAULTS,

@@ -76,6 +76,7 @@ RELEASE = Release(
     model_type="granite_swa",
     name="GraniteSWA",
     config=GraniteSwaConfig,
+    sizes=(100_352, 2560, 8192, 24, 20),
     keys=SCALED_KEYS,
     only={"hidden_act": ("silu",)},
     defaults=SCALED_DEFAULTS

@@ -108,6 +108,8 @@ _QWEN_WINDOW = Part(
 _SILU = {"hidden_act": ("silu",)}
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}
 _MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}
+_MISTRAL_SIZES = (32_000, 4096, 14_336, 32, 32)
+_QWEN_SIZES = (151_936, 4096, 22_016, 32, 32)
 
 
 def _release(model_type: str, name: str, *parts: Part, **rest: Any) -> Release:
@@ -123,17 +125,28 @@ RELEASES = (
         "Llama",
         HEAD_WIDTH,
         ATTENTION_BIAS,
+        sizes=(32_000, 4096, 11_008, 32, 32),
         keys={"mlp_bias": "mlp_bias"},
         defaults={"mlp_bias": False},
     ),
-    _release("mistral", "Mistral", HEAD_WIDTH, _MISTRAL_WINDOW, defaults=_MISTRAL),
-    _release("ministral", "Ministral", HEAD_WIDTH, window_types(), defaults=_MISTRAL),
+    _release(
+        "mistral", "Mistral", HEAD_WIDTH, _MISTRAL_WINDOW, sizes=_MISTRAL_SIZES, defaults=_MISTRAL
+    ),
+    _release(
+        "ministral",
+        "Ministral",
+        HEAD_WIDTH,
+        window_types(),
+        sizes=_MISTRAL_SIZES,
+        defaults=_MISTRAL,
+    ),
     _release(
         "qwen2",
         "Qwen2",
         HEAD_WIDTH_BESIDE,
         _QWEN_WINDOW,
         fixed={"qkv_bias": True},
+        sizes=_QWEN_SIZES,
         defaults=_QWEN,
     ),
     _release(
@@ -143,6 +156,7 @@ RELEASES = (
         ATTENTION_BIAS,
         _QWEN_WINDOW,
         fixed={"qk_norm": True},
+        sizes=_QWEN_SIZES,
         defaults=_QWEN | {"head_dim": 128},
     ),
 )

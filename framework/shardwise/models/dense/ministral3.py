@@ -60,6 +60,7 @@ RELEASE = Release(
     model_type="ministral3",
     name="Ministral3",
     config=Ministral3Config,
+    sizes=(131_072, 4096, 14_336, 34, 32),
     keys={"sliding_window": "sliding_window"},
     only={"hidden_act": ("silu",)},
     defaults={

@@ -28,6 +28,7 @@ RELEASE = Release(
     model_type="olmo2",
     name="Olmo2",
     config=Olmo2Config,
+    sizes=(50_304, 4096, 11_008, 32, 32),
     only={"hidden_act": ("silu",)},
     defaults={"rms_norm_eps": 1e-5},
     parts=(HEAD_WIDTH_BESIDE, ROPE, ATTENTION_BIAS),

@@ -48,6 +48,7 @@ RELEASE = Release(
     model_type="olmo3",
     name="Olmo3",
     config=Olmo3Config,
+    sizes=(50_304, 4096, 11_008, 32, 32),
     only={"hidden_act": ("silu",)},
     defaults={"rms_norm_eps": 1e-5, "rope_theta": _BASE, "sliding_window": 4096},
     parts=(

@@ -83,6 +83,7 @@ RELEASE = Release(
     model_type="phi3",
     name="Phi3",
     config=Phi3Config,
+    sizes=(32_064, 3072, 8192, 32, 32),
     keys={"sliding_window": "sliding_window", "dropout": "resid_pdrop"},
     only={"hidden_act": ("silu",)},
     defaults=_DEFAULTS | {"max_position_embeddings": 4096},

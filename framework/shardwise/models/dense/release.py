@@ -36,6 +36,11 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "rope_theta": 10_000.0,
 }
+# Of a class's own sizes, which a config.json that transformers wrote need not say.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads",
+)  # fmt: skip
 # Keys that releases read and may say in other words.
 ROPE_WORDS = ("rope_parameters", "rope_scaling", "rope_theta")
 WINDOW_WORDS = ("layer_types", "sliding_window")
@@ -50,6 +55,7 @@ class Release:
     config: type[DecoderConfig]
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # ours against theirs
     defaults: Raw = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, ...] = ()  # defaults of `SIZES`
     # Keys that may have these values alone; the first is the class's own, and is written.
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()  # what takes more than one key to say
@@ -67,7 +73,7 @@ class Release:
     def read(self, raw: Raw) -> DecoderConfig:
         """Our config; raises CheckpointError for what the class computes and we do not."""
         refuse_foreign(raw, self.words)
-        raw = DEFAULTS | dict(self.defaults) | dict(raw)
+        raw = DEFAULTS | dict(zip(SIZES, self.sizes)) | dict(self.defaults) | dict(raw)
         for key, values in self.only.items():
             if raw.get(key, values[0]) not in values:
                 raise CheckpointError(

@@ -29,6 +29,7 @@ RELEASE = Release(
     model_type="seed_oss",
     name="SeedOss",  # for SeedOssForCausalLM
     config=SeedOssConfig,
+    sizes=(155_136, 4096, 27_648, 64, 80),  # its class's own, as are the defaults
     # Ours against theirs, beside those that all families have.
     keys={
         "qkv_bias": "attention_bias", "o_bias": "attention_out_bias",

@@ -86,6 +86,7 @@ RELEASE = Release(
     model_type="smollm3",
     name="SmolLM3",
     config=SmolLM3Config,
+    sizes=(128_256, 2048, 11_008, 36, 16),
     keys={"mlp_bias": "mlp_bias"},
     only={"hidden_act": ("silu",)},
     defaults={

@@ -36,6 +36,7 @@ RELEASE = Release(
     model_type="starcoder2",
     name="Starcoder2",
     config=Starcoder2Config,
+    sizes=(49_152, 3072, 12_288, 30, 24),
     keys={
         "norm_eps": "norm_epsilon",
         "bias": "use_bias",
