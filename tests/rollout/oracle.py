@@ -148,11 +148,12 @@ class Oracle:
         reason = "deadline" if late else self._draw(sequence)
         new = [] if late else sequence.tokens[-1:]
         if not reason:
-            return Progress(number, new)
+            return Progress(number, new, None, sequence.logprobs[-1:])
         del self.flying[number]
         if sequence.hold:
             self.held[number] = sequence
-        return Progress(number, new, sequence.ended(reason))
+        told = sequence.logprobs[-len(new) :] if new else []
+        return Progress(number, new, sequence.ended(reason), told)
 
     def _draw(self, sequence: _Sequence) -> str:
         """Draw the next token; why that was the last one, or nothing."""

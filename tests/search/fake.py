@@ -109,7 +109,7 @@ class FakeEngine:
         stopped = token in s.sampling.stop_ids
         stopped |= any(t in decode(s.tokens) for t in s.sampling.stop_strings)
         if not stopped and len(s.tokens) < s.sampling.max_new_tokens:
-            return Progress(number, [token])
+            return Progress(number, [token], None, [-1.0 - token / 10])
         del self.flying[number]
         if s.hold:
             self.held[number] = s
@@ -119,7 +119,7 @@ class FakeEngine:
             prompt_id, sample_id, tuple(s.prompt), list(s.tokens), logprobs, logprobs,
             "stop" if stopped else "length",
         )  # fmt: skip
-        return Progress(number, [token], done)
+        return Progress(number, [token], done, logprobs[-1:])
 
     def release(self, sequence: int) -> None:
         self.held.pop(sequence, None)

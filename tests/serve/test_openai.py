@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import shardwise
+from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.rollout.config import Sampling
 from tests.serve.support import LIMITS, Running, running, write_adapter, write_model
 
@@ -54,14 +55,19 @@ def test_a_chat_says_what_generate_says(client: openai.OpenAI, ckpt: Path) -> No
     assert choice.finish_reason == wanted.completion.finish_reason
     assert said.usage.completion_tokens == len(wanted.completion.token_ids)
     assert said.usage.prompt_tokens == len(wanted.completion.prompt_tokens)
-    logprobs = [t.logprob for t in choice.logprobs.content]
-    assert logprobs == pytest.approx(wanted.completion.logprobs, abs=1e-4)
+    content, drawn = choice.logprobs.content, wanted.completion
+    assert b"".join(bytes(t.bytes) for t in content).decode() == wanted.text
+    assert all(t.top_logprobs == [] for t in content)
+    sizes = ByteTokenizer().byte_lengths  # control tokens have no text, and are left out
+    pairs = zip(drawn.token_ids, drawn.logprobs, strict=True)
+    own = [logprob for token, logprob in pairs if sizes[token]]
+    assert [t.logprob for t in content] == pytest.approx(own, abs=1e-4)
 
 
 def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, served: Running) -> None:
     asked = {"model": "base", "messages": HELLO, "seed": 3, "n": 2, "max_tokens": 20}
     whole = client.chat.completions.create(**asked, logprobs=True)
-    texts, reasons, logprobs = {0: "", 1: ""}, {}, {}
+    texts, reasons, told = {0: "", 1: ""}, {}, {0: [], 1: []}  # type: ignore[var-annotated]
     stream = client.chat.completions.create(
         **asked, stream=True, stream_options={"include_usage": True}, logprobs=True
     )
@@ -69,14 +75,16 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, served: Running
         assert chunk.object == "chat.completion.chunk"
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
+            told[choice.index] += choice.logprobs.content if choice.logprobs else []
+            if choice.delta.content:
+                assert choice.logprobs
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
-                logprobs[choice.index] = [t.logprob for t in choice.logprobs.content]
         usage = chunk.usage
     assert list(texts.values()) == [c.message.content for c in whole.choices]
     assert texts[0] != texts[1]
     assert reasons == {c.index: c.finish_reason for c in whole.choices}
-    assert logprobs == {c.index: [t.logprob for t in c.logprobs.content] for c in whole.choices}
+    assert told == {c.index: c.logprobs.content for c in whole.choices}
     assert usage == whole.usage
     assert chunk.system_fingerprint == whole.system_fingerprint == served.engine().checksum
 
@@ -84,7 +92,15 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, served: Running
 def test_completions_too(client: openai.OpenAI, ckpt: Path) -> None:
     asked = {"model": "base", "prompt": "once", "max_tokens": 10, "seed": 1}
     said = client.completions.create(**asked, logprobs=0)
-    assert len(said.choices[0].logprobs.token_logprobs) == said.usage.completion_tokens
+    [choice] = said.choices
+    told = choice.logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset)
+    for offset, token in zip(told.text_offset, told.tokens, strict=True):
+        assert token in (choice.text[offset : offset + len(token)], "\ufffd", "")
+    parts = [c.choices[0] for c in client.completions.create(**asked, logprobs=0, stream=True)]
+    for field in ("tokens", "token_logprobs", "text_offset"):
+        every = [x for p in parts if p.logprobs for x in getattr(p.logprobs, field)]
+        assert every == getattr(told, field) and every
     pieces = [c.choices[0].text for c in client.completions.create(**asked, stream=True)]
     assert "".join(pieces) == said.choices[0].text
     assert client.completions.create(**asked).choices[0].text == said.choices[0].text
@@ -119,6 +135,7 @@ def test_the_model_of_a_request_picks_the_adapter(client: openai.OpenAI, served:
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"3": 1}}, "logit_bias"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"extra_body": {"max_token": 1}}, "max_token"),

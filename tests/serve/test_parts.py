@@ -12,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.config.redact import HIDDEN
+from shardwise.data.fast_tokenizer import byte_alphabet
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.errors import DataError, UserError
+from shardwise.rollout.sequences import Completion
 from shardwise.serve import log as logs
+from shardwise.serve.answers import Answer
 from shardwise.serve.clients import Rates, is_loopback, match, read_tokens
 from shardwise.serve.errors import ApiError
 from shardwise.serve.log import LogWriter, read
 from shardwise.serve.privacy import private
 from shardwise.serve.texts import TextStream
+from shardwise.serve.worker import Piece
 
 # ----- texts -----
 
@@ -40,6 +44,53 @@ def test_pieces_are_the_text_up_to_the_stop(text: str, stops: list[str], data: A
     met = [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]
     assert "".join(pieces) == text[: min(met, default=(0, len(text)))[1]]
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+class OneAsk:
+    """What an answer asks of a request."""
+
+    chat, num_choices, logprobs = True, 1, True
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops = tuple(stops)
+
+
+@given(
+    st.lists(
+        st.one_of(st.text("abé🎈c", max_size=9).map(str.encode), st.binary(max_size=2)), max_size=5
+    ),
+    st.lists(st.text("abé🎈", min_size=1, max_size=4), max_size=2),
+    st.data(),
+)
+def test_log_probabilities_are_of_the_text_that_was_sent(
+    said: list[bytes], stops: list[str], data: Any
+) -> None:
+    """In a stream as in the whole; a token's is its own (here, its number)."""
+    tokenizer = ByteTokenizer()
+    ids = [tokenizer.id_of(byte_alphabet()[b]) for b in b"".join(said)]
+    if data.draw(st.booleans()):
+        ids.append(tokenizer.eos_id)
+    answer = Answer(OneAsk(stops), "", "", 0, tokenizer)  # type: ignore[arg-type]
+    text, sent, at = "", [], 0
+    done = Completion(0, 0, (), ids, [-float(i) for i in range(len(ids))], [], "stop")
+    while not answer.ended:
+        new = ids[at : at + data.draw(st.integers(1, 3))]
+        logprobs = done.logprobs[at : at + len(new)]
+        at += len(new)
+        end = done if at >= len(ids) else None
+        for chunk in answer.chunks(Piece(0, new, "w", end, logprobs=logprobs)):
+            [choice] = chunk["choices"]
+            text += choice["delta"].get("content", "")
+            sent += (choice["logprobs"] or {"content": []})["content"]
+            assert text.encode().startswith(b"".join(bytes(t["bytes"]) for t in sent))
+    [whole] = answer.document()["choices"]
+    assert whole["message"]["content"] == text and whole["logprobs"]["content"] == sent
+    told = b"".join(bytes(t["bytes"]) for t in sent)
+    held = answer.choices[0].stream.stopped or told == text.encode()
+    assert held and text.encode().startswith(told)
+    assert [t["logprob"] for t in sent] == [-float(i) for i in range(len(sent))]
+    if "\ufffd" not in text:  # each byte is a token, and a character is sent with its last one
+        assert [t["bytes"] for t in sent] == [[b] for b in text.encode()]
 
 
 # ----- privacy -----

@@ -20,11 +20,15 @@ from shardwise.rollout.sequences import Completion, Request
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a step did to one sequence: its new tokens, and its completion if that ended it."""
+    """What a step did to one sequence: its new tokens, and its completion if that ended it.
+
+    ``logprobs``: of the new tokens, as `Completion` has them.
+    """
 
     sequence: int
     token_ids: list[int]
     completion: Completion | None = None
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

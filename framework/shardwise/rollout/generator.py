@@ -311,7 +311,7 @@ class Generator:
                 if reason is not None:
                     completion = sequence.completion(reason)
                     self.scheduler.end(sequence)
-                progress.append(Progress(sequence.number, [token], completion))
+                progress.append(Progress(sequence.number, [token], completion, [logprob]))
         self.counts.drawn += len(progress)
         return progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ class Choice:
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    told: int = 1  # of the stream's bounds: log-probabilities up to there are sent
     weights: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     ended: str = ""  # the engine's reason
 
@@ -53,6 +55,7 @@ class Answer:
         if piece.token_ids and (not choice.weights or choice.weights[-1][1] != piece.weights):
             choice.weights.append((len(choice.token_ids), piece.weights))
         choice.token_ids += piece.token_ids
+        choice.logprobs += piece.logprobs
         added = choice.stream.push(piece.token_ids, last=done is not None)
         choice.text += added
         if done is not None:
@@ -97,10 +100,14 @@ class Answer:
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """`take` a piece, and give what it adds to the stream."""
-        added = self.take(piece)
+        added, choice = self.take(piece), self.choices[piece.choice]
         if added:
-            yield self._chunk(piece.choice, {"content": added}, added)
-        if self.choices[piece.choice].ended:
+            chunk = self._chunk(piece.choice, {"content": added}, added)
+            if self.ask.logprobs:
+                chunk["choices"][0]["logprobs"] = self._logprobs(choice, choice.told)
+                choice.told = choice.stream.num_whole
+            yield chunk
+        if choice.ended:
             yield self._chunk(piece.choice, {}, "", last=True)
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -132,30 +139,45 @@ class Answer:
     def _chunk(
         self, index: int, delta: dict[str, Any], text: str, *, last: bool = False
     ) -> dict[str, Any]:
-        """One event; the last of a choice carries the log-probabilities of all of its tokens."""
+        """One event."""
         choice = self.choices[index]
         said: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
         if last:
             said["finish_reason"], said["weights"] = choice.finish_reason, choice.weights
-            said["logprobs"] = self._logprobs(choice) if self.ask.logprobs else None
         said |= {"delta": delta} if self.ask.chat else {"text": text}
         return {**self._frame(self._kind), "choices": [said]}
 
-    def _logprobs(self, choice: Choice) -> dict[str, Any]:
-        tokens = [self._tokenizer.decode([i], skip_special=False) for i in choice.token_ids]
+    def _logprobs(self, choice: Choice, start: int = 1) -> dict[str, Any]:
+        """Of the tokens whose text was sent whole, from a bound of the stream's on.
+
+        Their bytes, put together, are that text: a character's, or a word's, are divided among its
+        tokens; what the tokenizer divides otherwise stands at the first. Control tokens have none,
+        and are left out.
+        """
+        stream, known = choice.stream, self._tokenizer.byte_lengths
+        sizes = [int(known[i]) if i < len(known) else 0 for i in choice.token_ids]
+        found: list[tuple[bytes, float, int]] = []
+        bounds = stream.bounds[start - 1 : stream.num_whole]
+        for (first, begin), (behind, end) in itertools.pairwise(bounds):
+            data, at = choice.text[begin:end].encode(), 0
+            told = [i for i in range(first, behind) if sizes[i]]
+            lengths = [sizes[i] for i in told]
+            if sum(lengths) != len(data):
+                lengths = [len(data), *[0] * (len(told) - 1)]
+            for i, length in zip(told, lengths, strict=False):
+                found.append((data[at : at + length], choice.logprobs[i], begin))
+                at += length
+        tokens = [data.decode(errors="replace") for data, _, _ in found]
         if not self.ask.chat:
-            offsets = [0]
-            for token in tokens[:-1]:
-                offsets.append(offsets[-1] + len(token))
             return {
                 "tokens": tokens,
-                "token_logprobs": choice.logprobs,
+                "token_logprobs": [logprob for _, logprob, _ in found],
                 "top_logprobs": None,
-                "text_offset": offsets[: len(tokens)],
+                "text_offset": [offset for _, _, offset in found],
             }
         content = [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in zip(tokens, choice.logprobs, strict=True)
+            {"token": token, "logprob": logprob, "bytes": list(data), "top_logprobs": []}
+            for token, (data, logprob, _) in zip(tokens, found, strict=True)
         ]
         return {"content": content, "refusal": None}
 

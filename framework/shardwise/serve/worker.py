@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one step added to one choice of a request.
+    """What one step added to one choice of a request: tokens, and their log-probabilities.
 
     ``weights``: the checksum of those that drew the tokens. ``error``: why there will be no more.
     """
@@ -37,6 +37,7 @@ class Piece:
     weights: str
     completion: Completion | None = None
     error: str = ""
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 Listener = Callable[[Piece], None]
@@ -172,10 +173,9 @@ class Worker:
                 if progress.completion is not None:
                     del live[progress.sequence]
                 choice, listener = place
-                self._tell(
-                    listener,
-                    Piece(choice, progress.token_ids, engine.checksum, progress.completion),
-                )
+                new, done = progress.token_ids, progress.completion
+                piece = Piece(choice, new, engine.checksum, done, logprobs=progress.logprobs)
+                self._tell(listener, piece)
 
     def _fail(self, name: str, why: str) -> None:
         """Every sequence of a model ends with an error, and the engine forgets it."""
