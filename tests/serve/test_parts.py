@@ -49,7 +49,7 @@ def test_pieces_are_the_text_up_to_the_stop(text: str, stops: list[str], data: A
 class OneAsk:
     """What an answer asks of a request."""
 
-    chat, num_choices, logprobs = True, 1, True
+    chat, num_choices, logprobs, prompt_tokens = True, 1, True, ()
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = tuple(stops)
