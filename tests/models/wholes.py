@@ -44,10 +44,8 @@ def _small3() -> Any:
     return _mistral3(t.MistralConfig(**TEXT, head_dim=16, sliding_window=None), tied=False)
 
 
-def _voxtral() -> Any:
-    heard = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1}
-    heard |= {"num_attention_heads": 2, "num_mel_bins": 8, "max_source_positions": 8}
-    return t.VoxtralConfig(text_config=_llama(), audio_config=heard)
+HEARD = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+HEARD |= {"intermediate_size": 16, "num_mel_bins": 8, "max_source_positions": 8}
 
 
 def _qwen(config: Any, **seen: Any) -> Any:
@@ -72,7 +70,35 @@ WHOLES: dict[str, Callable[[], Any]] = {
     ),
     "idefics3": lambda: t.Idefics3Config(text_config=_llama(), vision_config=SEEN),
     "smolvlm": lambda: t.SmolVLMConfig(text_config=_llama(), vision_config=SEEN),
-    "voxtral": _voxtral,
+    "llava_next_video": lambda: t.LlavaNextVideoConfig(text_config=_llama(), vision_config=_clip()),
+    "video_llava": lambda: t.VideoLlavaConfig(text_config=_llama(), vision_config=_clip()),
+    "idefics2": lambda: t.Idefics2Config(
+        text_config=t.MistralConfig(**TEXT),
+        vision_config=SEEN,
+        perceiver_config={"resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+        | {"num_key_value_heads": 1, "hidden_size": 32},
+    ),
+    "deepseek_vl": lambda: t.DeepseekVLConfig(
+        text_config=_llama(), vision_config=t.SiglipVisionConfig(**SEEN)
+    ),
+    "got_ocr2": lambda: t.GotOcr2Config(
+        text_config=t.Qwen2Config(**TEXT),
+        vision_config={"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 32, "patch_size": 4, "mlp_dim": 16}
+        | {"global_attn_indexes": [0], "window_size": 2},
+    ),
+    "ovis2": lambda: t.Ovis2Config(
+        text_config=t.Qwen2Config(**TEXT), vision_config=SEEN | {"vocab_size": 32}, hidden_size=32
+    ),
+    "voxtral": lambda: t.VoxtralConfig(text_config=_llama(), audio_config=HEARD),
+    "qwen2_audio": lambda: t.Qwen2AudioConfig(
+        text_config=t.Qwen2Config(**TEXT),
+        audio_config={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2}
+        | {"encoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 8},
+    ),
+    "audioflamingo3": lambda: t.AudioFlamingo3Config(
+        text_config=t.Qwen2Config(**TEXT), audio_config=HEARD
+    ),
     "qwen2_vl": lambda: _qwen(t.Qwen2VLConfig, embed_dim=16, hidden_size=32),
     "qwen2_5_vl": lambda: _qwen(t.Qwen2_5_VLConfig, hidden_size=16, out_hidden_size=32),
     "qwen3_vl": lambda: _qwen(t.Qwen3VLConfig, hidden_size=16, out_hidden_size=32),
@@ -82,11 +108,10 @@ WHOLES: dict[str, Callable[[], Any]] = {
 def whole_model(name: str, vocab_size: int = 96) -> Any:
     """One with random weights that make every part of it matter."""
     torch.manual_seed(0)
-    seen, heard = t.AutoModelForImageTextToText, t.VoxtralForConditionalGeneration
-    make = heard if name == "voxtral" else seen.from_config
     config = WHOLES[name]()
     config.text_config.vocab_size = vocab_size
-    made = make(config).eval()
+    kind = type(config).__name__.replace("Config", "ForConditionalGeneration")
+    made = getattr(t, kind)(config).eval()
     with torch.no_grad():
         for param in made.parameters():
             param.copy_(param + 0.2 * torch.randn_like(param))

@@ -29,12 +29,20 @@ WRAPPERS: dict[str, str] = {
     "mistral3": "mistral",
     "llava": "llama",
     "llava_next": "llama",
+    "llava_next_video": "llama",
     "llava_onevision": "qwen2",
     "vipllava": "llama",
+    "video_llava": "llama",
     "internvl": "qwen2",
+    "idefics2": "mistral",
     "idefics3": "llama",
     "smolvlm": "llama",
+    "deepseek_vl": "llama",
+    "got_ocr2": "qwen2",
+    "ovis2": "qwen2",
     "voxtral": "llama",
+    "qwen2_audio": "qwen2",
+    "audioflamingo3": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
@@ -69,8 +77,8 @@ _BARE = ("model.layers.", "model.embed_tokens.", "model.norm.")  # as they are a
 _HEAD = "lm_head.weight"  # beside them, or inside
 # Of all else, by the first part of a name ("model." in front or not).
 _OTHERS = frozenset(
-    ("vision_tower", "vision_model", "multi_modal_projector", "connector", "audio_tower")
-    + ("image_newline", "visual")
+    ("vision_tower", "vision_model", "visual", "image_tower", "video_tower", "audio_tower")
+    + ("multi_modal_projector", "connector", "aligner", "image_newline", "visual_embeddings_table")
 )
 # Of the whole, and of its text model too.
 _SHARED = (
