@@ -195,6 +195,9 @@ GPT2 = [f"layers.{i}.attn.{x}" for i in range(3) for x in "qkv"] + ["layers.1.ml
         ("gpt2", GPT2, False, False),  # three updates in one module, of thrice the rank
         ("gpt2", [*GPT2[:7], "layers.2.mlp.up"], True, False),  # k and v of the last stand still
         ("gpt2", GPT2, False, True),
+        ("gpt_neox", GPT2, False, True),  # of each head, queries, keys and values in turn
+        ("gpt_neox", GPT2[:7], False, False),
+        ("phi3", GPT2[:7], True, False),  # more queries than keys in one module
     ],
 )
 def test_what_we_write_loads_in_peft(

@@ -220,6 +220,56 @@ _MAKERS: dict[str, Callable[[], Any]] = {
             **TINY, sliding_window=None, layer_types=[FULL] * 3, rope_parameters=LLAMA3_ROPE
         )
     ),
+    "glm": lambda: t.GlmForCausalLM(
+        t.GlmConfig(
+            **TINY,
+            pad_token_id=None,
+            head_dim=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+            | {"partial_rotary_factor": 0.75},
+        )
+    ),
+    "glm4": lambda: t.Glm4ForCausalLM(t.Glm4Config(**TINY, pad_token_id=None, head_dim=16)),
+    "helium": lambda: t.HeliumForCausalLM(
+        t.HeliumConfig(**TINY, pad_token_id=None, head_dim=8, attention_bias=True, mlp_bias=True)
+    ),
+    "ernie4_5": lambda: t.Ernie4_5ForCausalLM(
+        t.Ernie4_5Config(
+            **TINY, pad_token_id=None, head_dim=16, use_bias=True, rope_parameters=YARN_ROPE
+        )
+    ),
+    "arcee": lambda: t.ArceeForCausalLM(
+        t.ArceeConfig(**TINY, mlp_bias=True, attention_bias=True, head_dim=16)
+    ),
+    "nemotron": lambda: t.NemotronForCausalLM(
+        t.NemotronConfig(
+            **TINY | {"num_hidden_layers": 2}, head_dim=16, mlp_bias=True, attention_bias=True
+        )
+    ),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(
+        t.GPTNeoXConfig(**{k: v for k, v in TINY.items() if k != "num_key_value_heads"})
+    ),
+    "gpt_neox-sequential": lambda: t.GPTNeoXForCausalLM(
+        t.GPTNeoXConfig(
+            **{k: v for k, v in TINY.items() if k != "num_key_value_heads"},
+            use_parallel_residual=False,
+            attention_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e3}
+            | {"partial_rotary_factor": 0.5},
+        )
+    ),
+    "cohere": lambda: t.CohereForCausalLM(
+        t.CohereConfig(**TINY, pad_token_id=None, attention_bias=True, logit_scale=0.5)
+    ),
+    "cohere2": lambda: t.Cohere2ForCausalLM(
+        t.Cohere2Config(
+            **TINY,
+            pad_token_id=None,
+            logit_scale=0.5,
+            sliding_window=5,
+            layer_types=[SLIDING, FULL, SLIDING],
+        )
+    ),
 }
 FAMILIES = tuple(_MAKERS)
 

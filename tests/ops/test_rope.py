@@ -109,3 +109,15 @@ def test_scores_depend_on_distance_alone(i: int, j: int, shift: int) -> None:
         return float((rope.rotate(q, *tables[0]) * rope.rotate(k, *tables[1])).sum())
 
     assert score(i, j) == pytest.approx(score(i + shift, j + shift), abs=1e-9)
+
+
+@pytest.mark.parametrize("turned", [4, 8])
+def test_pairs_of_neighbours_turn_as_those_of_halves(turned: int) -> None:
+    """The same rotation of the same features in another order; the rest stays."""
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    spec = RopeSpec(width=turned, base=100.0, interleaved=True)
+    tables = rope.tables(torch.arange(5).expand(2, -1), spec, torch.float64)
+    order = torch.arange(turned).view(-1, 2).t().flatten()  # 0, 2, ..., 1, 3, ...
+    order = torch.cat((order, torch.arange(turned, 8)))
+    found = rope.rotate(x, *tables, interleaved=True)
+    torch.testing.assert_close(found[..., order], rope.rotate(x[..., order], *tables))

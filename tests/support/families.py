@@ -45,6 +45,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma": _SIZES,
     "starcoder2": _SIZES | {"sliding_window": 40},
     "exaone4": _SIZES | {"sliding_window": 40, "layer_types": ["window", "full"]},
+    "glm": _SIZES,
+    "glm4": _SIZES | {"tie_embeddings": False},
+    "helium": _SIZES | {"qkv_bias": True, "mlp_bias": True},
+    "ernie4_5": _SIZES | {"bias": True},
+    "arcee": _SIZES | {"mlp_bias": True, "o_bias": True},
+    "nemotron": _SIZES | {"mlp_bias": True, "o_bias": True, "qkv_bias": True},
+    "gpt_neox": _SIZES | {"tie_embeddings": False, "partial_rotary_factor": 0.5},
+    "cohere": _SIZES | {"qkv_bias": True, "o_bias": True, "tie_embeddings": False},
+    "cohere2": _SIZES | {"sliding_window": 40, "layer_types": ["window", "full"]},
     "gpt2": {k: v for k, v in _SIZES.items() if k not in ("num_kv_heads", "ffn_size")},
 }
 

@@ -23,6 +23,10 @@ DAILY = {
     ("phi3", "cp2.ring"),  # heads rotated in part
     ("granite_swa", "tp2.sp"),  # sinks of cut heads
     ("ministral3", "cp2.ring"),  # queries that grow with their positions
+    ("cohere", "tp2.sp"),  # two branches out of one norm, pairs of neighbours
+    ("glm4", "cp2.ring"),  # pairs of neighbours, of a part of a head
+    ("nemotron", "tp2.sp"),  # squared ReLU of cut features, layer norms of 1 + weight
+    ("gpt_neox", "tp4"),  # two branches, each out of its norm
     ("granite", "tp2.sp"),  # constants in front of a cut head and behind row-parallel outputs
 }
 CASES = [

@@ -72,7 +72,12 @@ class Place:
     name: str  # theirs, without ".weight"
     ours: tuple[str, ...]  # module paths
     embeds: bool
-    turned: bool  # stored as (in, out), as Conv1D does
+    rule: Rule  # of its weight
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is stored as (in, out), as Conv1D does."""
+        return self.rule.transpose
 
 
 def places(config: DecoderConfig) -> Iterator[Place]:
@@ -82,7 +87,7 @@ def places(config: DecoderConfig) -> Iterator[Place]:
         if owns:
             ours = tuple(name.removesuffix(".weight") for name in rule.ours)
             embeds = rule.ours[0] in EMBEDDINGS
-            yield Place(rule.hf.removesuffix(".weight"), ours, embeds, rule.transpose)
+            yield Place(rule.hf.removesuffix(".weight"), ours, embeds, rule)
 
 
 def rules(config: DecoderConfig) -> list[Rule]:
@@ -107,17 +112,21 @@ def join(place: Place, updates: Mapping[str, Update], rslora: bool) -> Update | 
     first = found[0]
     magnitudes = [u.magnitude_O for u in found if u.magnitude_O is not None]
     magnitude_O = torch.cat(magnitudes) if magnitudes else None
+    if magnitude_O is not None and len(magnitudes) == len(place.ours):
+        magnitude_O = place.rule.in_turn(magnitude_O)
     whole = len(found) == len(place.ours)
     if whole and all(u.alpha == first.alpha and torch.equal(u.A_RI, first.A_RI) for u in found):
-        return Update(first.A_RI, torch.cat([u.B_OR for u in found]), first.alpha, magnitude_O)
-    rows = len(first.B_OR)
+        B_OR = place.rule.in_turn(torch.cat([u.B_OR for u in found]))
+        return Update(first.A_RI, B_OR, first.alpha, magnitude_O)
     A_RI = torch.cat([u.A_RI for u in found])
-    B_OR = first.B_OR.new_zeros(rows * len(place.ours), len(A_RI))
-    column = 0
-    for i, path in enumerate(place.ours):
+    B_OR = first.B_OR.new_zeros(sum(place.rule.rows), len(A_RI))
+    row = column = 0
+    for path, rows in zip(place.ours, place.rule.rows, strict=True):
         if (own := updates.get(path)) is not None:
-            B_OR[i * rows : (i + 1) * rows, column : column + own.rank] = own.B_OR
+            B_OR[row : row + rows, column : column + own.rank] = own.B_OR
             column += own.rank
+        row += rows
+    B_OR = place.rule.in_turn(B_OR)
     scaling = first.scaling(rslora)
     return Update(A_RI, B_OR, scaling * (column**0.5 if rslora else column), magnitude_O)
 
@@ -127,11 +136,14 @@ def join(place: Place, updates: Mapping[str, Update], rslora: bool) -> Update | 
 
 def split(place: Place, update: Update) -> Iterator[tuple[str, Update]]:
     """The updates of ours that one module of theirs holds."""
-    size = len(update.B_OR) // len(place.ours)
-    for i, path in enumerate(place.ours):
-        rows = slice(i * size, (i + 1) * size)
-        magnitude_O = None if update.magnitude_O is None else update.magnitude_O[rows]
-        yield path, dataclasses.replace(update, B_OR=update.B_OR[rows], magnitude_O=magnitude_O)
+    if len(place.ours) == 1:
+        yield place.ours[0], update
+        return
+    rule, whole_O = place.rule, update.magnitude_O
+    none = [None] * len(place.ours)
+    magnitudes = none if whole_O is None else rule.apart(whole_O).split(rule.rows)
+    for path, B_OR, own_O in zip(place.ours, rule.apart(update.B_OR).split(rule.rows), magnitudes):
+        yield path, dataclasses.replace(update, B_OR=B_OR.contiguous(), magnitude_O=own_O)
 
 
 # --- merged ---------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ def beyond_megatron(config: DecoderConfig) -> str | None:
     spec = config.spec
     field = beyond(spec, _OF_MODEL) or beyond(spec.norm, {"kind", "eps"})
     field = field or next((f for x in spec.layers if (f := beyond(x, _OF_LAYER))), None)
+    if field is None and spec.layer.activation not in ("silu", "gelu_tanh"):
+        return f"activation {spec.layer.activation}"
     if field is None and spec.layer.qk_norm == "projection":
         return "qk_norm over all heads"
     return field

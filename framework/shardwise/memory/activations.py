@@ -70,7 +70,7 @@ def block(model: ModelShape, place: Place, work: Work) -> int:
     Of the feed-forward: gate, silu(gate), up, and their product.
     """
     n, c = tokens(place, work), work.compute_bytes
-    inputs = 2 * n * c * model.hidden_size
+    inputs = (1 if model.norms == "shared" else 2) * n * c * model.hidden_size
     ffn = 4 * n * c * -(-model.ffn_size // place.tp)
     if (adapted := model.adapted) is not None:
         ffn += n * c * adapted.rank * len(adapted.layers)  # what A gives B

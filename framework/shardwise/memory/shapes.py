@@ -47,7 +47,7 @@ class ModelShape:
     vocab_size: int
     tied: bool = True
     adapted: Adapted | None = None
-    norms: Literal["before", "around", "after"] = "before"
+    norms: Literal["before", "around", "after", "shared"] = "before"
     qk_norm: Literal["head", "projection"] | None = None
     soft_capped_scores: bool = False
     soft_capped_logits: bool = False
@@ -55,7 +55,7 @@ class ModelShape:
     @property
     def norms_per_block(self) -> int:
         """Those of the residual stream's width."""
-        return 4 if self.norms == "around" else 2
+        return {"around": 4, "shared": 1}.get(self.norms, 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,15 +7,24 @@ import dataclasses
 from shardwise.config.registry import register_model_config
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.dense import (
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
+    gpt_neox,
     granite,
     granite_swa,
+    helium,
     llama,
     ministral3,
+    nemotron,
     olmo2,
     olmo3,
     phi3,
@@ -52,6 +61,15 @@ TABLES: dict[str, Table] = {
     "seed_oss": Table(seed_oss.SeedOssConfig, (seed_oss.RELEASE,)),
     "starcoder2": Table(starcoder2.Starcoder2Config, (starcoder2.RELEASE,), starcoder2.NAMES),
     "exaone4": Table(exaone4.Exaone4Config, (exaone4.RELEASE,), olmo2.NAMES),
+    "glm": Table(glm.GlmConfig, (glm.RELEASE,), glm.NAMES),
+    "glm4": Table(glm4.Glm4Config, (glm4.RELEASE,), glm4.NAMES),
+    "helium": Table(helium.HeliumConfig, (helium.RELEASE,)),
+    "ernie4_5": Table(ernie4_5.Ernie45Config, (ernie4_5.RELEASE,)),
+    "arcee": Table(arcee.ArceeConfig, (arcee.RELEASE,)),
+    "nemotron": Table(nemotron.NemotronConfig, (nemotron.RELEASE,)),
+    "gpt_neox": Table(gpt_neox.GPTNeoXConfig, (gpt_neox.RELEASE,), gpt_neox.NAMES),
+    "cohere": Table(cohere.CohereConfig, (cohere.RELEASE,)),
+    "cohere2": Table(cohere2.Cohere2Config, (cohere2.RELEASE,)),
 }
 
 for family, table in TABLES.items():

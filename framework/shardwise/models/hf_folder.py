@@ -28,7 +28,9 @@ from shardwise.models.weight_files import INDEX, SINGLE, read_tensors
 log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_TIED = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+_TIED = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
+)
 
 
 def to_hf_tensors(
@@ -46,7 +48,7 @@ def from_hf_tensors(
     assert isinstance(config, DecoderConfig)
     family = family_of(config)
     names = family.table.names
-    ignore = (*names.ignore, *(["lm_head.weight"] if _tied(config) else []))
+    ignore = (*names.ignore, *([names.head] if _tied(config) else []))
     return from_hf_stream(family.rules(config), named, names.prefix, ignore)
 
 

@@ -1,4 +1,5 @@
-"""Rotary position embedding in the layout of Llama: the two halves of a head form the pairs.
+"""Rotary position embedding, in the layout of Llama (the two halves of a head form the pairs) or
+of the paper (neighbours do, ``interleaved``).
 
 Su et al. 2021 (RoFormer), section 3.4.2. Frequencies are a pure function of the settings, computed
 per forward pass (a few dozen numbers), so that no buffer needs care on meta devices or checkpoints.
@@ -101,15 +102,20 @@ def query_scale(position_ids_BT: Tensor, growth: QueryGrowth, dtype: torch.dtype
     return (1.0 + growth.rate * periods_BT.log1p()).to(dtype)[:, None, :, None]
 
 
-def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate queries or keys; computed in the tables' dtype, returned in the dtype of ``x``.
 
     Features behind the first 2 R are left as they are.
     """
     cos, sin = cos_BTR[:, None], sin_BTR[:, None]
     turned = 2 * cos.shape[-1]
-    first, second = x_BHTK[..., :turned].to(cos.dtype).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    wide = x_BHTK[..., :turned].to(cos.dtype)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = wide.chunk(2, dim=-1)
+    pairs = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
     rotated = rotated.to(x_BHTK.dtype)
     if turned == x_BHTK.shape[-1]:
         return rotated

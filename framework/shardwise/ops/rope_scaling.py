@@ -48,3 +48,4 @@ class RopeSpec:
     width: int
     base: float
     scaling: RopeScaling | None = None
+    interleaved: bool = False  # features 2i and 2i + 1 are a pair, not those of the two halves

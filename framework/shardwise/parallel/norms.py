@@ -25,7 +25,7 @@ class EnteringNorm(Swapped):
         super().__init__()
         assert isinstance(old, RMSNorm | nn.LayerNorm)
         self.axis, self.enters, self.eps = axis, enters, old.eps
-        self.centred = type(old) is nn.LayerNorm
+        self.centred = isinstance(old, nn.LayerNorm)
         self.plus_one: bool = getattr(old, "plus_one", False)
         self.weight = axis.parameter(old.weight, Replicate())
         bias = getattr(old, "bias", None)
@@ -37,7 +37,8 @@ class EnteringNorm(Swapped):
         weight = local(self.weight)
         if self.centred:
             bias = None if self.bias is None else local(self.bias)
-            y = F.layer_norm(x, weight.shape, weight, bias, self.eps)
+            scale = weight + 1.0 if self.plus_one else weight
+            y = F.layer_norm(x, scale.shape, scale, bias, self.eps)
         else:
             y = rms_norm(x, weight, self.eps, self.plus_one)
         return self.axis.enter(y) if self.enters else y

@@ -23,8 +23,11 @@ from shardwise.errors import ConfigError
 from shardwise.models.common.blocks import (
     Attention,
     Dropout,
+    ExactGeluMLP,
     GeGLU,
     GeluMLP,
+    LayerNormPlusOne,
+    ReluSquaredMLP,
     RMSNorm,
     Sinks,
     SwiGLU,
@@ -240,16 +243,17 @@ class TokenDropout(nn.Module):
         return self.old(x_BTD, own, salt)  # type: ignore[no-any-return]
 
 
-_REGIONS = (Attention, SwiGLU, GeGLU, GeluMLP)
+_REGIONS = (Attention, SwiGLU, GeGLU, GeluMLP, ExactGeluMLP, ReluSquaredMLP)
+_NORMS = (RMSNorm, nn.LayerNorm, LayerNormPlusOne)
 # What each style takes the place of.
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "vocab": (nn.Embedding,),
     "kv": (nn.Linear,),
     "column": (nn.Linear,),
     "row": (nn.Linear,),
-    "sequence": (RMSNorm, nn.LayerNorm, nn.Identity),
-    "own_tokens": (RMSNorm, nn.LayerNorm),
-    "per_head": (RMSNorm, nn.LayerNorm),
+    "sequence": (*_NORMS, nn.Identity),
+    "own_tokens": _NORMS,
+    "per_head": _NORMS,
     "heads": (RMSNorm, Sinks),
     "kv_heads": (RMSNorm,),
     "tokens": (Dropout, nn.Embedding),

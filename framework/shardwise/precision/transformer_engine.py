@@ -61,8 +61,9 @@ class TransformerEngine:
     def attach(self, model: Decoder, table: Iterable[ShardRule], sites: Mapping[str, Site]) -> None:
         """Replace forwards in a part of a model whose quantised layers are `Swapped`, in place."""
         fused: set[str] = set()
+        alone = model.spec.layer.norms != "shared"  # else the feed-forward reads it, too
         for norm, columns in norms_and_columns(model, table):
-            known = _known_norm(model.get_submodule(norm))
+            known = alone and _known_norm(model.get_submodule(norm))
             if known and all(c in sites for c in columns) and self._fusible(model, columns):
                 self._fuse(model, norm, columns, sites)
                 fused.update(columns)

@@ -118,8 +118,11 @@ def _switch(spec: ModelSpec) -> str | None:
         return "it does not compute a norm over all heads"
     if layer.rope is not None and layer.rope.width != layer.head_width:
         return "it rotates whole heads"
+    if layer.rope is not None and (field := beyond(layer.rope, {"scaling"})):
+        return f"its rotation is not {field}"
     if (layer.gated, layer.activation) not in ((True, "silu"), (False, "gelu_tanh")):
-        return f"it does not compute {layer.activation} with a gate"
+        gate = "with" if layer.gated else "without"
+        return f"it does not compute {layer.activation} {gate} a gate"
     if layer.gated and layer.mlp_bias:
         return "it does not compute mlp_bias beside a gate"
     return None

@@ -98,7 +98,8 @@ class Core(nn.Module):
         q_BHTK, k_BGTK, v_BGTK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.layer.rope is not None:
             rope = attention_mask.ropes(self.layer.rope)
-            q_BHTK, k_BGTK = (rotate(x, *rope) for x in (q_BHTK, k_BGTK))
+            pairs = self.layer.rope.interleaved
+            q_BHTK, k_BGTK = (rotate(x, *rope, pairs) for x in (q_BHTK, k_BGTK))
         out_BHTK = self.attend(q_BHTK, k_BGTK, v_BGTK, attention_mask.masks(self.layer.window))
         return out_BHTK.permute(2, 0, 1, 3).flatten(2)  # type: ignore[no-any-return]
 

@@ -78,10 +78,26 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, self.plus_one)
 
 
+class LayerNormPlusOne(nn.LayerNorm):
+    """A layer norm whose scale is one more than its weight (Nemotron)."""
+
+    plus_one = True
+
+    def __init__(self, num_features: int, eps: float, bias: bool) -> None:
+        super().__init__(num_features, eps, bias=bias)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+
 def make_norm(spec: NormSpec, num_features: int) -> nn.Module:
     """The norm that a spec asks for."""
     if spec.kind == "layer":
-        return nn.LayerNorm(num_features, spec.eps)
+        if spec.plus_one:
+            return LayerNormPlusOne(num_features, spec.eps, spec.bias)
+        return nn.LayerNorm(num_features, spec.eps, bias=spec.bias)
     return RMSNorm(num_features, spec.eps, spec.plus_one)
 
 
@@ -116,6 +132,7 @@ class Attention(nn.Module):
         # Kernels divide scores by the root of the width; any other scale is put into the queries.
         self.q_scale = 1.0 if spec.attn_scale is None else spec.attn_scale * math.sqrt(width)
         self.soft_cap = spec.attn_soft_cap
+        self.interleaved = spec.rope is not None and spec.rope.interleaved
         self.norms_heads = spec.qk_norm == "head"  # else the whole projection
         self.head_offset = 0  # global index of the first query head held here
         self.core: Callable[..., Tensor] = attention  # swapped by context parallelism
@@ -136,7 +153,8 @@ class Attention(nn.Module):
         k_BGSK = self._heads(self.k(x_BTD), self.k_norm)
         v_BGSK = self._heads(self.v(x_BTD), None)
         if context.rope is not None:
-            q_BHTK, k_BGSK = rotate(q_BHTK, *context.rope), rotate(k_BGSK, *context.rope)
+            q_BHTK = rotate(q_BHTK, *context.rope, self.interleaved)
+            k_BGSK = rotate(k_BGSK, *context.rope, self.interleaved)
         if self.q_scale != 1.0:
             q_BHTK = q_BHTK * self.q_scale
         if context.query_scale_B1T1 is not None:
@@ -208,24 +226,47 @@ class GeluMLP(nn.Module):
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))  # type: ignore[no-any-return]
 
 
+class ExactGeluMLP(GeluMLP):
+    """The same with GELU itself, not its tanh form."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """BTD to BTD."""
+        return self.down(F.gelu(self.up(x_BTD)))  # type: ignore[no-any-return]
+
+
+class ReluSquaredMLP(GeluMLP):
+    """The same with the square of ReLU (So et al. 2021, "Primer")."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """BTD to BTD."""
+        return self.down(F.relu(self.up(x_BTD)).square())  # type: ignore[no-any-return]
+
+
 # Feed-forwards, by whether they are gated and by their activation.
 MLPS: dict[tuple[bool, str], type[SwiGLU | GeluMLP]] = {
     (True, "silu"): SwiGLU,
     (True, "gelu_tanh"): GeGLU,
     (False, "gelu_tanh"): GeluMLP,
+    (False, "gelu"): ExactGeluMLP,
+    (False, "relu_squared"): ReluSquaredMLP,
 }
+
+
+_BEHIND = ("around", "after")  # `LayerSpec.norms` with norms behind branches
 
 
 class Block(nn.Module):
     """Residual block: ``x + norm(attn(norm(x)))``, then ``x + norm(mlp(norm(x)))``.
 
     A block has both norms of a branch or one of them. One that is not there in front is an
-    `Identity`, where tensor parallelism enters; one that is not there behind is None.
+    `Identity`, where tensor parallelism enters; one that is not there behind is None. A parallel
+    block is ``x + attn(norm(x)) + mlp(norm(x))``, with two norms, or a shared one: ``mlp_norm`` is
+    None then.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        d, before, behind = spec.hidden_size, spec.norms != "after", spec.norms != "before"
+        d, before, behind = spec.hidden_size, spec.norms != "after", spec.norms in _BEHIND
 
         def norm(there: bool) -> nn.Module | None:
             return make_norm(spec.norm, d) if there else None
@@ -233,19 +274,23 @@ class Block(nn.Module):
         self.attn_norm: nn.Module = norm(before) or nn.Identity()
         self.attn = Attention(spec)
         self.attn_post_norm = norm(behind)
-        self.mlp_norm: nn.Module = norm(before) or nn.Identity()
+        shared = spec.norms == "shared"
+        self.mlp_norm = None if shared else norm(before) or nn.Identity()
         mlp = MLPS[spec.gated, spec.activation]
         self.mlp = mlp(d, spec.ffn_size, bias=spec.mlp_bias)
         self.mlp_post_norm = norm(behind)
         self.drop = Dropout(spec.dropout)
-        self.residual_scale = spec.residual_scale
+        self.residual_scale, self.parallel = spec.residual_scale, spec.parallel
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """BTD to BTD."""
         keys_BT = context.rng_keys_BT
-        branch = self.attn(self.attn_norm(x_BTD), context)
+        read_BTD, normed_BTD = x_BTD, self.attn_norm(x_BTD)
+        branch = self.attn(normed_BTD, context)
         x_BTD = self._add(x_BTD, branch, self.attn_post_norm, keys_BT, _AFTER_ATTENTION_SALT)
-        branch = self.mlp(self.mlp_norm(x_BTD))
+        if self.mlp_norm is not None:
+            normed_BTD = self.mlp_norm(read_BTD if self.parallel else x_BTD)
+        branch = self.mlp(normed_BTD)
         return self._add(x_BTD, branch, self.mlp_post_norm, keys_BT, _AFTER_MLP_SALT)
 
     def _add(

@@ -16,6 +16,7 @@ class Rule:
     """One tensor of a Hugging Face checkpoint and our parameters that it holds.
 
     Several of ours are concatenated, in order, along their first dimension, with ``rows`` of each;
+    ``heads``: of each, so many parts stand in turn (GPT-NeoX: queries, keys and values of a head).
     ``transpose`` then swaps the two dimensions (GPT-2 stores linear weights as (in, out)).
     """
 
@@ -23,10 +24,11 @@ class Rule:
     ours: tuple[str, ...]
     rows: tuple[int, ...] = ()  # of each, where there are several
     transpose: bool = False
+    heads: int | None = None
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Ours to theirs."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+        whole = self.in_turn(parts[0] if len(parts) == 1 else torch.cat(tuple(parts)))
         return whole.t().contiguous() if self.transpose else whole
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -39,7 +41,21 @@ class Rule:
             raise CheckpointError(
                 f"{self.hf}: {whole.shape[0]} rows, and by the config it has {sum(self.rows)}"
             )
-        yield from zip(self.ours, (t.contiguous() for t in whole.split(self.rows)))
+        parts = self.apart(whole).split(self.rows)
+        yield from zip(self.ours, (t.contiguous() for t in parts))
+
+    def in_turn(self, rows: Tensor) -> Tensor:
+        """Rows of ours, one above the other, in the order of theirs."""
+        return rows if self.heads is None else _swapped(rows, len(self.ours), self.heads)
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """Rows of theirs in the order of ours."""
+        return rows if self.heads is None else _swapped(rows, self.heads, len(self.ours))
+
+
+def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
+    parts: Tensor = rows.unflatten(0, (outer, inner, -1))
+    return parts.transpose(0, 1).flatten(0, 2)
 
 
 def to_hf_stream(

@@ -24,14 +24,16 @@ Shape = tuple[int, ...]
 class NormSpec:
     """A norm of the last dimension."""
 
-    kind: Literal["rms", "layer"] = "rms"  # layer: centred, with a bias
+    kind: Literal["rms", "layer"] = "rms"  # layer: centred
     eps: float = 1e-5
     plus_one: bool = False  # the weight is what the scale is beyond one (Gemma)
+    bias: bool = True  # of kind layer
 
     def shapes(self, name: str, width: int) -> dict[str, Shape]:
         """Its parameters, by name."""
         found: dict[str, Shape] = {f"{name}.weight": (width,)}
-        return found | ({f"{name}.bias": (width,)} if self.kind == "layer" else {})
+        biased = self.kind == "layer" and self.bias
+        return found | ({f"{name}.bias": (width,)} if biased else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,13 @@ class LayerSpec:
 
     # feed-forward
     gated: bool = True
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu_squared"] = "silu"
     mlp_bias: bool = False
 
     # the block
-    norms: Literal["before", "around", "after"] = "before"  # attention, and the feed-forward
+    # Of attention, and of the feed-forward; shared: one in front of both.
+    norms: Literal["before", "around", "after", "shared"] = "before"
+    parallel: bool = False  # the feed-forward reads what attention reads, and stands beside it
     residual_scale: float = 1.0  # of what is added to the residual stream
     dropout: float = 0.0  # of the same
 
@@ -101,15 +105,16 @@ class LayerSpec:
             found |= self.norm.shapes("attn.k_norm", kv if whole else self.head_width)
         if self.sinks:
             found["attn.sinks.weight"] = (self.num_heads,)
-        if self.norms != "before":
+        behind = self.norms in ("around", "after")
+        if behind:
             found |= self.norm.shapes("attn_post_norm", d)
-        if self.norms != "after":
+        if self.norms in ("before", "around"):
             found |= self.norm.shapes("mlp_norm", d)
         if self.gated:
             linear("mlp.gate", f, d, self.mlp_bias)
         linear("mlp.up", f, d, self.mlp_bias)
         linear("mlp.down", d, f, self.mlp_bias)
-        if self.norms != "before":
+        if behind:
             found |= self.norm.shapes("mlp_post_norm", d)
         return found
 

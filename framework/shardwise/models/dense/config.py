@@ -6,7 +6,7 @@ A family's config has the keys in which its releases differ; what all of them do
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,8 @@ _MODEL_SWITCHES = ("embed_scale", "logit_scale", "logit_soft_cap")
 
 class DenseConfig(DecoderConfig):
     """A decoder with rotary positions and grouped-query attention."""
+
+    interleaved: ClassVar[bool] = False  # rotated pairs are neighbours, see `RopeSpec`
 
     num_kv_heads: Width = Field(
         description="key/value heads; as many as num_heads: no grouping", examples=[2]
@@ -90,7 +92,12 @@ class DenseConfig(DecoderConfig):
         """By ``rope_base`` and ``rope_scaling``."""
         said = self.rope_scaling
         scaling = None if said is None else said.scaling(self.max_seq_len)
-        return RopeSpec(width=self.head_width, base=self.rope_base, scaling=scaling)
+        return RopeSpec(
+            width=self.head_width,
+            base=self.rope_base,
+            scaling=scaling,
+            interleaved=self.interleaved,
+        )
 
     def make_spec(self, norm: NormSpec | None = None, **switches: Any) -> ModelSpec:
         """The spec of these keys; ``switches`` are fields of `LayerSpec` and `ModelSpec`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from shardwise.models.common.config import DecoderConfig
 from shardwise.models.common.hf import Rule
 from shardwise.models.common.hf_config import HEADS
@@ -21,10 +23,14 @@ def rules(config: DecoderConfig, names: Names) -> list[Rule]:
     for i, layer in enumerate(spec.layers):
         own = layer.shapes()
         for modules, module in names.layer.items():
-            found += _of_module(f"layers.{i}.", modules, f"{names.layers}{i}.{module}", own, names)
+            made = _of_module(f"layers.{i}.", modules, f"{names.layers}{i}.{module}", own, names)
+            if module in names.by_head:
+                made = [dataclasses.replace(rule, heads=layer.num_heads) for rule in made]
+            found += made
     found += _of_module("", "norm", names.ends["norm"], shapes, names)
     if not config.tie_embeddings:
-        found.append(Rule(HEADS[config.head], ("head.weight",)))
+        head = names.head if config.head == "vocabulary" else HEADS[config.head]
+        found.append(Rule(head, ("head.weight",)))
     return found
 
 

@@ -37,4 +37,6 @@ class Names:
     prefix: str = "model."  # may be absent from all names, as in checkpoints of the bare decoder
     ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of what holds no weights of ours
     transposed: frozenset[str] = frozenset()  # theirs, whose weights are (in, out)
+    head: str = "lm_head.weight"  # of a vocabulary, if it is not tied
+    by_head: frozenset[str] = frozenset()  # theirs, in which ours stand in turn, head by head
     bare: frozenset[str] = frozenset()  # theirs, whose weight has the module's own name

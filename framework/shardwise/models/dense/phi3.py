@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any, Literal
 
 from shardwise.errors import CheckpointError
-from shardwise.models.dense.config import DenseConfig
 from shardwise.models.dense.names import LAYER, Names
+from shardwise.models.dense.partial_rope import PARTIAL, PartialConfig
 from shardwise.models.dense.release import HEAD_WIDTH_BESIDE, ROPE_WORDS, Fields, Part, Raw, Release
 from shardwise.models.dense.rope import ORIGINAL, rope_of, scaling_from_hf, scaling_to_hf
-from shardwise.ops.rope_scaling import RopeSpec
-
-_PARTIAL = "partial_rotary_factor"
 
 
-class Phi3Config(DenseConfig):
+class Phi3Config(PartialConfig):
     """Llama's layers, of whose heads the first features alone may be rotated."""
 
     family: Literal["phi3"] = "phi3"
-    partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="share of a head's features that is rotated", examples=[0.75]
-    )
-
-    @model_validator(mode="after")
-    def _rotation_fits(self) -> Self:
-        width = self.rope().width
-        if width < 2 or width % 2:
-            raise ValueError(
-                f"partial_rotary_factor ({self.partial_rotary_factor}) rotates {width} of "
-                f"{self.head_width} features of a head; their number must be even"
-            )
-        return self
-
-    def rope(self) -> RopeSpec:
-        """See `DenseConfig.rope`."""
-        rope = super().rope()
-        return dataclasses.replace(rope, width=int(rope.width * self.partial_rotary_factor))
-
-    def with_widths(self, hidden_size: int, head_width: int) -> Self:
-        """See `DecoderConfig.with_widths`; an even number of features is rotated."""
-        rotated = 2 * max(1, int(head_width * self.partial_rotary_factor / 2))
-        share = min(1.0, (rotated + 0.5) / head_width)  # of which the whole part counts
-        made = self.model_copy(update={"partial_rotary_factor": share})
-        return super(Phi3Config, made).with_widths(hidden_size, head_width)
 
 
 def _rope_from_hf(raw: Raw) -> Fields:
@@ -55,10 +24,10 @@ def _rope_from_hf(raw: Raw) -> Fields:
     scaling = scaling_from_hf(rope, raw)
     if scaling is not None and scaling.kind != "longrope":
         raise CheckpointError(f"config.json: rope type {scaling.kind}: phi3's class has longrope")
-    said = {"rope_theta": raw["rope_theta"], _PARTIAL: raw.get(_PARTIAL, 1.0)} | rope
+    said = {"rope_theta": raw["rope_theta"], PARTIAL: raw.get(PARTIAL, 1.0)} | rope
     return {
         "rope_base": float(said["rope_theta"]),
-        "partial_rotary_factor": said[_PARTIAL],
+        "partial_rotary_factor": said[PARTIAL],
         "rope_scaling": scaling,
     }
 
@@ -66,7 +35,7 @@ def _rope_from_hf(raw: Raw) -> Fields:
 def _rope_to_hf(c: Any) -> Fields:
     said = {"rope_theta": c.rope_base, "rope_scaling": None}
     if c.partial_rotary_factor != 1.0:
-        said[_PARTIAL] = c.partial_rotary_factor
+        said[PARTIAL] = c.partial_rotary_factor
     if (scaling := c.rope_scaling) is None:
         return said
     rope, left_out = scaling_to_hf(scaling) or {}, {"rope_type", ORIGINAL}
@@ -76,7 +45,7 @@ def _rope_to_hf(c: Any) -> Fields:
     return said | {"rope_scaling": rope, ORIGINAL: scaling.original_max_seq_len}
 
 
-_ROPE = Part((*ROPE_WORDS, _PARTIAL, ORIGINAL), _rope_from_hf, _rope_to_hf)
+_ROPE = Part((*ROPE_WORDS, PARTIAL, ORIGINAL), _rope_from_hf, _rope_to_hf)
 _CODE = Part(("auto_map",), lambda raw: {}, lambda c: {})  # older than transformers' own, and alike
 _DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": None, "resid_pdrop": 0.0, ORIGINAL: 4096}
 RELEASE = Release(

@@ -142,6 +142,20 @@ HEAD_WIDTH = Part(("head_dim",), _head_width_from_hf, lambda c: {"head_dim": c.h
 # Of classes that have no such key of their own, but heed it.
 HEAD_WIDTH_BESIDE = Part(("head_dim",), _head_width_from_hf, _unusual_head_width)
 
+
+def _as_wide_from_hf(raw: Raw) -> Fields:
+    fields = _head_width_from_hf(raw)
+    if fields["head_dim"] is not None:
+        raise CheckpointError(
+            f"config.json: head_dim = {raw['head_dim']}: the heads of {raw['model_type']}'s class "
+            "are as wide together as hidden_size"
+        )
+    return fields
+
+
+# Of classes that have the key, and compute nothing else than the usual.
+HEAD_WIDTH_USUAL = Part(HEAD_WIDTH.words, _as_wide_from_hf, HEAD_WIDTH.write)
+
 # --- biases of all four projections of attention, or of none --------------------------------------
 
 ATTENTION_BIAS = Part(
