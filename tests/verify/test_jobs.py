@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardwise
+from shardwise.config.load import load_config
 from shardwise.rollout import generator
 from shardwise.verify import jobs
 from shardwise.verify.jobs import compare_rows
@@ -65,17 +66,18 @@ def test_rows_are_equal_to_themselves(rows: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("found", "where"),
     [
-        ({"tokens": [1, 3], "value": 0.5}, "trees row 0, tokens 1"),
-        ({"tokens": [1, 2], "value": 0.5 + 1e-6}, "trees row 0, value"),
-        ({"tokens": [1], "value": 0.5}, "trees row 0, tokens"),
-        ({"tokens": [1, 2], "value": 1}, "trees row 0, value"),
-        ({"tokens": [1, 2]}, "trees row 0"),
+        ({"token_ids": [1, 3], "value": 0.5}, "tokens trees row 0, token_ids 1"),
+        ({"token_ids": [1, 2], "value": 0.5 + 1e-6}, "tree trees row 0, value"),
+        ({"token_ids": [1], "value": 0.5}, "tokens trees row 0, token_ids 1"),
+        ({"token_ids": [1, 2], "value": 1}, "tree trees row 0, value"),
+        ({"token_ids": [1, 2]}, "tree trees row 0, value"),
+        ({"token_ids": [1, 3], "value": 0.5, "policy": "b"}, "version trees row 0, policy"),
     ],
 )
 def test_what_differs_is_named(found: Any, where: str) -> None:
-    wanted = {"tokens": [1, 2], "value": 0.5}
+    wanted = {"token_ids": [1, 2], "value": 0.5}
     bugs = [d for d in compare_rows({"trees": [wanted]}, {"trees": [found]}) if d.is_bug]
-    assert bugs[0].name == where
+    assert f"{bugs[0].kind} {bugs[0].name}" == where
     assert not any(d.is_bug for d in compare_rows({"t": [wanted]}, {"t": [wanted]}))
 
 
@@ -93,21 +95,21 @@ def test_a_search_is_judged_on_trees_with_values(ranks: RankPool, layout: str) -
     }
     [verdict] = shardwise.verify(recipe(job), [layout], pool=ranks).verdicts
     assert verdict.passed, verdict.sentence()
-    assert verdict.counts["rows"] > 10, "trees, answers, and of them rows of other kinds"
+    assert {"version", "tokens", "logprobs", "scores", "tree", "rows"} == verdict.counts.keys()
 
 
 def test_a_value_that_depends_on_the_rank_is_caught(ranks: RankPool) -> None:
     job = {"kind": "search", "method": {"kind": "best_of_n", "samples": 3, "choose": "majority"}}
-    with mock.patch("shardwise.verify.jobs._run", _run_with_other_dice):
+    with mock.patch("shardwise.verify.jobs.run_in_two", _run_with_other_dice):
         [verdict, *_] = shardwise.verify(recipe(job), ["dp2"], pool=ranks).verdicts
     assert not verdict.passed and verdict.first is not None
-    assert "row" in verdict.first.name
+    assert "trees row" in verdict.first.name
 
 
-def _run_with_other_dice(config: dict[str, Any]) -> None:
+def _run_with_other_dice(config: dict[str, Any], job: str) -> None:
     """In a rank: draws that are keyed by the rank, as if it were part of their name."""
     uniform = generator.row_keys
     with mock.patch.object(
         generator, "row_keys", lambda key, *ids: uniform(key + dist.get_rank(), *ids)
     ):
-        jobs._run(config)
+        jobs.run_rank(load_config(config))

@@ -26,7 +26,10 @@ _COLUMNS = {
     "weights": ("weight",),
     "moments": ("moment",),
     "run": ("sample", "learning rate", "logged", "event"),
-    "generation": ("generated tokens", "generated logprobs", "evaluation"),
+    "generation": (
+        *("generated tokens", "generated logprobs", "evaluation"),
+        *("version", "tokens", "logprobs", "scores", "tree", "rows"),  # of jobs
+    ),
 }
 _COLUMN_OF = {kind: column for column, kinds in _COLUMNS.items() for kind in kinds}
 HEADER = f"{'stage':<12} {'layout':<36} {'precision':<9} " + " ".join(

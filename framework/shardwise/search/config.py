@@ -44,6 +44,11 @@ class MethodConfig(Section):
         "last_number", description="which part of an answer a vote is about", examples=["marker"]
     )
 
+    def shrunk(self) -> Self:
+        """The same with few draws (`shardwise.verify`)."""
+        budget = None if self.budget_tokens is None else min(self.budget_tokens, 64)
+        return self.model_copy(update={"budget_tokens": budget})
+
 
 class BestOfNConfig(MethodConfig):
     """Whole answers, independent of each other."""
@@ -52,6 +57,10 @@ class BestOfNConfig(MethodConfig):
 
     kind: Literal["best_of_n"] = "best_of_n"
     samples: PositiveInt = Field(8, description="answers of a problem")
+
+    def shrunk(self) -> Self:
+        """See `MethodConfig.shrunk`."""
+        return super().shrunk().model_copy(update={"samples": min(self.samples, 3)})
 
 
 class _BeamConfig(MethodConfig):
@@ -63,6 +72,12 @@ class _BeamConfig(MethodConfig):
         if self.samples % self.width:
             self.refuse(("width",), f"must divide samples, which is {self.samples}")
         return self
+
+    def shrunk(self) -> Self:
+        """See `MethodConfig.shrunk`."""
+        width = min(self.width, 2)
+        samples = width * min(self.samples // self.width, 2)
+        return super().shrunk().model_copy(update={"samples": samples, "width": width})
 
 
 class BeamConfig(_BeamConfig):
@@ -93,6 +108,11 @@ class MctsConfig(MethodConfig):
         "mean", description="what a step's value is, of the values found below it"
     )
 
+    def shrunk(self) -> Self:
+        """See `MethodConfig.shrunk`."""
+        few = {"simulations": min(self.simulations, 6), "expand": min(self.expand, 2)}
+        return super().shrunk().model_copy(update=few)
+
 
 AnyMethod = Annotated[
     BestOfNConfig | BeamConfig | DvtsConfig | MctsConfig, Field(discriminator="kind")
@@ -117,6 +137,10 @@ class RolloutsConfig(Section):
 
     kind: Literal["rollouts"] = "rollouts"
     samples: PositiveInt = Field(4, description="answers drawn from a step")
+
+    def shrunk(self) -> Self:
+        """With few answers (`shardwise.verify`)."""
+        return self.model_copy(update={"samples": min(self.samples, 2)})
 
 
 class RewardModelConfig(Section):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from shardwise.config.metrics import Metric
-from shardwise.config.schema import DataSection, JobConfig, PositiveInt
+from shardwise.config.schema import DataSection, JobConfig, PositiveInt, SmallSizes
 from shardwise.curation.config import FilterRules
 from shardwise.curation.rows import FILTERED
 from shardwise.data.source import DataSource
@@ -43,6 +44,11 @@ class FilterConfig(FilterRules, JobConfig):
     chunk: PositiveInt = Field(
         1024, description="rows that are judged between two saves of what is done"
     )
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `JobConfig.shrunk`: more than one part."""
+        found = super().shrunk(small, folder)
+        return found.model_copy(update={"chunk": min(self.chunk, 8)})
 
     @classmethod
     def metrics(cls) -> tuple[Metric, ...]:

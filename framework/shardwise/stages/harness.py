@@ -27,6 +27,7 @@ from shardwise.ops import rng
 from shardwise.parallel.collectives import gather_json
 from shardwise.precision.policy import precision_of
 from shardwise.rollout.config import Sampling
+from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Request
 from shardwise.stages.base import StageContext
 from shardwise.stages.evaluation_configs import LmEvalConfig
@@ -121,7 +122,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.config, self.ctx, self.engine = config, ctx, engine
         self.encoder, self.tokenizer = TextEncoder(ctx.tokenizer), ctx.tokenizer
         self.max_length = ctx.run.model.max_seq_len
-        self._served: Served | None = None
+        self._served: Served[Generator] | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -209,7 +210,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         whole = {i: text for part in parts for i, text in part}
         return [whole[i] for i in range(len(requests))]
 
-    def _serve(self) -> Served:
+    def _serve(self) -> Served[Generator]:
         """A generator with the engine's weights; a collective call when it is made."""
         if self._served is None:
             ctx, adapter = self.ctx, self.engine.adapter_config

@@ -107,7 +107,7 @@ class JobRun:
             self.gate.step()
             items = range(done, min(done + self.job.chunk, total))
             part, done = part + 1, items.stop
-            figures = self._chunk(part, items)
+            figures = self.work_on(part, items)
             self.progress.update(name, done, figures)
             self.gate.completed(part, self._point(part))
         outcome = self._on_main(lambda: self._write(self.job.finish(self._records())))
@@ -118,7 +118,7 @@ class JobRun:
         if self.ctx.is_main:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
-    def _chunk(self, part: int, items: range) -> dict[str, float]:
+    def work_on(self, part: int, items: range) -> dict[str, float]:
         """Work on some items together, and keep what they give; on rank 0, their figures."""
         tp = self.job.tp
         mine = items[self.ranks.rank // tp :: self.ranks.size // tp]

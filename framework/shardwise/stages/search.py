@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import xxhash
 
 from shardwise.checkpoint.convert import open_model
@@ -21,7 +23,9 @@ from shardwise.losses.scores import ANSWER_CHANCE, score_of
 from shardwise.models.common.config import DecoderConfig
 from shardwise.precision.policy import precision_of
 from shardwise.rewards import Problem, ProblemSet, build_reward, prompt_messages
+from shardwise.rollout.engine import RolloutEngine
 from shardwise.rollout.native import NativeBackend
+from shardwise.rollout.plain import PlainRollout
 from shardwise.search import extract, methods
 from shardwise.search.config import (
     ProcessRewardModelConfig,
@@ -53,9 +57,12 @@ class _SearchJob(Job):
         self.chunk = config.chunk
         sampling = config.sampling.stopping_at(tokenizer.stop_ids)
         self.policy = Policy(sampling, config.step, ctx.run.model.max_seq_len, tokenizer.decode)
-        self.served = _served(ctx)
+        engine = ctx.engine(None)
+        ctx.load_initial_weights(engine)
+        self.served = _served(ctx, precision_of(ctx.precision, ctx.device).compute)
         self.generator, self.tp = self.served.generator, self.served.tp
-        exact = isinstance(self.generator.backend, NativeBackend)
+        self.generator.update_weights(engine.weights())
+        exact = isinstance(getattr(self.generator, "backend", None), NativeBackend)
         self.concurrent = config.concurrent or (config.chunk if exact else 1)
         self.reward = build_reward(config.reward)
 
@@ -82,13 +89,12 @@ class _SearchJob(Job):
             tree.nodes[i].scores[TRUTH] = score
 
 
-def _served(ctx: StageContext) -> Served:
-    """A generator with the weights that the job starts from; a collective call."""
-    engine = ctx.engine(None)
-    ctx.load_initial_weights(engine)
-    served = serve(ctx, precision_of(ctx.precision, ctx.device).compute, adapter=ctx.inherited)
-    served.generator.update_weights(engine.weights())
-    return served
+def _served(ctx: StageContext, dtype: torch.dtype) -> Served[RolloutEngine]:
+    """What draws; on the plain engine, which is an oracle, from no cache; a collective call."""
+    if ctx.stage.engine.kind != "plain" or ctx.inherited is not None:
+        return serve(ctx, dtype, adapter=ctx.inherited)
+    engine = PlainRollout(ctx.run.model, dtype, ctx.tokenizer.decode, ctx.device)
+    return Served(engine, dist.get_rank(), dist.get_world_size(), 0)
 
 
 def _hash(*said: Any) -> str:

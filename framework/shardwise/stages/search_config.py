@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -73,12 +74,15 @@ class SearchJobConfig(JobConfig):
         An untrained model ends no answer, and earns nothing: one byte in eight ends one, steps are
         short, and any text earns some reward. Else no tree would have a value that could differ.
         """
-        ends = {"max_new_tokens": 24, "stop_ids": tuple(range(0, 256, 8))}
+        ends = {"max_new_tokens": 16, "stop_ids": tuple(range(0, 256, 8))}
         updates = {
             "sampling": self.sampling.model_copy(update=ends),
             "step": self.step.model_copy(update={"max_step_tokens": 4}),
             "reward": small_reward(folder),
             "rollout": self.rollout.shrunk(),
+            # More than one part, and trees that share a cache.
+            "chunk": min(self.chunk, 3),
+            "concurrent": min(self.concurrent or 2, 2),
         }
         return super().shrunk(small, folder).model_copy(update=updates)
 
@@ -177,8 +181,11 @@ class SearchConfig(SearchJobConfig):
 
     def shrunk(self, small: SmallSizes, folder: Path) -> Self:
         """See `JobConfig.shrunk`."""
-        number = {"num_problems": min(self.num_problems or 5, 5)}
-        return super().shrunk(small, folder).model_copy(update=number)
+        few: dict[str, Any] = {"num_problems": min(self.num_problems or 5, 5)}
+        few["method"] = self.method.shrunk()
+        if isinstance(self.scorer, RolloutsConfig):
+            few["scorer"] = self.scorer.shrunk()
+        return super().shrunk(small, folder).model_copy(update=few)
 
 
 class LabelDataConfig(Section):
@@ -211,3 +218,23 @@ class LabelStepsConfig(SearchJobConfig):
     def metrics(cls) -> tuple[Metric, ...]:
         """See `Logs.metrics`."""
         return (Metric("label", "mean label of a step", format=".3f", line="label"), DRAWN, SHARED)
+
+    def shrunk(self, small: SmallSizes, folder: Path) -> Self:
+        """See `JobConfig.shrunk`. The solutions are made up: the user's may be long."""
+        solutions = [self.step.separator.join("abc"[: 1 + i % 3]) for i in range(5)]
+        rows = [
+            {"prompt": f"{i}?", "completion": text, "answer": "c"}
+            for i, text in enumerate(solutions)
+        ]
+        file = folder / f"{self.name}-solutions.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        source = DataSource.model_validate({"kind": "prompt-completion", "path": file})
+        made = super().shrunk(small, folder)
+        longest = max(len(text.encode()) for text in solutions) + 8
+        return made.model_copy(
+            update={
+                "data": LabelDataConfig(sources=[source]),
+                "samples": min(self.samples, 2),
+                "sampling": made.sampling.model_copy(update={"max_new_tokens": longest}),
+            }
+        )

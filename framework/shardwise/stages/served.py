@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,21 +16,24 @@ from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.collectives import broadcast_bytes
 from shardwise.rollout.config import RolloutConfig
+from shardwise.rollout.engine import RolloutEngine
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sharded import check_tp, group_mesh
 from shardwise.search.scorers import Path, Scorer
 from shardwise.stages.base import StageContext
 
+E = TypeVar("E", bound=RolloutEngine, covariant=True)
+
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-    """A generator, and which part of the work its ranks take.
+class Served(Generic[E]):
+    """What generates, and which part of the work its ranks take.
 
     ``group``: the number of the ranks that share it, of ``groups``; ``place``: of this rank among
     them. They make the same calls in the same order, and the first of them (``place`` 0) speaks.
     """
 
-    generator: Generator
+    generator: E
     group: int
     groups: int
     place: int
@@ -41,8 +45,7 @@ class Served:
 
     def agreed(self, scorer: Scorer) -> Scorer:
         """A scorer whose scores, which may hang on a clock, are the first rank's for all."""
-        backend = self.generator.backend
-        mesh = getattr(backend, "mesh", None)
+        mesh = getattr(getattr(self.generator, "backend", None), "mesh", None)
         return scorer if mesh is None else _Agreed(scorer, mesh.groups["tp"])
 
 
@@ -52,7 +55,7 @@ def serve(
     *,
     said: RolloutConfig | None = None,
     adapter: AdapterConfig | None = None,
-) -> Served:
+) -> Served[Generator]:
     """A generator that has no weights yet, as a ``rollout`` section says: the evaluation's own
     (``said``), or the stage's; a collective call. ``adapter``: what the weights come with.
     """

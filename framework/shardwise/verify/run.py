@@ -21,7 +21,7 @@ from shardwise.precision.policy import resolve
 from shardwise.stages.base import role_of, roles_of
 from shardwise.stages.run import check_job as check_job_layout
 from shardwise.verify import suite
-from shardwise.verify.jobs import check_job
+from shardwise.verify.jobs import JobChecker
 from shardwise.verify.pool import RankPool
 from shardwise.verify.roles import own_layouts, with_engines, with_layouts, world_of
 from shardwise.verify.verdict import Verdict, VerifyReport
@@ -101,11 +101,9 @@ def verify(
                     begin(f"{one.name}: one process with itself")
                 keep(verifier.check_splits(one.name, tried[0]))
         for job in jobs:
-            for layout in _layouts(run, job, layouts, refused, mine, device):
-                if begin is not None:
-                    begin(f"{job.name} {layout} in fp64")
-                for verdict in check_job(run, job, layout, mine):
-                    keep(verdict)
+            tried = _layouts(run, job, layouts, refused, mine, device)
+            for verdict in _check_job(JobChecker(run, job, mine), tried, refused, begin):
+                keep(verdict)
     finally:
         verifier.close()
         if pool is None:
@@ -141,6 +139,23 @@ def _checks(
                     refused[name, INDEPENDENCE] = str(error)
                 else:
                     yield f"{what}, independence", lambda v=verdict: v  # type: ignore[misc]
+
+
+def _check_job(
+    checker: JobChecker,
+    layouts: Sequence[str],
+    refused: Refused,
+    begin: Callable[[str], None] | None,
+) -> Iterator[Verdict]:
+    """What comes of a job's layouts; what cannot be goes into ``refused``."""
+    with checker:
+        for number, layout in enumerate(layouts, 1):
+            if begin is not None:
+                begin(f"{checker.name} {layout} in fp64, layout {number} of {len(layouts)}")
+            try:
+                yield checker.check(layout)
+            except UserError as error:
+                refused[checker.name, layout] = f"it cannot be made small: {error}"
 
 
 def _remarks(stages: Sequence[StageConfig]) -> tuple[str, ...]:
