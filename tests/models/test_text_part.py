@@ -188,6 +188,8 @@ def test_text_models_are_their_classes_by_default(name: str, tmp_path: Path) -> 
         ({"model_type": "paligemma"}, "whether it computes what the mistral of its text_config"),
         ({"text_config": {"model_type": "mamba"}}, "'mamba' is not supported"),
         ({"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
+        ({"text_config": {"model_type": ["llama"]}}, r"text_config: model_type is \['llama'\]"),
+        ({"model_type": ["llava"]}, r"model_type \['llava'\] is not supported"),
     ],
 )
 def test_wholes_that_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:

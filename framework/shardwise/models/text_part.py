@@ -94,7 +94,8 @@ Kept = TypeVar("Kept")
 
 def is_whole(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a multimodal model whose text model can be read."""
-    return raw.get("model_type") in WRAPPERS and isinstance(_text_config(raw), Mapping)
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in WRAPPERS and isinstance(_text_config(raw), Mapping)
 
 
 def _text_config(raw: Mapping[str, Any]) -> Any:
@@ -107,8 +108,8 @@ def _text_config(raw: Mapping[str, Any]) -> Any:
 def own_config(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config.json of the text model; any other one as it is.
 
-    Raises CheckpointError for weight files that cannot be read: where the two configs do not say
-    alike whether the head is the embedding, the weights of ``folder`` do.
+    Where the two configs do not say alike whether the head is the embedding, the weights of
+    ``folder`` do. Raises CheckpointError for weight files that cannot be read.
     """
     if not is_whole(raw):
         return raw
@@ -116,7 +117,9 @@ def own_config(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("architectures", "_name_or_path"):  # of what it was made from
         said.pop(key, None)
     shared = {key: raw[key] for key in _SHARED if raw.get(key) is not None}
-    kind = said.pop("model_type", WRAPPERS[raw["model_type"]])
+    kind = said.pop("model_type", None) or WRAPPERS[raw["model_type"]]
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder / CONFIG}: text_config: model_type is {kind!r}, no text")
     defaults = _DEFAULTS.get(raw["model_type"], {}) | _DEFAULTS.get(kind, {})
     made = defaults | shared | _one_position(said) | {"model_type": _OTHER_NAMES.get(kind, kind)}
     ties = [c.get(TIED) for c in (raw, said)]
@@ -177,7 +180,8 @@ def described(folder: Path) -> str:
     raw = safe_files.parse_json(safe_files.read_bytes(path)) if path.is_file() else None
     if not isinstance(raw, dict) or not is_whole(raw):
         return ""
-    whole = (raw.get("architectures") or [raw["model_type"]])[0]
+    names = raw.get("architectures")
+    whole = names[0] if isinstance(names, list) and names else raw["model_type"]
     parts = [_part(name) for name in stored_names(folder) if _own_name(name) is None]
     ignored = [name for name in _PROCESSOR if (folder / name).exists()]
     left = [f"{', '.join(sorted(set(parts)))} ({len(parts)} tensors)"] if parts else []
