@@ -141,6 +141,9 @@ ODD = {"vocab_size": 301, "tie_embeddings": False}
         ({"family": "gemma3"}, "tp2.sp", 2, 1, {"precision": "bf16"}),
         ({"family": "olmo2"}, "pp2", 2, 4, {"precision": "fp32"}),
         ({"family": "olmo3"}, "tp2", 2, 1, {"precision": "bf16"}),
+        ({"family": "cohere"}, "tp2.sp", 2, 1, {"precision": "bf16"}),
+        ({"family": "arcee"}, "dp1.zero0", 1, 1, {"precision": "bf16"}),
+        ({"family": "gpt_neox"}, "tp2", 2, 1, {"precision": "fp32"}),
     ],
 )
 def test_formulas_describe_the_engine(

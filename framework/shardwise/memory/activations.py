@@ -33,7 +33,13 @@ def boundary(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def _norm(model: ModelShape, place: Place, work: Work) -> int:
-    """An RMS norm: input and normalised input in fp32 at least, and 1 / rms of each token."""
+    """An RMS norm: input and normalised input in fp32 at least, and 1 / rms of each token.
+
+    A layer norm: its input as it comes, mean and 1 / deviation.
+    """
+    if model.centred:
+        n = stream_tokens(place, work)
+        return n * (work.compute_bytes * model.hidden_size + 2 * work.wide_bytes)
     return work.wide_bytes * stream_tokens(place, work) * (2 * model.hidden_size + 1)
 
 
@@ -65,13 +71,14 @@ def _attention(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def block(model: ModelShape, place: Place, work: Work) -> int:
-    """A block without recompute: norms, 2 inputs of products, attention, 4 x feed-forward.
+    """A block without recompute: norms, 2 inputs of products, attention, feed-forward.
 
-    Of the feed-forward: gate, silu(gate), up, and their product.
+    Of the latter: gate, silu(gate), up, and their product; without a gate, what goes into its
+    activation, and comes out.
     """
     n, c = tokens(place, work), work.compute_bytes
     inputs = (1 if model.norms == "shared" else 2) * n * c * model.hidden_size
-    ffn = 4 * n * c * -(-model.ffn_size // place.tp)
+    ffn = (4 if model.gated else 2) * n * c * -(-model.ffn_size // place.tp)
     if (adapted := model.adapted) is not None:
         ffn += n * c * adapted.rank * len(adapted.layers)  # what A gives B
         # Of a network between two products: what is given to the first, before and behind its
@@ -82,6 +89,8 @@ def block(model: ModelShape, place: Place, work: Work) -> int:
         kept = 2 * between + (0 if adapted.cut else model.hidden_size)
         ffn += seen * c * kept * adapted.per_block
     norms = model.norms_per_block * _norm(model, place, work) + _qk_norms(model, place, work)
+    if model.parallel and model.centred and model.norms_per_block == 2:
+        norms -= boundary(model, place, work)  # both keep the same input
     return norms + inputs + _attention(model, place, work) + ffn
 
 

@@ -38,7 +38,8 @@ def products(model: ModelShape, place: Place) -> dict[str, tuple[int, int]]:
         kv //= tp
     f = -(-model.ffn_size // tp)
     attention = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-    return attention | {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    gate = {"gate": (f, d)} if model.gated else {}
+    return attention | gate | {"up": (f, d), "down": (d, f)}
 
 
 def block_matrices(model: ModelShape, place: Place) -> list[Matrix]:

@@ -32,10 +32,10 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A decoder of gated blocks; biases, under 0.1 % of any model of use, are left out.
+    """A decoder; biases, under 0.1 % of any model of use, are left out.
 
-    ``norms``, ``qk_norm`` and soft caps: as the model's spec has them. ``adapted``: None, and
-    everything is trained.
+    ``gated``, ``norms``, ``parallel``, ``qk_norm`` and soft caps: as the model's spec has them.
+    ``centred``: its norms are PyTorch's layer norms. ``adapted``: None, and everything is trained.
     """
 
     hidden_size: int
@@ -47,7 +47,10 @@ class ModelShape:
     vocab_size: int
     tied: bool = True
     adapted: Adapted | None = None
+    gated: bool = True
+    centred: bool = False
     norms: Literal["before", "around", "after", "shared"] = "before"
+    parallel: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     soft_capped_scores: bool = False
     soft_capped_logits: bool = False
