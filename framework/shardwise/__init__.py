@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from shardwise.config.load import load_config as load_config
     from shardwise.launch.config_diff import config_diff as config_diff
     from shardwise.launch.doctor import doctor as doctor
+    from shardwise.launch.generate import generate as generate
     from shardwise.launch.train import train as train
     from shardwise.recipes.api import init as init
-    from shardwise.rollout.api import generate as generate
     from shardwise.serve.learn import learn as learn
     from shardwise.stages.evaluate import evaluate as evaluate
 
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "train": "shardwise.launch.train",
     "evaluate": "shardwise.stages.evaluate",
-    "generate": "shardwise.rollout.api",
+    "generate": "shardwise.launch.generate",
     "convert": "shardwise.checkpoint.convert",
     "load_config": "shardwise.config.load",
     "config_diff": "shardwise.launch.config_diff",

@@ -94,7 +94,7 @@ def running(
     writer = None if log is None else LogWriter(log, rotate_bytes)
     service = open_service(
         ckpt, "base", adapters or {}, limits, writer,
-        lambda config, tokenizer: SlowOracle(config, decode_text=tokenizer.decode),
+        lambda _, config, tokenizer: SlowOracle(config, decode_text=tokenizer.decode),
     )  # fmt: skip
     with bind("127.0.0.1", 0) as socket:
         made = server(Api(service, tokens, admin).app(0.02), limits)

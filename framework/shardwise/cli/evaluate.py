@@ -22,6 +22,10 @@ Adapters = Annotated[
     typer.Option(metavar="NAME=PATH", help="A PEFT folder; each over the one base, by its name."),
 ]
 
+TensorParallel = Annotated[
+    int, typer.Option(min=1, help="Ranks that share the model, each with some of its heads.")
+]
+
 
 def _files(what: str) -> Any:
     return typer.Option(metavar="FILE", help=f"{what} May repeat.")

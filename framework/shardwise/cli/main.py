@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from shardwise import __version__, terminal
 from shardwise.cli import checkpoint, complete, data, launch, recipes
 from shardwise.cli import config as configs
-from shardwise.cli.evaluate import Adapters, evaluate, named
+from shardwise.cli.evaluate import Adapters, TensorParallel, evaluate, named
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.cli.serve import learn, serve
 from shardwise.cli.sweep import sweep
@@ -238,11 +238,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same completions.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     adapter: Adapters = None,
+    tp: TensorParallel = 1,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
     """Complete prompts; a chat model is asked, a base model continues the text."""
-    from shardwise.rollout.api import generate as run
+    from shardwise.launch.generate import generate as run
 
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision}: allowed: fp32, bf16")
@@ -260,6 +261,7 @@ def generate(
         precision=precision,  # type: ignore[arg-type]  # checked above
         seed=seed,
         adapters=named(adapter or []),
+        tp=tp,
     )
     texts = [f"{c.adapter}: {c.text}" if c.adapter else c.text for group in done for c in group]
     result = [{"prompt": p, "completions": group} for p, group in zip(prompt, done)]

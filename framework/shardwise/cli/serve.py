@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shardwise.cli.evaluate import Adapters, Model, named
+from shardwise.cli.evaluate import Adapters, Model, TensorParallel, named
 from shardwise.cli.output import JsonOption, NoVerify, emit, json_alone
 from shardwise.errors import ExitCode, UserError
 
@@ -49,6 +49,7 @@ def serve(
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    tp: TensorParallel = 1,
     max_prompt_tokens: Annotated[int, _limit("Of a request.")] = 4096,
     max_completion_tokens: Annotated[int, _limit("Of a choice.")] = 1024,
     max_in_flight: Annotated[int, _limit("Requests that are answered at once.")] = 32,
@@ -75,6 +76,7 @@ def serve(
         admin_token_file=admin_token_file,
         precision=precision,  # type: ignore[arg-type]  # checked above
         rotate_bytes=rotate_mb << 20,
+        tp=tp,
         limits=Limits(
             prompt_tokens=max_prompt_tokens,
             completion_tokens=max_completion_tokens,

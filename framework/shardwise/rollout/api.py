@@ -1,4 +1,4 @@
-"""`shardwise.generate`: completions from a checkpoint, a Hugging Face folder or a GGUF file."""
+"""Completions from a checkpoint, a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.adapters import peft, peft_read
@@ -22,9 +23,11 @@ from shardwise.errors import UserError
 from shardwise.models import travel
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
+from shardwise.parallel.mesh import Mesh, init_distributed, pick_device
 from shardwise.rollout.config import Sampling
 from shardwise.rollout.generator import Generator
 from shardwise.rollout.sequences import Completion, Request
+from shardwise.rollout.sharded import check_tp, group_mesh
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +60,9 @@ def generate(
     seed: int = 0,
     max_slots: int = 64,
     adapters: Mapping[str, Path | str] | None = None,
+    tp: int = 1,
 ) -> list[list[Generated]]:
-    """``num_samples`` completions of every prompt, by prompt.
-
-    A prompt is a text or a conversation (messages with role and content). A text becomes a user's
-    message when the tokenizer has a chat template, unless ``raw``: it is then continued exactly as
-    it is, special tokens in it included.
-    ``sampling`` as a mapping holds what differs from the model's own generation_config.json, which
-    stands before greedy completions of 128 tokens; None: the model's own before `Sampling`'s.
-    ``adapters``, by a name of your choice, are folders of PEFT's: each completes every prompt, over
-    the one base model in ``ckpt``.
-    The same seed gives the same completions. Raises UserError, or CheckpointError when the
-    checkpoint cannot be read.
-    """
+    """See `shardwise.generate`, whose work this is; ``tp``: among ranks that all call it."""
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
     batch: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
     model = open_model(ckpt)
@@ -94,6 +87,7 @@ def generate(
         max_slots,
         decode_text=tokenizer.decode,
         adapter=None if adapters else model.beside,
+        mesh=shared_mesh(config, tp, device),
     )
     grouped: list[list[Generated]] = [[] for _ in batch]
     for name, weights in served(config, model, adapters or {}):
@@ -102,6 +96,19 @@ def generate(
             text = tokenizer.decode(completion.token_ids)
             grouped[completion.prompt_id].append(Generated(text, completion, name))
     return grouped
+
+
+def shared_mesh(config: ModelConfig, tp: int, device: str) -> Mesh | None:
+    """Of ``tp`` ranks, the world, that share a generator; a collective call. None: one rank.
+
+    Raises ConfigError, a UserError, for a model whose heads so many ranks cannot share.
+    """
+    if tp == 1:
+        return None
+    init_distributed(place := pick_device(device))
+    assert isinstance(config, DecoderConfig)
+    check_tp(tp, config, dist.get_world_size(), "--tp")
+    return group_mesh(tp, place)
 
 
 def served(

@@ -51,7 +51,10 @@ class RolloutEngine(Protocol):
     calls in the same order.
     """
 
-    checksum: str  # of the weights that are served; empty: none yet
+    @property
+    def checksum(self) -> str:
+        """Of the weights that are served; empty: none yet."""
+        ...
 
     @property
     def counts(self) -> RolloutCounts:

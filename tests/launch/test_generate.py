@@ -1,0 +1,34 @@
+"""Completions by ranks that share a model, through the command: those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command, shardwise  # noqa: F401  # a fixture
+from tests.serve.support import write_model
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_complete_as_one(
+    shardwise: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    write_model(model := tmp_path / "model")
+    asked = ("generate", model, "-p", "hi", "-p", "ho", "--temperature", "1", "--samples", "2")
+    said = {}
+    for tp in (1, 2):
+        code, _, err = shardwise(
+            *asked, "--max-new-tokens", 6, "--tp", tp, "--json", tmp_path / "o"
+        )
+        assert code == 0, err
+        found = json.loads((tmp_path / "o").read_text())
+        said[tp] = [c["completion"]["token_ids"] for one in found for c in one["completions"]]
+    assert said[1] == said[2] and len(said[1]) == 4
+    code, _, err = shardwise(*asked, "--tp", 3)
+    assert code == 2 and "does not divide num_heads 4" in err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = shardwise(*asked, "--tp", 2)
+    assert code == 2 and "torchrun has started 4 ranks; give --tp 4" in err
