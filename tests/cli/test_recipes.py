@@ -46,7 +46,8 @@ def test_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not file.is_absolute()
         file.parent.mkdir(parents=True, exist_ok=True)
         shipped = CONFIGS.parent / file
-        file.write_bytes(shipped.read_bytes() if shipped.exists() else b"")
+        written = b'{"prompt": "1 + 1?", "completion": "2"}\n' if "runs" in file.parts else b""
+        file.write_bytes(shipped.read_bytes() if shipped.exists() else written)
     if config.init_from is not None and not config.init_from.exists():
         with pytest.raises(ConfigError, match="run the recipe that makes it"):
             preflight(config, world_size=2)
