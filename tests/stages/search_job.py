@@ -15,8 +15,8 @@ from shardwise.config.load import load_config
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.search.scorers import Verifier
 from shardwise.stages.run import run_rank
-from shardwise.stages.search import LabelStepsJob, SearchJob
-from tests.stages.recipes import KilledError, recipe
+from shardwise.verify.jobs import killed_behind
+from tests.stages.recipes import recipe
 
 LETTERS = "abcd\u0434\u0436\u0437\u0438;\n"
 
@@ -68,25 +68,9 @@ def run(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
         return run_rank(load_config(config, overrides))
 
 
-def run_and_die(config: dict[str, Any], calls: int) -> None:
-    """The same, killed in the job's work after ``calls`` chunks."""
-    seen = 0
-
-    def dying(work: Any) -> Any:
-        def some(self: Any, items: Sequence[int]) -> list[Any]:
-            nonlocal seen
-            seen += 1
-            if seen > calls:
-                raise KilledError
-            return work(self, items)  # type: ignore[no-any-return]
-
-        return some
-
-    with (
-        mock.patch.object(SearchJob, "work", dying(SearchJob.work)),
-        mock.patch.object(LabelStepsJob, "work", dying(LabelStepsJob.work)),
-        contextlib.suppress(KilledError),
-    ):
+def run_and_die(config: dict[str, Any], parts: int) -> None:
+    """One rank of a run that is killed behind so many parts of its jobs."""
+    with killed_behind(parts):
         run(config)
 
 

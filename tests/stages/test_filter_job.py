@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from shardwise.config.load import load_config
 from shardwise.errors import ConfigError
 from shardwise.rewards import CountLettersConfig, ProblemSet
-from shardwise.stages.filter_job import FilterJob
 from shardwise.stages.held_out import held_out_texts
 from shardwise.stages.run import run_rank
+from shardwise.verify.jobs import killed_behind
 from tests.stages import toy_job
-from tests.stages.recipes import TASK, KilledError, recipe
+from tests.stages.recipes import TASK, recipe
 from tests.support.pool import RankError, RankPool
 
 Row = dict[str, Any]
@@ -53,19 +50,9 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     return run_rank(load_config(config))
 
 
-def run_and_die(config: dict[str, Any], calls: int) -> None:
-    """One rank of a run that is killed while it judges its rows."""
-    work: Callable[[FilterJob, Any], list[Any]] = FilterJob.work
-    seen = 0
-
-    def dying(self: FilterJob, items: Any) -> list[Any]:
-        nonlocal seen
-        seen += 1
-        if seen > calls:
-            raise KilledError
-        return work(self, items)
-
-    with mock.patch.object(FilterJob, "work", dying), contextlib.suppress(KilledError):
+def run_and_die(config: dict[str, Any], parts: int) -> None:
+    """One rank of a run that is killed behind so many parts of its jobs."""
+    with killed_behind(parts):
         run(config)
 
 

@@ -19,7 +19,7 @@ from shardwise.stages import registry
 from shardwise.stages.base import StageContext
 from shardwise.stages.jobs import Job, Outcome
 from shardwise.stages.run import run_rank
-from tests.stages.recipes import KilledError
+from shardwise.verify.jobs import killed_behind
 
 
 class ToyData(Section):
@@ -84,18 +84,9 @@ def run(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
         return run_rank(load_config(config, overrides))
 
 
-def run_and_die(config: dict[str, Any], calls: int) -> None:
-    """One rank of a run that is killed in the job's work after ``calls`` calls."""
-    work, seen = ToyJob.work, 0
-
-    def dying(self: ToyJob, items: Sequence[int]) -> list[Any]:
-        nonlocal seen
-        seen += 1
-        if seen > calls:
-            raise KilledError
-        return work(self, items)
-
-    with mock.patch.object(ToyJob, "work", dying), contextlib.suppress(KilledError):
+def run_and_die(config: dict[str, Any], parts: int) -> None:
+    """One rank of a run that is killed behind so many parts of its jobs."""
+    with killed_behind(parts):
         run(config)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.verify.edits import Edit
 
+NO_ROWS = [{"path": "no.jsonl"}]  # others stand in for them
 MCTS: dict[str, Any] = {
     "kind": "search",
     "method": {"kind": "mcts", "simulations": 4, "expand": 2},
@@ -26,10 +27,12 @@ BEST: dict[str, Any] = {
     "num_problems": 4,
 }
 SHARED = {**BEST, "rollout": {"tp": 2}}
-LABELS: dict[str, Any] = {
-    "kind": "label_steps", "data": {"sources": [{"path": "no.jsonl"}]}, "samples": 2,
+SCORED = {**DVTS, "scorer": {"kind": "process_reward_model", "model": "process_reward"}}
+SCORER = {
+    "kind": "process_reward", "steps": 3, "data": {"separator": "\n", "sources": NO_ROWS},
 }  # fmt: skip
-FILTER: dict[str, Any] = {"kind": "filter", "data": {"sources": [{"path": "no.jsonl"}]}}
+LABELS: dict[str, Any] = {"kind": "label_steps", "data": {"sources": NO_ROWS}, "samples": 2}
+FILTER: dict[str, Any] = {"kind": "filter", "data": {"sources": NO_ROWS}}
 ALONE, RESUME, DP2, SHARING = "no axis, .* on one process", "resume: ", "dp2", "rollout.tp: 2"
 
 
@@ -54,6 +57,12 @@ _JUDGED = "found = judge_rows([self.rows[i] for i in items], rules, self.held_ou
 
 # The first of each kind runs every day.
 JOB_BUGS = {
+    "two_prompts_change_places_in_the_cache": JobBug(
+        "cache", BEST, "dp1", "tokens|logprobs", ALONE,
+        Edit("rollout/generator.py",
+             "zip(prompts, self._compute(prompts))",
+             "zip(reversed(prompts), self._compute(prompts))"),
+    ),
     "a_fork_writes_a_page_that_others_read": JobBug(
         "cache", MCTS, "dp1", "tokens|logprobs", ALONE,
         Edit("rollout/pages.py",
@@ -65,12 +74,6 @@ JOB_BUGS = {
         Edit("rollout/generator.py",
              "tokens = [*parent.tokens[:end], *request.prompt_tokens]",
              "tokens = [*parent.tokens[: parent.length], *request.prompt_tokens]"),
-    ),
-    "two_prompts_change_places_in_the_cache": JobBug(
-        "cache", BEST, "dp1", "tokens|logprobs", ALONE,
-        Edit("rollout/generator.py",
-             "zip(prompts, self._compute(prompts))",
-             "zip(reversed(prompts), self._compute(prompts))"),
     ),
     "a_ranks_weights_are_of_another_step": JobBug(
         "ranks", BEST, "dp2", "version", DP2,

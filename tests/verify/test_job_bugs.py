@@ -44,7 +44,9 @@ def verdicts(
     job = copy.deepcopy(job)
     if job["kind"] == "filter":
         write_rows(job, folder)
-    return list(shardwise.verify(recipe(job), layouts, pool=pool).verdicts)
+    scorer = [job_bugs.SCORER] if "model" in job.get("scorer", ()) else []
+    report = shardwise.verify(recipe(*scorer, job), layouts, stage=job["kind"], pool=pool)
+    return list(report.verdicts)
 
 
 def write_rows(job: dict[str, Any], folder: Path) -> None:
@@ -86,7 +88,9 @@ def test_a_planted_bug_is_caught_and_named(name: str, ranks: RankPool, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["MCTS", "BEAM", "DVTS", "BEST", "SHARED", "LABELS", "FILTER"])
+@pytest.mark.parametrize(
+    "job", ["MCTS", "BEAM", "DVTS", "SCORED", "BEST", "SHARED", "LABELS", "FILTER"]
+)
 def test_without_a_bug_nothing_is_flagged(job: str, ranks: RankPool, tmp_path: Path) -> None:
     layouts = ["dp2", "dp4", "tp2"] + ["dp1"] * (job != "SHARED")
     found = verdicts(getattr(job_bugs, job), layouts, ranks, tmp_path)

@@ -59,7 +59,8 @@ class _SearchJob(Job):
         self.policy = Policy(sampling, config.step, ctx.run.model.max_seq_len, tokenizer.decode)
         engine = ctx.engine(None)
         ctx.load_initial_weights(engine)
-        self.served = _served(ctx, precision_of(ctx.precision, ctx.device).compute)
+        self.dtype = precision_of(ctx.precision, ctx.device).compute
+        self.served = _served(ctx, self.dtype)
         self.generator, self.tp = self.served.generator, self.served.tp
         self.generator.update_weights(engine.weights())
         exact = isinstance(getattr(self.generator, "backend", None), NativeBackend)
@@ -154,6 +155,7 @@ class SearchJob(_SearchJob):
             opened.tensors,
             ANSWER_CHANCE if steps is None else score_of(steps, ctx.tokenizer),
             size,
+            dtype=torch.promote_types(self.dtype, torch.float32),
             device=ctx.device,
             hf_names=False,
         )

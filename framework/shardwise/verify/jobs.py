@@ -78,9 +78,9 @@ class JobChecker:
         began = time.perf_counter()
         worst: dict[str, float] = {}
         counts: Counter[str] = Counter()
-        where, blamed, problem, first = "", "", "", None
+        shape, where, blamed, problem, first = "", "", "", "", None
         for how, job in _variants(self.job):
-            recipe = self._small(job, layout)
+            shape, recipe = self._small(job, layout)
             try:
                 wanted = self._one_process(recipe)
                 found = self._written(recipe, layout, run_in_two)
@@ -104,12 +104,15 @@ class JobChecker:
             first,
             blamed,
             problem,
+            shape=shape,
             counts=dict(counts),
             where=where,
         )
 
-    def _small(self, job: JobConfig, layout: str) -> dict[str, Any]:
-        """The recipe of the job on a small model, with the stages whose models it asks for."""
+    def _small(self, job: JobConfig, layout: str) -> tuple[str, dict[str, Any]]:
+        """The job on a small model, with the stages whose models it asks for: in words, and as a
+        recipe.
+        """
         run = self.run
         parsed = [parse_layout(layout, world_of(layout)), Layout(tp=_shared_by(job))]
         stand_in = PretrainConfig(kind="pretrain", name=job.name, steps=1, engine=job.engine)
@@ -121,7 +124,7 @@ class JobChecker:
         earlier = [s.name for s in run.training if s.name == scorer.get("model")]
         stages = [shrink(run, n, parsed[:1], self.folder).recipe["stages"][0] for n in earlier]
         recipe = run.model_dump(mode="json", include={"seed", "engine"})
-        return recipe | {
+        return small.model_shape, recipe | {
             "model": small.model.model_dump(mode="json") | {"max_seq_len": MAX_SEQ_LEN},
             "tokenizer": {"kind": "bytes"},
             "stages": [*stages, said],
@@ -253,23 +256,29 @@ class _KilledError(Exception):
     """The job ends here, as if its process had."""
 
 
-def run_in_two(config: dict[str, Any], job: str) -> None:
-    """In a rank: killed behind the job's first part, if there are more, and gone on with."""
-    whole = JobRun.work_on
+@contextlib.contextmanager
+def killed_behind(parts: int) -> Iterator[None]:
+    """In a rank: what runs inside ends as if its process had, once jobs have made so many parts."""
+    whole, begun = JobRun.work_on, itertools.count()
 
     def killed(self: JobRun, part: int, items: range) -> dict[str, float]:
-        if self.config.name == job and part > 1:
+        if next(begun) == parts:
             raise _KilledError
         return whole(self, part, items)
 
     JobRun.work_on = killed  # type: ignore[method-assign]
     try:
         with contextlib.suppress(_KilledError):
-            run_rank(load_config(config))
-            return
+            yield
     finally:
         JobRun.work_on = whole  # type: ignore[method-assign]
-    run_rank(load_config(config))
+
+
+def run_in_two(config: dict[str, Any], job: str) -> None:
+    """In a rank: killed behind the job's first part, if there are more, and gone on with."""
+    with killed_behind(1):
+        return run_whole(config, job)
+    run_whole(config, job)
 
 
 def compare_rows(

@@ -76,16 +76,24 @@ class Sizes:
         return self.model.model_dump_json(), self.stage
 
     @property
-    def shape(self) -> str:
-        """One line, for people."""
-        m, s = self.model, self.stage
+    def model_shape(self) -> str:
+        """The model in one line, for people."""
+        m = self.model
         shared = f" ({m.kv_heads} KV)" if m.kv_heads != m.num_heads else ""
-        window = f", window {w}" if (w := _window_of(m)) else ""
-        ramp = f" from {s.ramp_start}" if s.ramp_start is not None else ""
         return (
             f"{m.num_layers} layers of width {m.hidden_size}, {m.num_heads} heads{shared} of "
-            f"{m.head_width}, ffn {m.ffn_width}, vocabulary {m.vocab_size}; {s.rows} rows"
-            f"{ramp} in micro-batches of {s.micro_batch}, {s.seq_len} tokens{window}"
+            f"{m.head_width}, ffn {m.ffn_width}, vocabulary {m.vocab_size}"
+        )
+
+    @property
+    def shape(self) -> str:
+        """One line, for people."""
+        s = self.stage
+        window = f", window {w}" if (w := _window_of(self.model)) else ""
+        ramp = f" from {s.ramp_start}" if s.ramp_start is not None else ""
+        return (
+            f"{self.model_shape}; {s.rows} rows{ramp} in micro-batches of {s.micro_batch}, "
+            f"{s.seq_len} tokens{window}"
         )
 
 
