@@ -107,7 +107,7 @@ def _layouts(rng: random.Random, stage: str) -> str:
 
 def _recipe(rng: random.Random, stage: str, precision: str, fp8: bool) -> dict[str, Any]:
     """A recipe of one stage."""
-    model = _quantised(rng) if fp8 else rng.choice((_llama, _llama, _gpt2, _other))(rng)
+    model = _quantised(rng) if fp8 else rng.choice((_llama, _other, _gpt2, _other))(rng)
     engine: dict[str, Any] = {
         "compile": False,
         "recompute": rng.choice(("none", "none", "selective", "full")),
