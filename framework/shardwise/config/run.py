@@ -95,6 +95,12 @@ class RunConfig(Section):
         "hf:org/name[@revision]; model and tokenizer are its own where they are left out",
         examples=["/models/SmolLM2-135M", "hf:HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
+    init_optimizer: bool = Field(
+        False,
+        description="the first stage goes on from the optimizer's state and the step that "
+        "init_from holds, as a run moved from elsewhere does",
+        json_schema_extra=beside(init_from="moved"),
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     engine: AnyEngine = Field(default_factory=NativeConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -142,6 +148,8 @@ class RunConfig(Section):
                 self._check_artifact(i, key, reader)
         if self.evaluate_start and self.init_from is None:
             raise ValueError("evaluate_start measures what init_from holds, and there is none")
+        if self.init_optimizer and self.init_from is None:
+            raise ValueError("init_optimizer goes on from what init_from holds, and there is none")
         said = [("evaluation", e.name, e.stages) for e in self.evaluations]
         said += [("callback", c.name, c.stages) for c in self.callbacks]
         for what, name, stages in said:

@@ -203,7 +203,8 @@ def initial_hash(run: RunConfig) -> str:
     """What stands for the parent of the first stage: weights, and their commit on the hub."""
     if run.init_from is None:
         return f"seed-{run.seed}"
-    return folder_hash(run.start) + (hub.revision_of(run.init_from, "model") or "")
+    own = folder_hash(run.start) + (hub.revision_of(run.init_from, "model") or "")
+    return f"{own}+optimizer" if run.init_optimizer else own
 
 
 def folder_hash(folder: Path | None) -> str:

@@ -27,6 +27,7 @@ from shardwise.stages.base import Stage, StageContext, checkpoint_root
 from shardwise.stages.callbacks import Callback, Figures, Log, Meters, Show, SkipGuard
 from shardwise.stages.lineage import Lineage, check_lineage
 from shardwise.stages.registry import build_callbacks
+from shardwise.stages.taken_over import take_over
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER
 from shardwise.stages.trace import TRACED_STEP, trace_step
 
@@ -121,7 +122,7 @@ class Loop:
         if start is None:
             if not has_adapter:
                 self.ctx.load_initial_weights(self.stage.engine)
-            start = 0
+            start = take_over(self.stage.engine, self.ctx.run, self.config)
             self.pending = self.config.validation.at_start
             self.ctx.logger.rewind(self.config.name, -1)
         else:

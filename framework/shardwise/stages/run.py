@@ -61,6 +61,7 @@ from shardwise.stages.served import check_served
 from shardwise.stages.sizes import check_sizes
 from shardwise.stages.skipped import SkippedError, check_trained, may_skip
 from shardwise.stages.summary import summarize
+from shardwise.stages.taken_over import check_taken_over
 from shardwise.stages.tokenizer_folder import TOKENIZER_FOLDER, filled, restore, section_of
 from shardwise.storage.durable import StorageError, write_durably
 
@@ -236,6 +237,8 @@ def _check_files(run: RunConfig, named: Callable[[str], str]) -> None:
         check_initial_weights(start, model.as_scalar() if scalar else model, named("init_from"))
         if is_native(start):
             check_trained(start, may_skip(first), named("init_from"))
+        if run.init_optimizer:
+            check_taken_over(run, named("init_optimizer"))
     if run.tokenizer.path is not None:
         try:
             located(run.tokenizer.path)

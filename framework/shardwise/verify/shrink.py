@@ -114,7 +114,8 @@ def shrink(run: RunConfig, stage_name: str, layouts: Sequence[Layout], folder: P
     """
     [config] = [s for s in run.training if s.name == stage_name]
     small = sizes(run, config, layouts)
-    left_out = {"init_from", "run_dir", "evaluate_start", "logging", "evaluations", "stages"}
+    left_out = {"init_from", "init_optimizer", "run_dir", "evaluate_start"}
+    left_out |= {"logging", "evaluations", "stages"}
     recipe = run.model_dump(mode="json", exclude=left_out)
     made = config.shrunk(small.stage, folder)
     evaluations = [
