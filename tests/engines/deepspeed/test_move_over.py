@@ -1,0 +1,119 @@
+"""From a run of DeepSpeed's own to one of ours, as docs/engines.md says: the next losses agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardwise.checkpoint.convert import convert
+from shardwise.config.load import load_config
+from shardwise.data.datasets import build_pretrain_dataset
+from shardwise.data.packing import collate
+from shardwise.data.tokenizer import ByteTokenizer
+from shardwise.models import registry
+from shardwise.models.common.init import init_weights
+from tests.stages.recipes import metrics, run
+from tests.support import toy
+from tests.support.pool import RankPool
+
+pytest.importorskip("deepspeed")
+
+STEPS, SAVED, BATCH, LENGTH = 6, 3, 4, 16
+RATE, DECAY, BETAS, CLIP = 1e-2, 0.1, (0.9, 0.95), 0.5
+
+
+def recipe(folder: Path, model: Path, text: Path) -> dict[str, Any]:
+    """What the other run did, in our words."""
+    stage = {
+        "kind": "pretrain",
+        "steps": STEPS,
+        "batch": {"global_batch": BATCH, "micro_batch": 2, "seq_len": LENGTH},
+        "optimizer": {"lr": RATE, "weight_decay": DECAY, "no_decay": ["*norm*"]}
+        | {"beta1": BETAS[0], "beta2": BETAS[1]},
+        "schedule": {"kind": "constant"},
+        "data": {"sources": [{"path": str(text)}]},
+    }
+    engine = {"precision": "fp32", "max_grad_norm": CLIP, "compile": False, "layout": "dp2.zero1"}
+    return {"run_dir": str(folder), "init_from": str(model), "engine": engine, "stages": [stage]}
+
+
+def batches(config: dict[str, Any], cache: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, targets) of every step, as our stage takes them."""
+    loaded = load_config(config).config
+    stage = loaded.stages[0]
+    rows = build_pretrain_dataset(
+        stage.data, ByteTokenizer(), LENGTH, loaded.seed, cache  # type: ignore[attr-defined]
+    )  # fmt: skip
+    order, found = rows.sampler(stage.name), []
+    for step in range(STEPS):
+        picked = [rows.row(int(i)) for i in order.batch(step * BATCH, BATCH)]
+        batch = collate(picked, range(step * BATCH, (step + 1) * BATCH), True)
+        assert bool(batch.loss_mask_BT.all()), "rows of one document, without padding"
+        found.append((batch.input_ids_BT, batch.targets_BT))
+    return found
+
+
+def theirs(model: str, data: list[tuple[torch.Tensor, torch.Tensor]], out: str) -> list[float]:
+    """A training loop as one writes it with DeepSpeed and transformers; the losses."""
+    from transformers import AutoModelForCausalLM
+
+    from shardwise.engines.deepspeed import library
+
+    deepspeed = library.load("cpu")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    groups = [
+        {"params": [p for p in net.parameters() if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in net.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH // 2,
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
+    engine = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0]
+    rank, losses = dist.get_rank(), []
+    for step, (tokens, targets) in enumerate(data):
+        if step == SAVED:
+            engine.save_checkpoint(out, tag=f"global_step{step}")
+        mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+        logits = engine(tokens[mine]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[mine].flatten())
+        engine.backward(loss)
+        engine.step()
+        whole = loss.detach() / 2
+        dist.all_reduce(whole)
+        losses.append(float(whole))
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.slow
+def test_a_run_of_deepspeeds_goes_on_here(ranks: RankPool, tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    config = toy.llama(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    init_weights(made := registry.build(config), 0)
+    registry.to_hf(model := tmp_path / "model", config, made.named_parameters())
+    tokenizer.save(model)
+    (text := tmp_path / "text.txt").write_text("the quick brown fox jumps over lazy dogs. " * 99)
+    data = batches(recipe(tmp_path / "none", model, text), tmp_path / "cache")
+    said = ranks.run(theirs, str(model), data, str(tmp_path / "run"), world=2)[0]
+
+    moved = tmp_path / "moved"
+    convert(tmp_path / "run", moved, "native", base=model, trust_pickle=True)
+    losses = {}
+    for init_optimizer in (True, False):
+        folder = tmp_path / f"ours_{init_optimizer}"
+        asked = recipe(folder, moved, text) | {"init_optimizer": init_optimizer}
+        ranks.run(run, asked, world=2)
+        losses[init_optimizer] = [r["loss"] for r in metrics(folder) if r["kind"] == "train"]
+    assert losses[True] == pytest.approx(said[SAVED:], rel=1e-4)
+    assert losses[False][1:3] != pytest.approx(said[SAVED + 1 : SAVED + 3], rel=1e-2)
