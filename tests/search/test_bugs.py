@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shardwise.search.config import BeamConfig, DvtsConfig, MctsConfig
+from tests.rewards import test_rules
 from tests.search import test_extract, test_methods, test_scorers
 from tests.verify.edits import Edit, applied
 
@@ -33,6 +34,21 @@ BUGS: dict[str, tuple[Callable[[], Any], Edit]] = {
         lambda: test_scorers.test_a_model_is_read_at_step_ends("last"),
         Edit("search/scoring_models.py", "len(path.prompt_tokens) :,",
              "len(path.prompt_tokens) - 1 :,"),
+    ),
+    "a search that goes on behind what is enough": (
+        lambda: test_methods.test_a_score_that_is_enough_ends_a_search(
+            test_methods.METHODS["best_of_n"]
+        ),
+        Edit("search/methods.py", "worth(n, scorer) >= score for n", "worth(n, scorer) > 1 for n"),
+    ),
+    "a step judged before it is at its end": (
+        lambda: test_rules.test_beginnings_of_numbers_games("8 - 5 = 4", True),
+        Edit("rewards/rules.py", 'steps if answer else steps.rpartition(",")[0]', "steps"),
+    ),
+    "priors of the newest steps alone": (
+        test_methods.test_what_is_visited_often_is_widened,
+        Edit("search/methods.py", "set_priors(tree, tree.children(node))",
+             "set_priors(tree, drawn)"),
     ),
     "subtrees of DVTS that mix": (
         test_methods.test_dvts_subtrees_do_not_mix,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ METHODS: dict[str, Any] = {
     "dvts": DvtsConfig(samples=8, width=4),
     "uct": MctsConfig(simulations=40, expand=3, select="uct"),
     "puct": MctsConfig(simulations=40, expand=3, backup="max"),
+    "wide": MctsConfig(simulations=40, expand=2, widen=0.5),
 }
 EACH = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 methods_ = st.sampled_from(list(METHODS.values()))
@@ -326,3 +328,47 @@ def test_rollouts_are_counted_and_value_a_step() -> None:
     nodes = sum(len(n.token_ids) for n in tree.nodes)
     rollouts = sum(5 * 2 * (3 - tree.depth(n.id)) for n in steps)
     assert tree.cost.drawn == nodes + rollouts
+
+
+# A score that is enough
+
+
+@EACH
+def test_a_score_that_is_enough_ends_a_search(config: Any) -> None:
+    """The draws are those of a search that goes on, up to the first finished answer with it."""
+    scorer = fake.FakeScorer(lambda p: p.text.count("b") / 3)
+    until = config.model_copy(update={"stop_at": 2 / 3})
+    [whole_], [tree] = fake.search(config, scorer=scorer), fake.search(until, scorer=scorer)
+    assert tree.answer is not None and (tree.nodes[tree.answer].scores["fake"] or 0) >= 2 / 3
+    assert tree.cost.drawn <= whole_.cost.drawn
+    found = {tuple(whole_.tokens(n.id)) for n in whole_.nodes}
+    assert {tuple(tree.tokens(n.id)) for n in tree.nodes} <= found
+    if config.kind == "best_of_n":
+        enough = [(n.scores["fake"] or 0) >= 2 / 3 for n in tree.nodes[1:]]
+        assert enough.index(True) == len(enough) - 1 < 8
+
+
+@given(config=methods_, budget=st.integers(1, 200))
+def test_a_score_that_none_has_changes_no_draw(config: Any, budget: int) -> None:
+    bounded = config.model_copy(update={"budget_tokens": budget})
+    [tree] = fake.search(bounded.model_copy(update={"stop_at": 2.0}))
+    assert tree.cost.drawn <= budget
+    if config.kind != "best_of_n":  # which draws one after the other
+        assert tree.nodes == fake.search(bounded)[0].nodes
+    [free] = fake.search(config.model_copy(update={"stop_at": 2.0}))
+    assert free.record() == fake.search(config)[0].record() or config.kind == "best_of_n"
+
+
+def test_what_is_visited_often_is_widened() -> None:
+    config = MctsConfig(simulations=60, expand=2, widen=0.5)
+    [tree] = fake.search(config, engine=fake.FakeEngine(depth=2, width=6))
+    for n in tree.nodes:
+        if tree.children(n.id):  # as many as it had visits for when it was last walked through
+            before = max(n.visits - 1, 1)
+            assert math.ceil(2 * before**0.5) >= len(tree.children(n.id)) >= 2
+    assert len(tree.children(ROOT)) == math.ceil(2 * 59**0.5)
+    kept = [tree.nodes[i] for i in tree.children(ROOT) if tree.nodes[i].prior > 0]
+    assert len({tuple(n.token_ids) for n in kept}) == len(kept) <= 6
+    assert sum(n.prior for n in kept) == pytest.approx(1.0)
+    [narrow] = fake.search(config.model_copy(update={"widen": 0.0}))
+    assert len(narrow.children(ROOT)) == 2

@@ -18,10 +18,11 @@ from shardwise.losses.config import StepScoresConfig
 from shardwise.losses.scores import ANSWER_CHANCE, score_of
 from shardwise.models import registry
 from shardwise.rewards import Problem, RewardConfig, build_reward
+from shardwise.rewards.rules import SUDOKU
 from shardwise.rewards.scoring import NumericConfig
 from shardwise.search.choose import choose, said, vote
 from shardwise.search.config import AnyMethod, AnyScorer, BestOfNConfig, check_scorer
-from shardwise.search.scorers import Path, SelfConsistency, Verifier, mean_score
+from shardwise.search.scorers import ByRules, Path, SelfConsistency, Verifier, mean_score
 from shardwise.search.scoring_models import ModelScorer
 from shardwise.search.tree import Node
 from tests.search import fake
@@ -92,6 +93,14 @@ def test_self_consistency_knows_its_problem() -> None:
         BestOfNConfig(samples=20), scorer=SelfConsistency("whole"), engine=fake.FakeEngine(1, 2)
     )
     assert sum({n.text: n.scores["self_consistency"] for n in tree.nodes[1:]}.values()) == 1.0
+
+
+def test_rules_score_beginnings_and_answers_without_the_answer() -> None:
+    scorer = ByRules(SUDOKU, "answer")
+    problem = Problem("p", "Solve 42.. ..24 .1.2 2..1", "unknown", {})
+    said = [("4213 1", False), ("4211", False), ("4213 1324 3142 2431", True), ("4213", True)]
+    paths = [Path(problem, 0, [], [], text, finished) for text, finished in said]
+    assert scorer(paths) == [1.0, 0.0, 1.0, 0.0]
 
 
 SCALAR = toy.llama(vocab_size=BYTES.vocab_size, max_seq_len=96, tie_embeddings=False).as_scalar()

@@ -207,6 +207,23 @@ def test_another_method_is_another_job(ranks: RankPool, tmp_path: Path) -> None:
         ranks.run(run, made(tmp_path / "run", kind="beam"), world=1)
 
 
+def test_searches_share_draws_by_name(ranks: RankPool, tmp_path: Path) -> None:
+    config = made(tmp_path, kind="best_of_n")
+    [one] = config["stages"]
+    vote = {"method": {"kind": "best_of_n", "samples": 4, "choose": "majority"}, "scorer": None}
+    same, own = {"name": "same", "draws": "search"}, {"name": "own"}
+    config["stages"] += [{**one, **vote, **same}, {**one, **vote, **own}]
+    ranks.run(run, config, world=1)
+    first, same, own = (
+        [
+            [n["token_ids"] for n in tree["nodes"][1:5]]
+            for tree in rows(written(tmp_path, j)["trees"])
+        ]
+        for j in ("search", "same", "own")
+    )
+    assert first == same != own
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -215,6 +232,17 @@ def test_another_method_is_another_job(ranks: RankPool, tmp_path: Path) -> None:
         ({"sampling": {"greedy": True}}, "stages.0.sampling.greedy.*nothing branches"),
         ({"extract": {"lowest_solve_rate": 0.9, "highest_solve_rate": 0.1}}, "nothing is between"),
         ({"method": {"kind": "bfs"}}, "best_of_n"),
+        (
+            {"scorer": {"kind": "rules"}},
+            "arithmetic takes the right answer to judge; with rules: countdown, sudoku",
+        ),
+        (
+            {
+                "method": {"kind": "best_of_n", "stop_at": 1.0},
+                "scorer": {"kind": "self_consistency"},
+            },
+            "scorer.*stop_at waits for a score of a single answer",
+        ),
         (
             {"method": {"kind": "beam"}, "extract": {"worth": "value"}},
             "only mcts backs values up",

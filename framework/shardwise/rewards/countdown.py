@@ -103,6 +103,11 @@ def countdown_match(got: str | None, meta: Mapping[str, Any]) -> float | None:
     return float(_value(tokens) == target)
 
 
+def apply_operator(sign: str, a: int, b: int) -> Fraction | None:
+    """The value of one operation; None for a division by 0."""
+    return None if sign == "/" and not b else _VALUE[sign](Fraction(a), Fraction(b))
+
+
 def _value(tokens: Sequence[tuple[str, str]]) -> Fraction | None:
     """The value of an infix expression (Dijkstra's shunting yard); None for what is none."""
     values: list[Fraction] = []

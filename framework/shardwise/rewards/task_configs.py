@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import xxhash
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,6 +21,7 @@ from shardwise.errors import DataError
 from shardwise.rewards import families, problem_files, reasoning, sudoku
 from shardwise.rewards.countdown import Operator, countdown
 from shardwise.rewards.families import Operation, Problem
+from shardwise.rewards.rules import ANSWER_OF, COUNTDOWN, SUDOKU, Rules, Style
 from shardwise.rewards.scoring import (
     AnswerConfig,
     CountdownRewardConfig,
@@ -52,10 +53,15 @@ def split_of(question: str) -> Split:
 
 
 class TaskConfig(DataSection):
-    """A source of problems and how they are written; what every kind has."""
+    """A source of problems and how they are written; what every kind has.
+
+    ``rules``: what judges a text from its question alone; None: that takes the right answer.
+    """
+
+    rules: ClassVar[Rules | None] = None
 
     kind: str = Field("count_letters", description="which problems")
-    style: Literal["answer", "steps", "tags"] = Field(
+    style: Style = Field(
         "answer",
         description="of solutions; answer: the bare answer; steps: steps, then 'Answer: x'; "
         "tags: <think>steps</think><answer>x</answer>",
@@ -172,6 +178,8 @@ class ArithmeticConfig(GeneratedConfig):
 class CountdownConfig(GeneratedConfig):
     """The numbers game: an expression of all the given numbers that has a given value."""
 
+    rules: ClassVar[Rules | None] = COUNTDOWN
+
     kind: Literal["countdown"] = Field("countdown", description="which problems")
     min_numbers: Annotated[int, Field(ge=2, le=20)] = Field(3, description="fewest numbers")
     max_numbers: Annotated[int, Field(ge=2, le=20)] = Field(4, description="most numbers")
@@ -198,6 +206,8 @@ class CountdownConfig(GeneratedConfig):
 
 class SudokuConfig(GeneratedConfig):
     """Sudokus of four by four, each with one solution."""
+
+    rules: ClassVar[Rules | None] = SUDOKU
 
     kind: Literal["sudoku"] = Field("sudoku", description="which problems")
     min_clues: Annotated[int, Field(ge=sudoku.FEWEST, le=16)] = Field(
@@ -384,10 +394,6 @@ def _is_default(key: str, value: Any) -> bool:
 AnyTask = Annotated[Annotated[_Kinds, Field(discriminator="kind")], BeforeValidator(_filled)]
 
 
-# Where a solution of a style has its answer; of the style answer, it is the whole.
-_WRITTEN = {"steps": "marker", "tags": "tag"}
-
-
 def fill_for_file(stage: Section, *numbers: str) -> None:
     """Say what is left out beside a task of kind file, in a stage that was just read.
 
@@ -411,7 +417,7 @@ def fill_for_file(stage: Section, *numbers: str) -> None:
             if getattr(stage, name) is None:
                 raise ValueError(f"{name}: task {task.kind} has no end; say how many")
         rewarded = "reward" in type(stage).model_fields and "reward" not in stage.model_fields_set
-        how, game = _WRITTEN.get(task.style, "whole"), isinstance(task, CountdownConfig)
+        how, game = ANSWER_OF[task.style], isinstance(task, CountdownConfig)
         if rewarded and (game or how != "whole"):
             kind = CountdownRewardConfig if game else ExactConfig
             part = kind.model_validate({"extract": how})

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shardwise.config.section import (
+    Fraction,
     NonNegativeFloat,
     PositiveInt,
     Section,
@@ -35,6 +36,12 @@ class MethodConfig(Section):
         None,
         description="tokens that may be drawn for one problem, rollouts included; null: any number",
         examples=[2048],
+    )
+    stop_at: NonNegativeFloat | None = Field(
+        None,
+        description="a finished answer with such a score ends the search, and best_of_n draws one "
+        "answer after the other; null: none does",
+        examples=[1.0],
     )
     choose: Choose = Field(
         "best",
@@ -98,6 +105,12 @@ class MctsConfig(MethodConfig):
     kind: Literal["mcts"] = "mcts"
     simulations: PositiveInt = Field(64, description="walks from the prompt to a step")
     expand: PositiveInt = Field(4, description="steps drawn from one step")
+    widen: Fraction = Field(
+        0.0,
+        description="a step of n visits has expand * n ** widen steps drawn from it; 0: expand, "
+        "once and for all",
+        examples=[0.5],
+    )
     select: Literal["uct", "puct"] = Field(
         "puct", description="which step a walk takes: with the policy's priors, or without"
     )
@@ -123,6 +136,15 @@ class VerifierConfig(Section):
     """The reward of a finished answer, which knows the truth: for making data."""
 
     kind: Literal["verifier"] = "verifier"
+
+
+class RulesConfig(Section):
+    """1 while a text keeps to the task's rules, else 0; from the question alone.
+
+    Of tasks sudoku and countdown: a doubled number, or a wrong sum, can never be right.
+    """
+
+    kind: Literal["rules"] = "rules"
 
 
 class SelfConsistencyConfig(Section):
@@ -174,6 +196,7 @@ class ProcessRewardModelConfig(Section):
 
 AnyScorer = Annotated[
     VerifierConfig
+    | RulesConfig
     | SelfConsistencyConfig
     | RolloutsConfig
     | RewardModelConfig
@@ -189,6 +212,8 @@ _WHOLE: Mapping[str, str] = {
 def check_scorer(method: MethodConfig, scorer: Section | None) -> None:
     """Raise ValueError for a method that needs a scorer, and has none that can score for it."""
     kind = getattr(method, "kind", "")
+    if method.stop_at is not None and (scorer is None or isinstance(scorer, SelfConsistencyConfig)):
+        raise ValueError("method.stop_at waits for a score of a single answer; nothing gives one")
     if scorer is None:
         if kind == "best_of_n" and method.choose == "majority":
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 from shardwise.errors import ConfigError
 from shardwise.search.config import BeamConfig, BestOfNConfig, DvtsConfig, MctsConfig, MethodConfig
-from shardwise.search.tree import ROOT, Node, Tree, back_up, distinct, set_priors
+from shardwise.search.tree import ANSWERED, ROOT, Node, Tree, back_up, distinct, set_priors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +54,41 @@ def start(tree: Tree, config: MethodConfig, scorer: str | None) -> Method:
     At its end, all finished answers are scored.
     """
     tree.method = config.kind  # type: ignore[attr-defined]
-    if isinstance(config, BestOfNConfig):
-        yield from _best_of_n(tree, config)
-    elif scorer is None:
-        raise ConfigError(f"{tree.method} needs a scorer")
-    elif isinstance(config, BeamConfig):
-        yield from _beam(tree, config, scorer)
-    elif isinstance(config, DvtsConfig):
-        yield from _dvts(tree, config, scorer)
-    elif isinstance(config, MctsConfig):
-        yield from _mcts(tree, config, scorer)
+    method = _grow(tree, config, scorer)
+    if scorer is None or config.stop_at is None:
+        yield from method
+    else:
+        yield from _until(config.stop_at, method, tree, scorer)
     if scorer is not None:
         yield Score(tuple(tree.finished()))
+
+
+def _grow(tree: Tree, config: MethodConfig, scorer: str | None) -> Method:
+    if isinstance(config, BestOfNConfig):
+        return _best_of_n(tree, config)
+    if scorer is None:
+        raise ConfigError(f"{tree.method} needs a scorer")
+    if isinstance(config, BeamConfig):
+        return _beam(tree, config, scorer)
+    if isinstance(config, DvtsConfig):
+        return _dvts(tree, config, scorer)
+    assert isinstance(config, MctsConfig)
+    return _mcts(tree, config, scorer)
+
+
+def _until(score: float, method: Method, tree: Tree, scorer: str) -> Method:
+    """A method up to the first finished answer with such a score."""
+    answer = None
+    while True:
+        try:
+            wish = method.send(answer)
+        except StopIteration:
+            return
+        answer = yield wish
+        if isinstance(wish, Score):
+            ends = [n for n in map(tree.nodes.__getitem__, wish.nodes) if n.reason == ANSWERED]
+            if any(n.scores.get(scorer) is not None and worth(n, scorer) >= score for n in ends):
+                return
 
 
 def label(tree: Tree) -> Method:
@@ -81,11 +104,18 @@ def worth(node: Node, scorer: str) -> float:
 
 
 def _best_of_n(tree: Tree, config: BestOfNConfig) -> Method:
-    """N answers; what the budget cut goes on while there is any left."""
-    [drawn] = yield Expand((ROOT,), config.samples, whole=True)
-    while unfinished := [i for i in drawn if not tree.nodes[i].terminal]:
-        found = yield Expand(tuple(unfinished), 1, whole=True)
-        drawn = [i for children in found for i in children]
+    """N answers, the same ones together or, where one may be enough, one after the other.
+
+    What the budget cut goes on while there is any left.
+    """
+    one_by_one = config.stop_at is not None
+    for _ in range(config.samples if one_by_one else 1):
+        [drawn] = yield Expand((ROOT,), 1 if one_by_one else config.samples, whole=True)
+        while unfinished := [i for i in drawn if not tree.nodes[i].terminal]:
+            found = yield Expand(tuple(unfinished), 1, whole=True)
+            drawn = [i for children in found for i in children]
+        if one_by_one:
+            yield Score(tuple(drawn))
 
 
 def _top(tree: Tree, nodes: Sequence[int], number: int, scorer: str) -> list[int]:
@@ -132,26 +162,34 @@ def _dvts(tree: Tree, config: DvtsConfig, scorer: str) -> Method:
 def _mcts(tree: Tree, config: MctsConfig, scorer: str) -> Method:
     """Walks from the root by `selection`; a leaf is valued when it is first reached, and expanded
     when it is reached again. A tree from a record goes on where it was.
+
+    What is visited often is widened (Coulom 2007, "Computing Elo ratings of move patterns in the
+    game of Go", section 4): else a tree whose answers are all finished would draw nothing more.
     """
     while tree.nodes[ROOT].visits < config.simulations:
         node = ROOT
         while True:
             children = [i for i in tree.children(node) if tree.nodes[i].prior > 0.0]
-            if (
-                not children
-                and not tree.nodes[node].terminal
-                and (node == ROOT or tree.nodes[node].visits)
-            ):
-                [drawn] = yield Expand((node,), config.expand)
+            if (more := _missing(tree, node, config)) and (config.widen or not children):
+                [drawn] = yield Expand((node,), more)
                 if not drawn:  # the budget is spent
                     return
-                children = set_priors(tree, drawn)
+                children = set_priors(tree, tree.children(node))
                 yield Drop(tuple(i for i in drawn if i not in children))
             if not children:
                 break
             node = max(children, key=selection(tree, tree.nodes[node], config))
         yield Score((node,))
         back_up(tree, node, worth(tree.nodes[node], scorer), config.backup)
+
+
+def _missing(tree: Tree, node: int, config: MctsConfig) -> int:
+    """How many steps are still to be drawn from a node; 0 for a leaf that was not yet valued."""
+    n = tree.nodes[node]
+    if n.terminal or not (node == ROOT or n.visits):
+        return 0
+    wanted = math.ceil(config.expand * math.pow(max(n.visits, 1), config.widen))
+    return max(wanted - len(tree.children(node)), 0)
 
 
 def selection(tree: Tree, parent: Node, config: MctsConfig) -> Callable[[int], float]:

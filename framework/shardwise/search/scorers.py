@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from shardwise import rewards
 from shardwise.rewards import Problem, RewardItem
+from shardwise.rewards.rules import Rules, Style, obeys
 from shardwise.rewards.verifiers import Extract
 from shardwise.search.choose import said
 
@@ -66,6 +67,22 @@ def item_of(path: Path) -> RewardItem:
     """What a verifier is told of a path."""
     _, question, answer, meta, _, others = path.problem
     return RewardItem(question, path.text, answer, meta, len(path.token_ids), others)
+
+
+class ByRules:
+    """1 for a path that keeps to the rules of a task, from its question alone; else 0."""
+
+    name, samples, reads = "rules", 0, False
+
+    def __init__(self, rules: Rules, style: Style) -> None:
+        self.rules, self.style = rules, style
+
+    def __call__(self, paths: Sequence[Path]) -> list[float | None]:
+        """See `Scorer`."""
+        return [
+            float(obeys(self.rules, self.style, p.problem.question, p.text, p.finished))
+            for p in paths
+        ]
 
 
 class SelfConsistency:

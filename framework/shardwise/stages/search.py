@@ -31,12 +31,13 @@ from shardwise.search.config import (
     ProcessRewardModelConfig,
     RewardModelConfig,
     RolloutsConfig,
+    RulesConfig,
     SelfConsistencyConfig,
     VerifierConfig,
 )
 from shardwise.search.driver import Driver, Policy, search, total_cost
+from shardwise.search.scorers import ByRules, Scorer, SelfConsistency, Verifier
 from shardwise.search.scorers import Path as Answer
-from shardwise.search.scorers import Scorer, SelfConsistency, Verifier
 from shardwise.search.scoring_models import ModelScorer
 from shardwise.search.tree import Tree, from_record
 from shardwise.stages.base import StageContext
@@ -122,6 +123,10 @@ class SearchJob(_SearchJob):
         match config:
             case VerifierConfig():
                 return Verifier(self.reward), ""
+            case RulesConfig():
+                rules = self.config.task.rules
+                assert rules is not None  # see `SearchConfig`
+                return ByRules(rules, self.config.task.style), ""
             case RolloutsConfig():
                 return Verifier(self.reward, config.samples), ""
             case SelfConsistencyConfig():
@@ -172,7 +177,7 @@ class SearchJob(_SearchJob):
             self.scorer,
             trees,
             seed=seed,
-            name=config.name,
+            name=config.draws or config.name,
             concurrent=self.concurrent,
         )
         self.judge(trees)

@@ -22,13 +22,14 @@ from shardwise.config.schema import (
 )
 from shardwise.data.source import DataSource
 from shardwise.rewards import AnyTask, CountLettersConfig, RewardConfig, fill_for_file
-from shardwise.rewards.task_configs import Split
+from shardwise.rewards.task_configs import KINDS, Split
 from shardwise.rollout.config import RolloutConfig, Sampling
 from shardwise.search.config import (
     AnyMethod,
     AnyScorer,
     BestOfNConfig,
     RolloutsConfig,
+    RulesConfig,
     StepsConfig,
     check_scorer,
     check_steps,
@@ -140,6 +141,13 @@ class SearchConfig(SearchJobConfig):
         description="what scores answers and steps; null: nothing, for a majority vote",
         examples=[{"kind": "rollouts"}],
     )
+    draws: str | None = Field(
+        None,
+        min_length=1,
+        description="name of the draws: searches with the same one draw the same answers, so that "
+        "what chooses among them is compared on them; null: the job's name",
+        examples=["eight"],
+    )
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
 
     @model_validator(mode="after")
@@ -153,6 +161,10 @@ class SearchConfig(SearchJobConfig):
             check_scorer(self.method, self.scorer)
         except ValueError as error:
             self.refuse(("scorer",), str(error))
+        if isinstance(self.scorer, RulesConfig) and self.task.rules is None:
+            known = ", ".join(kind for kind, task in KINDS.items() if task.rules is not None)
+            why = f"task {self.task.kind} takes the right answer to judge; with rules: {known}"
+            self.refuse(("scorer", "kind"), why)
         try:
             check_steps(self.method, self.scorer, self.step)
         except ValueError as error:
