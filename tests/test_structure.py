@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -276,3 +277,13 @@ def test_the_danger_rule_can_fail(text: str) -> None:
 def test_the_danger_rule_lets_the_rest_pass() -> None:
     text = "torch.compile(f)\nre.compile('x')\nmodel.eval()\nsubprocess.run(['ls'], shell=False)"
     assert not dangers(ast.parse(text))
+
+
+def test_no_text_is_half_merged() -> None:
+    marks = re.compile("^(<{7}|>{7}|[|]{7}) ", re.MULTILINE)
+    texts = [p for end in ("py", "md", "yaml", "toml", "sh", "cpp") for p in ROOT.rglob(f"*.{end}")]
+    ours = [p for p in texts if not {".venv", "_build", "runs"} & set(p.relative_to(ROOT).parts)]
+    assert len(ours) > 500
+    assert not [
+        str(p) for p in ours if marks.search(p.read_text(encoding="utf-8", errors="replace"))
+    ]

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from shardwise.config.load import load_config as load_config
     from shardwise.launch.config_diff import config_diff as config_diff
     from shardwise.launch.doctor import doctor as doctor
+    from shardwise.launch.evaluate import evaluate as evaluate
     from shardwise.launch.generate import generate as generate
     from shardwise.launch.train import train as train
     from shardwise.recipes.api import init as init
     from shardwise.serve.learn import learn as learn
-    from shardwise.stages.evaluate import evaluate as evaluate
 
 __version__ = "0.1.0"
 
 # Where a room has the name, it is called itself (`lazy.callable_room`).
 _PUBLIC = {
     "train": "shardwise.launch.train",
-    "evaluate": "shardwise.stages.evaluate",
+    "evaluate": "shardwise.launch.evaluate",
     "generate": "shardwise.launch.generate",
     "convert": "shardwise.checkpoint.convert",
     "load_config": "shardwise.config.load",

@@ -1,4 +1,4 @@
-"""Completions by ranks that share a model, through the command: those of one process."""
+"""Completions and figures of ranks that share a model, by the commands: those of one process."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ def test_ranks_that_share_a_model_complete_as_one(
     monkeypatch.setenv("WORLD_SIZE", "4")
     code, _, err = shardwise(*asked, "--tp", 2)
     assert code == 2 and "torchrun has started 4 ranks; give --tp 4" in err
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_are_measured_as_one(
+    shardwise: Command, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    write_model(model := tmp_path / "model")
+    (text := tmp_path / "text.txt").write_text("the quick brown fox. " * 30)
+    asked = ("evaluate", model, "--bits-per-byte", text, "--seq-len", 32, "--json", tmp_path / "o")
+    found = []
+    for tp in (1, 2):
+        code, _, err = shardwise(*asked, "--tp", tp)
+        assert code == 0, err
+        found.append(json.loads((tmp_path / "o").read_text()))
+    one, two = (f["val_bits_per_byte"] for f in found)
+    assert two == pytest.approx(one, rel=1e-6)

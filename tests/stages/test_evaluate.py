@@ -17,6 +17,7 @@ from shardwise.errors import ConfigError
 from shardwise.stages.evaluate import evaluate
 from shardwise.stages.run import preflight
 from tests.stages.recipes import TASK, recipe, run
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 
@@ -30,11 +31,12 @@ def with_evaluations(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_figures_are_reproduced(ranks: RankPool, tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "tp"), daily([(1, 1), (2, 1), (2, 2), (4, 2)], 1, 2))
+def test_figures_are_reproduced(ranks: RankPool, tmp_path: Path, world: int, tp: int) -> None:
     summary = ranks.run(run, with_evaluations(tmp_path / "run"), world=2)[0]
     for stage in summary["stages"]:
-        again = ranks.run(evaluate, tmp_path / "run" / stage["checkpoint"], world=world)[0]
+        path = tmp_path / "run" / stage["checkpoint"]
+        again = ranks.run(evaluate, path, tp=tp, world=world)[0]
         figures = stage["metrics"]
         assert again["accuracy"] == figures["accuracy"]
         assert again["val_bits_per_byte"] == pytest.approx(figures["val_bits_per_byte"], rel=1e-6)

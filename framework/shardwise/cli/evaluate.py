@@ -62,6 +62,7 @@ def evaluate(
         str | None, typer.Option(metavar="fp32|bf16", help="Default: the recipe's, else fp32.")
     ] = None,
     adapter: Adapters = None,
+    tp: TensorParallel = 1,
     no_verify: NoVerify = False,
     json: JsonOption = None,
 ) -> None:
@@ -85,10 +86,10 @@ def evaluate(
     for i, one in enumerate(asked):  # two files of one kind go by numbers
         number = [other["kind"] for other in asked[:i]].count(one["kind"]) + 1
         one["name"] = one["kind"] if number == 1 else f"{one['kind']}_{number}"
-    from shardwise.stages.evaluate import evaluate as run
+    from shardwise.launch.evaluate import evaluate as run
 
     with json_alone(json):
-        found = run(ckpt, named(adapter or []), asked, precision)
+        found = run(ckpt, named(adapter or []), asked, precision, tp)
     by_name = found if adapter else {"": found}
     text = "\n".join(
         f"{name} {key}: {value}".lstrip()

@@ -1,4 +1,4 @@
-"""`shardwise.evaluate`: figures of a model, from a checkpoint or a folder alone."""
+"""Figures of a model, from a checkpoint or a folder alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardwise import checkpoint
 from shardwise.checkpoint.convert import RUN_FILE, STAGE_FILE, open_model
 from shardwise.config.load import load_config
 from shardwise.config.run import RunConfig
-from shardwise.config.schema import EvaluationConfig, StageConfig
+from shardwise.config.schema import StageConfig
 from shardwise.config.start import located
 from shardwise.config.yaml12 import parse
 from shardwise.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +29,7 @@ from shardwise.stages.base import StageContext
 from shardwise.stages.initial_weights import is_native
 from shardwise.stages.pipeline import evaluate_all
 from shardwise.stages.run import check_evaluations, with_vocabulary
+from shardwise.stages.served import check_served
 
 _SAY = "say what to measure (--bits-per-byte, --problems, --multiple-choice, --lm-eval)"
 
@@ -38,6 +39,7 @@ def evaluate(
     adapters: Mapping[str, str | Path] | None = None,
     evaluations: Sequence[Mapping[str, Any]] = (),
     precision: str | None = None,
+    tp: int = 1,
 ) -> dict[str, Any]:
     """Run ``evaluations`` (as a recipe has them) on a model's weights; flat figures.
 
@@ -46,8 +48,8 @@ def evaluate(
     carries, whose tokenizer comes with it; documents and problems from where the recipe says.
     ``adapters``, by a name of your choice, are folders of PEFT's: each is measured over the one
     base in ``ckpt``, and the figures come by name. ``precision``: fp32 or bf16; None: the recipe's,
-    else fp32. The layout is data parallel over the ranks at hand. Raises UserError when it is not
-    said what to measure, and for what cannot be.
+    else fp32. ``tp``: of the ranks at hand, as many neighbours share a model, and the others are
+    data parallel. Raises UserError when it is not said what to measure, and for what cannot be.
     """
     path = located(ckpt)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,12 +61,16 @@ def evaluate(
             parent = None
         check_evaluations(run)
         said = {} if precision is None else {"precision": precision}
-        engine_config = stage.engine.model_copy(update={"layout": "auto", **said})
-        alone = {"rollout": RolloutConfig()} if hasattr(stage, "rollout") else {}
-        stage = stage.model_copy(update={"engine": engine_config, **alone})
-        measured = [_alone(e) for e in run.evaluations]
-        run = run.model_copy(update={"evaluations": measured})
         init_distributed(pick_device(stage.engine.device), stage.engine.timeout_s)
+        engine_config = stage.engine.model_copy(update={"layout": _layout(tp), **said})
+        shared: dict[str, Any] = {"rollout": RolloutConfig(tp=tp)}
+        generated = shared if hasattr(stage, "rollout") else {}
+        stage = stage.model_copy(update={"engine": engine_config, **generated})
+        measured = [
+            e.model_copy(update=shared) if hasattr(e, "rollout") else e for e in run.evaluations
+        ]
+        run = run.model_copy(update={"evaluations": measured})
+        check_served(run, stage, dist.get_world_size())
         rank = dist.get_rank()
         with Progress([], rank=rank) as progress:
             logger = MetricsLogger(Path(folder), rank=1)  # no rank writes metrics
@@ -80,10 +86,14 @@ def evaluate(
             return found
 
 
-def _alone(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The same where the model is not shared among ranks."""
-    shared = getattr(evaluation, "rollout", None) is not None
-    return evaluation.model_copy(update={"rollout": None}) if shared else evaluation
+def _layout(tp: int) -> str:
+    """Of the ranks at hand."""
+    world = dist.get_world_size()
+    if world % tp:
+        raise UserError(f"--tp {tp}: it does not divide the {world} ranks at hand")
+    if tp == 1:
+        return "auto"
+    return f"tp{tp}" if tp == world else f"dp{world // tp}.zero3.tp{tp}"
 
 
 def _of_run(
