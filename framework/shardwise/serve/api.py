@@ -63,7 +63,7 @@ def serve(
     if tp > 1 and not is_rank():
         start(f"{__name__}:serve_rank", _as_json(locals()), tp)
         return
-    if tp > 1:
+    if is_rank():
         check_world(tp)
     limits = limits or Limits()
     for library in ("starlette", "uvicorn"):
