@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pickle
-import queue
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from shardwise.parallel.layout import parse_layout
 from tests.support import toy
 from tests.support.engines import CPU, LR, OPTIMIZER, copies
 from tests.support.families import small
+from tests.support.megatron_files import written_here
 from tests.support.pool import RankPool
 
 pytest.importorskip("megatron.core")
@@ -45,27 +45,10 @@ PRETRAIN = {"kind": "pretrain", "steps": 1}
 CASES = [("tp2", LLAMA), ("pp2", LLAMA), ("tp2", UNTIED), ("pp2", UNTIED), ("tp2", GPT2)]
 
 
-def in_this_process(
-    transforms: Any, storage: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
-) -> None:
-    """Megatron's writing of files, without the processes that it does it in."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    found: queue.Queue[Any] = queue.Queue()
-    for number, bucket in enumerate(buckets):
-        running: queue.Queue[Any] = queue.Queue()
-        running.put(number)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, found, running, use_fsync=False
-        )
-    results.put(dict(found.get() for _ in buckets))
-
-
 @contextlib.contextmanager
 def its_own(layout: str, model: Any, out: str) -> Iterator[Any]:
     """An engine after one update, so that no weight is what it began as; what saves and loads."""
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from shardwise.engines.megatron import names
 
@@ -81,10 +64,6 @@ def its_own(layout: str, model: Any, out: str) -> Iterator[Any]:
     if dist.get_rank() == 0:
         Path(out).mkdir()
     dist.barrier()
-    writer: Any = filesystem_async.FileSystemWriterAsync
-    kept = writer.write_preloaded_data_multiproc
-    filesystem_async._results_queue = queue.Queue()
-    writer.write_preloaded_data_multiproc = staticmethod(in_this_process)
     parallel_state._DATA_PARALLEL_GROUP_WITH_CP = it.groups.dp_cp  # asked for a tied embedding
 
     def state(**options: Any) -> Any:
@@ -92,11 +71,10 @@ def its_own(layout: str, model: Any, out: str) -> Iterator[Any]:
         return it.parts[0].module.sharded_state_dict(metadata=metadata)
 
     try:
-        with it._inside():
+        with it._inside(), written_here():
             yield it, state, dist_checkpointing
     finally:
-        filesystem_async._results_queue = parallel_state._DATA_PARALLEL_GROUP_WITH_CP = None
-        writer.write_preloaded_data_multiproc = staticmethod(kept)
+        parallel_state._DATA_PARALLEL_GROUP_WITH_CP = None
 
 
 def save(layout: str, model: Any, out: str, **options: Any) -> dict[str, Tensor]:
@@ -136,12 +114,18 @@ def assert_equal(path: Path, wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("layout,model", CASES)
 def test_weights_are_the_engine_s_own(
-    saved: Callable[..., Saved], tmp_path: Path, layout: str, model: Any
+    saved: Callable[..., Saved],
+    tmp_path: Path,
+    layout: str,
+    model: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     source, wanted = saved(layout, model)
     done = convert(source, tmp_path / "native", "native", trust_pickle=True)
     assert done["source_format"] == "megatron"
     assert_equal(tmp_path / "native", wanted)
+    filled = "1 rows that fill its vocabulary up to 62" in caplog.text  # of 61, on two ranks
+    assert filled == (layout == "tp2")
 
 
 def test_layers_that_are_saved_each_by_itself(ranks: RankPool, tmp_path: Path) -> None:

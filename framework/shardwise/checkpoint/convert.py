@@ -167,6 +167,13 @@ def _open_megatron(folder: Path, config: DecoderConfig, files: dict[str, bytes])
     found = torch_dist.read(folder)
     if found.unread:
         log.warning("%s: its optimizer's state is left out: %s", folder, found.unread)
+    if fill := megatron_names.fill(found, config):
+        log.warning(
+            "%s: %d rows that fill its vocabulary up to %d are left out. Its softmax counted them, "
+            "so losses begin lower than they were there; to go on exactly, let vocab_size be %d in "
+            "the config.json of --base",
+            *(folder, fill, config.vocab_size + fill, config.vocab_size + fill),
+        )
     return OpenModel(
         "megatron",
         config,

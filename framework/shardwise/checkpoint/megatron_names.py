@@ -26,6 +26,7 @@ _OF_LAYER |= {"gated", "activation", "mlp_bias"}
 
 View = Callable[[Tensor], Tensor]  # our part of theirs
 LAYERS = "decoder.layers."
+_WORDS = "embedding.word_embeddings.weight"
 
 
 def beyond_megatron(config: DecoderConfig) -> str | None:
@@ -53,6 +54,12 @@ def weights(found: Checkpoint, config: DecoderConfig) -> Iterator[tuple[str, Ten
     _refuse(config)
     masters = next((found.states[kind] for kind in MASTERS if kind in found.states), found)
     return _named(masters, config)
+
+
+def fill(found: Checkpoint, config: DecoderConfig) -> int:
+    """Rows of the embedding behind the model's words, which `weights` leaves out."""
+    shape = found.shapes.get(_WORDS, (0,))
+    return max(0, shape[0] - config.vocab_size)
 
 
 def optimizer(found: Checkpoint, config: DecoderConfig) -> OptimizerState | None:
@@ -164,7 +171,7 @@ def _rows(config: DecoderConfig) -> Iterator[tuple[str, Places, View]]:
     def words(fused: Tensor) -> Tensor:
         return fused[: config.vocab_size]  # behind them it is filled up
 
-    yield "embed.weight", (("embedding.word_embeddings.weight", None),), words
+    yield "embed.weight", ((_WORDS, None),), words
     yield "pos_embed.weight", (("embedding.position_embeddings.weight", None),), _all
     for layer in range(config.num_layers):
         for ours, options, view in _layer_rows(config):

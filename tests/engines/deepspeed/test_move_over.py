@@ -10,51 +10,15 @@ import torch
 import torch.distributed as dist
 
 from shardwise.checkpoint.convert import convert
-from shardwise.config.load import load_config
-from shardwise.data.datasets import build_pretrain_dataset
-from shardwise.data.packing import collate
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.models import registry
 from shardwise.models.common.init import init_weights
 from tests.stages.recipes import metrics, run
 from tests.support import toy
+from tests.support.moving import BATCH, BETAS, CLIP, DECAY, RATE, SAVED, TEXT, batches, recipe
 from tests.support.pool import RankPool
 
 pytest.importorskip("deepspeed")
-
-STEPS, SAVED, BATCH, LENGTH = 6, 3, 4, 16
-RATE, DECAY, BETAS, CLIP = 1e-2, 0.1, (0.9, 0.95), 0.5
-
-
-def recipe(folder: Path, model: Path, text: Path) -> dict[str, Any]:
-    """What the other run did, in our words."""
-    stage = {
-        "kind": "pretrain",
-        "steps": STEPS,
-        "batch": {"global_batch": BATCH, "micro_batch": 2, "seq_len": LENGTH},
-        "optimizer": {"lr": RATE, "weight_decay": DECAY, "no_decay": ["*norm*"]}
-        | {"beta1": BETAS[0], "beta2": BETAS[1]},
-        "schedule": {"kind": "constant"},
-        "data": {"sources": [{"path": str(text)}]},
-    }
-    engine = {"precision": "fp32", "max_grad_norm": CLIP, "compile": False, "layout": "dp2.zero1"}
-    return {"run_dir": str(folder), "init_from": str(model), "engine": engine, "stages": [stage]}
-
-
-def batches(config: dict[str, Any], cache: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, targets) of every step, as our stage takes them."""
-    loaded = load_config(config).config
-    stage = loaded.stages[0]
-    rows = build_pretrain_dataset(
-        stage.data, ByteTokenizer(), LENGTH, loaded.seed, cache  # type: ignore[attr-defined]
-    )  # fmt: skip
-    order, found = rows.sampler(stage.name), []
-    for step in range(STEPS):
-        picked = [rows.row(int(i)) for i in order.batch(step * BATCH, BATCH)]
-        batch = collate(picked, range(step * BATCH, (step + 1) * BATCH), True)
-        assert bool(batch.loss_mask_BT.all()), "rows of one document, without padding"
-        found.append((batch.input_ids_BT, batch.targets_BT))
-    return found
 
 
 def theirs(model: str, data: list[tuple[torch.Tensor, torch.Tensor]], out: str) -> list[float]:
@@ -103,7 +67,7 @@ def test_a_run_of_deepspeeds_goes_on_here(ranks: RankPool, tmp_path: Path) -> No
     init_weights(made := registry.build(config), 0)
     registry.to_hf(model := tmp_path / "model", config, made.named_parameters())
     tokenizer.save(model)
-    (text := tmp_path / "text.txt").write_text("the quick brown fox jumps over lazy dogs. " * 99)
+    (text := tmp_path / "text.txt").write_text(TEXT)
     data = batches(recipe(tmp_path / "none", model, text), tmp_path / "cache")
     said = ranks.run(theirs, str(model), data, str(tmp_path / "run"), world=2)[0]
 
