@@ -41,9 +41,9 @@ checks: venv
 docs: venv
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build
 
-# Two workers for two cores, a file on one of them.
+# Two workers for two cores, a file on one of them. What the many processes import is compiled once.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 prove: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[prove]'

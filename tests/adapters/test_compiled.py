@@ -6,6 +6,7 @@ import functools
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from tests.adapters.support import adapter, plain, train, train_native, worst
@@ -20,6 +21,7 @@ def train_traced(*args: Any) -> dict[str, torch.Tensor]:
         return train_native(*args, compile=True)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same(ranks: RankPool) -> None:
     model = toy.llama(num_layers=1)
     asked = adapter("dora", init="pissa", dropout=0.2)

@@ -60,6 +60,7 @@ def test_torchrun(dry: list[str]) -> None:
     assert result["world_size"] == 2 and result["resume_bitwise"]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_be_verified_fails_the_run(tmp_path: Path) -> None:
     found = smoke.verify(tmp_path / "none.yaml", "cpu", ["dp1"], 120.0)
     assert not found["passed"] and "none.yaml" in "\n".join(found["table"])

@@ -56,7 +56,7 @@ def job(folder: str = "/shared", *words: str, **profile: object) -> ClusterJob:
 def test_two_nodes_train_through_a_requeue(
     cluster: Cluster, tmp_path: Path, shardwise: Command  # noqa: F811
 ) -> None:  # fmt: skip
-    recipe = write_recipe(tmp_path, steps=160)
+    recipe = write_recipe(tmp_path, steps=80)
     code, out, err = shardwise("launch", "slurm", recipe, "--nodes", "2", "name=two nodes")
     assert code == 2 and "name" in err and not cluster.script.exists()
     code, out, _ = shardwise(
@@ -75,7 +75,7 @@ def test_two_nodes_train_through_a_requeue(
     assert (first.returncode, cluster.requeued) == (85, True), printed
     [attempt] = attempts.read(tmp_path / "run")
     assert attempt.exit_code == 85 and attempt.world == 2 and attempt.scheduler == "slurm"
-    assert 3 < attempt.reached["pretrain"] < 160
+    assert 3 < attempt.reached["pretrain"] < 80
     second = cluster.start(restarts=1)
     printed, _ = second.communicate(timeout=240)
     assert (second.returncode, cluster.requeued) == (0, False), printed
@@ -85,4 +85,4 @@ def test_two_nodes_train_through_a_requeue(
     steps = [
         json.loads(line)["step"] for line in metrics.read_text().splitlines() if "grad_norm" in line
     ]
-    assert steps == list(range(1, 161))
+    assert steps == list(range(1, 81))

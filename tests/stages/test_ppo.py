@@ -137,6 +137,7 @@ def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, k
         assert metas[0]["state"]["kl"]["coef"] != 0.05, "the controller has moved"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_other_layouts_of_its_roles(ranks: RankPool, tmp_path: Path) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     critic = {"optimizer": {"lr": 5e-3}}
@@ -148,6 +149,7 @@ def test_a_run_goes_on_under_other_layouts_of_its_roles(ranks: RankPool, tmp_pat
     assert_same(clean, broken)
 
 
+@pytest.mark.slow
 def test_actor_and_critic_learn_by_adapters_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
     """On one rank, and on two that die and go on; a critic's head, which is new, is trained."""
 

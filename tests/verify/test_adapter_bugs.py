@@ -102,6 +102,7 @@ BESIDE = {"adapter": {"kind": "bottleneck", "placement": "parallel", "activation
 NAMES = ["lora", "dora", "sequential", "parallel"]
 
 
+@pytest.mark.slow
 def test_verify_knows_a_reference_on_the_actors_base(ranks: RankPool) -> None:
     check(ranks, "grpo", DORA, "tp2.sp")
 

@@ -201,6 +201,7 @@ def test_it_is_verified_as_ours_are(installed: Path, tmp_path: Path) -> None:
             assert verdict["counts"][kind] > 0, kind
 
 
+@pytest.mark.slow
 def test_a_bug_of_its_own_is_caught(installed: Path, tmp_path: Path) -> None:
     file = installed / "anchored_stage" / "stage.py"
     sound = file.read_text()

@@ -43,7 +43,7 @@ def verifier(ranks: RankPool) -> Iterator[Verifier]:
     made.close()
 
 
-@pytest.mark.parametrize("layout", daily(ROLES, 2, 3))
+@pytest.mark.parametrize("layout", daily(ROLES, 2))
 def test_layouts_and_placements_of_roles(verifier: Verifier, layout: str) -> None:
     verdict = verifier.check("ppo", layout)
     assert verdict.passed, verdict.sentence()

@@ -32,8 +32,7 @@ def _check(verifiers: Verifiers, model: str, stage: str, layout: str, **options:
     assert verdict.passed, verdict.sentence()
 
 
-# Every day, on two cores: every second one of two ranks, every fifth of four, and of eight these.
-OF_EIGHT = ("dp8.hsdp4.zero3",)
+# Every day, on two cores: every second one of two ranks, every fifth of four.
 ELSEWHERE = {  # by tests of their own, or beside another one of the kind
     ("gpt2", "grpo", "tp2"),
     ("llama", "ppo", "cp2.ring"),
@@ -41,6 +40,9 @@ ELSEWHERE = {  # by tests of their own, or beside another one of the kind
     ("gpt2", "process_reward", "pp4.interleaved.v2"),
     ("llama-untied-odd", "distill", "dp2.zero1.cp2.ring"),
     ("llama", "dpo", "dp2.zero2.pp2.interleaved.v2"),
+    ("gpt2", "sft", "tp2.pp2.zbv"),
+    ("llama-untied-odd", "dpo", "pp2.gpipe"),
+    ("llama", "grpo", "dp2.zero2"),
 }
 DAILY = [
     case
@@ -49,7 +51,7 @@ DAILY = [
     if case not in ELSEWHERE
 ]
 SUBSET = [
-    pytest.param(*case, marks=[] if case in DAILY or case[-1] in OF_EIGHT else [pytest.mark.slow])
+    pytest.param(*case, marks=[] if case in DAILY else [pytest.mark.slow])
     for case in suite.subset()
 ]
 
@@ -74,6 +76,7 @@ def test_bf16(verifiers: Verifiers, model: str, stage: str) -> None:
         assert verdict.passed, verdict.sentence()
 
 
+@pytest.mark.slow
 def test_split_backward_under_zero_reduces_one_dtype(verifiers: Verifiers) -> None:
     """Gradients that a hook made bf16 and those that the weight pass added meet in fp32."""
     verdict = verifiers["llama"].check("pretrain", SPLIT, "bf16")
