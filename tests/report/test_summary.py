@@ -45,6 +45,12 @@ def test_a_job_says_how_many_rows_it_made() -> None:
     assert line.split() == ["filter", "2", "s", "rows:", "kept", "1,204,", "dropped", "3"]
 
 
+def test_what_could_not_be_told_is_named() -> None:
+    told = {"expected_seconds": {"before": 12.0, "sft": 30.0, "dpo": None, "reward": None}}
+    [line] = [x for x in summary_lines(told) if "expected" in x]
+    assert line.split(maxsplit=1)[1] == "42 s: before 12 s, sft 30 s, not told: dpo, reward"
+
+
 def test_nothing_known() -> None:
     assert summary_lines({}) == ["shardwise  run", ""]
 

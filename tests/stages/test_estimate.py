@@ -104,3 +104,5 @@ def test_what_is_not_known_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert found["reward"] is None and found["sft"] is not None
     text = expectation({"sft": 61.0, "reward": None}, {"fp32": RATE})
     assert "(1 GFLOP/s in fp32): about 1:01: sft 1:01; not reward" in text
+    text = expectation({"reward": None}, {"fp32": RATE})
+    assert text == "how long it takes cannot be told in advance, for the work of reward"

@@ -186,6 +186,8 @@ def _expected(summary: Mapping[str, Any]) -> list[str]:
     parts = [f"{name[:20]} {duration(s)}" for name, s in known.items()]
     more = [f"and {len(parts) - _ROWS} more"] if len(parts) > _ROWS else []
     total = duration(sum(known.values()))
+    untold = [str(name)[:20] for name, s in pairs if s is None]
+    more += [f"not told: {', '.join(untold[:_ROWS])}"] if untold else []
     return [_row("expected", f"{total}: {', '.join(parts[:_ROWS] + more)}")]
 
 

@@ -326,5 +326,7 @@ def expectation(expected: Mapping[str, float | None], rates: Mapping[str, float]
     rate = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {name}" for name, flops in rates.items())
     parts = ", ".join(f"{name} {duration(s)}" for name, s in known.items())
     unknown = ", ".join(name for name, s in expected.items() if s is None)
+    if not known:
+        return f"how long it takes cannot be told in advance, for the work of {unknown}"
     text = f"expected on this machine ({rate}): about {duration(sum(known.values()))}: {parts}"
     return text + (f"; not {unknown}, whose work cannot be told in advance" if unknown else "")
