@@ -20,7 +20,7 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
         "val_loss",
         {"all weights": "full_sft", "LoRA": "lora_sft", "QLoRA": "qlora_sft"},
     ),
-    ("DPO: pairs ordered as wanted", "accuracy", {"against the reference": "dpo_lora"}),
+    ("DPO: pairs ordered as wanted", "pair_accuracy", {"against the reference": "dpo_lora"}),
     (
         "GRPO: mean score of a step",
         "reward_mean",
