@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from shardwise.checkpoint.convert import convert
 from shardwise.config.load import load_config
 from shardwise.data.datasets import build_pretrain_dataset
 from shardwise.data.packing import collate
 from shardwise.data.tokenizer import ByteTokenizer
+from tests.stages.recipes import metrics, run
+from tests.support.pool import RankPool
 
 STEPS, SAVED, BATCH, LENGTH = 6, 3, 4, 16
 RATE, DECAY, BETAS, CLIP = 1e-2, 0.1, (0.9, 0.95), 0.5
@@ -46,3 +50,19 @@ def batches(config: dict[str, Any], cache: Path) -> list[tuple[torch.Tensor, tor
         assert bool(batch.loss_mask_BT.all()), "rows of one document, without padding"
         found.append((batch.input_ids_BT, batch.targets_BT))
     return found
+
+
+def assert_goes_on(
+    ranks: RankPool, tmp_path: Path, model: Path, text: Path, said: list[float]
+) -> None:
+    """What the other run saved in ``run`` goes on as it did there, and not without its moments."""
+    moved = tmp_path / "moved"
+    convert(tmp_path / "run", moved, "native", base=model, trust_pickle=True)
+    losses = {}
+    for init_optimizer in (True, False):
+        folder = tmp_path / f"ours_{init_optimizer}"
+        asked = recipe(folder, moved, text) | {"init_optimizer": init_optimizer}
+        ranks.run(run, asked, world=2)
+        losses[init_optimizer] = [r["loss"] for r in metrics(folder) if r["kind"] == "train"]
+    assert losses[True] == pytest.approx(said[SAVED:], rel=1e-4)
+    assert losses[False][1:3] != pytest.approx(said[SAVED + 1 : SAVED + 3], rel=1e-2)
