@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 import shardwise
+from shardwise.errors import UserError
+from shardwise.serve.api import serve
 from tests.serve.support import write_adapter, write_model
 from tests.support.pool import free_port
 
@@ -54,3 +57,12 @@ def _listens(client: httpx.Client) -> bool:
         return client.get("/models").status_code == 200
     except httpx.ConnectError:
         return False
+
+
+def test_torchrun_starts_as_many_ranks_as_share_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--tp 1: torchrun has started 2 ranks; give --tp 2"):
+        serve(tmp_path)
