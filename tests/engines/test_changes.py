@@ -22,6 +22,7 @@ from tests.support.pool import RankPool
 
 PACKAGES = {"native": "torch", "deepspeed": "deepspeed", "megatron": "megatron.core"}
 # Every engine after every other one, and after itself on another layout. In fp32 DeepSpeed, too.
+# Behind a colon, whose optimizer Megatron's is; without one, its own.
 CHAINS = {
     "fp32": [
         ("native", "dp2.zero3"),
@@ -31,12 +32,17 @@ CHAINS = {
         ("megatron", "tp2.sp"),
         ("deepspeed", "dp2.zero1"),
         ("megatron", "dp2.zero1"),
+        ("native", "dp2.zero1"),
     ],
     "fp64": [
         ("native", "dp2.zero2"),
         ("megatron", "tp2.sp"),
         ("native", "pp2"),
         ("megatron", "pp2"),
+        ("megatron", "dp2.zero1"),
+        ("megatron:native", "pp2"),
+        ("megatron", "dp2.zero0"),
+        ("native", "tp2"),
     ],
 }
 BOUNDS = {"fp32": (1e-4, 2e-4), "fp64": (1e-9, 1e-7)}  # of loss and norm, of tensors
@@ -46,7 +52,10 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 def build(kind: str, layout: str, precision: str) -> Engine:
     base = NativeConfig(layout=layout, precision=precision, compile=False)
-    own = {"cpu_shim": True} if "cpu_shim" in ENGINE_CONFIGS[kind].model_fields else {}
+    kind, _, whose = kind.partition(":")
+    own: dict[str, Any] = {}
+    if "cpu_shim" in ENGINE_CONFIGS[kind].model_fields:
+        own = {"cpu_shim": True, "optimizer": whose or "megatron"}
     return engine(as_kind(base, kind, **own), MODEL)
 
 
@@ -71,7 +80,11 @@ def step(kind: str, layout: str, precision: str, root: Path, number: int) -> dic
 @pytest.mark.parametrize("precision", daily(CHAINS, 0))
 def test_a_chain_of_engines_is_one_run(precision: str, ranks: RankPool, tmp_path: Path) -> None:
     """What is loaded is what was saved, bit by bit; what comes of it is one process's."""
-    chain = [(k, x) for k, x in CHAINS[precision] if find_spec(PACKAGES[k].split(".")[0])]
+    chain = [
+        (k, x)
+        for k, x in CHAINS[precision]
+        if find_spec(PACKAGES[k.partition(":")[0]].split(".")[0])
+    ]
     of_figures, of_tensors = BOUNDS[precision]
     before: dict[str, dict[str, Tensor]] = {}
     for number, (kind, layout) in enumerate(chain):

@@ -27,12 +27,13 @@ class EngineBug:
     precision: str
     named: str
     edits: tuple[Edit, ...]
+    keys: tuple[tuple[str, Any], ...] = ()  # of the engine's own
 
     def recipe(self) -> dict[str, Any]:
         """The suite's pre-training, with two micro-batches a data rank."""
         stage = copy.deepcopy(suite.STAGES["pretrain"])
         stage["batch"] = {"global_batch": 8, "micro_batch": 2, "seq_len": 64}
-        stage["engine"] = {"kind": self.engine, "precision": self.precision}
+        stage["engine"] = {"kind": self.engine, "precision": self.precision, **dict(self.keys)}
         return {**suite.recipe("llama"), "stages": [stage]}
 
     def is_named_in(self, sentence: str) -> bool:

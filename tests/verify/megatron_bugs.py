@@ -7,19 +7,25 @@ rest are its silent faults with our mend switched off.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.verify.edits import Edit
 from tests.verify.engine_bugs import BUGS, EngineBug
 
 LIBRARY = "megatron.core"
 BUFFERS, HOOKS = "distributed/param_and_grad_buffer.py", "distributed/distributed_data_parallel.py"
 FINALIZE, LAYERS = "distributed/finalize_model_grads.py", "tensor_parallel/layers.py"
-MODEL, NAMES, ENGINE = (f"engines/megatron/{x}.py" for x in ("model", "names", "engine"))
+NORM, DEALT_OUT = "optimizer/optimizer.py", "optimizer/distrib_optimizer.py"
+OURS = ("model", "names", "engine", "optimizer", "core_engine")
+MODEL, NAMES, ENGINE, OPTIMIZER, CORE = (f"engines/megatron/{x}.py" for x in OURS)
 
 
-def megatron(name: str, layout: str, precision: str, named: str, *edits: tuple[str, ...]) -> None:
+def megatron(
+    name: str, layout: str, precision: str, named: str, *edits: tuple[str, ...], **keys: Any
+) -> None:
     """Add one: edits of megatron-core's files, or of ours where a fourth word says so."""
     made = tuple(Edit(*edit) if len(edit) == 4 else Edit(*edit, LIBRARY) for edit in edits)
-    BUGS[name] = EngineBug("megatron", layout, precision, named, made)
+    BUGS[name] = EngineBug("megatron", layout, precision, named, made, tuple(keys.items()))
 
 
 # --- sums over data ranks, and over micro-batches -------------------------------------------------
@@ -99,7 +105,70 @@ megatron(
 
 megatron(
     "megatron_computes_with_its_first_weights", "dp2.zero0", "fp32", "loss update 2",
-    (ENGINE, "            names.load(self.places, weights, self.mesh)\n",
-     "            if not self.updates:\n"
-     "                names.load(self.places, weights, self.mesh)\n", "shardwise"),
+    (ENGINE, "        names.load(self.places, weights, self.mesh)\n",
+     "        if not self.updates:\n"
+     "            names.load(self.places, weights, self.mesh)\n", "shardwise"),
+    optimizer="native",
+)  # fmt: skip
+megatron(
+    "weights_of_other_data_ranks_are_stale", "dp2.zero1", "fp32", "loss update 2",
+    (DEALT_OUT, "                for model_chunk in self.model_chunks:\n"
+     "                    model_chunk.start_param_sync()\n        if timers",
+     "                pass\n        if timers"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "bf16_weights_do_not_follow_their_masters", "dp2.zero0", "bf16",
+    "copy of .* is not the weight|loss update 2",
+    (NORM, "            else:\n                self._copy_main_params_to_model_params()\n",
+     "            else:\n                pass\n"),
+    optimizer="megatron",
+)  # fmt: skip
+
+# --- Megatron's own optimizer ---------------------------------------------------------------------
+
+megatron(
+    "its_norm_leaves_out_other_ranks_shards", "dp2.zero1", "fp32", "clip norm update 1",
+    (OPTIMIZER, "groups.intra_dist_opt = mesh.groups[\"all\"]",
+     "groups.intra_dist_opt = mesh.groups[\"tp\"]", "shardwise"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "its_norm_takes_cut_weights_for_copies", "tp2", "fp32", "clip norm update 1",
+    (NAMES, "place.parameter.tensor_model_parallel = cut ",
+     "place.parameter.tensor_model_parallel = False ", "shardwise"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "its_norm_counts_a_tied_embedding_twice", "pp2", "fp32", "clip norm update 1",
+    (NORM, "if grad_not_none and is_not_shared and is_not_tp_duplicate:",
+     "if grad_not_none and is_not_tp_duplicate:"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "the_last_groups_decay_is_everyones", "dp2.zero1", "fp32", "weight update 1 (embed|.*norm)",
+    (DEALT_OUT, "self.optimizer.param_groups = [g[\"orig_group\"] for g in self.opt_group_ranges]",
+     "last = self.opt_group_ranges[-1][\"orig_group\"][\"weight_decay\"]\n"
+     "            self.optimizer.param_groups = [\n"
+     "                {**g[\"orig_group\"], \"weight_decay\": last}\n"
+     "                for g in self.opt_group_ranges]"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "a_stretch_meets_the_gradient_of_another", "dp2.zero1", "fp32",
+    "moment update 1|weight update 1|clip norm update 1",
+    (DEALT_OUT, "model_grad.view(-1)[param_range.start : param_range.end]",
+     "model_grad.view(-1)[: param_range.size]"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "its_masters_start_as_bf16_rounds_them", "dp2.zero1", "bf16", "initial .* error",
+    (CORE, "init_tensor(n, s, h, setup.seed, rows)",
+     "init_tensor(n, s, h, setup.seed, rows).bfloat16()", "shardwise"),
+    optimizer="megatron",
+)  # fmt: skip
+megatron(
+    "it_applies_a_nan", "dp2.zero1", "bf16", "NaN",
+    (OPTIMIZER, "        if math.isfinite(norm):\n", "        if not overflows:\n", "shardwise"),
+    optimizer="megatron",
 )  # fmt: skip

@@ -136,7 +136,7 @@ class NamedParameters:
         ``own_shapes``: what is picked may be of another shape and dtype than its parameter, or
         None, and then is left out.
         """
-        for name, (shape, home, learns) in self._catalogue.items():
+        for name, (shape, home, learns) in self.catalogue.items():
             if trained and not learns:
                 continue
             value = pick(self.parameters[name]) if name in self.parameters else None
@@ -194,7 +194,7 @@ class NamedParameters:
         return value
 
     @functools.cached_property
-    def _catalogue(self) -> dict[str, tuple[torch.Size, int, bool]]:
+    def catalogue(self) -> dict[str, tuple[torch.Size, int, bool]]:
         """Shape, pipeline rank and whether it is trained of every parameter of the model.
 
         From configs alone.

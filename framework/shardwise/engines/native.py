@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardwise.adapters.served import to_hf_tensors
 from shardwise.adapters.targets import is_adapter
 from shardwise.adapters.trained import EVERYTHING, Trained
-from shardwise.assemble import assemble
+from shardwise.assemble import Assembled, assemble
 from shardwise.config.schema import ModelConfig, NativeConfig, OptimizerConfig
 from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Engine, Scaled, Setup, Share, State
@@ -64,7 +64,7 @@ class NativeEngine:
     Args:
         model_config: the plain model to build.
         config: layout, precision, recompute, compile, clipping.
-        mesh: this process's place; made by `parallel.mesh.build_mesh`.
+        mesh, assembled: of `parallel.mesh.build_mesh`; what holds the masters, if it is made yet.
         seed, stage, optimizer, wide_logits, trained: see `engines.base.Setup`.
     """
 
@@ -79,14 +79,16 @@ class NativeEngine:
         optimizer: OptimizerConfig | None = None,
         wide_logits: bool = False,
         trained: Trained = EVERYTHING,
+        assembled: Assembled | None = None,
     ) -> None:
         assert isinstance(model_config, DecoderConfig)
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.seed, self.stage, self.adapter_config = seed, stage, trained.adapter
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self.precision = precision_of(config.precision, mesh.device)
-        by_block = optimizer is not None and optimizer.in_backward
-        assembled = assemble(model_config, config, mesh, seed, trained, by_block=by_block)
+        if assembled is None:
+            by_block = optimizer is not None and optimizer.in_backward
+            assembled = assemble(model_config, config, mesh, seed, trained, by_block=by_block)
         self.chunks, self.adapter = assembled.chunks, assembled.adapter
         if self.precision.logits(wide_logits) != self.precision.compute:
             for chunk in self.chunks.values():
@@ -133,8 +135,7 @@ class NativeEngine:
             self._arm(microbatches, lr)
         if self._has_gradients:
             raise RuntimeError(
-                "forward_backward was called twice without a step between them; give all "
-                "micro-batches of an update to one call"
+                "forward_backward was called twice without a step between them; give it all at once"
             )
         self._has_gradients = True
         if self._moves:
@@ -181,9 +182,8 @@ class NativeEngine:
             seen |= {f"{name} {str(d)[6:]}": d for d in data.waiting_dtypes(chunk)}
 
     def _objective(self, cut: Cut, output: Tensor, sums: LossSums) -> Tensor:
-        scale = self.scale.value if self.scale else 1.0
         self._seen["logits"] = {"head": output.dtype}
-        return sums.add(cut.logits(output), cut.batch) * scale
+        return sums.add(cut.logits(output), cut.batch) * self.loss_scale
 
     def _call(self, chunk: nn.Module, cut: Cut, x_BTD: Tensor | None = None) -> Tensor:
         dropout = chunk.training and self._has_dropout

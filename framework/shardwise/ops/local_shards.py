@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import CheckpointError
 from shardwise.ops.flat_shard import FlatShard, flat_regions
+from shardwise.ops.region_shards import RegionShards
 from shardwise.ops.regions import Interval, Region, full_region, product, strided_chunk
 
 
@@ -39,6 +40,8 @@ def local_shards(name: str, tensor: Tensor) -> list[LocalShard]:
         return [
             LocalShard(r, flat[at - start : at - start + r.volume].view(r.shape)) for r, at in found
         ]
+    if isinstance(tensor, RegionShards):
+        return [LocalShard(region, view.detach()) for region, view in tensor.parts]
     if not isinstance(tensor, DTensor):
         region = full_region(tensor.shape)
         return [LocalShard(region, tensor.detach())] if region.volume else []

@@ -10,13 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.ops import comm
 from shardwise.ops.flat_shard import FlatShard
+from shardwise.ops.region_shards import RegionShards
 from shardwise.parallel.mesh import Mesh
 
 
 def local_tensor(tensor: Tensor | None) -> Tensor:
     """This rank's memory."""
     assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, (DTensor, FlatShard)) else tensor
+    return tensor.to_local() if isinstance(tensor, (DTensor, FlatShard, RegionShards)) else tensor
 
 
 def tp_dim(tensor: Tensor, mesh: Mesh) -> int | None:
@@ -34,6 +35,8 @@ def full_tensor(tensor: Tensor, mesh: Mesh) -> Tensor:
     Tensor parallelism cuts first, as torch.chunk does, then ZeRO cuts each part along its first
     dimension; DTensor's own gathering does not undo that order for uneven parts.
     """
+    if isinstance(tensor, RegionShards):
+        return _filled(tensor, mesh)
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     value, shape = tensor.to_local().detach(), list(tensor.shape)
@@ -46,6 +49,18 @@ def full_tensor(tensor: Tensor, mesh: Mesh) -> Tensor:
     if cut is not None:
         value = join(value, shape[cut], cut, mesh.groups["tp"])
     return value
+
+
+def _filled(shards: RegionShards, mesh: Mesh) -> Tensor:
+    """Of what ranks have in regions, no element twice among those that share it."""
+    whole = torch.zeros(shards.shape, dtype=shards.dtype, device=shards.device)
+    for region, view in shards.parts:
+        whole[region.relative_to((0,) * whole.dim())] = view.detach()
+    for axis in ("shard", "tp"):
+        if mesh.groups[axis].size() > 1 and (axis == "shard" or shards.cut is not None):
+            # Bytes of which all ranks but one have zeros: their sum is exact.
+            dist.all_reduce(whole.view(torch.uint8), group=mesh.groups[axis])
+    return whole
 
 
 def chunk_size(total: int, parts: int, index: int) -> int:

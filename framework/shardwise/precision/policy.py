@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import ConfigError
+from shardwise.ops.region_shards import RegionShards
 
 # Where a layout rounds to the compute dtype, or sums in it, besides what one process does: by
 # function, at how many lines. Partial results are summed in fp32 and rounded once, before they are
@@ -110,7 +111,7 @@ def narrowest(tensor: Tensor) -> torch.dtype:
     fp32 memory in which all numbers are bf16's has been rounded to bf16. Too few different numbers
     (a fresh norm's ones) tell nothing.
     """
-    x = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    x = tensor.to_local() if isinstance(tensor, (DTensor, RegionShards)) else tensor
     for narrow in (torch.bfloat16, torch.float16, torch.float32):
         if narrow.itemsize < x.dtype.itemsize and torch.equal(x.to(narrow).to(x.dtype), x):
             return narrow if x.unique().numel() >= 16 else x.dtype
@@ -123,7 +124,7 @@ def narrowest_sum(tensor: Tensor) -> torch.dtype:
     All of fp16 are multiples of 2^-24, and it has all of those up to 2^-13. So far its sums are its
     own, in whatever they were summed: those elements tell nothing.
     """
-    x = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    x = tensor.to_local() if isinstance(tensor, (DTensor, RegionShards)) else tensor
     dtype = narrowest(x)
     if dtype == torch.float16:
         return narrowest(x.where(x.abs() > 2.0**-13, 0))

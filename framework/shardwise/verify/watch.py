@@ -33,6 +33,7 @@ from shardwise.errors import CheckFailed
 from shardwise.losses.contract import Loss
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
+from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import DtypeCheck, precision_of
@@ -129,8 +130,9 @@ class WatchedEngine:
             return
         largest = max(named, key=lambda name: (named[name], name))
         kinds = ("weights", *inner.optimizer_states())
-        for _, weight in () if self.ends_extreme else inner.held("weights"):
-            local_tensor(weight).mul_(1.25)
+        for name, weight in () if self.ends_extreme else inner.held("weights"):
+            for shard in local_shards(name, weight):
+                shard.view.mul_(1.25)
         held = [local_tensor(t).clone() for kind in kinds for _, t in inner.held(kind)]
         inner.forward_backward(*self.last)
         self._hold_copies(f"{self.label}last update")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from shardwise.config.schema import AdamWConfig
 from shardwise.engines.base import Setup
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.registry import build_engine
+from shardwise.losses.causal_lm import CausalLM
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.ops.logits import selected_values
 from shardwise.parallel.layout import parse_layout
@@ -30,15 +32,28 @@ pytest.importorskip("megatron.core")
 
 LIBRARY, ROOT = "megatron_core", "megatron.core"
 SPECS = "models.gpt.gpt_layer_specs"
-# The call, where our modules find it, and under which name.
+BASE, DEALT_OUT = "optimizer.optimizer", "optimizer.distrib_optimizer.DistributedOptimizer"
+# The call, where our modules find it, and under which name; "": a method, where the library has it.
 PLACES = {
     "distributed.DistributedDataParallel": ("engine", ""),
+    "distributed.DistributedDataParallel.start_param_sync": ("", ""),
     "distributed.DistributedDataParallelConfig": ("engine", ""),
     "distributed.finalize_model_grads": ("engine", ""),
     "models.gpt.gpt_model.GPTModel": ("model", ""),
-    "models.gpt.gpt_model.GPTModel.forward": ("model", "GPTModel"),
+    "models.gpt.gpt_model.GPTModel.forward": ("", ""),
     f"{SPECS}.get_gpt_layer_local_spec": ("model", "gpt_layer_specs"),
     f"{SPECS}.get_gpt_layer_with_transformer_engine_spec": ("model", "gpt_layer_specs"),
+    "optimizer.OptimizerConfig": ("optimizer", "library"),
+    "optimizer.ParamKey": ("optimizer", "library"),
+    f"{DEALT_OUT}._copy_main_params_to_model_params": ("", ""),
+    f"{DEALT_OUT}._get_model_param_range_map": ("", ""),
+    f"{DEALT_OUT}.step_with_ready_grads": ("", ""),
+    f"{DEALT_OUT}.zero_grad": ("", ""),
+    "optimizer.get_megatron_optimizer": ("optimizer", "library"),
+    f"{BASE}.MegatronOptimizer.clip_grad_norm": ("", ""),
+    f"{BASE}.MegatronOptimizer.get_grad_norm": ("", ""),
+    f"{BASE}.MixedPrecisionOptimizer.prepare_grads": ("", ""),
+    "optimizer.ParamPredicate": ("optimizer", "library"),
     "pipeline_parallel.p2p_communication.P2PCommunicator": ("engine", ""),
     "pipeline_parallel.schedules.forward_backward_no_pipelining": ("engine", "schedules"),
     "pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving": (
@@ -58,7 +73,7 @@ Call = tuple[str, int, tuple[str, ...]]  # its name, positional arguments, keywo
 
 
 def recorded(call: str, real: Callable[..., Any], into: set[Call]) -> Callable[..., Any]:
-    own = "GPTModel" in call  # of a method, without its object
+    own = call.endswith("GPTModel") or not any(PLACES[call])  # of a method, without its object
 
     @functools.wraps(real)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -71,12 +86,15 @@ def recorded(call: str, real: Callable[..., Any], into: set[Call]) -> Callable[.
 @contextlib.contextmanager
 def watching(into: set[Call], **instead: Any) -> Any:
     """Calls into the library, noted; ``instead``: what a name does in place of the library."""
-    from shardwise.engines.megatron import engine, model
-
     with contextlib.ExitStack() as stack:
         for call, (module, inside) in PLACES.items():
-            owner: Any = {"engine": engine, "model": model}[module]
-            owner, name = getattr(owner, inside) if inside else owner, call.rpartition(".")[2]
+            path, _, name = call.rpartition(".")
+            if module:
+                owner: Any = importlib.import_module(f"shardwise.engines.megatron.{module}")
+                owner = getattr(owner, inside) if inside else owner
+            else:
+                where, _, of = path.rpartition(".")
+                owner = getattr(importlib.import_module(f"{ROOT}.{where}"), of)
             real = instead.get(name, getattr(owner, name))
             if name == "GPTModel":  # stays a class: a method of it is watched, too
                 owner, name, real = real, "__init__", real.__init__
@@ -84,16 +102,18 @@ def watching(into: set[Call], **instead: Any) -> Any:
         yield
 
 
-def on_rank(layout: str, scalar: bool) -> set[Call]:
+def on_rank(layout: str, scalar: bool, clip: float = 1.0) -> set[Call]:
     into: set[Call] = set()
     model = SCALAR if scalar else LLAMA
-    config = MegatronConfig(kind="megatron", layout=layout, precision="fp32", cpu_shim=True)
+    config = MegatronConfig(
+        kind="megatron", layout=layout, precision="fp32", cpu_shim=True, max_grad_norm=clip
+    )
     parsed = parse_layout(layout, dist.get_world_size())
     with watching(into):
         it = build_engine(Setup(model, config, parsed, CPU, 7, "test", AdamWConfig()))
         batch = toy.batch(8)
-        if scalar:
-            it.forward_backward([batch], Squares())
+        it.forward_backward([batch], Squares() if scalar else CausalLM())
+        it.step(1e-3)
         read = (lambda x, b: selected_values(x, b.loss_mask_BT)) if scalar else valid_logprobs
         it.forward([batch], read)
     it.close()
@@ -126,6 +146,7 @@ def calls(ranks: RankPool) -> set[Call]:
     found: set[Call] = set()
     for layout, scalar in (("tp2", True), ("tp2.sp", True), ("pp2", False)):
         found |= set().union(*ranks.run(on_rank, layout, scalar, world=2))
+    found |= set().union(*ranks.run(on_rank, "dp2.zero1", False, 0.0, world=2))
     found |= set().union(*ranks.run(on_rank, "pp2.v2.interleaved", False, world=2))
     return found.union(*ranks.run(gpu_calls, world=1))
 

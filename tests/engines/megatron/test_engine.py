@@ -60,18 +60,25 @@ class Case:
     cuts: tuple[int, ...] = (1,)  # micro-batches of each data rank
     optimizer: OptimizerConfig = OPTIMIZER
     packed: bool = False
+    whose: Any = "auto"  # optimizer
+    clip: float = 1.0
 
 
 def megatron(case: Case) -> Engine:
     config = MegatronConfig(
-        kind="megatron", layout=case.layout, precision=case.precision, cpu_shim=True
+        kind="megatron",
+        layout=case.layout,
+        precision=case.precision,
+        cpu_shim=True,
+        optimizer=case.whose,
+        max_grad_norm=case.clip,
     )
     layout = parse_layout(case.layout, dist.get_world_size())
     return build_engine(Setup(case.model, config, layout, CPU, 7, "test", case.optimizer))
 
 
 def plain(case: Case) -> PlainEngine:
-    config = PlainConfig(kind="plain", precision=case.precision)
+    config = PlainConfig(kind="plain", precision=case.precision, max_grad_norm=case.clip)
     return PlainEngine(Setup(case.model, config, Layout(), CPU, 7, "test", case.optimizer))
 
 
@@ -136,8 +143,8 @@ GPT2 = toy.gpt2(dropout=0.0, attn_dropout=0.0, embed_dropout=0.0)
 CASES = [
     Case("dp1", LLAMA, cuts=(3,)),
     Case("dp2.zero0", LLAMA, cuts=(2, 2)),
-    Case("dp2.zero1", LLAMA, cuts=(1, 4)),
-    Case("tp2", LLAMA, cuts=(2,)),
+    Case("dp2.zero1", LLAMA, cuts=(1, 4), whose="native"),
+    Case("tp2", LLAMA, cuts=(2,), whose="native"),
     Case("tp2.sp", LLAMA, cuts=(2,)),
     Case("pp2", LLAMA, cuts=(3,)),
     Case("pp2.v2.interleaved", LLAMA, cuts=(3,)),
@@ -154,7 +161,7 @@ CASES = [
 
 
 def name_of(case: Case) -> str:
-    words = "packed" if case.packed else ""
+    words = case.packed * "packed" + (case.whose != "auto") * f"-{case.whose}-{case.precision}"
     return f"{case.layout}-{case.model.family}-{case.model.head}-{case.optimizer.kind}{words}"
 
 

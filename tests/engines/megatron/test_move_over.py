@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from shardwise.data.tokenizer import ByteTokenizer
 from shardwise.models import registry
@@ -37,16 +36,6 @@ pytest.importorskip("megatron.core")
 # Filled up as Megatron-LM does; what fills it counts in the softmax, and so are words here.
 WORDS = -(-ByteTokenizer().vocab_size // 128) * 128
 MODEL = toy.llama(vocab_size=WORDS, max_seq_len=64, tie_embeddings=False)
-
-
-class SaysCuda(TorchFunctionMode):
-    """Megatron's optimizers ask tensors whether their type is one of a GPU's."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is Tensor.type and len(args) == 1 and not kwargs:
-            return found.replace("torch.", "torch.cuda.")
-        return found
 
 
 def its_model(tp: int) -> Any:
@@ -108,7 +97,7 @@ def theirs(tp: int, data: list[tuple[Tensor, Tensor]], out: str) -> list[float]:
     first = parallel_state.get_data_parallel_rank() * BATCH // ranks
     mine = slice(first, first + BATCH // ranks)
     torch.manual_seed(7)
-    with cpu.computing(), SaysCuda(), written_here():
+    with cpu.updating(torch.float32), written_here():
         net = its_model(tp)
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded, bucket_size=40_000_000

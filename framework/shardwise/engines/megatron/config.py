@@ -10,7 +10,7 @@ from shardwise.config.schema import EngineConfig
 
 
 class MegatronConfig(EngineConfig):
-    """Megatron-core's model, parallelism and schedules under our masters and losses."""
+    """Megatron-core's model, parallelism, schedules and optimizer under our losses."""
 
     remark: ClassVar[str] = (
         "megatron on a CPU runs through a shim (engine.cpu_shim): for proof, not for speed"
@@ -21,6 +21,12 @@ class MegatronConfig(EngineConfig):
         "auto",
         description="whose linear layers and norms: Transformer Engine's, or Megatron-core's own; "
         "auto: the former on a GPU where they are installed",
+    )
+    optimizer: Literal["auto", "megatron", "native"] = Field(
+        "auto",
+        description="whose masters, clipping and update: Megatron's (with ZeRO its distributed "
+        "optimizer) or ours; auto: Megatron's where it computes what the recipe asks, else ours, "
+        "with the reason in the run's events",
     )
     cpu_shim: bool = Field(
         False,

@@ -34,6 +34,32 @@ class _OnHost(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Fp32OnCuda(TorchFunctionMode):
+    """Optimizers ask tensors for a type that is one of a GPU's; fp64, to the proof, is their fp32.
+
+    ``wide``: in which masters are kept.
+    """
+
+    def __init__(self, wide: torch.dtype) -> None:
+        super().__init__()
+        self.fp64 = wide == torch.float64
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            name: str = func(*args).replace("torch.", "torch.cuda.")
+            return name.replace("Double", "Float") if self.fp64 else name
+        if self.fp64 and func is Tensor.float:
+            return args[0]
+        asked = str(kwargs.get("device", "")), kwargs.get("dtype")
+        if self.fp64 and asked[0].startswith("cuda") and asked[1] == torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 class _NoDraws:
     """In place of the tracker of a GPU's generators."""
 
@@ -48,6 +74,15 @@ _REDIRECTED: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "synchronize", lambda *_: None),
     (tensor_parallel, "get_cuda_rng_tracker", lambda *_, **__: _NoDraws()),
 )
+
+
+@contextlib.contextmanager
+def updating(wide: torch.dtype) -> Iterator[None]:
+    """`computing`, around calls into an optimizer of Megatron's."""
+    with computing(), _Fp32OnCuda(wide):
+        # It puts gradients on views of weights.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 @contextlib.contextmanager

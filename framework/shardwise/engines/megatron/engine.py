@@ -1,8 +1,9 @@
-"""The megatron engine: Megatron-core computes, on masters and with an update rule of ours.
+"""The megatron engine: Megatron-core computes; here masters and update rule are ours.
 
 Before each pass Megatron's weights are made what the masters are, and behind each backward pass the
 masters' gradients what its fp32 buffers hold. So weights, moments and checkpoints are those of the
-native engine, name by name, and a run may change between the two.
+native engine, name by name, and a run may change between the two. With Megatron's own optimizer,
+in `core_engine`, it may as well.
 """
 
 from __future__ import annotations
@@ -28,43 +29,26 @@ from shardwise.data.batch import MicroBatch
 from shardwise.engines.base import Setup
 from shardwise.engines.inputs import Cut
 from shardwise.engines.megatron import model as models
-from shardwise.engines.megatron import names, refusals
+from shardwise.engines.megatron import names
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.engines.native import NativeEngine
 from shardwise.engines.reduction import LossSums, broadcast_from_last
 from shardwise.losses.contract import Loss
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel.full_tensor import chunk_size
-from shardwise.parallel.mesh import Mesh, place_mesh
+from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import split_model
 from shardwise.precision.policy import Found
 
 Finish = Callable[[int, Tensor], Any]  # of a micro-batch's number and the last stage's output
 
 
-def build_engine(setup: Setup) -> MegatronEngine | None:
-    """See `engines.registry.register_engine`. Raises ConfigError for what `refusals` tells."""
-    assert isinstance(setup.config, MegatronConfig) and isinstance(setup.model, DecoderConfig)
-    models.check_release()
-    refusals.check(
-        refusals.Case(
-            setup.model,
-            setup.config,
-            setup.layout,
-            setup.device.type,
-            setup.optimizer,
-            setup.trained,
-        )
-    )
-    ranks = range(setup.layout.world) if setup.ranks is None else setup.ranks
-    mesh = place_mesh(setup.layout, setup.device, ranks)
-    return None if mesh is None else MegatronEngine(setup, mesh)
-
-
 class MegatronEngine(NativeEngine):
     """See `engines.base.Engine`. What it inherits is the keeping of masters and their update."""
 
-    def __init__(self, setup: Setup, mesh: Mesh) -> None:
+    deals_out = False  # gradients over data ranks, each of which has a part then
+
+    def __init__(self, setup: Setup, mesh: Mesh, remark: str = "") -> None:
         config = setup.config
         assert isinstance(config, MegatronConfig)
         masters = NativeConfig(
@@ -80,11 +64,12 @@ class MegatronEngine(NativeEngine):
             mesh,
             seed=setup.seed,
             stage=setup.stage,
-            optimizer=setup.optimizer,
             wide_logits=setup.wide_logits,
             trained=setup.trained,
+            **self._masters(setup),
         )
         assert isinstance(setup.model, DecoderConfig)
+        self._untold = [("megatron", remark)] if remark else []
         te = models.uses_te(config, mesh.device)
         self.groups = models.groups_of(mesh)
         self.core_config = models.transformer_config(
@@ -105,6 +90,14 @@ class MegatronEngine(NativeEngine):
         head, tp = setup.model.head_size, mesh.layout.tp
         # Outputs of the head on this rank: behind them, the vocabulary is filled up.
         self.words = 1 if head == 1 else chunk_size(head, tp, mesh.place["tp"])
+        self._start(setup)
+
+    def _masters(self, setup: Setup) -> dict[str, Any]:
+        """What the native engine keeps of them."""
+        return {"optimizer": setup.optimizer}
+
+    def _start(self, setup: Setup) -> None:
+        """With all of Megatron's parts there."""
         missing = set(self.named.parameters) ^ set(self.places)
         assert not missing, f"parameters that only one side has: {sorted(missing)}"
 
@@ -119,8 +112,11 @@ class MegatronEngine(NativeEngine):
     def _with_buffers(self, part: nn.Module) -> Any:
         """The part with buffers for its gradients, in the dtype that they are summed in."""
         wide = self.precision.gradients == torch.float32
-        # The bucket's size is its own default, which some releases take from global state.
-        config = DistributedDataParallelConfig(grad_reduce_in_fp32=wide, bucket_size=40_000_000)
+        config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=wide,
+            bucket_size=40_000_000,  # its own default, which some releases take from global state
+            use_distributed_optimizer=self.deals_out,
+        )
         return DistributedDataParallel(self.core_config, config, part, pg_collection=self.groups)
 
     # --- training -------------------------------------------------------------------------------
@@ -157,16 +153,20 @@ class MegatronEngine(NativeEngine):
                 fused: Tensor = place.parameter.main_grad  # type: ignore[attr-defined]
                 master.grad = names.take(place, fused, master.data, self.mesh)
 
+    @torch.no_grad()
+    def _send_weights(self) -> None:
+        """To what computes, those of now."""
+        self._reshard()
+        weights = {n: p.data for n, p in self.named.parameters.items()}
+        names.load(self.places, weights, self.mesh)
+
     def _run(self, cuts: Sequence[Cut], finish: Finish, *, trains: bool) -> None:
         """Megatron's schedule over micro-batches, with the weights of now."""
         layout, rows = self.mesh.layout, max(cut.batch.num_rows for cut in cuts)
         if layout.virtual > 1:  # its rounds have as many micro-batches as there are stages
             cuts = [*cuts, *[cuts[-1]] * (-len(cuts) % layout.pp)]
             cuts = [self._filled(cut, rows) for cut in cuts]
-        self._reshard()
-        with torch.no_grad():
-            weights = {n: p.data for n, p in self.named.parameters.items()}
-            names.load(self.places, weights, self.mesh)
+        self._send_weights()
         for part in self.parts:
             part.train(trains)
         schedule = schedules.forward_backward_no_pipelining
@@ -245,16 +245,23 @@ class MegatronEngine(NativeEngine):
         if kind != "copies":
             yield from super().held(kind)
         elif self.precision.compute != self.precision.master:
-            for name, place in self.places.items():
-                master = self.named.parameters[name].data
-                yield name, names.take(place, place.parameter.data, master, self.mesh)
+            yield from ((name, self._copy(name)) for name in self.places)
+
+    def _copy(self, name: str) -> Tensor:
+        place, master = self.places[name], self.named.parameters[name].data
+        return names.take(place, place.parameter.data, master, self.mesh)
+
+    def events(self) -> list[tuple[str, str]]:
+        """Whose optimizer updates, where the recipe leaves it open and it is not Megatron's."""
+        found, self._untold = self._untold, []
+        return found
 
     def dtypes(self) -> Found:
         """See `engines.base.Engine`."""
         grads = {
             f"buffer {i}": part.buffers[0].grad_dtype
             for i, part in enumerate(self.parts)
-            if self.optimizer is not None
+            if isinstance(part, DistributedDataParallel)
         }
         compute = {n: place.parameter.dtype for n, place in self.places.items()}
         return {**super().dtypes(), "compute": compute, "reductions": grads}

@@ -9,6 +9,7 @@ ours in it, so that reading and writing are one table. Foreign names do not leav
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -158,6 +159,40 @@ class _Heads:
     def values(self, fused: Tensor) -> Tensor:
         """Of each group the last."""
         return self._grouped(fused)[:, self.shared + 1]
+
+
+def runs(place: Place) -> Iterator[tuple[int, int, int]]:
+    """How ours lies in the fused parameter, both flattened: (first of ours, of it, length).
+
+    In rising order of both: what is fused is stacked along the first dimension.
+    """
+    # Of a tensor without memory: strides are all that is asked.
+    view = place.view(torch.empty(place.parameter.shape, device="meta"))
+    block, outer = 1, list(zip(view.shape, view.stride(), strict=True))
+    while outer and (outer[-1][0] == 1 or outer[-1][1] == block):
+        block *= outer.pop()[0]
+    for i, index in enumerate(itertools.product(*(range(size) for size, _ in outer))):
+        at = sum(n * stride for n, (_, stride) in zip(index, outer, strict=True))
+        yield i * block, int(view.storage_offset()) + at, block
+
+
+def cut_dim(place: Place, shape: torch.Size, mesh: Mesh) -> int | None:
+    """Along which dimension tensor ranks cut a tensor of ours of this global shape; None: not."""
+    view = place.view(torch.empty(place.parameter.shape, device="meta"))
+    if mesh.layout.tp == 1 or view.numel() == shape.numel():
+        return None
+    return 0 if len(shape) == 1 or view.shape[-1] == shape[-1] else 1
+
+
+def mark(where: Mapping[str, Place], shapes: Mapping[str, torch.Size], mesh: Mesh) -> None:
+    """Say to Megatron which parameters tensor ranks cut.
+
+    It does so itself where it draws initial weights. Without the mark its norm takes each for a
+    copy of the first tensor rank's: silently, the others' parts do not count.
+    """
+    for name, place in where.items():
+        cut = cut_dim(place, shapes[name], mesh) is not None
+        place.parameter.tensor_model_parallel = cut  # type: ignore[attr-defined]
 
 
 # --- our masters ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from shardwise.adapters.trained import EVERYTHING, Trained
 from shardwise.checkpoint.megatron_names import beyond_megatron
-from shardwise.config.optimizers import OptimizerConfig
+from shardwise.config.optimizers import AdamWConfig, OptimizerConfig, SgdConfig
 from shardwise.engines.megatron.config import MegatronConfig
 from shardwise.errors import ConfigError
 from shardwise.models.common.config import DecoderConfig
@@ -18,6 +18,7 @@ from shardwise.parallel.layout import Layout
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("1f1b", "interleaved")
+FUSED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"))  # see `names`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Case:
     device: str = "cuda"
     optimizer: OptimizerConfig | None = None
     trained: Trained = EVERYTHING
+    everywhere: bool = True  # on all ranks of the world
 
 
 def _without_gpu(case: Case) -> str | None:
@@ -138,6 +140,91 @@ def _optimizer(case: Case) -> str | None:
     )
 
 
+# --- what Megatron's own optimizer cannot ---------------------------------------------------------
+
+
+def _fp64(case: Case) -> str | None:
+    if case.config.precision != "fp64" or case.device == "cpu":
+        return None
+    return "engine.precision: fp64: Megatron's optimizers take fp32, bf16 and fp16"
+
+
+def _freeze(case: Case) -> str | None:
+    if case.trained.freeze is None:
+        return None
+    return "freeze: Megatron's optimizer has no master for what stands still"
+
+
+def _placed(case: Case) -> str | None:
+    if case.everywhere:
+        return None
+    return "a role on some ranks: Megatron's optimizer is built by the whole world"
+
+
+def _shard_groups(case: Case) -> str | None:
+    layout = case.layout
+    if not layout.zero or layout.shard == layout.dp:
+        return None
+    return f"engine.layout: {layout}: Megatron's optimizer deals states out over all data ranks"
+
+
+def _rule(case: Case) -> str | None:
+    optimizer, layout = case.optimizer, case.layout
+    if isinstance(optimizer, SgdConfig) and optimizer.nesterov:
+        return "optimizer.nesterov: Megatron's sgd has none"
+    if isinstance(optimizer, AdamWConfig) and optimizer.fused == "apex":
+        return "optimizer.fused: apex: Megatron takes Transformer Engine's before it"
+    dealt_out = layout.zero and layout.shard * layout.cp > 1
+    if optimizer is None or optimizer.kind == "adamw" or not dealt_out:
+        return None
+    near = dataclasses.replace(layout, zero=0, shard=1)
+    return (
+        f"optimizer.kind: {optimizer.kind}: Megatron's distributed optimizer knows adamw alone "
+        f"(its plain one, {near}, has it)"
+    )
+
+
+def _fused_groups(case: Case) -> str | None:
+    """What Megatron fuses has one rate and one decay."""
+    optimizer = case.optimizer
+    if optimizer is None:
+        return None
+    for layer in range(case.model.num_layers):
+        for fused in FUSED:
+            for kind in ("weight", "bias"):
+                names = [f"layers.{layer}.{part}.{kind}" for part in fused]
+                kinds = {(optimizer.lr_scale_of(n), optimizer.decay_of(n)) for n in names}
+                if len(kinds) > 1:
+                    return (
+                        f"optimizer.groups, no_decay: {', '.join(names)} are one parameter to "
+                        "Megatron's optimizer, with one rate and one decay"
+                    )
+    return None
+
+
+# Every row is a test (tests/engines/megatron/test_refusals.py).
+OF_CORE_OPTIMIZER: tuple[Callable[[Case], str | None], ...] = (
+    _fp64,
+    _freeze,
+    _placed,
+    _shard_groups,
+    _rule,
+    _fused_groups,
+)
+
+
+def of_core_optimizer(case: Case) -> str | None:
+    """Why Megatron's own optimizer cannot compute what is asked."""
+    return next((reason for row in OF_CORE_OPTIMIZER if (reason := row(case))), None)
+
+
+def _core_optimizer(case: Case) -> str | None:
+    if case.config.optimizer != "megatron" or case.optimizer is None:
+        return None
+    reason = of_core_optimizer(case)
+    return reason and f"{reason}; write engine.optimizer: native, or auto"
+
+
 # Every row is a test (tests/engines/megatron/test_refusals.py).
 REFUSALS: tuple[Callable[[Case], str | None], ...] = (
     _without_gpu,
@@ -151,6 +238,7 @@ REFUSALS: tuple[Callable[[Case], str | None], ...] = (
     _fp8,
     _adapter,
     _optimizer,
+    _core_optimizer,
 )
 
 
