@@ -28,6 +28,7 @@ class EngineBug:
     named: str
     edits: tuple[Edit, ...]
     keys: tuple[tuple[str, Any], ...] = ()  # of the engine's own
+    whole: bool = False  # whether it shows behind the updates alone
 
     def recipe(self) -> dict[str, Any]:
         """The suite's pre-training, with two micro-batches a data rank."""

@@ -21,11 +21,17 @@ MODEL, NAMES, ENGINE, OPTIMIZER, CORE = (f"engines/megatron/{x}.py" for x in OUR
 
 
 def megatron(
-    name: str, layout: str, precision: str, named: str, *edits: tuple[str, ...], **keys: Any
+    name: str,
+    layout: str,
+    precision: str,
+    named: str,
+    *edits: tuple[str, ...],
+    whole: bool = False,
+    **keys: Any,
 ) -> None:
     """Add one: edits of megatron-core's files, or of ours where a fourth word says so."""
     made = tuple(Edit(*edit) if len(edit) == 4 else Edit(*edit, LIBRARY) for edit in edits)
-    BUGS[name] = EngineBug("megatron", layout, precision, named, made, tuple(keys.items()))
+    BUGS[name] = EngineBug("megatron", layout, precision, named, made, tuple(keys.items()), whole)
 
 
 # --- sums over data ranks, and over micro-batches -------------------------------------------------
@@ -168,7 +174,7 @@ megatron(
     optimizer="megatron",
 )  # fmt: skip
 megatron(
-    "it_applies_a_nan", "dp2.zero1", "bf16", "NaN",
+    "it_applies_a_nan", "dp2.zero1", "bf16", "by a NaN",
     (OPTIMIZER, "        if math.isfinite(norm):\n", "        if not overflows:\n", "shardwise"),
-    optimizer="megatron",
+    whole=True, optimizer="megatron",
 )  # fmt: skip

@@ -45,7 +45,8 @@ def planted(ranks: RankPool) -> Iterator[Callable[..., Verdict]]:
 
     def check(bug: EngineBug, *, clean: bool = False) -> Verdict:
         recipe = bug.recipe()
-        verifier = made.setdefault(repr(recipe), Verifier(recipe, pool))
+        key = f"{recipe} {bug.whole}"
+        verifier = made.setdefault(key, Verifier(recipe, pool, bug.whole))
         pool.edits = () if clean else bug.edits
         return verifier.check("pretrain", bug.layout, bug.precision)
 

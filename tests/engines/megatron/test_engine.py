@@ -62,6 +62,7 @@ class Case:
     packed: bool = False
     whose: Any = "auto"  # optimizer
     clip: float = 1.0
+    recompute: Any = "none"
 
 
 def megatron(case: Case) -> Engine:
@@ -72,6 +73,7 @@ def megatron(case: Case) -> Engine:
         cpu_shim=True,
         optimizer=case.whose,
         max_grad_norm=case.clip,
+        recompute=case.recompute,
     )
     layout = parse_layout(case.layout, dist.get_world_size())
     return build_engine(Setup(case.model, config, layout, CPU, 7, "test", case.optimizer))
@@ -153,24 +155,52 @@ CASES = [
     Case("tp2.sp", UNTIED, packed=True),
     Case("pp2", UNTIED, cuts=(2,), optimizer=SGD),
     Case("cp2.ring", UNTIED, packed=True),
-    Case("tp2", SCALAR),
+    Case("tp2", SCALAR, recompute="full"),
     Case("tp2.sp", SCALAR),
     Case("tp2.sp", GPT2, cuts=(2,), optimizer=SGD),
     Case("pp2", GPT2, packed=True),
+    Case("pp2.v2.interleaved", LLAMA, cuts=(3,), recompute="full"),
+    Case("cp2.ring", UNTIED, packed=True, recompute="full"),
+    Case("tp2.sp", LLAMA, cuts=(2,), recompute="full"),
 ]
 
 
 def name_of(case: Case) -> str:
     words = case.packed * "packed" + (case.whose != "auto") * f"-{case.whose}-{case.precision}"
+    words += (case.recompute != "none") * "-recompute"
     return f"{case.layout}-{case.model.family}-{case.model.head}-{case.optimizer.kind}{words}"
 
 
-@pytest.mark.parametrize("case", daily(CASES, *range(1, len(CASES), 2)), ids=map(name_of, CASES))
+@pytest.mark.parametrize("case", daily(CASES, *range(1, 16, 2)), ids=map(name_of, CASES))
 def test_layouts_equal_the_plain_engine(ranks: RankPool, case: Case) -> None:
     world = 1 if case.layout == "dp1" else 2
     wanted = train(plain(case), dataclasses.replace(case, cuts=(1,)))
     for mine in ranks.run(on_rank, case, world=world):
         assert_same(mine, wanted, 1e-9)
+
+
+def kept_for_backward(case: Case) -> int:
+    """Bytes of what autograd saves in an update."""
+    it, found = megatron(case), dict[int, int]()
+
+    def keep(value: Tensor) -> Tensor:
+        found[value.data_ptr()] = value.nbytes
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        it.forward_backward([batch(case, 0)], CausalLM())
+    it.close()
+    return sum(found.values())
+
+
+@pytest.mark.slow
+def test_recompute_keeps_less(ranks: RankPool) -> None:
+    case = Case("tp2", toy.llama(num_layers=8))
+    [kept, _], [less, _] = (
+        ranks.run(kept_for_backward, dataclasses.replace(case, recompute=asked), world=2)
+        for asked in ("none", "full")
+    )
+    assert less < kept / 2, (less, kept)
 
 
 @pytest.mark.slow

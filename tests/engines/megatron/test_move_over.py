@@ -92,6 +92,7 @@ def theirs(tp: int, data: list[tuple[Tensor, Tensor]], out: str) -> list[float]:
     from shardwise.engines.megatron import cpu
 
     sharded, losses = tp == 1, []
+    parallel_state.destroy_global_memory_buffer()  # an engine of ours may have made one here
     parallel_state.initialize_model_parallel(tp)
     ranks = parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * BATCH // ranks

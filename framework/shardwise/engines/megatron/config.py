@@ -28,6 +28,10 @@ class MegatronConfig(EngineConfig):
         "optimizer) or ours; auto: Megatron's where it computes what the recipe asks, else ours, "
         "with the reason in the run's events",
     )
+    recompute: Literal["none", "full"] = Field(
+        "none",
+        description="what the backward pass computes again, to save memory; full: whole layers",
+    )
     cpu_shim: bool = Field(
         False,
         description="run on a CPU all the same, redirected from outside: for proof, not for speed",

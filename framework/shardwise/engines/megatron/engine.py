@@ -35,6 +35,7 @@ from shardwise.engines.native import NativeEngine
 from shardwise.engines.reduction import LossSums, broadcast_from_last
 from shardwise.losses.contract import Loss
 from shardwise.models.common.config import DecoderConfig
+from shardwise.parallel.blocks import wrap_blocks
 from shardwise.parallel.full_tensor import chunk_size
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import split_model
@@ -80,6 +81,8 @@ class MegatronEngine(NativeEngine):
                 set_up_trackers(setup.seed, mesh)
             wide = self.precision.logits(setup.wide_logits) != self.precision.compute
             parts = models.build_parts(setup.model, self.core_config, mesh, te=te, wide_logits=wide)
+            for part in parts.values():
+                wrap_blocks(part.decoder, config.recompute, compile=False)
             layers = split_model(setup.model, mesh.layout.num_chunks)
             self.places: dict[str, names.Place] = {}
             for number, part in parts.items():

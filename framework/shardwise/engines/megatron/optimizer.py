@@ -227,7 +227,7 @@ class _Counter:
     def follow(self) -> None:
         """Count on from what was written."""
         if self.value._version != self.version:
-            self.group["step"] = int(self.value)
+            self.group["step"], self.version = int(self.value), self.value._version
 
 
 def _start_state(inner: Any) -> dict[int, _Counter]:
