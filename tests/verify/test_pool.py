@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from shardwise.errors import UserError
 from shardwise.parallel.layout import parse_layout
+from shardwise.rollout.sharded import group_mesh
 from shardwise.verify import pool as rank_pool
 from shardwise.verify.rank import is_ours, place
 from tests.support.pool import RankError, RankHang, RankPool
@@ -40,6 +41,10 @@ def a_user_merges(rank: int) -> None:
 def refuses_a_layout() -> None:
     if dist.get_rank() == 1:
         parse_layout("dp2.foo", 2)
+
+
+def refuses_an_odd_group() -> None:
+    group_mesh(3, torch.device("cpu"))
 
 
 def library_raises() -> None:
@@ -96,6 +101,12 @@ def test_the_place_is_ours_even_if_a_library_raised(ranks: RankPool) -> None:
     assert not caught.value.others  # the same of both ranks
 
 
+def test_whoever_called_from_another_file_is_told(ranks: RankPool) -> None:
+    told = r"raised \w+ at parallel/[^,]+, called at rollout/sharded.py:\d+ in group_mesh: "
+    with pytest.raises(RankError, match=told):
+        ranks.run(refuses_an_odd_group, world=2)
+
+
 def test_only_our_files_are_ours() -> None:
     assert is_ours(rank_pool.__file__) and is_ours(__file__)
     assert not is_ours(torch.__file__) and not is_ours(os.__file__) and not is_ours("<string>")
@@ -121,6 +132,7 @@ def test_a_lost_peer_is_not_the_cause(own: RankPool) -> None:
 
 
 def test_a_hang_says_who_and_where(own: RankPool) -> None:
+    own.run(ident, world=3)  # a busy machine may import this module for a second
     with pytest.raises(RankHang) as caught:
         own.run(one_waits_for_ever, world=3, timeout=1.0)
     sentence, *stacks = str(caught.value).splitlines()

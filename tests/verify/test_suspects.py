@@ -17,7 +17,7 @@ def differs(kind: str, name: str, why: str = "") -> Outcome:
 
 
 def raises(cause: str, where: str) -> Outcome:
-    return Outcome(error=RankError(0, Failure(cause, "no", where, 0.0, "")))
+    return Outcome(error=RankError(0, Failure(cause, "no", where, "", 0.0, "")))
 
 
 def blamed(layout: str, *guilty: str, accumulates: bool = False) -> str:

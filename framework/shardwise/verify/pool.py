@@ -66,6 +66,7 @@ def _sentence(rank: int, failure: Failure) -> str:
     if failure.cause == "ProcessDied":
         return f"rank {rank} died: {failure.message}"
     at = f" at {failure.where}" if failure.where else ""
+    at += f", called at {failure.caller}" if failure.caller else ""
     first = next(iter(failure.message.strip().splitlines()), "")
     return f"rank {rank} raised {failure.cause}{at}: {first}"
 
@@ -140,7 +141,7 @@ class _World:
                     how = f"killed by {signal.Signals(-code).name}"
             if code is not None:
                 self.pids[rank] = 0
-            return Failure("ProcessDied", how, "", time.monotonic(), "")
+            return Failure("ProcessDied", how, "", "", time.monotonic(), "")
 
     def _hang(self, ranks: list[int], timeout: float) -> str:
         """Which ranks did not answer, grouped by where they stand, and their stacks."""

@@ -55,12 +55,14 @@ class Failure:
     """An exception of a rank.
 
     ``where``: the innermost frame in the package or in a user's code, as `place` writes it;
+    ``caller``: the innermost in another file of the package, which tells what it was done for;
     ``seconds``: when it was raised, by a clock that the ranks of a machine share.
     """
 
     cause: str
     message: str
     where: str
+    caller: str
     seconds: float
     text: str
 
@@ -91,10 +93,18 @@ def is_ours(file: str) -> bool:
     return not installed and not path.is_relative_to(sysconfig.get_paths()["stdlib"])
 
 
-def _where(trace: TracebackType | None) -> str:
+def _places(trace: TracebackType | None) -> tuple[str, str]:
+    """Where it was raised, and for whom: see `Failure`."""
     frames = traceback.extract_tb(trace)
-    ours = [f for f in frames if is_ours(f.filename)] or frames
-    return place(ours[-1].filename, ours[-1].lineno, ours[-1].name) if ours else ""
+    *outer, last = [f for f in frames if is_ours(f.filename)] or frames
+    callers = [f for f in outer if f.filename != last.filename and _is_product(f.filename)]
+    where, *caller = (place(f.filename, f.lineno, f.name) for f in (last, *callers[-1:]))
+    return where, "".join(caller)
+
+
+def _is_product(file: str) -> bool:
+    path = Path(file)
+    return path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "verify")
 
 
 def import_main(file: str | None) -> None:
@@ -152,7 +162,7 @@ def _answer(folder: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> byte
         failure = Failure(
             type(error).__name__,
             str(error),
-            _where(error.__traceback__),
+            *_places(error.__traceback__),
             time.monotonic(),
             traceback.format_exc(),
         )

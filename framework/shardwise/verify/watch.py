@@ -37,6 +37,7 @@ from shardwise.ops.local_shards import local_shards
 from shardwise.parallel.full_tensor import local_tensor
 from shardwise.precision.loss_scale import DynamicLossScale
 from shardwise.precision.policy import DtypeCheck, precision_of
+from shardwise.rollout.sequences import CHECKSUMS
 from shardwise.stages.base import ACTOR, StageContext, role_of, roles_of
 from shardwise.verify import extremes
 from shardwise.verify.marks import fill, is_back, ramp
@@ -332,18 +333,19 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-def numbers_of(data: Any) -> list[float]:
-    """All numbers in plain data, in order; texts by their hashes."""
+def numbers_of(data: Any, checksums: bool = False) -> list[float]:
+    """All numbers in plain data, in order; texts by their hashes, but ``checksums``: not at all."""
     if dataclasses.is_dataclass(data):
-        data = [getattr(data, field.name) for field in dataclasses.fields(data)]
+        own = [(getattr(data, f.name), CHECKSUMS in f.metadata) for f in dataclasses.fields(data)]
+        return list(itertools.chain(*itertools.starmap(numbers_of, own)))
     if isinstance(data, Mapping):
         data = list(data.items())
     if isinstance(data, np.ndarray):
         return [float(number) for number in data.flat]
     if isinstance(data, (list, tuple)):
-        return list(itertools.chain(*map(numbers_of, data)))
-    if isinstance(data, str):
-        return [_digest(data)[0] / 2**32]  # as small as other numbers: bounds are relative
+        return list(itertools.chain(*(numbers_of(value, checksums) for value in data)))
+    if isinstance(data, str):  # as small as other numbers: bounds are relative
+        return [] if checksums else [_digest(data)[0] / 2**32]
     return [ABSENT if data is None else float(data)]
 
 
