@@ -128,11 +128,7 @@ def test_what_is_not_refused_has_a_complete_program(
         with pytest.raises(ValueError, match="microbatches"):
             program(layout, num_microbatches)
         return
-    seen = [
-        (a.computation_type.value, a.stage_index, a.microbatch_index)
-        for actions in program(layout, num_microbatches)
-        for a in actions
-    ]
+    seen = [a for actions in program(layout, num_microbatches).actions for a in actions]
     assert len(seen) == len(set(seen))
     for part in range(layout.num_chunks):
         for m in range(num_microbatches):

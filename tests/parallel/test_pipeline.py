@@ -32,7 +32,7 @@ def test_the_dearest_part_is_as_cheap_as_can_be(
         prices[-1] += last
         return max(prices)
 
-    found = split_layers(layers, first, last, parts)
+    found = split_layers(tuple(layers), first, last, parts)
     assert [i for r in found for i in r] == list(range(len(layers)))
     assert all(len(r) > 0 for r in found) and len(found) == parts
     cuts = itertools.combinations(range(1, len(layers)), parts - 1)

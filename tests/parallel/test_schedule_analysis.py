@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,10 +26,6 @@ def layout_of(schedule: str, pp: int, virtual: int = 2) -> Layout:
 layouts = st.builds(layout_of, st.sampled_from(SCHEDULES), st.integers(2, 4), st.integers(2, 3))
 
 
-def parts(action: Any) -> tuple[str, int, int]:
-    return action.computation_type.value, action.stage_index, action.microbatch_index
-
-
 def receipt(message: tuple[str, int, int]) -> tuple[str, int, int]:
     """The action that makes room for a message; a send is over only when it has happened."""
     kind, chunk, microbatch = message
@@ -38,13 +33,12 @@ def receipt(message: tuple[str, int, int]) -> tuple[str, int, int]:
     return "RECV_F" if ahead else "RECV_B", chunk + (1 if ahead else -1), microbatch
 
 
-def executed(programs: list[list[Any]]) -> Iterator[tuple[int, int]]:
+def executed(programs: schedule_analysis.Programs) -> Iterator[tuple[int, int]]:
     """Ranks that run ahead as far as they can, rank 0 the furthest; stops where all wait."""
-    waits = [schedule_analysis.releases(programs, rank) for rank in range(len(programs))]
-    keys = [[parts(a) for a in actions] for actions in programs]
+    waits, keys = programs.releases, programs.actions
     arriving = {k for row in keys for k in row if k[0].startswith("RECV")}
     done: set[tuple[str, int, int]] = set()
-    at = [0] * len(programs)
+    at = [0] * len(keys)
     progress = True
     while progress:
         progress = False
@@ -70,11 +64,11 @@ def test_waiting_for_messages_never_stops_the_ranks(
 ) -> None:
     number = 2 * rounds * layout.pp
     programs = (forward_program if forward_only else program)(layout, number)
-    assert sum(1 for _ in executed(programs)) == sum(map(len, programs))
-    for rank, actions in enumerate(programs):
-        sends = [parts(a) for a in actions if parts(a)[0].startswith("SEND")]
-        for index, named in schedule_analysis.releases(programs, rank).items():
-            before = {parts(a) for a in actions[:index]}
+    assert sum(1 for _ in executed(programs)) == sum(map(len, programs.actions))
+    for rank, actions in enumerate(programs.actions):
+        sends = [a for a in actions if a[0].startswith("SEND")]
+        for index, named in programs.releases[rank].items():
+            before = set(actions[:index])
             assert before.issuperset(named)
             sends = [s for s in sends if s not in named]
         # What is left at the end does not grow with the number of micro-batches.
@@ -84,16 +78,15 @@ def test_waiting_for_messages_never_stops_the_ranks(
 @given(layouts, st.integers(1, 3))
 def test_activations_are_held_from_forward_to_backward(layout: Layout, rounds: int) -> None:
     number = 2 * rounds * layout.pp
-    for rank, actions in enumerate(program(layout, number)):
+    for rank, actions in enumerate(program(layout, number).actions):
         size = dict.fromkeys(range(layout.num_chunks), 1)
         found, together = schedule_analysis.in_flight(actions, size)
-        every = [{"F": 1, "B": -1, "W": -1}.get(kind, 0) for kind, _, _ in map(parts, actions)]
+        every = [{"F": 1, "B": -1, "W": -1}.get(kind, 0) for kind, _, _ in actions]
         assert sum(together.values()) == max(itertools.accumulate(every))
         assert all(n <= found[chunk] for chunk, n in together.items())
         for chunk, most in found.items():
             held = [
-                {"F": 1, "B": -1, "W": -1}.get(kind, 0) * (c == chunk)
-                for kind, c, _ in map(parts, actions)
+                {"F": 1, "B": -1, "W": -1}.get(kind, 0) * (c == chunk) for kind, c, _ in actions
             ]
             assert most == max(itertools.accumulate(held)) and sum(held) == 0
         place = place_of(MODEL, layout, rank, number)
@@ -105,9 +98,9 @@ def test_activations_are_held_from_forward_to_backward(layout: Layout, rounds: i
 @given(layouts, st.integers(1, 3))
 def test_halves_of_split_backward_passes(layout: Layout, rounds: int) -> None:
     number = 2 * rounds * layout.pp
-    for rank, actions in enumerate(program(layout, number)):
+    for rank, actions in enumerate(program(layout, number).actions):
         chunks = sorted(c for c, home in homes(layout).items() if home == rank)
-        every = [parts(a) for a in actions]
+        every = list(actions)
         expected = set()
         for i in range(len(every) + 1):
             half = [k[1] for k in every[:i] if k[0] == "I"]
@@ -121,7 +114,7 @@ def test_one_chunk_a_rank_by_hand() -> None:
 
     def held(schedule: str, number: int) -> list[int]:
         programs = program(layout_of(schedule, 4), number)
-        return [schedule_analysis.in_flight(programs[r], {r: 1})[0][r] for r in range(4)]
+        return [schedule_analysis.in_flight(programs.actions[r], {r: 1})[0][r] for r in range(4)]
 
     assert held("1f1b", 8) == [4, 3, 2, 1]
     assert held("1f1b", 2) == [2, 2, 2, 1]
@@ -137,10 +130,7 @@ def test_many_chunks_hold_more_than_1f1b() -> None:
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "gpipe"])
 def test_messages_do_not_add_up_with_micro_batches(schedule: str) -> None:
     layout = layout_of(schedule, 4)
-    few, many = (
-        [schedule_analysis.messages(program(layout, n), rank)[0] for rank in range(4)]
-        for n in (32, 64)
-    )
+    few, many = ([most for most, _ in program(layout, n).messages] for n in (32, 64))
     assert few == many and max(few) < 32
 
 

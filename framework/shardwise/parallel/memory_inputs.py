@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 from shardwise import memory
 from shardwise.models.common.config import DecoderConfig
 from shardwise.parallel import pipeline, schedule_analysis
@@ -50,10 +47,11 @@ def place_of(
     halves: set[tuple[int, ...]] = set()
     if layout.pp > 1:
         programs = _programs(layout, micro_batches)
+        actions = programs.actions[pipeline_rank]
         size = {c: len(cut) for c, cut in enumerate(cuts)}
-        held, together = schedule_analysis.in_flight(programs[pipeline_rank], size)
-        halves = schedule_analysis.between_halves(programs[pipeline_rank], chunks)
-        messages, last = schedule_analysis.messages(programs, pipeline_rank)
+        held, together = schedule_analysis.in_flight(actions, size)
+        halves = schedule_analysis.between_halves(actions, chunks)
+        messages, last = programs.messages[pipeline_rank]
     parts = tuple(
         memory.Part(
             len(cuts[c]),
@@ -69,8 +67,7 @@ def place_of(
     return memory.Place(parts, **numbers, messages=messages, halves=tuple(sorted(halves)))
 
 
-@functools.lru_cache(maxsize=64)
-def _programs(layout: Layout, micro_batches: int) -> list[list[Any]]:
+def _programs(layout: Layout, micro_batches: int) -> schedule_analysis.Programs:
     """Where the schedule cannot do with so few (`parallel.feasible` says so), with the next more.
 
     Every schedule can do with any multiple of pp from twice that number on.

@@ -20,8 +20,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import comm
 from shardwise.ops.linear import deferred
-from shardwise.parallel import schedule_analysis
 from shardwise.parallel.layout import SINGLE, V_SHAPED, Layout
+from shardwise.parallel.schedule_analysis import Message, Programs
 
 AXIS = "pp"
 _CLASSES: dict[str, Any] = {
@@ -35,7 +35,8 @@ _CLASSES: dict[str, Any] = {
 # --- where the model is cut ---------------------------------------------------------------------
 
 
-def split_layers(costs: Sequence[float], first: float, last: float, parts: int) -> list[range]:
+@functools.lru_cache(maxsize=256)
+def split_layers(costs: tuple[float, ...], first: float, last: float, parts: int) -> list[range]:
     """Consecutive layers for each part, each at least one, so that the dearest part is cheapest.
 
     ``costs`` are the layers', ``first`` what the first part has in front of them, ``last`` what
@@ -79,7 +80,7 @@ def split_model(config: DecoderConfig, parts: int) -> list[range]:
     # Causal attention, forward and backward, as if it saw all: kinds of layers are cut evenly.
     seen = 6.0 * config.max_seq_len * width
     of_layer = {layer: 6.0 * layer.num_parameters + seen for layer in set(spec.layers)}
-    costs = [of_layer[layer] for layer in spec.layers]
+    costs = tuple(of_layer[layer] for layer in spec.layers)
     return split_layers(costs, 2.0 * table / config.max_seq_len, head, parts)
 
 
@@ -98,18 +99,32 @@ def homes(layout: Layout) -> dict[int, int]:
 # --- in which order a rank works ----------------------------------------------------------------
 
 
-def program(layout: Layout, num_microbatches: int) -> list[list[Any]]:
+def program(layout: Layout, num_microbatches: int) -> Programs:
     """For each pipeline rank, its actions of a training step, sends and receives included.
 
     Raises ValueError where torch's schedule cannot do with this number of micro-batches
     (`parallel.feasible` says so before).
     """
+    return _program(_pipeline_of(layout), num_microbatches)
+
+
+def forward_program(layout: Layout, num_microbatches: int) -> Programs:
+    """The same without a backward pass, for any number of micro-batches."""
+    return _forward_program(_pipeline_of(layout), num_microbatches)
+
+
+def _pipeline_of(layout: Layout) -> Layout:
+    return Layout(pp=layout.pp, virtual=layout.virtual, schedule=layout.schedule)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(layout: Layout, num_microbatches: int) -> Programs:
     ranks = range(layout.pp)
     return _with_messages(layout, [_compute_order(layout, r, num_microbatches) for r in ranks])
 
 
-def forward_program(layout: Layout, num_microbatches: int) -> list[list[Any]]:
-    """The same without a backward pass, for any number of micro-batches."""
+@functools.lru_cache(maxsize=64)
+def _forward_program(layout: Layout, num_microbatches: int) -> Programs:
     forward = torch_schedules._ComputationType.FORWARD
     orders = [
         [
@@ -122,12 +137,17 @@ def forward_program(layout: Layout, num_microbatches: int) -> list[list[Any]]:
     return _with_messages(layout, orders)
 
 
-def _with_messages(layout: Layout, orders: Sequence[list[Any]]) -> list[list[Any]]:
+def _with_messages(layout: Layout, orders: Sequence[list[Any]]) -> Programs:
     home = homes(layout)
     complete: dict[int, list[Any]] = torch_schedules._add_send_recv(
         dict(enumerate(orders)), lambda chunk: home[chunk], layout.num_chunks
     )
-    return [complete[rank] for rank in range(layout.pp)]
+    return Programs(
+        [
+            [(a.computation_type.value, a.stage_index, a.microbatch_index) for a in complete[rank]]
+            for rank in range(layout.pp)
+        ]
+    )
 
 
 def _compute_order(layout: Layout, rank: int, num_microbatches: int) -> list[Any]:
@@ -206,9 +226,9 @@ class Executor:
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.grads: dict[tuple[int, int], Tensor] = {}  # of a chunk's output
         self.later: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.sent: dict[schedule_analysis.Message, comm.Pending] = {}
+        self.sent: dict[Message, comm.Pending] = {}
 
-    def run(self, programs: Sequence[Sequence[Any]]) -> None:
+    def run(self, programs: Programs) -> None:
         """This rank's actions of all ranks' programs; returns when every message has left."""
         rank = self.group.rank()
         do = {
@@ -221,11 +241,11 @@ class Executor:
             "SEND_B": lambda c, m: self._send("SEND_B", c, m, self._grad_of_input(c, m), c - 1),
             "RECV_B": lambda c, m: self._receive("B", c, m, c + 1),
         }
-        release = schedule_analysis.releases(programs, rank)
-        for i, action in enumerate(programs[rank]):
+        release = programs.releases[rank]
+        for i, (kind, chunk, microbatch) in enumerate(programs.actions[rank]):
             for message in release.get(i, ()):
                 self.sent.pop(message).wait()
-            do[action.computation_type.value](action.stage_index, action.microbatch_index)
+            do[kind](chunk, microbatch)
         for pending in self.sent.values():
             pending.wait()
         self.sent.clear()

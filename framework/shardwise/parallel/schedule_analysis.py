@@ -1,21 +1,95 @@
-"""What follows from all ranks' programs together: when messages are let go, and what is held.
+"""What all ranks do in a step, and what follows from it: when messages are let go, what is held.
 
-Actions are those of `parallel.pipeline.program`. A message is named after the action that sends
-it: ("SEND_F", chunk, micro-batch) or ("SEND_B", chunk, micro-batch).
+A message is named after the action that sends it: ("SEND_F", chunk, micro-batch) or ("SEND_B",
+chunk, micro-batch).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+# (kind, chunk, micro-batch), kinds as torch spells them: F, B or its halves I and W, SEND_F, ...
+Action = tuple[str, int, int]
 Message = tuple[str, int, int]
-Programs = Sequence[Sequence[Any]]
 
 
-def _key(action: Any) -> Message:
-    return action.computation_type.value, action.stage_index, action.microbatch_index
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """By pipeline rank, its actions of a step. What follows is worked out once, when asked for."""
+
+    actions: Sequence[Sequence[Action]]
+
+    @functools.cached_property
+    def order(self) -> list[tuple[int, int]]:
+        """All actions as (rank, index), in an order in which one process could do them.
+
+        It is the order of ranks that work in step, a forward or backward action each at a time,
+        and that wait for what another has not sent before the step.
+        """
+        sent = {a for actions in self.actions for a in actions if a[0].startswith("SEND")}
+        there: set[Message] = set()
+        at = [0] * len(self.actions)
+        order: list[tuple[int, int]] = []
+        while len(order) < sum(map(len, self.actions)):
+            before, found = len(order), set(there)
+            for rank, actions in enumerate(self.actions):
+                worked = False
+                while at[rank] < len(actions):
+                    action = actions[at[rank]]
+                    computes = action[0] in ("F", "B", "I", "W")
+                    waits = action[0] in ("F", "B", "I") and _taken(*action) in sent
+                    if computes and (worked or (waits and _taken(*action) not in there)):
+                        break
+                    if action[0].startswith("SEND"):
+                        found.add(action)
+                    worked |= computes
+                    order.append((rank, at[rank]))
+                    at[rank] += 1
+            assert len(order) > before, "a pipeline program that waits for itself"
+            there = found
+        return order
+
+    @functools.cached_property
+    def releases(self) -> list[dict[int, list[Message]]]:
+        """By rank: in front of which of its actions it waits until which of its messages left.
+
+        A message is let go once its receiver has used it, in `order`. All that this adds to wait
+        for lies earlier in that order, so no rank can wait for itself. The last messages, which
+        nothing follows, are not named.
+        """
+        place = {where: i for i, where in enumerate(self.order)}
+        used = {
+            _taken(*action): place[rank, i]
+            for rank, actions in enumerate(self.actions)
+            for i, action in enumerate(actions)
+            if action[0] in ("F", "B", "I")
+        }
+        found: list[dict[int, list[Message]]] = []
+        for rank, actions in enumerate(self.actions):
+            waits: dict[int, list[Message]] = defaultdict(list)
+            after = 0
+            sends = (a for a in actions if a[0].startswith("SEND"))
+            for when, message in sorted((used[m], m) for m in sends):
+                while after < len(actions) and place[rank, after] < when:
+                    after += 1
+                if after < len(actions):
+                    waits[after].append(message)
+            found.append(waits)
+        return found
+
+    @functools.cached_property
+    def messages(self) -> list[tuple[int, dict[int, int]]]:
+        """By rank: how many activations and gradients between stages it holds at once.
+
+        The most of the step; and by chunk, during the last of its gradients' passes.
+
+        What it received lives until its gradient is sent or handed on, what it sent until it is
+        let go (`releases`), and activations until their backward pass at least.
+        """
+        return [_held(*both) for both in zip(self.actions, self.releases, strict=True)]
 
 
 def _taken(kind: str, chunk: int, microbatch: int) -> Message:
@@ -25,64 +99,8 @@ def _taken(kind: str, chunk: int, microbatch: int) -> Message:
     return "SEND_B", chunk + 1, microbatch
 
 
-def one_order(programs: Programs) -> list[tuple[int, int]]:
-    """All actions as (rank, index), in an order in which one process could do them.
-
-    It is the order of ranks that work in step, a forward or backward action each at a time, and
-    that wait for what another has not sent before the step.
-    """
-    sent = {_key(a) for actions in programs for a in actions if _key(a)[0].startswith("SEND")}
-    there: set[Message] = set()
-    at = [0] * len(programs)
-    order: list[tuple[int, int]] = []
-    while len(order) < sum(map(len, programs)):
-        before, found = len(order), set(there)
-        for rank, actions in enumerate(programs):
-            worked = False
-            while at[rank] < len(actions):
-                key = _key(actions[at[rank]])
-                computes = key[0] in ("F", "B", "I", "W")
-                waits = key[0] in ("F", "B", "I") and _taken(*key) in sent
-                if computes and (worked or (waits and _taken(*key) not in there)):
-                    break
-                if key[0].startswith("SEND"):
-                    found.add(key)
-                worked |= computes
-                order.append((rank, at[rank]))
-                at[rank] += 1
-        assert len(order) > before, "a pipeline program that waits for itself"
-        there = found
-    return order
-
-
-def releases(programs: Programs, rank: int) -> dict[int, list[Message]]:
-    """In front of which of a rank's actions it waits until which of its messages have left.
-
-    A message is let go once its receiver has used it, in `one_order`. All that this adds to wait
-    for lies earlier in that order, so no rank can wait for itself. The last messages, which
-    nothing follows, are not named.
-    """
-    place = {where: i for i, where in enumerate(one_order(programs))}
-    used = {
-        _taken(*_key(a)): place[r, i]
-        for r, actions in enumerate(programs)
-        for i, a in enumerate(actions)
-        if _key(a)[0] in ("F", "B", "I")
-    }
-    mine = [place[rank, i] for i in range(len(programs[rank]))]
-    sends = [_key(a) for a in programs[rank] if _key(a)[0].startswith("SEND")]
-    found: dict[int, list[Message]] = defaultdict(list)
-    after = 0
-    for when, message in sorted((used[m], m) for m in sends):
-        while after < len(mine) and mine[after] < when:
-            after += 1
-        if after < len(mine):
-            found[after].append(message)
-    return found
-
-
 def in_flight(
-    actions: Iterable[Any], size: Mapping[int, int]
+    actions: Iterable[Action], size: Mapping[int, int]
 ) -> tuple[dict[int, int], dict[int, int]]:
     """By chunk, of how many micro-batches a rank holds the activations at once.
 
@@ -92,7 +110,7 @@ def in_flight(
     """
     held, most, together = Counter[int](), Counter[int](), Counter[int]()
     worst = 0
-    for kind, chunk, _ in map(_key, actions):
+    for kind, chunk, _ in actions:
         if kind == "F":
             held[chunk] += 1
             most[chunk] = max(most[chunk], held[chunk])
@@ -104,33 +122,25 @@ def in_flight(
     return dict(most), dict(together)
 
 
-def between_halves(actions: Iterable[Any], chunks: Sequence[int]) -> set[tuple[int, ...]]:
+def between_halves(actions: Iterable[Action], chunks: Sequence[int]) -> set[tuple[int, ...]]:
     """Of how many micro-batches of each chunk a split backward pass is half done: every case."""
     held: Counter[int] = Counter()
     found = set()
-    for kind, chunk, _ in map(_key, actions):
+    for kind, chunk, _ in actions:
         held[chunk] += {"I": 1, "W": -1}.get(kind, 0)
         found.add(tuple(held[c] for c in chunks))
     return found
 
 
-def messages(programs: Programs, rank: int) -> tuple[int, dict[int, int]]:
-    """How many activations and gradients between pipeline stages a rank holds at once.
-
-    The most of the step; and by chunk, during the last of its gradients' passes.
-
-    What it received lives until its gradient is sent or handed on, what it sent until it is let
-    go (`releases`), and activations until their backward pass at least.
-    """
-    waits = releases(programs, rank)
-    received = {k[1:] for k in map(_key, programs[rank]) if k[0] == "RECV_F"}
-    sends = {k for k in map(_key, programs[rank]) if k[0].startswith("SEND")}
+def _held(
+    actions: Sequence[Action], waits: Mapping[int, list[Message]]
+) -> tuple[int, dict[int, int]]:
+    received = {a[1:] for a in actions if a[0] == "RECV_F"}
+    sends = {a for a in actions if a[0].startswith("SEND")}
     live: set[Message] = set()
     most, last = 0, {}
-    for i, action in enumerate(programs[rank]):
-        for kind, chunk, microbatch in waits.get(i, ()):
-            live.discard((kind, chunk, microbatch))
-        kind, chunk, m = _key(action)
+    for i, (kind, chunk, m) in enumerate(actions):
+        live.difference_update(waits.get(i, ()))
         if kind.startswith("RECV"):
             live.add((kind, chunk, m))
         elif kind == "F" and ("SEND_F", chunk, m) in sends:
