@@ -29,13 +29,19 @@ def quiet(offer: Callable[..., Iterator[str]]) -> Callable[[typer.Context, str],
 
 
 def _keys(ctx: typer.Context, incomplete: str) -> Iterator[str]:
+    yield from _known(incomplete)
+
+
+def _known(incomplete: str) -> dict[str, bool]:
+    """Paths one part longer than what is whole of this one, and whether each holds more."""
     from shardwise.config.reference import find
 
     above, dot, _ = incomplete.rpartition(".")
     _, block = find(above)
-    if block is not None:
-        names = [*block.kinds, *(key.name for key in block.keys)]
-        yield from (f"{above}{dot}{name}" for name in names)
+    if block is None:
+        return {}
+    names = dict.fromkeys(block.kinds, True) | {key.name: bool(key.section) for key in block.keys}
+    return {f"{above}{dot}{name}": more for name, more in names.items()}
 
 
 def _overrides(ctx: typer.Context, incomplete: str) -> Iterator[str]:
@@ -56,10 +62,9 @@ def _overrides(ctx: typer.Context, incomplete: str) -> Iterator[str]:
     else:
         begin = f"stages.{named[1]}." if named else ""
         typed = f"stages.{kind}." + incomplete[len(begin) :] if named else incomplete
-        for path in _keys(ctx, typed):
-            _, block = find(path)
+        for path, more in _known(typed).items():
             shown = begin + path.removeprefix(f"stages.{kind}.") if named else path
-            yield f"{shown}{'.' if block else '='}"
+            yield f"{shown}{'.' if more else '='}"
 
 
 def _stages_of(ctx: typer.Context) -> dict[str, str]:

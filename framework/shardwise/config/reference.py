@@ -7,6 +7,7 @@ anything else than what the loader checks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -159,15 +160,23 @@ def _held(place: _Place, kind: str) -> _Held:
     """The keys of a section; of a choice those that are the same in all kinds, or the others."""
     if not isinstance(place, _Choice):
         return {name: (place, field) for name, field in place.by_key().items()}
-    same: _Held = {}
-    for name, field in next(iter(place.table.values())).by_key().items():
-        others = [cls.by_key().get(name) for cls in place.table.values()]
-        if name == place.key or len({repr(other) for other in others}) == 1:
-            same[name] = (place, place.base.by_key().get(name, field))
+    same = _same(tuple(place.table.values()), place.key)
     if not kind:
-        return same
+        base = place.base.by_key()
+        return {name: (place, base.get(name, field)) for name, field in same.items()}
     cls = place.table[kind]
     return {name: (cls, f) for name, f in cls.by_key().items() if name not in same}
+
+
+@functools.cache
+def _same(kinds: tuple[type[Section], ...], key: str) -> dict[str, FieldInfo]:
+    """``key``, and what else is the same in all of them."""
+    [first, *others] = [cls.by_key() for cls in kinds]
+    return {
+        name: field
+        for name, field in first.items()
+        if name == key or all(repr(other.get(name)) == repr(field) for other in others)
+    }
 
 
 def _parts(place: _Place, path: str) -> list[tuple[_Place, str, str]]:
