@@ -7,6 +7,7 @@ goes on from its newest checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -315,9 +316,10 @@ class Pipeline:
         return self.gemm[name]
 
 
+@functools.cache
 def measured_rate(dtype: torch.dtype, device: torch.device) -> float:
     """What this rank multiplies in a second, in FLOP; others measure at the same time."""
-    return measure_gemm(dtype, device, budget_s=1.0).flops
+    return measure_gemm(dtype, device, budget_s=0.5).flops
 
 
 def of_all_ranks(rate: float, device: torch.device) -> float:
