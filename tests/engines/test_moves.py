@@ -73,9 +73,8 @@ def _step(name: str, layout: str, root: str, step: int) -> dict[str, Any]:
     return {"loaded": loaded, "made": _everything(engine), "loss": loss["loss"], "norm": norm}
 
 
-@pytest.mark.parametrize(
-    "name", ["tied", pytest.param("untied", marks=SLOW), pytest.param("dropout", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied", "untied", "dropout"])
 def test_a_chain_of_layouts_equals_one_process(ranks: RankPool, tmp_path: Path, name: str) -> None:
     before: dict[str, Tensor] = {}
     for step, layout in enumerate(CHAIN):

@@ -15,6 +15,7 @@ from shardwise.errors import ShardwiseError, UserError
 from shardwise.launch import local
 from shardwise.launch import rank as rank_room
 from shardwise.metrics.meters import num_cores
+from tests.support.daily import daily
 from tests.support.pool import CONTEXT
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def alive(pid: int) -> bool:
     return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
+@pytest.mark.parametrize("fresh", daily([False, True], 0), ids=["forked", "fresh"])
 def test_ranks_meet_and_only_rank_0_speaks(tmp_path: Path, fresh: bool) -> None:
     code, out, err = Launcher("write_sum", tmp_path, nproc=2, fresh=fresh).finish()
     assert code == 0, err

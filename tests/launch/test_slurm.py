@@ -53,6 +53,7 @@ def job(folder: str = "/shared", *words: str, **profile: object) -> ClusterJob:
     return ClusterJob("run", Task(f"{folder}/run", words), 2, folder, 25.0, whole)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_through_a_requeue(
     cluster: Cluster, tmp_path: Path, shardwise: Command  # noqa: F811
 ) -> None:  # fmt: skip

@@ -26,7 +26,6 @@ CASES = list(
 )
 DAILY = [
     ("llama2", ("sft", "alpaca"), "qlora", "json", 1),
-    ("gpt2", ("pretrain", "documents"), None, "parquet", 2),
     ("qwen3", ("dpo", "conversational"), "lora", "jsonl", 2),
     ("mistral", ("reward", "preference"), None, "jsonl", 1),
     ("qwen2", ("grpo", "with steps"), "lora", "jsonl", 1),

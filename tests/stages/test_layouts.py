@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.stages.recipes import recipe, run, run_and_die, weights
+from tests.stages.recipes import metrics, recipe, run, run_and_die, weights
 from tests.support.pool import RankPool
 
 LAYOUTS = {"pretrain": "dp2.zero2", "sft": "tp2.sp", "grpo": "pp2"}
@@ -32,6 +32,7 @@ def test_stages_on_three_layouts_killed_and_resumed(ranks: RankPool, tmp_path: P
     for stage in LAYOUTS:
         a, b = weights(clean, stage), weights(broken, stage)
         assert all(torch.equal(a[n], b[n]) for n in a), stage
+    assert metrics(clean) == metrics(broken)
 
 
 def test_a_traced_step_is_profiled_and_counted(ranks: RankPool, tmp_path: Path) -> None:

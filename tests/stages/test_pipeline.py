@@ -23,7 +23,8 @@ from tests.support.pool import RankError, RankPool
 ALL = ("pretrain", "sft", "grpo")
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, world: int) -> None:
     clean, broken = tmp_path / "clean", tmp_path / "broken"
     ranks.run(run, recipe(clean, *ALL), world=world)

@@ -120,7 +120,7 @@ def kill_in_rollout(config: dict[str, Any], step: int, *overrides: str) -> None:
         run(config, *overrides)
 
 
-@pytest.mark.parametrize("kind", daily(["ppo", "grpo"], 0))
+@pytest.mark.parametrize("kind", daily(["ppo", "grpo"], 1))
 def test_killed_run_ends_like_an_unbroken_one(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     """Between steps, and in the middle of a rollout."""
     clean, broken = tmp_path / "clean", tmp_path / "broken"

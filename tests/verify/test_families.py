@@ -15,17 +15,12 @@ from tests.support.pool import RankPool
 LAYOUTS = ("tp2.sp", "tp4", "pp2.1f1b", "pp2.zbv", "cp2.ring", "cp2.ulysses", "dp2.zero3")
 DAILY = {
     ("gemma2", "tp2.sp"),  # norms around branches, a cut head's soft cap
-    ("gemma2", "cp2.ring"),  # soft caps of scores that are merged
-    ("olmo2", "tp4"),  # no norm in front, norms over cut heads, of which two ranks have the same
     ("smollm3", "pp2.1f1b"),  # layers without rotation
-    ("phi3", "cp2.ring"),  # heads rotated in part
     ("granite_swa", "tp2.sp"),  # sinks of cut heads
     ("ministral3", "cp2.ring"),  # queries that grow with their positions
     ("cohere", "tp2.sp"),  # two branches out of one norm, pairs of neighbours
     ("glm4", "cp2.ring"),  # pairs of neighbours, of a part of a head
     ("nemotron", "tp2.sp"),  # squared ReLU of cut features, layer norms of 1 + weight
-    ("gpt_neox", "tp4"),  # two branches, each out of its norm
-    ("granite", "tp2.sp"),  # constants in front of a cut head and behind row-parallel outputs
 }
 CASES = [
     pytest.param(f, x, marks=[] if (f, x) in DAILY else [pytest.mark.slow])

@@ -191,7 +191,9 @@ def verify(installed: Path, folder: Path, *options: str) -> tuple[int, dict[str,
 
 
 def test_it_is_verified_as_ours_are(installed: Path, tmp_path: Path) -> None:
-    code, report, said = verify(installed, tmp_path, "-l", "dp2.zero2")
+    code, report, said = verify(
+        installed, tmp_path, "-l", "dp2.zero2", "--updates-only", "engine.precision=fp64"
+    )
     assert code == 0 and report["passed"], said
     layouts = [v for v in report["verdicts"] if v["layout"] == "dp2.zero2"]
     assert layouts

@@ -61,9 +61,7 @@ def test_the_whole_path_of_roles_that_share_no_rank(ranks: RankPool) -> None:
 
 # Every day, one that is first seen in each kind of value.
 DAILY = (  # others of their kinds are edits of the source (`test_edited_bugs`)
-    "old_logprobs_taken_after_the_first_update",
     "critic_skips_an_update_on_its_own_rank",
-    "truncated_completions_scored_like_whole_ones",
 )
 
 

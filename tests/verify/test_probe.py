@@ -13,7 +13,6 @@ from shardwise.verify.compare import origin
 from shardwise.verify.notes import Reference
 from shardwise.verify.verifier import SINGLE, Verifier
 from shardwise.verify.walk import walk
-from tests.support.daily import daily
 from tests.support.pool import RankPool
 from tests.verify.bugs import walk_with
 
@@ -45,7 +44,8 @@ def verifier(pool: PlantedPool) -> Iterator[Verifier]:
 SOUND = [("pretrain", x) for x in ("tp4", "dp2.zero3.tp2.sp", "cp2.ring", "pp2.zbv")]
 
 
-@pytest.mark.parametrize("stage,layout", daily([*SOUND, ("reward", "tp2.sp")], 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage,layout", [*SOUND, ("reward", "tp2.sp")])
 def test_a_sound_layout_differs_nowhere(verifier: Verifier, stage: str, layout: str) -> None:
     small = verifier.small(stage, layout)
     options: dict[str, Any] = {
@@ -68,7 +68,10 @@ def test_a_sound_layout_differs_nowhere(verifier: Verifier, stage: str, layout: 
 @pytest.mark.parametrize(
     "bug,layout,words",
     [
-        ("foreign_vocabulary_not_masked", "tp2", "output of update 1 embed sample"),
+        pytest.param(
+            *("foreign_vocabulary_not_masked", "tp2", "output of update 1 embed sample"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("ring_without_rescaling", "cp2.ring", "output of update 1 layers.0.attn.o sample"),
             marks=pytest.mark.slow,

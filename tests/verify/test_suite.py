@@ -43,6 +43,8 @@ ELSEWHERE = {  # by tests of their own, or beside another one of the kind
     ("gpt2", "sft", "tp2.pp2.zbv"),
     ("llama-untied-odd", "dpo", "pp2.gpipe"),
     ("llama", "grpo", "dp2.zero2"),
+    ("llama", "sft", "tp2.sp.cp2.ulysses"),
+    ("llama", "reward", "cp4.ulysses"),
 }
 DAILY = [
     case

@@ -124,7 +124,15 @@ def skips(layout: str, precision: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     "layout,precision",
-    [("dp2.zero0", "fp32"), ("dp2.zero2", "fp32"), ("dp2.zero3", "fp32"), ("dp2.zero1", "bf16")],
+    daily(
+        [
+            ("dp2.zero0", "fp32"),
+            ("dp2.zero2", "fp32"),
+            ("dp2.zero3", "fp32"),
+            ("dp2.zero1", "bf16"),
+        ],
+        2,
+    ),
 )
 def test_every_rank_leaves_out_an_update_that_is_not_finite_anywhere(
     ranks: RankPool, layout: str, precision: str
