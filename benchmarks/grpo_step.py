@@ -142,9 +142,9 @@ def our_replay(stage: GrpoStage, groups: list[Group]) -> Replayed:
     rollout_worker, forward_backward = stage.rollout_worker, stage.engine.forward_backward
     seen: list[Any] = []
 
-    def watch(batches: Any, loss: Any) -> dict[str, float]:
+    def watch(batches: Any, loss: Any, lr: float) -> dict[str, float]:
         seen.extend(batches)
-        return forward_backward(batches, loss)
+        return forward_backward(batches, loss, lr)
 
     stage.rollout_worker, stage.engine.forward_backward = Replay(groups), watch  # type: ignore
     try:

@@ -52,7 +52,9 @@ def its_own(layout: str, model: Any, out: str) -> Iterator[Any]:
 
     from shardwise.engines.megatron import names
 
-    config = MegatronConfig(kind="megatron", layout=layout, precision="fp32", cpu_shim=True)
+    config = MegatronConfig(
+        kind="megatron", layout=layout, precision="fp32", cpu_shim=True, optimizer="native"
+    )
     setup = Setup(model, config, parse_layout(layout, 2), CPU, 7, "test", OPTIMIZER)
     it: Any = build_engine(setup)
     it.forward_backward([toy.batch(4)], CausalLM())
