@@ -10,7 +10,6 @@ import pytest
 
 from shardwise.launch.train import train
 from tests.cli.conftest import Command, write_recipe
-from tests.support.daily import daily
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,8 @@ def test_a_missing_checkpoint_is_bad_usage(shardwise: Command, ckpt: Path, tmp_p
     assert shardwise("checkpoint", "verify", tmp_path / "step_00000001")[0] == 1
 
 
-@pytest.mark.parametrize("command", daily([["train"], ["launch", "local"]], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["train"], ["launch", "local"]])
 def test_json_on_stdout_is_alone(shardwise: Command, run: Path, command: list[str]) -> None:
     recipe = run.parent / "tiny.yaml"
     code, out, err = shardwise(*command, recipe, "--nproc", 2, "--json", "-")

@@ -23,6 +23,7 @@ from shardwise.parallel.mesh import build_mesh
 from shardwise.parallel.quantised import quantised_linears
 from shardwise.precision.fp8 import recipe_of
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 RECIPES = ["delayed", "current", "block", "mxfp8"]
@@ -214,7 +215,7 @@ def resume(root: str, layout: str, steps: int, total: int) -> dict[str, Any]:
     return {"scales": scales(it), "losses": losses}
 
 
-@pytest.mark.parametrize("layout", ["dp2.zero2", "tp2.sp"])
+@pytest.mark.parametrize("layout", daily(["dp2.zero2", "tp2.sp"], 0))
 def test_delayed_scaling_resumes_bitwise(ranks: RankPool, tmp_path: Path, layout: str) -> None:
     whole = ranks.run(run_and_save, str(tmp_path), layout, 3, 5, world=2)[0]
     found = ranks.run(resume, str(tmp_path), layout, 3, 5, world=2)[0]

@@ -25,7 +25,6 @@ CASES = list(
     )
 )
 DAILY = [
-    ("llama2", ("sft", "alpaca"), "qlora", "json", 1),
     ("qwen3", ("dpo", "conversational"), "lora", "jsonl", 2),
     ("mistral", ("reward", "preference"), None, "jsonl", 1),
     ("qwen2", ("grpo", "with steps"), "lora", "jsonl", 1),

@@ -35,6 +35,7 @@ from shardwise.verify.pool import RankError
 from tests.adapters.support import adapter, plain, update
 from tests.stages.recipes import KilledError, killed_at, metrics, recipe, run
 from tests.support import toy
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 LORA = {"kind": "dora", "rank": 4, "lr_ratio": 4.0}
@@ -133,7 +134,7 @@ def test_a_resume_on_another_base_is_bad_usage(ranks: RankPool, tmp_path: Path) 
 OWN = {"rank": 2, "alpha": 4.0, "targets": ["q", "down"], "rank_pattern": {"layers.1.attn.q": 3}}
 
 
-@pytest.mark.parametrize("quantise", ["nf4", None])
+@pytest.mark.parametrize("quantise", daily(["nf4", None], 1))
 def test_training_goes_on_from_a_folder_of_pefts(
     ranks: RankPool, tmp_path: Path, quantise: str | None
 ) -> None:

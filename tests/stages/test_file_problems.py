@@ -46,6 +46,7 @@ def on_file(folder: Path, *kinds: str, **top: Any) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_it_learns_a_little(ranks: RankPool, tmp_path: Path) -> None:
     """SFT on answers, then GRPO: held-out accuracy beats the commonest answer; the reward grows."""
     config = on_file(tmp_path / "run", "sft", "grpo")

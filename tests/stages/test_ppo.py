@@ -81,7 +81,10 @@ def test_layout_and_micro_batch_change_nothing(
     "roles",
     [
         {"actor": {"ranks": [0]}, "critic": {"ranks": [1]}},
-        {"actor": {"ranks": [1]}, "critic": {"engine": {"layout": "tp2"}}},
+        pytest.param(
+            {"actor": {"ranks": [1]}, "critic": {"engine": {"layout": "tp2"}}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {
                 "reference": {"ranks": [1]},

@@ -52,7 +52,8 @@ def test_ranks_that_share_a_generator_write_the_same(
     assert theirs == ours and theirs, "evaluations are of the same generator"
 
 
-@pytest.mark.parametrize("world", daily([2, 4], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_evaluations_of_any_stage_may_share_a_generator(
     ranks: RankPool, tmp_path: Path, world: int
 ) -> None:
@@ -69,6 +70,7 @@ def test_evaluations_of_any_stage_may_share_a_generator(
     assert [s["prompt"] for s in rows[0]["samples"]][-3:] == ["the quick", "a", "docum"]
 
 
+@pytest.mark.slow
 def test_a_student_writes_the_same(ranks: RankPool, tmp_path: Path) -> None:
     rows: list[list[dict[str, Any]]] = []
     for world in (1, 2):

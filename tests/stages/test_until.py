@@ -62,6 +62,7 @@ def flywheel(folder: Path, metric: str, **rule: Any) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_rounds_end_and_the_best_model_goes_on(ranks: RankPool, tmp_path: Path) -> None:
     """An untrained model solves nothing in any round: the second adds nothing."""
     config = flywheel(tmp_path / "run", "accuracy")

@@ -17,6 +17,7 @@ from shardwise.config.load import load_config
 from shardwise.rollout import generator
 from shardwise.verify import jobs
 from shardwise.verify.jobs import compare_rows
+from tests.support.daily import daily
 from tests.support.pool import RankPool
 
 MODEL = {
@@ -86,7 +87,7 @@ def test_rounding_in_fp64_is_no_bug() -> None:
     assert 0 < found.ratio < 1
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+@pytest.mark.parametrize("layout", daily(["dp2", "tp2"], 1))
 def test_a_search_is_judged_on_trees_with_values(ranks: RankPool, layout: str) -> None:
     job = {
         "kind": "search",

@@ -58,7 +58,7 @@ def check(
     assert verdict.passed, verdict.sentence()
 
 
-@pytest.mark.parametrize("kind", daily(DAILY, 1, 3))
+@pytest.mark.parametrize("kind", daily(DAILY, 1))
 def test_a_layout_is_one_process(kind: str, ranks: RankPool) -> None:
     check(ranks, recipe(kind), DAILY[kind], whole=kind in RESUMED)
 

@@ -62,7 +62,7 @@ def on_rank(layout: str, cuts: list[int] | None, keys: dict[str, Any]) -> dict[s
             ("dp2.zero2", 2, [2, 2], {"offload_optimizer": "cpu"}),
             ("dp2.zero3", 2, [2, 2], {"offload_optimizer": "cpu", "offload_param": "cpu"}),
         ],
-        *(1, 3, 6, 8, 9, 11),
+        *(1, 3, 6, 8, 11),
     ),
 )
 def test_layouts_equal_the_plain_engine(
