@@ -222,7 +222,7 @@ add(
 )  # fmt: skip
 add(
     "sampling_noise_by_local_prompt_numbers",
-    "rollouts", "llama grpo dp2.zero1", "rollout|dp", "rollout|sampled",
+    "rollouts", "llama grpo dp2.zero1", "rollout|dp", "rollout|sampled|question",
     Edit("stages/rollout_worker.py",
          "ids = [int(prompt_ids[i]) for i in mine]",
          "ids = [int(prompt_ids[n]) for n, _ in enumerate(mine)]"),

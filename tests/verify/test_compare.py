@@ -13,6 +13,7 @@ from shardwise.config.optimizers import AdamWConfig, LionConfig, SgdConfig
 from shardwise.ops.regions import Region
 from shardwise.verify.bounds import NOISE, bounds, is_rounded_away, like, losses
 from shardwise.verify.compare import (
+    Difference,
     compare,
     compare_scales,
     misdealt,
@@ -183,6 +184,14 @@ def test_every_sample_is_dealt_once(ranks: dict[int, list[int]], words: str | No
     peers = [walked(Notes(), dealt={"update 1": (r, ids)}) for r, ids in ranks.items()] * 2
     found = misdealt(one, peers)
     assert [d.why for d in found] == ([] if words is None else [words])
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("update 1", True), ("update 1 embed.weight", True), ("update 12 embed.weight", False)],
+)
+def test_of_which_update_a_value_is(name: str, own: bool) -> None:
+    assert Difference("gradient", name, 2.0, 2.0, 1.0).is_of("update 1") == own
 
 
 @pytest.mark.parametrize(

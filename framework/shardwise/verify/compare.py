@@ -36,6 +36,10 @@ class Difference:
         """Whether rounding cannot explain it."""
         return not self.ratio <= 1.0  # NaN is a bug too
 
+    def is_of(self, update: str) -> bool:
+        """Whether it is a value of this update: ``actor update 2``."""
+        return f"{self.name} ".startswith(f"{update} ")
+
 
 def compare(
     reference: Reference,

@@ -348,9 +348,13 @@ class Verifier:
             at_the_end = [n for n in names[ended:] if kind_of(n) in AFTER_A_NAN]
             names = [n for n in names[:ended] if not is_rounded_away(n)] + at_the_end
         resumed = [p for p in problems(ranks) if p.why.startswith(RESUMED)]
-        found = [*misdealt(single, ranks), *(p for p in problems(ranks) if p not in resumed)]
+        compared = compare(exact, oracle.limits, [r.found for r in ranks], names)
+        dealt = misdealt(single, ranks)
+        # What came before the first update that is dealt wrongly (a rollout, say) is told before.
+        begin = next((i for i, d in enumerate(compared) if dealt and d.is_of(dealt[0].name)), 0)
+        found = [*compared[:begin], *dealt, *(p for p in problems(ranks) if p not in resumed)]
         found += compare_scales(single.scales, ranks, "" if precision == "fp64" else "loss scale")
-        found += compare(exact, oracle.limits, [r.found for r in ranks], names)
+        found += compared[begin:]
         found += [*unknown(exact, ranks), *undeclared(exact, oracle.limits, ranks)]
         found += rounded(single, ranks)
         if ranks[0].resumed is None:
