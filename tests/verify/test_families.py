@@ -49,3 +49,12 @@ def test_layout(verifiers: dict[str, Verifier], family: str, layout: str) -> Non
     verdict = verifiers[family].check("pretrain", layout)
     assert verdict.passed, verdict.sentence()
     assert not verdict.given_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALL)
+def test_a_layout_rounds_where_one_process_does(
+    verifiers: dict[str, Verifier], family: str
+) -> None:
+    verdict = verifiers[family].check("pretrain", "tp2.sp", "bf16")
+    assert verdict.passed, verdict.sentence()

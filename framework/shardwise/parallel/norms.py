@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
-from shardwise.models.common.blocks import RMSNorm, Sinks
+from shardwise.models.common.blocks import RMSNorm, Sinks, layer_norm_plus_one
 from shardwise.ops.rms_norm import rms_norm
 from shardwise.parallel import regions
 from shardwise.parallel.swapped import Axis, Swapped, local
@@ -37,8 +37,10 @@ class EnteringNorm(Swapped):
         weight = local(self.weight)
         if self.centred:
             bias = None if self.bias is None else local(self.bias)
-            scale = weight + 1.0 if self.plus_one else weight
-            y = F.layer_norm(x, scale.shape, scale, bias, self.eps)
+            if self.plus_one:
+                y = layer_norm_plus_one(x, weight, bias, self.eps)
+            else:
+                y = F.layer_norm(x, weight.shape, weight, bias, self.eps)
         else:
             y = rms_norm(x, weight, self.eps, self.plus_one)
         return self.axis.enter(y) if self.enters else y

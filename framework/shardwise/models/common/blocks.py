@@ -89,7 +89,12 @@ class LayerNormPlusOne(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return F.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+        return layer_norm_plus_one(x, self.weight, self.bias, self.eps)
+
+
+def layer_norm_plus_one(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise the last dimension. One and the weight are summed here, for every layout alike."""
+    return F.layer_norm(x, weight.shape, weight + 1.0, bias, eps)
 
 
 def make_norm(spec: NormSpec, num_features: int) -> nn.Module:
