@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,14 +16,10 @@ import torch
 from shardwise import checkpoint
 from shardwise.errors import ShardwiseError
 from shardwise.launch.train import train
-from shardwise.metrics.gemm import GemmRate
-from shardwise.stages import pipeline
 from shardwise.storage.lock import LockedError, RunLock
 from tests.stages.recipes import recipe, run, run_and_die, weights
 from tests.support.daily import daily
 from tests.support.pool import RankError, RankPool
-
-RATE = GemmRate(1e12, 1024, "float32", "cpu", 1, 1.0)  # it takes its time to measure
 
 
 def test_a_second_run_is_refused_before_it_writes(ranks: RankPool, tmp_path: Path) -> None:
@@ -117,8 +112,7 @@ def resumed(
         shutil.copytree(folder.with_name("kept"), folder)
         DAMAGES[damage](folder / name, random.Random(number))
         try:
-            with mock.patch.object(pipeline, "measure_gemm", lambda *_, **__: RATE):
-                run(config, *options)
+            run(config, *options)
         except ShardwiseError as error:
             told.append("" if Path(name).name in str(error) else f"{name} {damage}: {error}")
             continue

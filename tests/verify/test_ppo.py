@@ -59,10 +59,8 @@ def test_the_whole_path_of_roles_that_share_no_rank(ranks: RankPool) -> None:
     assert verdict.passed, verdict.sentence()
 
 
-# Every day, one that is first seen in each kind of value.
-DAILY = (  # others of their kinds are edits of the source (`test_edited_bugs`)
-    "critic_skips_an_update_on_its_own_rank",
-)
+# Others are edits of the source (`test_edited_bugs`).
+DAILY = ("critic_skips_an_update_on_its_own_rank",)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ class NativeEngine:
             self._arm(microbatches, lr)
         if self._has_gradients:
             raise RuntimeError(
-                "forward_backward was called twice without a step between them; give it all at once"
+                "called twice without a step between them; one call takes all micro-batches"
             )
         self._has_gradients = True
         if self._moves:

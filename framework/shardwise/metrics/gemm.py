@@ -7,6 +7,7 @@ at the same time and the sum of their rates is the machine's.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ def measure_gemm(
         num_threads=threads,
         seconds=time.perf_counter() - start,
     )
+
+
+@functools.cache
+def measured_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of this process, measured once; where ranks share a machine, all measure together."""
+    return measure_gemm(dtype, device, budget_s=0.5).flops
 
 
 def _device_name(device: torch.device) -> str:

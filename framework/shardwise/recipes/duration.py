@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
 
 from shardwise.config.run import RunConfig
-from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.gemm import measured_rate
 from shardwise.metrics.progress import duration
 from shardwise.recipes.facts import Facts
 from shardwise.stages.estimate import DECODE, ROWS, Looked, estimate
 
-BUDGET_S = 0.5  # of measuring
 
-
-@functools.cache
 def rate(precision: str, device: Literal["cpu", "cuda"]) -> float:
     """FLOP/s of this process's matrix products: on a CPU all cores', else one GPU's."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return measure_gemm(dtype, device, budget_s=BUDGET_S).flops
+    return measured_rate(dtype, torch.device(device))
 
 
 def seconds_of(run: RunConfig, facts: Facts) -> float | None:

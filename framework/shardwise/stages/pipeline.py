@@ -7,7 +7,6 @@ goes on from its newest checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from shardwise.data import left_out
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
 from shardwise.errors import CheckpointError, ConfigError, DataError
-from shardwise.metrics.gemm import measure_gemm
+from shardwise.metrics.gemm import measured_rate
 from shardwise.metrics.progress import Progress
 from shardwise.metrics.writers import LEFT_OUT, MetricsLogger
 from shardwise.parallel.collectives import sum_over
@@ -314,12 +313,6 @@ class Pipeline:
             mine = self.rate(precision_of(name, device).compute, device)
             self.gemm[name] = of_all_ranks(mine, device)
         return self.gemm[name]
-
-
-@functools.cache
-def measured_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """What this rank multiplies in a second, in FLOP; others measure at the same time."""
-    return measure_gemm(dtype, device, budget_s=0.5).flops
 
 
 def of_all_ranks(rate: float, device: torch.device) -> float:

@@ -128,8 +128,8 @@ class ScalarHead(nn.Module):
         super().__init__()
         size, rank, width = mesh.layout.tp, mesh.place["tp"], config.hidden_size
         self.group, self.sequence = mesh.groups["tp"], config.sequence_parallel
-        self.start, self.core = rank * -(-width // size), chunk_size(width, size, rank)
-        self.weight = nn.Parameter(torch.empty(1, self.core, dtype=config.params_dtype))
+        self.start, self.own = rank * -(-width // size), chunk_size(width, size, rank)
+        self.weight = nn.Parameter(torch.empty(1, self.own, dtype=config.params_dtype))
 
     def forward(self, x_TBD: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
         """(T, B, 1), and no bias."""
@@ -138,7 +138,7 @@ class ScalarHead(nn.Module):
         else:
             x_TBD = mappings.copy_to_tensor_model_parallel_region(x_TBD, group=self.group)
         weight = self.weight if weight is None else weight
-        return F.linear(x_TBD.narrow(-1, self.start, self.core), weight), None
+        return F.linear(x_TBD.narrow(-1, self.start, self.own), weight), None
 
 
 def _widen(head: nn.Module) -> None:
