@@ -118,8 +118,8 @@ def test_header_floods_end_the_connection(served: Running) -> None:
 
 
 def closed(line: socket.socket) -> bool:
-    """Whether the other side has given up, within some seconds."""
-    line.settimeout(5)
+    """Whether the other side has given up: at the latest when its keep-alive ends, after 5 s."""
+    line.settimeout(20)
     try:
         while line.recv(4096):
             pass
