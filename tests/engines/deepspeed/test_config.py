@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,18 @@ def test_layouts_that_it_has() -> None:
     config = DeepSpeedConfig(kind="deepspeed", precision="bf16")
     for text in ("dp4.zero1", "dp4.zero2", "dp4.zero3"):
         assert config.refusal(parse_layout(text, 4)) is None
+
+
+def test_a_build_that_was_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "py311_cpu" / "async_io"
+    folder.mkdir(parents=True)
+    library.check_build("async_io")
+    lock, part = folder / "lock", folder / "one.o"
+    for file in (lock, part):
+        file.touch()
+        os.utime(file, (0, 0))
+    with pytest.raises(ConfigError, match=r"async_io/lock: .* was killed; delete this file"):
+        library.check_build("async_io")
+    os.utime(part)  # somebody builds
+    library.check_build("async_io")

@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import tempfile
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from shardwise.engines.deepspeed import user_config
@@ -20,6 +22,7 @@ from shardwise.errors import ConfigError
 MEND = "pip install 'shardwise[deepspeed]'"
 # The first release whose sums were compared with the oracle's by the tests, and came out right.
 FIRST = (0, 19, 8)
+_SILENT_S = 900.0  # longer than any of its files takes to compile
 
 
 def version() -> str | None:
@@ -45,7 +48,8 @@ def nvme_folder(config: DeepSpeedConfig) -> tempfile.TemporaryDirectory[str] | N
     """This rank's own folder under ``engine.nvme_path``; None if nothing goes there.
 
     Its own, because the library's names of files are the same in every run. Removed when it is no
-    longer used, and at the process's end. Raises ConfigError where the path or libaio is missing.
+    longer used, and at the process's end. Raises ConfigError where the path or libaio is missing,
+    or a build of what needs it was killed.
     """
     devices = [user_config.device_of(config, k) for k in ("offload_optimizer", "offload_param")]
     if "nvme" not in devices:
@@ -57,6 +61,7 @@ def nvme_folder(config: DeepSpeedConfig) -> tempfile.TemporaryDirectory[str] | N
             "reads with libaio and a C++ compiler, and one of them is missing; apt-get install "
             "libaio-dev g++, or write cpu"
         )
+    check_build(builder.name)
     try:
         return tempfile.TemporaryDirectory(prefix="shardwise-", dir=config.nvme_path)
     except OSError as error:
@@ -64,6 +69,19 @@ def nvme_folder(config: DeepSpeedConfig) -> tempfile.TemporaryDirectory[str] | N
             f"engine.nvme_path: {config.nvme_path}: {error.strerror}; name a folder on this "
             "node's NVMe disk that may be written"
         ) from None
+
+
+def check_build(name: str) -> None:
+    """Raise ConfigError if whoever built an operator was killed: PyTorch waits without end."""
+    extensions: Any = importlib.import_module("torch.utils.cpp_extension")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root())
+    for lock in root.glob(f"**/{name}/lock"):
+        silent = time.time() - max(f.stat().st_mtime for f in (lock, *lock.parent.glob("*.o")))
+        if silent > _SILENT_S:
+            raise ConfigError(
+                f"{lock}: a build of DeepSpeed's {name} began and wrote nothing for "
+                f"{silent / 60:.0f} minutes, so it was killed; delete this file"
+            )
 
 
 @functools.cache
