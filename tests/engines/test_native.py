@@ -321,9 +321,10 @@ def log_probabilities(layout: str, tied: bool, wide: bool) -> dict[str, Any]:
     head = dict(it.full("weights"))["embed.weight" if tied else "head.weight"].bfloat16()
     if hook is not None:
         hook.remove()
-        logits = torch.cat(hidden).float() @ head.float().T
-        exact = logits.log_softmax(-1).gather(-1, batch.targets_BT[..., None])[..., 0]
-        out["exact"] = torch.where(batch.loss_mask_BT, exact, 0.0)
+        logits_NV = torch.cat(hidden).float() @ head.float().T  # of the valid tokens
+        mask_BT = batch.loss_mask_BT
+        exact_N = logits_NV.log_softmax(-1).gather(-1, batch.targets_BT[mask_BT][:, None])[:, 0]
+        out["exact"] = torch.zeros(mask_BT.shape).masked_scatter(mask_BT, exact_N)
     out["loss"] = it.forward_backward(batch.split(2), CausalLM())["loss"]
     out["norm"] = it.step(LR)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,8 +12,10 @@ from shardwise.ops.logits import (
     Logits,
     entropies,
     greedy_tokens,
+    likeliest_words,
     selected_logprobs,
     selected_values,
+    selected_words,
 )
 from tests.support.pool import RankPool
 
@@ -95,6 +98,47 @@ def test_of_words_that_were_left_the_others_do_not_count(ranks: RankPool) -> Non
             torch.testing.assert_close(found["logp"], whole["logp"], rtol=1e-12, atol=1e-12)
         grad = torch.cat([found["grad"] for found in parts], dim=-1)
         torch.testing.assert_close(grad, whole["grad"], rtol=1e-12, atol=1e-12)
+
+
+def _readings(selects: bool) -> list[Tensor]:
+    """All that is read of this rank's words, and its gradient, [B, T, ...]."""
+    logits, targets, mask = _case()
+    valid, group = mask.flatten().nonzero().flatten(), None
+    own = slice(0, VOCAB)
+    if dist.is_initialized():
+        each, group = -(-VOCAB // dist.get_world_size()), dist.group.WORLD
+        start = min(dist.get_rank() * each, VOCAB)
+        own = slice(start, min(start + each, VOCAB))
+    leaf = logits[..., own].clone().requires_grad_()
+    rows = leaf.flatten(0, 1)[valid] if selects else leaf
+    size = {"num_rows": ROWS, "num_tokens": TOKENS} if selects else {}
+    part = Logits(rows, own.start, group, valid_N=valid, **size)
+    words = likeliest_words(part, mask, 3, valid)
+    found = [
+        selected_logprobs(part, targets, mask, 0.7, valid),
+        selected_logprobs(part, targets, mask, 0.7, valid, _kept()),
+        selected_words(part, words, mask, 0.7, valid),
+    ]
+    sum((x * torch.arange(x.numel()).view_as(x)).sum() for x in found).backward()
+    assert leaf.grad is not None
+    scalars = selected_values(Logits(rows[..., :1], 0, group, valid_N=valid, **size), mask)
+    dense = [entropies(part, 0.7), greedy_tokens(part)]
+    if selects:
+        assert not any(x[~mask].any() for x in dense)
+        with pytest.raises(ValueError, match=r"valid_N=batch.valid\(\)"):
+            selected_logprobs(part, targets, mask)
+    masked = [torch.where(mask, x, 0) for x in dense]
+    return [x.detach() for x in (*found, words, scalars, *masked, leaf.grad)]
+
+
+def test_rows_of_valid_tokens_alone_say_the_same(ranks: RankPool) -> None:
+    pairs = [(_readings(True), _readings(False))]
+    for world in (2, 8):
+        both = (ranks.run(_readings, selects, world=world) for selects in (True, False))
+        pairs += zip(*both, strict=True)
+    for selected, whole in pairs:
+        for ours, theirs in zip(selected, whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def _scalar_case() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 ``old_runs.zip`` holds two runs as commit 95d3de0 left them when they were killed, with the recipes
 (``NAME.yaml``) and, in ``expected.json``, a hash of each stage's last tensors where that commit
-ran them unbroken, but for the sum of the gradient norm: since then a CPU sums rows, not a whole
-tensor one by one. The hashes of stages that clip were taken anew when that changed; with the old
-sum, the old ones came out. Numbers are those of any x86-64 machine: PyTorch's kernels for no
-processor in particular, fp32, one thread, and none of our own, as no compiler is on the path.
+ran them unbroken, but for two changes that round otherwise: a CPU sums rows for the gradient norm,
+not a whole tensor one by one, and the head computes tokens with loss alone. Each time the hashes of
+the stages concerned were taken anew; with the old way, the old ones came out. Numbers are those of
+any x86-64 machine: PyTorch's kernels for no processor in particular, fp32, one thread, and none of
+our own, as no compiler is on the path.
 """
 
 from __future__ import annotations

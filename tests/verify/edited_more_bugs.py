@@ -221,3 +221,13 @@ add(
          "        rank, world = dist.get_node_local_rank(0), dist.get_world_size()"),
     blind=True,
 )  # fmt: skip
+
+# --- which tokens the head computes -------------------------------------------------------------
+
+add(
+    "valid_tokens_taken_from_the_start_of_the_row",
+    "masks", "llama sft cp2.ring", "cp", "loss|head|forward pass",
+    Edit("engines/inputs.py",
+         "indices(self.pad(batch.loss_mask_BT)[:, host_index_t])",
+         "indices(self.pad(batch.loss_mask_BT)[:, : len(host_index_t)])"),
+)  # fmt: skip

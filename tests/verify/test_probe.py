@@ -42,6 +42,7 @@ def verifier(pool: PlantedPool) -> Iterator[Verifier]:
 
 
 SOUND = [("pretrain", x) for x in ("tp4", "dp2.zero3.tp2.sp", "cp2.ring", "pp2.zbv")]
+SOUND += [("sft", x) for x in ("tp2.sp", "cp2.ring")]
 
 
 @pytest.mark.slow
@@ -62,6 +63,7 @@ def test_a_sound_layout_differs_nowhere(verifier: Verifier, stage: str, layout: 
     looked_at = {n for r in found for n in r.found if n.startswith("output")}
     assert {n.partition("/")[0] for n in looked_at} == {"output", "output gradient"}
     assert len(looked_at) > 100
+    assert stage == "reward" or any(" head sample " in name for name in looked_at)
     assert origin(reference, found) == ""
 
 

@@ -35,8 +35,8 @@ from shardwise.parallel import regions, tensor
 
 @dataclasses.dataclass
 class Keys:
-    """The rng keys (int64, a token) of the micro-batch that the layers around compute; None: no
-    dropout."""
+    """The rng keys (int64, a token) of the micro-batch that the layers around compute, or of those
+    tokens alone that a head computes (N); None: no dropout."""
 
     value_BT: Tensor | None = None
 
@@ -204,6 +204,9 @@ def _tell_keys(model: Decoder, inside: Keys, behind: Keys) -> None:
         block.forward = told(block)
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        behind.value_BT = kwargs.get("rng_keys_BT")
+        keys_BT, read_N = kwargs.get("rng_keys_BT"), kwargs.get("read_N")
+        if keys_BT is not None and read_N is not None:
+            keys_BT = keys_BT.flatten().index_select(0, read_N)
+        behind.value_BT = keys_BT
 
     model.register_forward_pre_hook(before, with_kwargs=True)

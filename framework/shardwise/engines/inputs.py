@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch, indices
+from shardwise.losses.contract import is_marked
 from shardwise.models.common.config import DecoderConfig
 from shardwise.ops import rng
 from shardwise.ops.attention import PADDING, causal_mask
@@ -25,10 +27,17 @@ class Cut:
 
     It comes from the host, and is on the mesh's device from here on. Losses never see padding or
     cuts: `logits` maps the model's output back to the micro-batch. ``least``: tokens to pad to,
-    whatever the layout.
+    whatever the layout. ``reader``: what will read the logits, if the model can leave some out.
     """
 
-    def __init__(self, batch: MicroBatch, mesh: Mesh, model: DecoderConfig, least: int = 0) -> None:
+    def __init__(
+        self,
+        batch: MicroBatch,
+        mesh: Mesh,
+        model: DecoderConfig,
+        least: int = 0,
+        reader: Callable[..., Any] | None = None,
+    ) -> None:
         self.host, self.batch = batch, batch.to(mesh.device)
         self.mesh, self.model = mesh, model
         self.num_tokens = batch.input_ids_BT.shape[1]
@@ -36,11 +45,15 @@ class Cut:
         self.padded = -(-max(self.num_tokens, least) // multiple) * multiple
         self.index_t = self._index(mesh.device)
         # Counted on the host: the device would have to be waited for.
-        self.valid_N: Tensor | None = None
+        self.valid_N = self.batch.valid()
         host_index_t = self._index(batch.loss_mask_BT.device)
         if host_index_t is not None:
             valid_N = indices(self.pad(batch.loss_mask_BT)[:, host_index_t])
             self.valid_N = valid_N.to(mesh.device, non_blocking=True)
+        # Which tokens the head is applied to; None: all, without a copy. A scalar's costs nothing.
+        num_own = batch.num_rows * self.padded // mesh.layout.cp
+        selects = reader is not None and is_marked(reader) and model.head != "scalar"
+        self.read_N = self.valid_N if selects and len(self.valid_N) < num_own else None
 
     def _index(self, device: torch.device) -> Tensor | None:
         """Which of the padded tokens this rank computes; None: all, and there is no padding."""
@@ -80,6 +93,8 @@ class Cut:
             "input_ids_BT": self.own(batch.input_ids_BT),
             "position_ids_BT": self.own(batch.position_ids_BT),
         }
+        if self.read_N is not None:
+            arguments["read_N"] = self.read_N
         if segments_BT is not None:
             segments_BT = self.pad(segments_BT, PADDING)
         if self.mesh.layout.cp > 1:
@@ -106,15 +121,15 @@ class Cut:
             )
         return arguments
 
-    def logits(self, local_BtW: Tensor) -> Tensor | Logits:
+    def logits(self, local: Tensor) -> Tensor | Logits:
         """The model's output as losses take it."""
         layout, groups = self.mesh.layout, self.mesh.groups
-        if layout.tp == 1 and self.index_t is None:
-            return local_BtW
+        if layout.tp == 1 and self.index_t is None and self.read_N is None:
+            return local
         size = self.model.head_size
         words = -(-size // layout.tp)
         return Logits(
-            local_BtW,
+            local,
             offset=min(words * self.mesh.place["tp"], size),
             vocab_group=groups["tp"] if layout.tp > 1 else None,
             index_t=self.index_t,
@@ -122,6 +137,7 @@ class Cut:
             num_tokens=self.num_tokens,
             gather=self._gather if layout.cp > 1 else None,
             valid_N=self.valid_N,
+            num_rows=self.batch.num_rows,
         )
 
     def _gather(self, x_Bt: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class NativeEngine:
         self.named.refresh_mirror()
         if self.fp8 is not None:
             self.fp8.begin_step(self.updates)
-        cuts = [self._cut(batch) for batch in microbatches]
+        cuts = [self._cut(batch, loss) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         run = self._run_pipeline if self.mesh.layout.pp > 1 else self._run_in_turn
         with self._products(training=True), comm.tally() as tally:
@@ -191,8 +191,8 @@ class NativeEngine:
         arguments = cut.arguments(seed, self.updates, self.stage, self.precision.compute)
         return chunk(**arguments, x_BTD=x_BTD)  # type: ignore[no-any-return]
 
-    def _cut(self, batch: MicroBatch) -> Cut:
-        return Cut(batch, self.mesh, self.model_config)
+    def _cut(self, batch: MicroBatch, reader: Callable[..., Any] | None = None) -> Cut:
+        return Cut(batch, self.mesh, self.model_config, reader=reader)
 
     def _arm(self, microbatches: Sequence[MicroBatch], lr: float | None) -> None:
         """Weights are about to move in the backward pass."""
@@ -252,7 +252,7 @@ class NativeEngine:
         """
         self._train(False)
         self.named.refresh_mirror()
-        cuts = [self._cut(batch) for batch in microbatches]
+        cuts = [self._cut(batch, fn) for batch in microbatches]
         with self._products(training=False):
             return self._forward(cuts, fn)
 

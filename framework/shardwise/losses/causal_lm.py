@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
-from shardwise.losses.contract import LossOutput
+from shardwise.losses.contract import LossOutput, reads_valid
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.ops.logits import Logits, greedy_tokens
 
@@ -29,6 +29,7 @@ class CausalLM:
         """The valid tokens."""
         return {"loss": batch.loss_mask_BT.sum(dtype=torch.float64)}
 
+    @reads_valid
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """The sum in nats over this micro-batch; zero, with zero gradient, if nothing is valid."""
         loss = -valid_logprobs(logits_BTV, batch).sum()

@@ -9,8 +9,9 @@ parallelism therefore cannot change a gradient beyond rounding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -30,7 +31,10 @@ class LossOutput:
 
 
 class Loss(Protocol):
-    """A loss over logits. ``weights`` scale the terms in the total: sum_i w_i * sum_i / count_i."""
+    """A loss over logits. ``weights`` scale the terms in the total: sum_i w_i * sum_i / count_i.
+
+    Where its ``__call__`` is marked by `reads_valid`, an engine may leave all other logits out.
+    """
 
     weights: Mapping[str, float]
 
@@ -44,3 +48,23 @@ class Loss(Protocol):
     def __call__(self, logits_BTV: Any, batch: MicroBatch) -> LossOutput:
         """Sums of every term over this micro-batch."""
         ...
+
+
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+def reads_valid(function: Reader) -> Reader:
+    """Say of a function of (logits, batch) that it reads logits under the loss mask alone.
+
+    Engines then need not compute the others: prompts cost neither the head's products nor memory
+    for logits. What it gets may be an `ops.logits.Logits`; `losses.logprobs.valid_logprobs` reads
+    both. A class that overrides a marked ``__call__`` says it anew.
+    """
+    function.reads = "valid"  # type: ignore[attr-defined]
+    return function
+
+
+def is_marked(reader: Callable[..., Any]) -> bool:
+    """Whether a loss, or another function of (logits, batch), has the mark of `reads_valid`."""
+    called = reader if inspect.isroutine(reader) else type(reader).__call__
+    return getattr(called, "reads", "all") == "valid"

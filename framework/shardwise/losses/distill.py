@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
-from shardwise.losses.contract import LossOutput
+from shardwise.losses.contract import LossOutput, reads_valid
 from shardwise.losses.distill_config import DivergenceConfig
 from shardwise.ops.logits import Logits, likeliest_words, selected_words
 
@@ -47,6 +47,7 @@ class TeacherWords:
         """J."""
         return self.num_words + (self.num_words < self.vocab_size)
 
+    @reads_valid
     def __call__(self, logits_BTV: Any, batch: MicroBatch) -> Tensor:
         """No gradient."""
         mask_BT, valid_N = batch.loss_mask_BT, batch.valid()
@@ -92,6 +93,7 @@ class DistillLoss:
         """Valid tokens."""
         return {"divergence": batch.loss_mask_BT.sum(dtype=torch.float64)}
 
+    @reads_valid
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """The sum in nats over this micro-batch."""
         valid_N = batch.valid()
@@ -106,6 +108,7 @@ class DistillLoss:
             {"top_mass": (mass_N.sum(), number)},
         )
 
+    @reads_valid
     def per_token(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> Tensor:
         """The divergence at each valid token [B, T], else 0; as `Engine.forward` takes it."""
         found_BT = divergence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
+from shardwise.losses.contract import reads_valid
 from shardwise.ops.logits import Logits, selected_logprobs
 
 # Shape suffixes: B rows, T tokens, V vocabulary, K words.
@@ -12,6 +13,7 @@ from shardwise.ops.logits import Logits, selected_logprobs
 KEPT_WORDS = "kept_words_BTK"  # extra: the words that sampling left of each target's, -1 behind
 
 
+@reads_valid
 def valid_logprobs(
     logits_BTV: Tensor | Logits, batch: MicroBatch, temperature: float = 1.0
 ) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.config import PpoLossConfig
-from shardwise.losses.contract import LossOutput
+from shardwise.losses.contract import LossOutput, reads_valid
 from shardwise.losses.kl import kl_estimate
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import (
@@ -44,6 +44,7 @@ class PolicyLoss:
         """Tokens or sequences, by the aggregation; the same for every term."""
         return dict.fromkeys(self.weights, folded(self.config, batch)[1].sum())
 
+    @reads_valid
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch, fp32 (fp64 for fp64 logits)."""
         config, mask_BT = self.config, batch.loss_mask_BT

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shardwise.data.batch import MicroBatch
 from shardwise.losses.aggregate import first_valid
-from shardwise.losses.contract import LossOutput
+from shardwise.losses.contract import LossOutput, reads_valid
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.losses.policy import extra
 from shardwise.losses.preference_config import Divergence, KtoConfig, PreferenceConfig
@@ -316,6 +316,7 @@ class PreferenceLoss:
         """See the class."""
         return self.counts_of(answers_of(batch, batch.extras["rating_BT"], self.config))
 
+    @reads_valid
     def __call__(self, logits_BTV: Tensor | Logits, batch: MicroBatch) -> LossOutput:
         """Sums over this micro-batch; metrics over its pairs (KTO: its answers)."""
         if self.with_reference and "ref_logprobs_BT" not in batch.extras:

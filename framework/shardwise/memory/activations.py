@@ -112,7 +112,10 @@ def kept_block(model: ModelShape, place: Place, work: Work) -> int:
 
 
 def logits(model: ModelShape, place: Place, work: Work) -> int:
-    """This rank's words of the logits of one micro-batch."""
+    """This rank's words of the logits of one micro-batch.
+
+    Of all its tokens: at most so much where a loss reads those under its mask alone.
+    """
     words = -(-model.vocab_size // place.tp)
     size = work.wide_bytes if work.wide_logits else work.compute_bytes
     return size * tokens(place, work) * words

@@ -85,7 +85,7 @@ def _fp32_product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T`` in fp32, of 16-bit operands as they are."""
     if x.is_cuda:
         out_NO: Tensor = torch.mm(x.flatten(0, -2), weight_OI.T, out_dtype=torch.float32)
-        return out_NO.view(*x.shape[:-1], -1)
+        return out_NO.view(*x.shape[:-1], len(weight_OI))
     return F.linear(x.float(), weight_OI.float())
 
 

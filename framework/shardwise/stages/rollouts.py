@@ -16,6 +16,7 @@ from shardwise.data.batch import MicroBatch
 from shardwise.data.groups import collate_groups
 from shardwise.engines.base import Engine
 from shardwise.losses.advantages import rewards_tensor
+from shardwise.losses.contract import reads_valid
 from shardwise.losses.logprobs import KEPT_WORDS, valid_logprobs
 from shardwise.losses.scores import Score
 from shardwise.metrics.jsonl import line_of
@@ -174,6 +175,7 @@ class Logprobs:
 
     temperature: float
 
+    @reads_valid
     def __call__(self, logits_BTV: Any, batch: MicroBatch) -> Tensor:
         return valid_logprobs(logits_BTV, batch, self.temperature)
 

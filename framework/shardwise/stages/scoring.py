@@ -18,6 +18,7 @@ from torch import Tensor
 from shardwise.data.batch import MicroBatch
 from shardwise.data.tokenizer import Tokenizer
 from shardwise.engines.base import Engine
+from shardwise.losses.contract import reads_valid
 from shardwise.losses.logprobs import valid_logprobs
 from shardwise.models import travel
 from shardwise.ops.logits import greedy_tokens
@@ -89,6 +90,7 @@ def score(
     return [(sums[2 * i], sums[2 * i + 1] == 1.0) for i in range(len(pairs))]
 
 
+@reads_valid
 def _scores(logits: Any, batch: MicroBatch) -> Tensor:
     """B2, fp64: summed log-probabilities; 1.0 where every valid target is the likeliest token."""
     logp_BT = valid_logprobs(logits, batch)

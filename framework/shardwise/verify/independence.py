@@ -367,7 +367,7 @@ def _named(segment: int) -> str:
 
 def _local(outputs: Any, batch: MicroBatch) -> Tensor:
     """What this rank has of a model's outputs, untouched (BtW)."""
-    return as_logits(outputs).local_BtW
+    return as_logits(outputs).local
 
 
 def _at(x_BT: Tensor, index_t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from shardwise.models.common.init import plain_name
 from shardwise.ops.comm import Tally
 from shardwise.verify.notes import Notes
 
-# Shape suffixes: B rows, t tokens of this rank, D features of this rank.
+# Shape suffixes: B rows, t tokens of this rank, D features of this rank, N tokens of all rows.
 
 _BLOCK = re.compile(r"layers\.\d+")
+# Of each row of an output (tD), which of this rank's tokens it is of; None: all.
+ByRow = list[tuple[Tensor, Tensor | None]]
 
 
 @contextlib.contextmanager
@@ -62,12 +64,15 @@ class _Probe:
         self.first = self.next = 0  # rows of the forward pass that runs, and of the one after it
         self.seen: set[tuple[int, str]] = set()
         self.evaluates = False
+        self.tokens = 0  # t
+        self.read_N: Tensor | None = None  # those that the head computes, if not all
 
     def begin(self, module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         """A forward pass of the part begins."""
         ids_BT = keywords["input_ids_BT"] if "input_ids_BT" in keywords else inputs[0]
         self.first, self.next = self.next, self.next + ids_BT.shape[0]
         self.evaluates = not torch.is_grad_enabled()
+        self.tokens, self.read_N = ids_BT.shape[1], keywords.get("read_N")
 
     def hook(self, path: str) -> Any:
         """Of a module's forward pass."""
@@ -76,26 +81,38 @@ class _Probe:
             # Recomputed in the backward pass: the same again.
             if not isinstance(output, Tensor) or (self.first, path) in self.seen:
                 return
-            first = self.first
+            first, by_row = self.first, self._by_row(output)
             self.seen.add((first, path))
-            self.note("output", path, first, output.detach())
+            self.note("output", path, first, by_row(output.detach()))
             if output.requires_grad:
                 output.register_hook(
-                    lambda grad: self.note("output gradient", path, first, grad.detach())
+                    lambda grad: self.note("output gradient", path, first, by_row(grad.detach()))
                 )
 
         return note
 
-    def note(self, kind: str, path: str, first: int, value_BtD: Tensor) -> None:
+    def _by_row(self, output: Tensor) -> Callable[[Tensor], ByRow]:
+        """How a tensor like this one, of the pass that runs, is cut into rows."""
+        if output.dim() == 3:
+            return lambda value_BtD: [(value_tD, None) for value_tD in value_BtD]
+        read_N, tokens = self.read_N, self.tokens
+        if output.dim() != 2 or read_N is None or len(read_N) != len(output):
+            return lambda _: []
+        places = [read_N // tokens == b for b in range(self.next - self.first)]
+        return lambda value_ND: [(value_ND[here_N], read_N[here_N] % tokens) for here_N in places]
+
+    def note(self, kind: str, path: str, first: int, by_row: ByRow) -> None:
         """The regions of a module's output that this rank holds; nothing, where that is unclear."""
-        if value_BtD.dim() != 3 or first + len(value_BtD) > len(self.rows):
+        if first + len(by_row) > len(self.rows):
             return
-        if kind == "output gradient":
-            value_BtD = value_BtD / self.engine.loss_scale
-        for value_tD, (batch, row) in zip(value_BtD, self.rows[first:], strict=False):
+        for (value_tD, read_t), (batch, row) in zip(by_row, self.rows[first:], strict=False):
+            if kind == "output gradient":
+                value_tD = value_tD / self.engine.loss_scale
             valid_T = batch.loss_mask_BT[row]
             share = self.engine.share_of(batch)
-            index_t = _index(share, value_tD.shape[0])
+            index_t = _index(share, len(value_tD))
+            if read_t is not None:
+                index_t = share.tokens_t[read_t.cpu()]
             if index_t is None or not bool(valid_T.any()):
                 continue
             length = int(valid_T.nonzero()[-1]) + 1  # behind, nothing is learnt from

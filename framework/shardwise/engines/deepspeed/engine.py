@@ -233,7 +233,7 @@ class DeepSpeedEngine:
         """See `engines.base.Engine`; every rank brings as many micro-batches."""
         self._follow()
         self.model.train()
-        cuts = [self._cut(batch) for batch in microbatches]
+        cuts = [self._cut(batch, loss) for batch in microbatches]
         sums = LossSums(loss, self.mesh, [c.batch for c in cuts])
         for i, cut in enumerate(cuts):
             self.engine.set_gradient_accumulation_boundary(i == len(cuts) - 1)
@@ -244,8 +244,8 @@ class DeepSpeedEngine:
         self._terms = sums.parts
         return sums.reduced()
 
-    def _cut(self, batch: MicroBatch) -> Cut:
-        return Cut(batch, self.mesh, self.model_config)
+    def _cut(self, batch: MicroBatch, reader: Callable[..., Any] | None = None) -> Cut:
+        return Cut(batch, self.mesh, self.model_config, reader=reader)
 
     def _call(self, model: Any, cut: Cut) -> Tensor:
         seed = self.setup.seed if self.model.training and self.has_dropout else None
@@ -285,7 +285,7 @@ class DeepSpeedEngine:
         """``fn(logits, batch)`` per micro-batch, without gradient and without dropout."""
         self._follow()
         self.model.eval()
-        cuts = [self._cut(batch) for batch in microbatches]
+        cuts = [self._cut(batch, fn) for batch in microbatches]
         return [fn(cut.logits(self._call(self.model, cut)), cut.batch) for cut in cuts]
 
     def events(self) -> list[tuple[str, str]]:

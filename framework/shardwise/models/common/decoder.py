@@ -81,6 +81,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         masks: Masks | None = None,
         x_BTD: Tensor | None = None,
+        read_N: Tensor | None = None,
     ) -> Tensor:
         """Logits (BTV, compute dtype) of the token after each position.
 
@@ -88,7 +89,8 @@ class Decoder(nn.Module):
         ``masks`` says otherwise. ``rng_keys_BT`` (int64 key a token, `ops.rng.token_keys`) turns
         dropout on. With a ``cache``, the inputs are the new tokens only, and segments are not
         looked at. ``x_BTD`` are the activations of the layer before this part of a model; a part
-        without the last layer returns activations.
+        without the last layer returns activations. ``read_N``: indices of the flattened tokens
+        that logits are wanted of (NV); None: all.
         """
         hidden_BTD = self.hidden(
             input_ids_BT,
@@ -99,7 +101,11 @@ class Decoder(nn.Module):
             masks=masks,
             x_BTD=x_BTD,
         )
-        return self.logits(hidden_BTD) if self.is_last else hidden_BTD
+        if not self.is_last:
+            return hidden_BTD
+        if read_N is not None:
+            hidden_BTD = hidden_BTD.flatten(0, 1).index_select(0, read_N)
+        return self.logits(hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The head's outputs for normed activations."""
