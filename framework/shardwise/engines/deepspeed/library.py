@@ -76,7 +76,10 @@ def check_build(name: str) -> None:
     extensions: Any = importlib.import_module("torch.utils.cpp_extension")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root())
     for lock in root.glob(f"**/{name}/lock"):
-        silent = time.time() - max(f.stat().st_mtime for f in (lock, *lock.parent.glob("*.o")))
+        try:
+            silent = time.time() - max(f.stat().st_mtime for f in (lock, *lock.parent.glob("*.o")))
+        except FileNotFoundError:  # whoever builds goes on, or is done
+            continue
         if silent > _SILENT_S:
             raise ConfigError(
                 f"{lock}: a build of DeepSpeed's {name} began and wrote nothing for "
